@@ -1,0 +1,720 @@
+"""Pretraining and finetuning; with no options, the whole phi-1 recipe on this machine.
+
+    python train.py                                                   # the recipe: data, teacher, pretraining, finetuning, pass@1
+    python train.py --data web:0.4 textbooks:0.6 --out runs/base      # pretrain on a mixture of dataset directories
+    python train.py --data exercises --init runs/base --out runs/sft  # go on from another run's weights
+    torchrun --nproc_per_node=8 train.py --data web --preset phi-3-mini --out runs/mini   # one process for each GPU
+
+A run that was interrupted goes on exactly where it was when the same command is given again: weights, optimizer, position in
+the data and random state are in state.pt. The run directory is at any time a model that sample.py, transformers and others open.
+"""
+import os
+import sys
+
+ALLOCATOR = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:"
+             "glibc.malloc.top_pad=268435456")
+if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    # glibc gives freed activations back to the system and faults them in again each step; it reads this only when a process starts
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": ALLOCATOR})
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import model as models
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: whole documents packed into rows
+
+
+class Packer:
+    """Rows of at most `length` + 1 tokens from a stream of documents, made of whole documents: endless and shuffled anew each epoch
+    with a seed; without one, a single pass in order.
+
+    A document longer than a row is cut into pieces that overlap by one token (so each token is predicted once), at an offset
+    that moves from epoch to epoch. Pieces are placed best-fit into a few open rows, of which the fullest leaves when none fits:
+    a few percent of padding, and no problem that loses its beginning. The state is small and makes a resumed run exact.
+    """
+    OPEN = 48  # rows open at a time: more waste less and delay documents longer
+
+    def __init__(self, tokens, eot, length, seed=None):
+        self.length, self.seed = length, seed
+        ends = np.flatnonzero(tokens == eot) + 1
+        if len(ends) == 0 or ends[-1] != len(tokens):
+            ends = np.append(ends, len(tokens))
+        self.starts, self.ends = np.concatenate([[0], ends[:-1]]), ends
+        self.restore({"epoch": 0, "next": 0, "rows": []})
+
+    def state(self):
+        return {"epoch": self.epoch, "next": self.next, "rows": [[used, list(spans)] for used, spans in self.rows]}
+
+    def restore(self, state):
+        self.epoch, self.next, self.rows = state["epoch"], state["next"], [[used, list(spans)] for used, spans in state["rows"]]
+        self.order = np.arange(len(self.ends)) if self.seed is None else \
+            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.ends))
+
+    def pieces(self, document):
+        """(start, end) of the parts of a document that fit a row; a document of one token has nothing to predict."""
+        start, end = int(self.starts[document]), int(self.ends[document])
+        cut = start + 1 + self.length
+        if end > cut and self.seed is not None:
+            cut -= int(np.random.default_rng([self.seed, self.epoch, document]).integers(self.length))
+        while start + 1 < end:
+            yield start, min(cut, end)
+            start, cut = cut - 1, cut + self.length
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        """The next row, as a list of (start, end) in the token stream; end - start - 1 summed is at most `length`."""
+        while len(self.rows) <= self.OPEN:
+            if self.next == len(self.order):
+                if self.seed is None:
+                    break
+                self.restore({"epoch": self.epoch + 1, "next": 0, "rows": self.rows})
+            for start, end in self.pieces(self.order[self.next]):
+                size = end - start - 1
+                free = [(room, i) for i, (used, _) in enumerate(self.rows) if (room := self.length - used - size) >= 0]
+                if free:
+                    row = self.rows[min(free)[1]]
+                    row[0] += size
+                    row[1].append((start, end))
+                else:
+                    self.rows.append([size, [(start, end)]])
+            self.next += 1
+        if not self.rows:
+            raise StopIteration
+        return self.rows.pop(max(range(len(self.rows)), key=lambda i: self.rows[i][0]))[1]
+
+
+def target_weights(mask, spans, prompt_weight):
+    """float32, one for each prediction of a row: 1, or `prompt_weight` for a token of a prompt (mask 0)."""
+    marks = [np.ones(end - start - 1, np.float32) if mask is None else np.asarray(mask[start + 1:end], np.float32) for start, end in spans]
+    return np.concatenate(marks).clip(prompt_weight)
+
+
+def collate(rows, length):
+    """Rows [(tokens, spans, weights of their targets)] -> tokens, documents, targets (B, length) int64 and weights (B, length).
+
+    Target t is the token after input t in the same document; padding has weight 0 and a document number of its own.
+    """
+    tokens, targets = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
+    documents, weights = np.full((len(rows), length), -1, np.int64), np.zeros((len(rows), length), np.float32)
+    for i, (stream, spans, row_weights) in enumerate(rows):
+        at = 0
+        for number, (start, end) in enumerate(spans):
+            to = at + end - start - 1
+            tokens[i, at:to], targets[i, at:to] = stream[start:end - 1], stream[start + 1:end]
+            documents[i, at:to] = number
+            at = to
+        weights[i, :at] = row_weights
+    return tuple(torch.from_numpy(a) for a in (tokens, documents, targets, weights))
+
+
+class Mixture:
+    """Batches from several datasets: each row comes from one of them, drawn by weight. All ranks draw the same; each takes its rows."""
+
+    def __init__(self, datasets, shares, eot, length, prompt_weight, seed):
+        self.datasets, self.length, self.prompt_weight = datasets, length, prompt_weight
+        self.shares = np.array(shares) / sum(shares)
+        self.packers = [Packer(d.train, eot, length, seed + i) for i, d in enumerate(datasets)]
+        self.rng = np.random.default_rng(seed)
+
+    def state(self):
+        return {"packers": [p.state() for p in self.packers], "rng": self.rng.bit_generator.state}
+
+    def restore(self, state):
+        for packer, packed in zip(self.packers, state["packers"]):
+            packer.restore(packed)
+        self.rng.bit_generator.state = state["rng"]
+
+    def rows(self, count):
+        """The next `count` rows for collate."""
+        chosen = [int(self.rng.choice(len(self.shares), p=self.shares)) for _ in range(count)]
+        drawn = [(self.datasets[i], next(self.packers[i])) for i in chosen]
+        return [(d.train, spans, target_weights(d.train_mask, spans, self.prompt_weight)) for d, spans in drawn]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalized by Newton-Schulz, for weight matrices (Jordan et al. 2024; update scaled to AdamW's RMS, Moonlight,
+    arXiv 2502.16982 section 2.2).
+
+    torch.optim.Muon runs one matrix at a time in bf16, which on a CPU without bf16 units is about 100 times slower than fp32; here
+    matrices of one shape go through the iteration as a batch, in the dtype that is fast on the device.
+    """
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.0, steps=5, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                for p in params:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                buffers, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)  # Nesterov; (n, rows, columns)
+                update = self.orthogonalize(x, group["steps"]).to(params[0].dtype) * (0.2 * math.sqrt(max(shape)))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+
+    @classmethod
+    def orthogonalize(cls, x, steps):
+        """(n, rows, columns) -> nearly U V^T of each matrix's SVD: its singular values are driven into about [0.7, 1.2]."""
+        tall = x.size(1) > x.size(2)
+        x = x.mT if tall else x
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        a, b, c = cls.COEFFICIENTS
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
+def optimizers(model, args, dtype):
+    """Muon for the matrices of the blocks (or AdamW for all), AdamW for embedding, head and norms. lr is scaled by the schedule."""
+    hidden = [p for p in model.layers.parameters() if p.ndim == 2] if args.optimizer == "muon" else []
+    ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    groups = [{"params": [p for p in rest if p.ndim == 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}]
+    found = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=1e-10, fused=True)]
+    if hidden:
+        found.append(Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay, dtype=dtype))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return found
+
+
+def schedule(step, args):
+    """Share of the peak learning rate: linear warmup, plateau, linear decay to `--final-lr` over the last `--decay` of the steps."""
+    warm = (step + 1) / max(1, args.warmup * args.steps)
+    left = (args.steps - step) / max(1, args.decay * args.steps)
+    return min(1.0, warm, args.final_lr + (1 - args.final_lr) * left)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def measure_peak(device, dtype, size=None):
+    """Matrix product rate in FLOP/s: what the share in the progress bar refers to. A CPU without bf16 units shows itself here."""
+    size = size or (1024 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def choose_dtype(device, wanted):
+    """-> (torch dtype for matrix products, one line that says why). Weights and optimizer state stay in fp32."""
+    if wanted != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted], "asked for"
+    if device.type == "cuda":
+        return (torch.bfloat16, "the GPU has bf16 units") if torch.cuda.get_device_capability() >= (8, 0) or torch.version.hip else \
+            (torch.float32, "this GPU has no bf16 units")
+    if device.type == "mps":
+        return torch.float32, "on MPS bf16 brings little for small models"
+    half, full = (measure_peak(device, dtype, 256) for dtype in (torch.bfloat16, torch.float32))
+    reason = f"measured here: bf16 {half / 1e9:.0f}, fp32 {full / 1e9:.0f} GFLOP/s"
+    return (torch.bfloat16 if half > 1.3 * full else torch.float32), reason
+
+
+def compile_blocks(model, wanted, device):
+    """Compile each block (all share one compilation) where a compiler is at hand -> one line that says what was done and why."""
+    if wanted == "no":
+        return "not compiled (asked for)"
+    if device.type == "cpu" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        return "not compiled: no C++ compiler (g++ or clang++) found"
+    if device.type == "mps" or device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return f"not compiled: no Triton for {device.type}"
+    for block in model.layers:
+        block.compile(dynamic=False)
+    return "blocks compiled"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and records
+
+
+@torch.no_grad()
+def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1):
+    """-> {dataset: (nats a token, bits a byte)} over the first `--val-tokens` of its validation split, every token predicted once.
+
+    Bits a byte compare across tokenizers; the end token costs bits and has no bytes.
+    """
+    sizes = torch.tensor([0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+    model.eval()
+    results = {}
+    for dataset in datasets:
+        stream = dataset.val[:args.val_tokens]
+        rows = [(stream, spans, target_weights(None, spans, 1)) for spans in Packer(stream, tokenizer.eot, args.context)]
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        for i in range(rank * args.micro_batch, len(rows), world * args.micro_batch):
+            chunk = rows[i:i + args.micro_batch]
+            tokens, documents, targets, weights = collate(chunk + chunk[:1] * (args.micro_batch - len(chunk)), args.context)
+            weights[len(chunk):] = 0  # a full micro-batch always, so that blocks are compiled for one shape
+            with autocast():
+                nats, count = model(tokens.to(device), documents.to(device), targets.to(device), weights.to(device))
+            sums += torch.tensor([nats.item(), count.item(), (sizes[targets] * weights).sum().item()], dtype=torch.float64)
+        if world > 1:
+            everywhere = sums.to(device, torch.float32 if device.type == "mps" else None)
+            dist.all_reduce(everywhere)
+            sums = everywhere.cpu()
+        nats, count, n_bytes = sums.tolist()
+        results[dataset.name] = nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1)
+    model.train()
+    return results
+
+
+def loss_svg(records, title):
+    """The loss curves of log.jsonl's records as a small SVG picture; the loss axis is logarithmic."""
+    train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    val = {}
+    for r in records:
+        for name, (nats, _) in r.get("val", {}).items():
+            val.setdefault(name, []).append((r["tokens"], nats))
+    curves = {"training": train, **{f"{name} validation": points for name, points in val.items()}}
+    points = [p for curve in curves.values() for p in curve if p[1] > 0]
+    if not points:
+        return ""
+    right, (low, high) = max(p[0] for p in points) or 1, (f(math.log(p[1]) for p in points) for f in (min, max))
+    high = max(high, low + 0.1)
+
+    def place(tokens, loss):
+        return f"{60 + 600 * tokens / right:.1f},{20 + 300 * (high - math.log(max(loss, 1e-9))) / (high - low):.1f}"
+    colors = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd")
+    ticks = [math.exp(low + (high - low) * i / 4) for i in range(5)]
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 380" font-family="sans-serif" font-size="12">',
+             '<rect width="700" height="380" fill="white"/>', f'<text x="60" y="14">{title}: loss (nats a token) over tokens</text>']
+    parts += [f'<text x="8" y="{24 + 75 * (4 - i)}">{t:.3g}</text><path d="M60 {20 + 75 * (4 - i)}h600" stroke="#ddd"/>' for i, t in enumerate(ticks)]
+    parts += [f'<text x="{60 + 150 * i}" y="338" text-anchor="middle">{right * i / 4 / 1e6:.3g} M</text>' for i in range(5)]
+    for (name, curve), color in zip(curves.items(), itertools.cycle(colors)):
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(place(*p) for p in curve)}"/>')
+    parts += [f'<text x="{60 + 200 * (i % 3)}" y="{356 + 16 * (i // 3)}" fill="{color}">{name}</text>'
+              for i, (name, color) in enumerate(zip(curves, itertools.cycle(colors)))]
+    return "\n".join(parts + ["</svg>\n"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def fail(message, code=2):
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def open_mixture(entries):
+    """["web:0.4", "textbooks"] -> (datasets, weights, tokenizer); names stand for data/NAME; all must share one tokenizer."""
+    datasets, shares = [], []
+    for entry in entries:
+        name, _, share = entry.partition(":") if not os.path.isdir(entry) else (entry, "", "")
+        try:
+            shares.append(float(share or 1))
+        except ValueError:
+            shares.append(-1)
+        if not 0 < shares[-1] < math.inf:
+            fail(f"--data {entry}: write NAME or NAME:WEIGHT with a weight above 0, such as web:0.4")
+        datasets.append(data.open_dataset(name if os.path.isdir(name) else os.path.join("data", name)))
+        datasets[-1].name = datasets[-1].path.name
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.meta["tokenizer"] != first.meta["tokenizer"]:
+            fail(f"{other.path} was made with another tokenizer than {first.path}; make it again with data.py --tokenizer {first.path}")
+    return datasets, shares, models.Tokenizer.load(first.path)
+
+
+def new_model(args, tokenizer):
+    """The model to train: --init's weights, or the preset with the shape options applied and the tokenizer's vocabulary."""
+    shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    if args.init:
+        if shape or args.preset:
+            fail(f"--init {args.init} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
+        model, theirs = models.load(args.init, device="cpu", dtype=torch.float32)
+        if theirs.fingerprint != tokenizer.fingerprint:
+            fail(f"--init {args.init} has another tokenizer than the data; make the data again with data.py --tokenizer {args.init}")
+        if args.context > model.config.context:
+            fail(f"--context {args.context} is longer than the {model.config.context} tokens of {args.init}; lower it")
+        return model
+    vocab = -(-tokenizer.vocab_size // 64) * 64  # matrix products like multiples of 64
+    base = models.PRESETS[args.preset or "laptop"]
+    return models.Model(dataclasses.replace(base, vocab_size=vocab, context=max(args.context, base.context), **shape))
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask the loop to save and leave after the step at hand; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+
+def train(args):
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(models.default_device() if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    datasets, shares, tokenizer = open_mixture(args.data)
+    args.context = args.context or (512 if not args.init else models.read_config(os.path.join(args.init, "config.json")).context)
+    n_rows = args.batch_tokens // args.context
+    if n_rows < world or n_rows % world:
+        fail(f"--batch-tokens {args.batch_tokens} makes {n_rows} rows of --context {args.context}; it must be a multiple of "
+             f"{args.context} x {world} processes, such as {max(1, round(n_rows / world)) * world * args.context}")
+    mine = n_rows // world
+    args.micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and (n == 1 or n * args.context <= args.micro_tokens))
+    torch.manual_seed(args.seed)
+    model = new_model(args, tokenizer).to(device)
+    dtype, reason = choose_dtype(device, args.dtype)
+    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
+    found = optimizers(model, args, dtype)
+    mixture = Mixture(datasets, shares, tokenizer.eot, args.context, args.prompt_weight, args.seed)
+    out, step, records = args.out, 0, []
+    recipe = {name: value for name, value in vars(args).items() if name in EXACT}
+    state_file = os.path.join(out, "state.pt")
+    if os.path.exists(state_file):
+        try:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            fail(f"{state_file} cannot be read ({type(error).__name__}); delete {out} to start again")
+        changed = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
+        if changed:
+            name = changed[0]
+            fail(f"{out} was made with --{name.replace('_', '-')} {state['recipe'].get(name)}, not {recipe[name]}; give that, or another --out")
+        step, records = state["step"], state["records"]
+        if step >= args.steps:
+            say(f"{out} is trained already ({step:,} steps); give another --out, or delete it, to train again")
+            return
+        model.load_state_dict(state["model"])
+        for optimizer, packed in zip(found, state["optimizers"]):
+            optimizer.load_state_dict(packed)
+        mixture.restore(state["mixture"])
+        torch.set_rng_state(state["rng"])
+        say(f"going on from step {step:,} of {args.steps:,} in {out}")
+        del state
+    elif os.path.exists(os.path.join(out, "model.safetensors")):
+        fail(f"{out} holds a model without a training state; give another --out, or delete it")
+
+    peak = measure_peak(device, dtype)
+    shown = ", ".join(f"{d.name} {s / sum(shares):.0%}" for d, s in zip(datasets, shares))
+    say(f"model    {model.config.parameters():,} parameters: {model.config.n_layer} layers, {model.config.d_model} wide, {model.config.n_head} "
+        f"query and {model.config.n_kv_head} key/value heads, vocabulary {model.config.vocab_size}")
+    say(f"data     {shown}; {args.steps * args.batch_tokens / 1e6:.1f} M tokens in {args.steps:,} steps of {n_rows} x {args.context}, "
+        f"{args.micro_batch} rows at a time" + (f" on each of {world} processes" if world > 1 else ""))
+    say(f"device   {device}: products in {str(dtype)[6:]} ({reason}), peak {peak / 1e9:,.0f} GFLOP/s; {compile_blocks(model, args.compile, device)}")
+
+    wrapped = DistributedDataParallel(model, device_ids=[local] if device.type == "cuda" else None) if world > 1 else model
+    flops_per_token = 6 * (model.config.parameters() - (0 if model.config.tied else model.embed.weight.numel())) + \
+        3 * model.config.attention_flops() * args.context // (2 * model.config.context)
+    stop = Stop()
+    progress = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, desc=os.path.basename(out), unit="step")
+    log = {"loss": 0.0, "weight": 0.0, "tokens": 0, "start": time.perf_counter()}
+
+    def save():
+        if rank == 0:
+            state = {"recipe": recipe, "step": step, "records": records, "model": model.state_dict(), "mixture": mixture.state(),
+                     "optimizers": [optimizer.state_dict() for optimizer in found], "rng": torch.get_rng_state()}
+            models._write(state_file, lambda file: torch.save(state, file))  # first, and enough to go on from by itself
+            models.save(model, tokenizer, out)
+            models._write(os.path.join(out, "log.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+            models._write(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out).encode()))
+
+    def validate():
+        results = evaluate(model, datasets, tokenizer, args, device, autocast, rank, world)
+        records.append({"step": step, "tokens": step * args.batch_tokens, "val": results})
+        say(f"step {step:6,}  validation " + ", ".join(f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items()))
+
+    while step < args.steps:
+        for optimizer in found:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(step, args)
+        rows = mixture.rows(n_rows)
+        total = sum(float(weights.sum()) for *_, weights in rows)  # over all ranks and micro-batches: each target counts the same
+        loss = 0.0
+        for i in range(0, mine, args.micro_batch):
+            batch = collate(rows[rank::world][i:i + args.micro_batch], args.context)
+            last = i + args.micro_batch >= mine
+            with autocast(), contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+                nats, _ = wrapped(*(t.to(device, non_blocking=True) for t in batch))
+                part = nats * (world / max(total, 1e-9))  # DDP averages over ranks
+                part.backward()
+            loss += part.item() / world
+        flags = torch.tensor([loss, float(stop.signal)], device=device)
+        if world > 1:  # the loss of the whole batch, and whether any rank was asked to stop
+            dist.all_reduce(flags)
+        loss, asked = flags.tolist()
+        if not math.isfinite(loss):
+            where = sorted({(d.name, spans[0][0]) for d in datasets for stream, spans, _ in rows if stream is d.train})
+            saved = f"the last good checkpoint is {out}" if os.path.exists(state_file) else "nothing was saved yet"
+            fail(f"the loss is {loss} at step {step:,} (rows that begin at tokens {where[:4]} …); {saved}; lower --lr and --muon-lr", 1)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+        for optimizer in found:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        step += 1
+        progress.update()
+        log["loss"], log["weight"], log["tokens"] = log["loss"] + loss, log["weight"] + 1, log["tokens"] + args.batch_tokens
+        if step % args.log_every == 0 or step == args.steps:
+            seconds = time.perf_counter() - log["start"]
+            rate = log["tokens"] / seconds
+            share = rate * flops_per_token / (peak * world)
+            records.append({"step": step, "tokens": step * args.batch_tokens, "loss": log["loss"] / log["weight"], "grad_norm": norm,
+                            "lr": schedule(step - 1, args) * args.lr, "tokens_per_second": round(rate), "seconds": round(seconds, 3), "peak_share": round(share, 3)})
+            progress.set_postfix_str(f"loss {log['loss'] / log['weight']:.3f}, {rate:,.0f} tokens/s, {share:.0%} of peak")
+            log = {"loss": 0.0, "weight": 0.0, "tokens": 0, "start": time.perf_counter()}
+        if asked or step % args.save_every == 0 or step == args.steps:
+            pause = time.perf_counter()
+            save()
+            log["start"] += time.perf_counter() - pause
+        if asked:
+            progress.close()
+            number = stop.signal or signal.SIGTERM
+            say(f"stopped; saved at step {step:,} in {out}: give the same command to go on")
+            raise SystemExit(128 + number)
+        if step % args.val_every == 0 or step == args.steps:
+            pause = time.perf_counter()
+            validate()
+            log["start"] += time.perf_counter() - pause
+    progress.close()
+    save()
+    trained = [r for r in records if "loss" in r]
+    seconds = sum(r["seconds"] for r in trained)
+    say(f"saved    {out}: {args.steps:,} steps, {args.steps * args.batch_tokens:,} tokens in {seconds:.1f} s of stepping "
+        f"({args.steps * args.batch_tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe: every stage is one command, printed before it runs, and its product is reused when it is there already
+
+
+def recipe_stages(quick):
+    """[(title, why, command, product, expected seconds on two 2020s laptop cores)]; `quick` is the two-minute version."""
+    root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
+    pages, problems, held_out, web = (1500, 3000, 200, 1_000_000) if quick else (8000, 40_000, 1000, 8_000_000)
+    pretrain, finetune = (60, 150) if quick else (900, 1500)
+    bpe = f"--tokenizer {root}/textbooks --out {root}"
+    shape = "--context 384 --batch-tokens 3072"
+    test = f"{root}/test.jsonl"
+    return [
+        ("textbooks", "a template teacher writes pages; every example on them is executed",
+         f"synth.py textbooks --count {pages} --k 1,1,2,2,3,4 --out {root}/textbooks.jsonl", f"{root}/textbooks.jsonl", pages / 350),
+        ("exercises", "problems with solutions and tests: chains of one to four operations",
+         f"synth.py exercises --count {problems} --k 1,2,3,4 --out {root}/exercises.jsonl", f"{root}/exercises.jsonl", problems / 800),
+        ("held-out problems", "compositions that no page and no exercise contains, of two to six operations",
+         f"synth.py exercises --split test --k 2-6 --count {held_out} --out {test}", test, held_out / 50),
+        ("tokenize textbooks", "a byte-level BPE of 1,024 tokens is trained on them",
+         f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 --rules none --dedup-threshold 1 --out {root}",
+         f"{root}/textbooks", 5),
+        ("tokenize exercises", "prompts are marked, so that finetuning can weigh the solutions",
+         f"data.py --input {root}/exercises.jsonl --name exercises --rules none --dedup-threshold 1 {bpe}", f"{root}/exercises", 5),
+        ("filter the web", "this machine's own Python source, cleaned and deduplicated",
+         f"data.py --input python --name web --max-bytes {web} {bpe}", f"{root}/web", 5),
+        ("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
+         f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {shape} --steps {pretrain} --out {runs}/base", f"{runs}/base", None),
+        ("evaluate the base", "solves the held-out problems by running their tests",
+         f"sample.py --run {runs}/base --eval {test} --json {runs}/base/eval.json --show 0", f"{runs}/base/eval.json", held_out / 25),
+        ("finetune", "the exercises (phi-1's CodeExercises)",
+         f"train.py --data {root}/exercises --init {runs}/base {shape} --steps {finetune} --out {runs}/phi", f"{runs}/phi", None),
+        ("evaluate", "the same held-out problems", f"sample.py --run {runs}/phi --eval {test} --json {runs}/phi/eval.json --show 1",
+         f"{runs}/phi/eval.json", held_out / 25)]
+
+
+def recipe(quick):
+    stages = recipe_stages(quick)
+    book_file = os.path.join("runs", "quick" if quick else ".", "recipe.json")
+    try:
+        with open(book_file) as file:
+            book = json.load(file)  # product -> the command that made it and its seconds
+    except (OSError, ValueError):
+        book = {}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cpu = torch.device("cpu")
+    peak = measure_peak(cpu, choose_dtype(cpu, "auto")[0]) if not gpus else None
+    print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under data/ and runs/; give the same command "
+          "again to go on after an interruption.\n", flush=True)
+    for number, (title, why, command, product, expected) in enumerate(stages, 1):
+        words = shlex.split(command)
+        if expected is None and peak:  # training: steps x tokens x FLOPs at half the measured peak
+            options = dict(zip(words, words[1:]))
+            expected = 30 + int(options["--steps"]) * int(options["--batch-tokens"]) * 6 * models.PRESETS["laptop"].parameters() / (0.5 * peak)
+        done = book.get(product, {}).get("command") == command and os.path.exists(product)
+        when = "done already, reused" if done else f"about {expected:.0f} s" if expected else "minutes"
+        print(f"[{number}/{len(stages)}] {title}: {why} ({when})\n    python {command}", flush=True)
+        if done:
+            continue
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if words[0] == "train.py" and gpus > 1 else []
+        start = time.time()
+        here = os.path.dirname(os.path.abspath(__file__))
+        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]])
+        while True:
+            try:
+                code = child.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # the stage got it too: it saves, and its exit code says so
+        if code:
+            print(f"train.py: stage {title!r} ended with code {code}; give the same command to go on from here", file=sys.stderr)
+            raise SystemExit(code if 0 < code < 256 else 1)
+        book[product] = {"command": command, "seconds": round(time.time() - start + book.get(product, {}).get("lost", 0), 1)}
+        models._write(book_file, lambda file: file.write(json.dumps(book, indent=1).encode()))
+        print(flush=True)
+    print_report(stages, book)
+
+
+def print_report(stages, book):
+    """The table of stages, and pass@1 by difficulty before and after finetuning."""
+    print(f"\n{'stage':20} {'tokens':>12} {'seconds':>8}  {'validation, bits a byte':38} pass@1 on held-out problems")
+    evaluations = []
+    for title, _, command, product, _ in stages:
+        tokens = bits = score = ""
+        if os.path.exists(os.path.join(product, "meta.json")):
+            with open(os.path.join(product, "meta.json")) as file:
+                tokens = f"{json.load(file)['train']['tokens']:,}"
+        elif os.path.exists(os.path.join(product, "log.jsonl")):
+            with open(os.path.join(product, "log.jsonl")) as file:
+                records = [json.loads(line) for line in file]
+            tokens = f"{records[-1]['tokens']:,}"
+            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in [r for r in records if "val" in r][-1]["val"].items())
+        elif product.endswith("eval.json"):
+            with open(product) as file:
+                evaluations.append((title, json.load(file)))
+            score = f"{evaluations[-1][1]['pass@1']:.1%}"
+        print(f"{title:20} {tokens:>12} {book[product]['seconds']:8.1f}  {bits:38} {score}")
+    print(f"{'all':20} {'':12} {sum(book[stage[3]]['seconds'] for stage in stages):8.1f}\n")
+    levels = sorted(evaluations[-1][1]["levels"], key=int)
+    print(f"{'pass@1 ± standard error':36}" + "".join(f"{'k = ' + level:>16}" for level in levels) + f"{'all':>16}")
+    for name, (_, result) in zip(("pretrained on code + textbooks", "finetuned on exercises (k <= 4)"), evaluations):
+        cells = [result["levels"][level] for level in levels] + [result]
+        print(f"{name:36}" + "".join(f"{cell['pass@1']:>9.1%} ±{cell['se']:5.1%}" for cell in cells))
+    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two steps.\n"
+          "Ours are held-out compositions of the teacher's own operations: a far easier test, on a model some hundred times smaller.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff")
+EXACT = ("data", "init", "preset", *SHAPE, "context", "batch_tokens", "steps", "optimizer", "lr", "muon_lr", "weight_decay", "beta2",
+         "warmup", "decay", "final_lr", "clip", "prompt_weight", "seed")  # what a resumed run must share with its beginning
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number from low to high."""
+    def parse(text):
+        value = kind(float(text)) if kind is int and "e" in text else kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def option(name, default, text, **more):
+        parser.add_argument(name, default=default, help=text + (f" (default: {default})" if default is not None else ""), **more)
+    parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
+                        "without this option the whole recipe runs")
+    parser.add_argument("--quick", action="store_true", help="the recipe in two minutes, with a model that has learned little")
+    option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
+    option("--init", None, "run directory whose weights to start from", metavar="RUN")
+    option("--preset", None, "shape of a new model (default: laptop)", choices=models.PRESETS)
+    for name in SHAPE:
+        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=number(int, 1), metavar="N")
+    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=number(int, 2), metavar="N")
+    option("--batch-tokens", 4096, "tokens a step, over all processes", type=number(int, 2), metavar="N")
+    option("--micro-tokens", 4096, "most tokens in one forward pass of a process; lower it when memory runs out", type=number(int, 1), metavar="N")
+    option("--steps", 1000, "optimizer steps", type=number(int, 1), metavar="N")
+    option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
+    option("--lr", 0.003, "peak learning rate of AdamW", type=number(float, 0), metavar="RATE")
+    option("--muon-lr", 0.01, "peak learning rate of Muon", type=number(float, 0), metavar="RATE")
+    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=number(float, 0), metavar="RATE")
+    option("--beta2", 0.95, "AdamW's second moment decay", type=number(float, 0, 0.99999), metavar="BETA")
+    option("--warmup", 0.02, "share of the steps with rising learning rate", type=number(float, 0, 1), metavar="SHARE")
+    option("--decay", 0.5, "share of the steps with falling learning rate, at the end", type=number(float, 0, 1), metavar="SHARE")
+    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=number(float, 0, 1), metavar="SHARE")
+    option("--clip", 1.0, "largest norm of the gradient", type=number(float, 0), metavar="NORM")
+    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=number(float, 0, 1), metavar="WEIGHT")
+    option("--val-every", 500, "steps between validations; one always comes last", type=number(int, 1), metavar="N")
+    option("--val-tokens", 65536, "validation tokens of each dataset", type=number(int, 2), metavar="N")
+    option("--save-every", 250, "steps between checkpoints", type=number(int, 1), metavar="N")
+    option("--log-every", 10, "steps between records in log.jsonl", type=number(int, 1), metavar="N")
+    option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
+    option("--dtype", "auto", "type of matrix products; auto measures", choices=("auto", "fp32", "bf16"))
+    option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
+    option("--seed", 0, "random seed of weights and of the order of documents", type=number(int, 0))
+    args = parser.parse_args()
+    if not args.data:
+        given = [word for word in sys.argv[1:] if word != "--quick"]
+        if given:
+            parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own settings (each stage prints its command)")
+        if "RANK" in os.environ:
+            fail("the recipe starts torchrun itself where it helps; run python train.py")
+        recipe(args.quick)
+        return
+    try:
+        train(args)
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    except torch.OutOfMemoryError:
+        fail(f"out of memory; lower --micro-tokens (now {args.micro_tokens}) to {max(1, args.micro_tokens // 2)}", 1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("train.py: stopped", file=sys.stderr)
+        sys.exit(130)
