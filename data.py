@@ -177,7 +177,7 @@ def find_files(paths, drop, seed=0, max_bytes=0, max_documents=0):
     return [(path, name, left) for (name, path, _), left in zip(files, room.tolist()) if left > 0]
 
 
-def read_documents(files, drop, max_document_bytes=1_000_000):
+def read_documents(files, drop, max_document_bytes=10_000_000):
     """Yields a dict {text, id, source, bytes, ...} for each document in files, as find_files gives them.
 
     A .jsonl file holds one document a line, with `text`, or `prompt` and its `canonical_solution` or `completion`; any other
@@ -591,7 +591,12 @@ def encode(documents, tokenizer, dtype):
 
 
 def split_documents(documents, val_share):
-    """{train, val} by a hash of the document alone, so the split never moves; neither side is empty if there are two documents."""
+    """{train, val} by a hash of the document alone, so the split never moves. One document alone is cut: its last share is val."""
+    if len(documents) == 1 and "prompt_chars" not in documents[0]:
+        text = documents[0]["text"]
+        at = max(1, round(len(text) * (1 - max(val_share, 0.001))))
+        parts = {"train": text[:at], "val": text[at:]}
+        return {name: [documents[0] | {"text": part, "bytes": len(part.encode())}] for name, part in parts.items()}
     ranked = sorted(documents, key=lambda document: document["digest"])
     n_val = sum(int.from_bytes(document["digest"][:8], "big") < val_share * 2**64 for document in ranked)
     n_val = min(max(n_val, 1), len(ranked) - 1)
@@ -789,7 +794,7 @@ def main(arguments=None):
            "texts go, as is right for exercises, which resemble each other", type=number(float, 0, 1), metavar="SHARE")
     option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", type=number(int, 0), metavar="BYTES")
     option("--max-documents", 0, "keep at most so many documents; 0: all", type=number(int, 0), metavar="N")
-    option("--max-document-bytes", 1_000_000, "longer documents are dropped", type=number(int, 1), metavar="BYTES")
+    option("--max-document-bytes", 10_000_000, "longer documents are dropped", type=number(int, 1), metavar="BYTES")
     option("--val-share", 0.01, "share of the documents for validation, at least one", type=number(float, 0, 0.9), metavar="SHARE")
     option("--workers", 0, "processes; 0: one a core", type=number(int, 0), metavar="N")
     option("--seed", 0, "of the sample and of the documents' order", type=int)

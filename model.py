@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import sys
 
 import numpy as np
 import tiktoken
@@ -288,10 +287,10 @@ def default_device() -> str:
 # ---------------------------------------------------------------- tokenizer
 
 # GPT-4's split adapted to Python source. A run of blank lines and the indentation after it is one piece, so that a line's level
-# is one token; words take a leading space, underscore or dot (snake_case pieces, methods); digits stand alone. Every character
+# is one token; words take a leading space, underscore or dot (snake_case pieces, methods); each digit is a token, with the space before it. Every character
 # falls into some alternative, only syntax that tiktoken (Rust) and Hugging Face (Oniguruma) read alike is used, and no lookaround,
 # which keeps matching linear on any text (GPT-4's own pattern overflows the stack on a megabyte of spaces).
-PATTERN = r"\s*[\r\n]+[ \t]*|(?: ?_?|\.)[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}_.]+| ?_+| ?\.+|\s+"
+PATTERN = r"\s*[\r\n]+[ \t]*|(?: ?_?|\.)[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{N}_.]+| ?_+| ?\.+|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what HF's ByteLevel(use_regex) means
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -437,7 +436,7 @@ class Tokenizer:
 
 # ---------------------------------------------------------------- files
 
-def _write(path: str, write) -> None:
+def write_atomically(path: str, write) -> None:
     """Atomically: `write(file)` fills a file aside, which then takes the place of `path`."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     aside = f"{path}.{os.getpid()}.tmp"
@@ -453,7 +452,7 @@ def _write(path: str, write) -> None:
 
 
 def _write_json(path: str, value) -> None:
-    _write(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
 
 
 def _read_json(path: str):
@@ -498,7 +497,7 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    _write(path, write)
+    write_atomically(path, write)
 
 
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:

@@ -199,7 +199,7 @@ def evaluate(args) -> None:
     if args.out:
         data.write_jsonl(args.out, rows)
     if args.json:
-        models._write(args.json, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
+        models.write_atomically(args.json, lambda file: file.write((json.dumps(summary, indent=1) + "\n").encode()))
 
     for solved in (True, False):
         for row in [row for row in rows[::args.samples] if row["passed"] == solved and row["completion"] is not None][:args.show]:

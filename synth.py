@@ -17,17 +17,24 @@ however it is written; both without a list of held-out problems, for any number 
 are the vocabulary that compositions are made of: their composition counts as training's, their behaviour is still hashed.
 """
 import argparse
+import ast
+import builtins
 import contextlib
 import copy
+import ctypes
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
+import json
 import marshal
 import multiprocessing
 import os
 import random
+import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -310,7 +317,7 @@ for _op in OPS.values():
 PARAMETERS = {"ints": ("numbers", "values", "nums", "items", "data"), "int": ("n", "number", "value"),
               "str": ("text", "string", "line"), "strs": ("words", "names", "tokens"), "dict": ("scores", "table", "prices"),
               "idict": ("counts",)}
-ELEMENTS = {"ints": ("v", "x", "n", "num"), "strs": ("w", "s", "word"), "dict": ("k",), "idict": ("k",)}
+ELEMENTS = {"ints": ("v", "x"), "strs": ("w", "s"), "dict": ("k",), "idict": ("k",)}
 HINTS = {"ints": "list[int]", "int": "int", "str": "str", "strs": "list[str]", "dict": "dict[str, int]", "idict": "dict[int, int]"}
 FRESH = ("result", "out", "kept", "step", "found", "new", "rest_of", "part")
 VERBS = "get find make build compute solve process convert collect reduce select transform handle prepare update check".split()
@@ -426,7 +433,7 @@ def draw_chain(k, split, rng):
 
 def render_code(chain, parameter, phrases, rng, style, comments):
     """Function body (indented by 4) that computes the chain from `parameter`, one step after the other."""
-    lines, x, reassign, used = [], parameter, rng.random() < 0.75, {parameter}
+    lines, x, reassign, used = [], parameter, rng.random() < 0.85, {parameter}
     for i, (name, constant) in enumerate(chain):
         o, last = OPS[name], i == len(chain) - 1
         code = o.code["early" if last and "early" in o.code and rng.random() < 0.4 else style if style in o.code else "plain"]
@@ -482,8 +489,8 @@ def draw_problem(index, split, ks, seed, page=False):
         hints = rng.random() < 0.2
         signature = (f"def {entry_point}({parameter}: {HINTS[kind]}) -> {HINTS[OPS[chain[-1][0]].target]}:" if hints
                      else f"def {entry_point}({parameter}):")
-        style = rng.choices(("plain", "loop", "helper", "recursion"), (60, 18, 12, 10))[0]
-        body = render_code(chain, parameter, phrases, rng, style, rng.random() < (0.6 if k == 1 else 0.9))
+        style = rng.choices(("plain", "loop", "helper", "recursion"), (70, 14, 10, 6))[0]
+        body = render_code(chain, parameter, phrases, rng, style, rng.random() < (0.7 if k == 1 else 0.95))
         try:
             inputs = {repr(value): value for value in (draw_input(kind, rng) for _ in range(20))}
             cases = [(value, run_chain(chain, value)) for value in inputs.values()]
@@ -1098,7 +1105,6 @@ def main():
             yield {key: value for key, value in record.items() if key != "chain"}
 
     if path == "-":
-        import json
         for record in counted():
             print(json.dumps(record))
     else:

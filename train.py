@@ -258,6 +258,8 @@ def compile_blocks(model, wanted, device):
     """Compile each block (all share one compilation) where a compiler is at hand -> one line that says what was done and why."""
     if wanted == "no":
         return "not compiled (asked for)"
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "not compiled: on CPUs without AVX-512 that was measured to be slower"
     if device.type == "cpu" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
         return "not compiled: no C++ compiler (g++ or clang++) found"
     if device.type == "mps" or device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -275,14 +277,14 @@ def compile_blocks(model, wanted, device):
 def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1):
     """-> {dataset: (nats a token, bits a byte)} over the first `--val-tokens` of its validation split, every token predicted once.
 
-    Bits a byte compare across tokenizers; the end token costs bits and has no bytes.
+    Bits a byte compare across tokenizers; the end token costs bits and has no bytes. Where prompts are marked only solutions count.
     """
     sizes = torch.tensor([0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
     model.eval()
     results = {}
     for dataset in datasets:
         stream = dataset.val[:args.val_tokens]
-        rows = [(stream, spans, target_weights(None, spans, 1)) for spans in Packer(stream, tokenizer.eot, args.context)]
+        rows = [(stream, spans, target_weights(dataset.val_mask, spans, 0)) for spans in Packer(stream, tokenizer.eot, args.context)]
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         for i in range(rank * args.micro_batch, len(rows), world * args.micro_batch):
             chunk = rows[i:i + args.micro_batch]
@@ -463,10 +465,10 @@ def train(args):
         if rank == 0:
             state = {"recipe": recipe, "step": step, "records": records, "model": model.state_dict(), "mixture": mixture.state(),
                      "optimizers": [optimizer.state_dict() for optimizer in found], "rng": torch.get_rng_state()}
-            models._write(state_file, lambda file: torch.save(state, file))  # first, and enough to go on from by itself
+            models.write_atomically(state_file, lambda file: torch.save(state, file))  # first, and enough to go on from by itself
             models.save(model, tokenizer, out)
-            models._write(os.path.join(out, "log.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
-            models._write(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out).encode()))
+            models.write_atomically(os.path.join(out, "log.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+            models.write_atomically(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out).encode()))
 
     def validate():
         results = evaluate(model, datasets, tokenizer, args, device, autocast, rank, world)
@@ -607,7 +609,7 @@ def recipe(quick):
             print(f"train.py: stage {title!r} ended with code {code}; give the same command to go on from here", file=sys.stderr)
             raise SystemExit(code if 0 < code < 256 else 1)
         book[product] = {"command": command, "seconds": round(time.time() - start + book.get(product, {}).get("lost", 0), 1)}
-        models._write(book_file, lambda file: file.write(json.dumps(book, indent=1).encode()))
+        models.write_atomically(book_file, lambda file: file.write(json.dumps(book, indent=1).encode()))
         print(flush=True)
     print_report(stages, book)
 

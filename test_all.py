@@ -1,0 +1,1100 @@
+"""All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
+
+Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
+environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
+"""
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import kernels
+import model
+import model as models
+import synth
+import train
+from model import Config, Model, Tokenizer
+from synth import judge, judge_all, pack, unpack
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels.py, model.py, sample.py
+
+TINY = dict(vocab_size=300, context=64, n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=64)
+
+
+def tiny(seed=0, **change):
+    torch.manual_seed(seed)
+    m = Model(Config(**{**TINY, **change})).eval()
+    with torch.no_grad():  # spiked, so that positions, masks and norms matter
+        for p in m.parameters():
+            p.mul_(5) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+    return m
+
+
+# ------------------------------------------------------------------ kernels
+
+@pytest.mark.parametrize("T,S,causal", [(7, 7, True), (1, 13, False), (5, 13, True)])
+def test_attention_matches_repeated_heads(T, S, causal):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, T, 8) * 3, torch.randn(3, 2, S, 8), torch.randn(3, 2, S, 8)
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
+    keep = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
+    want = scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
+    assert (kernels.attention(q, k, v, causal=causal) - want).abs().max() < 1e-5
+    assert (kernels.attention(q, k, v, mask=keep) - want).abs().max() < 1e-5
+    additive = torch.zeros(3, 1, T, S).masked_fill(~keep, -torch.inf)
+    assert (kernels.attention(q, k, v, mask=additive) - want).abs().max() < 1e-5
+    for mask, flag in ((keep, False), (additive, False), (None, causal)):
+        assert (kernels.attention_reference(q, k, v, mask, causal=flag) - want).abs().max() < 1e-5
+
+
+def test_loss_weights_and_all_ignored():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets, weights = torch.randint(11, (2, 5)), torch.rand(2, 5)
+    targets[0, 1] = targets[1, 4] = -1
+    lp = (hidden @ weight.T).log_softmax(-1)
+    want = sum(-lp[b, t, targets[b, t]] * weights[b, t] for b in range(2) for t in range(5) if targets[b, t] >= 0)
+    total, count = kernels.cross_entropy(hidden, weight, targets, weights)
+    assert torch.allclose(total, want) and torch.allclose(count, weights[targets >= 0].sum())
+    assert kernels.cross_entropy(hidden, weight, targets)[1] == 8
+    total, count = kernels.cross_entropy(hidden, weight, torch.full((2, 5), -1))
+    total.backward()
+    assert total == 0 and count == 0 and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+# ------------------------------------------------------------------ model
+
+def test_parameter_counts():
+    for config in (Config(**TINY), Config(**TINY, tied=True), model.PRESETS["laptop"]):
+        assert sum(p.numel() for p in Model(config).parameters()) == config.parameters()
+    assert [model.PRESETS[n].parameters() for n in ("phi-3-mini", "phi-3-medium", "phi-4")] == [3_821_079_552, 13_960_238_080, 14_659_507_200]
+
+
+@pytest.mark.parametrize("field,value", [("n_layer", 0), ("d_model", 50), ("n_kv_head", 4), ("vocab_size", "x"), ("norm_eps", -1.0), ("d_ff", True)])
+def test_config_names_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        Config(**{**TINY, field: value})
+
+
+def test_init_is_seeded_and_scaled():
+    torch.manual_seed(3); a = Model(Config(**TINY))
+    torch.manual_seed(3); b = Model(Config(**TINY))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert abs(a.embed.weight.std() - 0.02) < 2e-3 and abs(a.layers[0].down.weight.std() - 0.01) < 1e-3
+
+
+def test_documents_do_not_see_each_other():
+    m, x = tiny(), torch.randint(300, (2, 20))
+    documents = torch.tensor([[0] * 8 + [1] * 12, [5] * 20])
+    together = m(x, documents)
+    assert (together[:1, :8] - m(x[:1, :8])).abs().max() < 1e-4
+    assert (together[:1, 8:] - m(x[:1, 8:])).abs().max() < 1e-4   # rotary positions are relative
+    assert (together[1:] - m(x[1:])).abs().max() < 1e-4
+    assert (together[:1, 8:] - m(x[:1])[:, 8:]).abs().max() > 1e-2
+
+
+def test_causal_and_loss():
+    m, x = tiny(), torch.randint(300, (2, 20))
+    y = x.clone(); y[:, 12] = (y[:, 12] + 1) % 300
+    assert torch.equal(m(x)[:, :12], m(y)[:, :12]) and not torch.equal(m(x)[:, 12:], m(y)[:, 12:])
+    total, count = m(x[:, :-1], targets=x[:, 1:])
+    want = torch.nn.functional.cross_entropy(m(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="sum")
+    assert torch.allclose(total, want) and count == 38
+    with pytest.raises(ValueError, match="context of 64"):
+        m(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_autocast_stream():
+    m, x, seen = tiny(), torch.randint(300, (1, 6)), []
+    m.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = m(x, targets=x)
+    assert seen == [torch.bfloat16] and total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_block_compiles_without_breaks(documents):
+    m, x = tiny(), torch.randint(300, (2, 16))
+    d = torch.arange(16).expand(2, 16) // 5 if documents else None
+    eager = m(x, d)
+    for block in m.layers:
+        block.compile(dynamic=False, fullgraph=True)
+    assert (m(x, d) - eager).abs().max() < 1e-3
+    assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate([[1, 2, 3], [4]], 5)  # and generation does not go through it
+
+
+# ------------------------------------------------------------------ generate
+
+def plain(m, prompt, n, stop=()):
+    out = list(prompt)
+    while len(out) - len(prompt) < n and len(out) < m.config.context:
+        out.append(int(m(torch.tensor([out]))[0, -1].argmax()))
+        if out[-1] in stop:
+            break
+    return out[len(prompt):]
+
+
+def test_cached_equals_uncached_in_ragged_batches():
+    m, rng = tiny(), random.Random(0)
+    prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 5, 64, 17, 63, 40, 2, 30, 9, 5)]
+    with torch.no_grad():
+        want = [plain(m, p, 40) for p in prompts]
+        assert m.generate(prompts, 40) == want and [len(w) for w in want[:5]] == [40, 40, 0, 40, 1]
+        assert [m.generate([p], 40)[0] for p in prompts] == want
+        stop = {w[len(w) // 2] for w in want if w}
+        assert m.generate(prompts, 40, stop=stop) == [plain(m, p, 40, stop) for p in prompts]
+    assert m.generate([], 3) == []
+
+
+def test_cache_logits():
+    m, x = tiny(), torch.randint(300, (2, 20))
+    cache = model.Cache(m.config, [0, 0], 20, "cpu", torch.float32)
+    parts = torch.cat([m(x[:, :9], cache=cache), m(x[:, 9:14], cache=cache), *(m(x[:, t:t + 1], cache=cache) for t in range(14, 20))], 1)
+    assert (parts - m(x)).abs().max() < 1e-3
+
+
+def test_stream_seed_and_filters():
+    m, seen = tiny(), []
+    out = m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4, stream=lambda row, token: seen.append((row, token)))
+    assert [[t for r, t in seen if r == row] for row in (0, 1)] == out
+    assert m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4) == out != m.generate([[1, 2], [3]], 8, temperature=1.0, seed=5)
+    assert m.generate([[1, 2]], 8, temperature=1.0, top_k=1) == m.generate([[1, 2]], 8) == m.generate([[1, 2]], 8, temperature=1.0, top_p=1e-9)
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
+    torch.manual_seed(0)
+    assert set(model.sample(p, 1.0, 0, 0.65).tolist()) == {0, 1} and set(model.sample(p, 1.0, 3, 1.0).tolist()) == {0, 1, 2}
+    share = torch.bincount(model.sample(p, 1.0, 2, 1.0))[0].item() / 4000
+    assert abs(share - 4 / 7) < 0.03
+
+
+@pytest.mark.parametrize("prompts,change,word", [([[]], {}, "prompt 0"), ([[1], [1] * 65], {}, "prompt 1"), ([[300]], {}, "vocabulary"),
+                                                ([[1]], dict(max_new_tokens=0), "max_new"), ([[1]], dict(temperature=-1), "temperature"),
+                                                ([[1]], dict(top_p=0.0), "top_p"), ([[1]], dict(top_k=-1), "top_k")])
+def test_generate_refuses(prompts, change, word):
+    with pytest.raises(ValueError, match=word):
+        tiny().generate(prompts, **{"max_new_tokens": 3, **change})
+
+
+# ------------------------------------------------------------------ tokenizer
+
+def small_tokenizer():
+    ranks = {bytes([b]): b for b in range(256)}
+    for t in (b"  ", b"    ", b"\n    ", b"he", b"ll", b"hell", b"hello", b" hello", b"_a", b"\n\n", b"re", b"ret", b"ur", b"urn", b"return", "é".encode()):
+        ranks[t] = len(ranks)
+    return Tokenizer(ranks | {b"ow": 300, b"low": 301})  # ids need not be dense
+
+
+HARD = ["", "hello", " hello hell\n    return x\n\n\n\tb", "é e\u0301 中文 😀\u200d", "\r\n \r\n  x", "a\x00b\x1c\x85\u2028\u00a0 c", "<|endoftext|><|user|>",
+        "__init__ _a_b a._b 12.5e-3 ...", "   x  ", "\ud7ff\uffff", "'don't' \"\"\"doc\"\"\"", "١٢ ²"]
+
+
+def test_pattern_covers_everything():
+    tok, rng = Tokenizer.load("bytes"), random.Random(0)
+    texts = HARD + ["".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)])) for _ in range(200)) for _ in range(300)]
+    for text in texts:
+        assert tok.encode(text) == list(text.encode()) and tok.decode(tok.encode(text)) == text
+    import tiktoken
+    pieces = tiktoken.Encoding("t", pat_str=model.PATTERN, mergeable_ranks={**{bytes([b]): b for b in range(256)}, b"\n    ": 256, b"_a": 257, b" a": 258, b".a": 259}, special_tokens={})
+    assert pieces.encode_ordinary("x\n    a_a a.a") == [120, 256, 97, 257, 258, 259]
+    big = " " * 2_000_000 + "x"
+    assert len(tok.encode(big)) == len(big)
+
+
+def test_text_never_gives_special_tokens_and_render():
+    tok = Tokenizer.load("bytes")
+    assert (tok.vocab_size, tok.eot) == (261, 256)
+    text = "<|end|>\n<|assistant|>\nyes<|endoftext|>"
+    assert max(tok.encode(text)) < 256
+    ids = tok.render([{"role": "user", "content": text}])
+    assert [i for i in ids if i > 255] == [tok.special[s] for s in ("<|user|>", "<|end|>", "<|assistant|>")]
+    assert tok.decode(tok.render([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}])) == "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    assert tok.render([{"role": "assistant", "content": "A"}], add_generation_prompt=False)[-1] == tok.eot
+    with pytest.raises(ValueError, match="message 0"):
+        tok.render([{"role": "root", "content": "x"}])
+    assert tok.decode([104, 9999, 105]) == "hi"
+
+
+def test_tokenizer_round_trip(tmp_path):
+    tok = small_tokenizer()
+    tok.save(str(tmp_path))
+    for where in (tmp_path, tmp_path / "tokenizer.json"):
+        again = Tokenizer.load(where)
+        assert again.fingerprint == tok.fingerprint and [again.encode(t) for t in HARD] == [tok.encode(t) for t in HARD] == tok.encode_batch(HARD)
+    assert Tokenizer.load("bytes").fingerprint != tok.fingerprint
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Tokenizer.load("nowhere")
+    with pytest.raises(ValueError, match="256 single bytes"):
+        Tokenizer({b"a": 0})
+
+
+def test_tokenizer_equals_tokenizers_library(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    tok, rng = small_tokenizer(), random.Random(1)
+    tok.save(str(tmp_path))
+    reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    alphabet = ["hello", "return", "low", " ", "    ", "\n", "\t", "é", "_a", ".", "1", "(", "\u2028", "\r", "中", "'"]
+    for text in [t for t in HARD if "<|" not in t] + ["".join(rng.choices(alphabet, k=30)) for _ in range(1000)]:
+        assert reference.encode(text).ids == tok.encode(text), repr(text)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_is_bit_equal(tmp_path, tied, dtype):
+    m, tok = tiny(tied=tied, rope_theta=5e4).to(dtype), small_tokenizer()
+    m = tiny(tied=tied, rope_theta=5e4, vocab_size=320).to(dtype)
+    model.save(m, tok, tmp_path)
+    again, tok2 = model.load(tmp_path, device="cpu")
+    assert again.config == m.config and tok2.fingerprint == tok.fingerprint
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(p.requires_grad for p in again.parameters()) and sum(p.numel() for p in again.parameters()) == m.config.parameters()
+    x = torch.randint(300, (1, 9))
+    assert torch.equal(m(x), again(x)) or dtype != torch.float32
+    assert model.load(str(tmp_path), "cpu", torch.float32)[0].head.weight.dtype == torch.float32
+    assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
+
+
+def test_sharded_and_broken_directories(tmp_path):
+    m, tok = tiny(vocab_size=320), small_tokenizer()
+    model.save(m, tok, tmp_path)
+    whole = model.read_safetensors(str(tmp_path / "model.safetensors"))
+    whole = {k: v.clone() for k, v in whole.items()}
+    os.remove(tmp_path / "model.safetensors")
+    names = list(whole)
+    model.write_safetensors(str(tmp_path / "a.safetensors"), {k: whole[k] for k in names[:5]})
+    model.write_safetensors(str(tmp_path / "b.safetensors"), {k: whole[k] for k in names[5:]})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: "a.safetensors" if i < 5 else "b.safetensors" for i, k in enumerate(names)}}))
+    again, _ = model.load(tmp_path, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
+    file = str(tmp_path / "model.safetensors")
+    for change, word in (({k: v for k, v in whole.items() if k != "lm_head.weight"}, "lm_head.weight is missing"),
+                         ({**whole, "extra": torch.zeros(1)}, "extra is not part"),
+                         ({**whole, "model.norm.weight": torch.zeros(3)}, r"model.norm.weight has shape \(3,\) instead of \(48,\)")):
+        model.write_safetensors(file, change)
+        with pytest.raises(ValueError, match=word):
+            model.load(tmp_path)
+    model.write_safetensors(file, whole)
+    size = os.path.getsize(file)
+    for cut in (0, 4, 100, size - 10):
+        model.write_safetensors(file, whole)
+        with open(file, "r+b") as f:
+            f.truncate(cut)
+        with pytest.raises(ValueError, match="model.safetensors is not a whole"):
+            model.load(tmp_path)
+    with pytest.raises(ValueError, match="shape without weights"):
+        model.load("phi-4")
+    with pytest.raises(FileNotFoundError, match="train.py"):
+        model.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="vocab_size"):
+        model.save(tiny(vocab_size=200), tok, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, word in ((dict(model_type="llama"), "llama"), (dict(rope_scaling={"type": "longrope"}), "longrope"), (dict(hidden_size=None), "hidden_size")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=word):
+            model.load(tmp_path)
+
+
+def test_safetensors_equals_the_library(tmp_path):
+    st = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3), "d": torch.zeros(0, 2), "é": torch.ones(3, dtype=torch.bool)}
+    model.write_safetensors(str(tmp_path / "x.safetensors"), tensors)
+    theirs = st.load_file(tmp_path / "x.safetensors")
+    st.save_file(tensors, tmp_path / "y.safetensors")
+    ours = model.read_safetensors(str(tmp_path / "y.safetensors"))
+    assert all(torch.equal(theirs[k], v) and torch.equal(ours[k], v) and ours[k].dtype == v.dtype and ours[k].shape == v.shape for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
+    transformers = pytest.importorskip("transformers")
+    m, tok = tiny(vocab_size=320, tied=tied), small_tokenizer()
+    model.save(m, tok, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "Phi3ForCausalLM"
+    x = torch.randint(300, (2, 37))
+    with torch.no_grad():
+        ours, other = m(x), theirs(x).logits
+    assert ours.std() > 0.1 and (ours - other).abs().max() < 1e-4
+    prompt = x[:1, :9]
+    new = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None)[0, 9:].tolist()
+    assert new == m.generate([prompt[0].tolist()], 20)[0]
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (t for t in HARD if "<|" not in t):
+        assert hf.encode(text, add_special_tokens=False) == tok.encode(text), repr(text)
+        assert hf.decode(tok.encode(text)) == text
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  hello\n"}]
+    for add in (True, False):
+        assert hf(hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False), add_special_tokens=False)["input_ids"] == tok.render(chat, add)
+    assert hf.eos_token_id == tok.eot
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # and back, in transformers' own dialect, sharded
+    again, none = model.load(tmp_path / "theirs", device="cpu")
+    assert none is None and again.config == m.config and (again(x) - ours).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------ sample.py
+
+def test_pass_at_k_and_cut():
+    import sample
+    import itertools
+    for n, c, k in ((5, 2, 1), (5, 2, 3), (10, 0, 10), (10, 1, 10), (4, 3, 2)):
+        draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert abs(sample.pass_at_k(n, c, k) - sum(map(any, draws)) / len(draws)) < 1e-12
+    assert sample.cut("\n    return 1\n\nprint(2)") == "\n    return 1\n" and sample.cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
+    assert [sample.cut("\n    x" + end) for end in ("\ndef f", "\nclass A", "\nif __name__", "\n@d", "\n# c", "\n```")] == ["\n    x"] * 6
+    assert sample.cut("  # comment\n    x") == "  # comment\n    x"
+    result = sample.score([3, 0, 1, 4], 4)
+    assert result["passed"] == 8 and result["total"] == 16 and result["pass@1"] == 0.5 and abs(result["se"] - 0.2282) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+HARD_TEXT = ("def f_x(a1, _b=0x1F):\n    '''don't — naïve Ünïcödé'''\n\n\n\treturn a1**2 if __name__ else ...\r\n  \n \t x.y.__z__ \n"
+             "e\u0301 ١٢٣ Ⅷ½ 漢字か 𝒜𝟙 😀👍🏽 \u2028\u00a0\u3000\x1c\x85 x \x0b\x0c _ __ ___a . .. ...b '\"#  \n\n   end  ")
+
+
+def reference_merges(counts, n_merges):
+    """Plain BPE: count every adjacent pair anew, merge the most frequent, smallest pair among equals, until none occurs twice."""
+    words, merges = [(list(word.encode()), n) for word, n in counts.items()], []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merges.append(best)
+        for word, _ in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [255 + len(merges)]
+                i += 1
+    return merges
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_bpe_merges_equal_reference(seed):
+    rng = random.Random(seed)                                         # few letters: long runs, overlaps and ties
+    letters = "ab" if seed % 3 == 0 else "abcd" if seed % 3 == 1 else "aé漢_ xyz"
+    counts = Counter()
+    for _ in range(rng.choice([1, 5, 60])):
+        counts["".join(rng.choices(letters, k=rng.randint(1, 12)))] += rng.choice([1, 2, 3, 1000])
+    assert data.learn_merges(counts, 200) == reference_merges(counts, 200)
+
+
+def test_bpe_on_code_equals_reference_and_tiktoken():
+    text = open(data.__file__).read()
+    counts = data.count_pretokens([text], model.PATTERN)
+    merges = data.learn_merges(counts, 150)
+    assert merges == reference_merges(counts, 150) and len(merges) == 150
+    tokenizer = data.train_bpe([text], 256 + 5 + 150)
+    assert tokenizer.vocab_size == 411
+    assert [bytes(tokenizer.decode_bytes([256 + i])) for i in range(150)] == [
+        tokenizer.decode_bytes([a]) + tokenizer.decode_bytes([b]) for a, b in merges]
+    assert tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT
+    assert data.learn_merges(dict(reversed(counts.items())), 150) == merges
+
+
+def test_bpe_edge_cases():
+    assert data.learn_merges({}, 10) == []
+    assert data.learn_merges({"a": 5}, 10) == []
+    assert data.learn_merges({"ab": 1}, 10) == []
+    assert data.train_bpe([], 300).vocab_size == 261
+    with pytest.raises(ValueError, match="from 261"):
+        data.train_bpe(["x"], 100)
+
+
+def test_split_pattern_agrees_with_tiktoken():
+    """tiktoken shows its splits when every piece that `re` finds is a token of its own and no merge leads there."""
+    for text in (HARD_TEXT, open(data.__file__).read()[:20000]):
+        counts = data.count_pretokens([text], model.PATTERN)
+        pieces = data.stdlib_pattern(model.PATTERN).findall(text)
+        assert "".join(pieces) == text and Counter(pieces) == counts
+        ranks = {bytes([i]): i for i in range(256)}
+        for piece in pieces:
+            ranks.setdefault(piece.encode(), len(ranks))
+        tokenizer = model.Tokenizer(ranks, model.PATTERN)
+        assert [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)] == [piece.encode() for piece in pieces]
+
+
+def page(rng, words=300):
+    return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(words))
+
+
+def test_minhash_estimates_jaccard():
+    rng = random.Random(0)
+    base = page(rng, 2000).split()
+    other = list(base)
+    for i in rng.sample(range(2000), 50):
+        other[i] = "changed"
+    grams = [{tuple(words[i:i + 5]) for i in range(len(words) - 4)} for words in (base, other)]
+    truth = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+    a, b, c = data.minhash([" ".join(base), " ".join(other), page(rng)])
+    assert abs((a == b).mean() - truth) < 0.12 and 0.5 < truth < 0.95
+    assert (a == c).mean() < 0.05
+    together, alone = data.minhash(["é x", " ".join(base), "", "q"]), data.minhash([" ".join(base)])
+    assert (together[1] == alone[0]).all() and not (together[0] == together[3]).any()
+
+
+def test_near_duplicates_keep_one_of_each_component():
+    rng = random.Random(1)
+    documents = []
+    for i in range(40):
+        text = page(rng)
+        documents += [{"text": text, "bytes": len(text)}, {"text": text + " the end", "bytes": len(text) + 8}]
+    documents += [{"text": t, "bytes": len(t)} for t in ("x", "y", "", "x y")]
+    assert data.near_duplicates(documents, 0.8, 2) == set(range(0, 80, 2))
+    assert data.near_duplicates(documents, 0.8, 1) == set(range(0, 80, 2))
+    assert data.near_duplicates([], 0.8, 2) == set()
+
+
+def test_reading_survives_everything(tmp_path):
+    root = tmp_path / "in"
+    (root / "sub").mkdir(parents=True)
+    (root / "good.py").write_text("x = 1\r\ny = 2\r")
+    (root / "bad.py").write_bytes(b"x = '\xff\xfe'")
+    (root / "nul.txt").write_bytes(b"a\0b")
+    (root / "empty.md").write_text(" \n")
+    (root / "huge.txt").write_text("a" * 2000)
+    (root / "picture.png").write_bytes(b"\x89PNG")
+    os.symlink(root, root / "sub" / "loop")
+    os.symlink("b.py", root / "a.py")
+    os.symlink("a.py", root / "b.py")
+    os.mkfifo(root / "pipe.txt")
+    records = [{"text": "one"}, {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "task_id": "t/0"}, {"x": 1}, [1]]
+    (root / "r.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"text": "\\ud800"}\n{broken\n\n' + "z" * 9000 + "\n"
+                                  + '{"text": "last"}')
+    whole = gzip.compress(b'{"text": "from gzip"}\n' * 1 + os.urandom(50000).hex().encode())
+    (root / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (root / "notgzip.txt.gz").write_text("plain")
+    drop = Counter()
+    documents = list(data.read_documents(data.find_files([str(root)], drop), drop, max_document_bytes=1000))
+    assert sorted(d["text"] for d in documents) == ["def f():\n    return 1\n", "from gzip", "last", "one", "x = 1\ny = 2\n"]
+    assert drop == {"invalid UTF-8": 2, "binary": 1, "empty": 1, "too large": 3, "not a text file": 1, "unreadable": 2,
+                    "not a regular file": 1, "no text in record": 2, "invalid JSON": 1, "damaged gzip": 2}
+    problem = next(d for d in documents if "prompt_chars" in d)
+    assert problem["text"][:problem["prompt_chars"]] == "def f():" and problem["id"] == "t/0"
+
+
+def test_rules():
+    good = '"""Adds numbers."""\n\n\ndef add(a, b):\n    """The sum of a and b."""\n    return a + b  # plain\n\n\nprint(add(1, 2))\n'
+    assert data.code_rule(good, "x.py") is None
+    cases = {"does not parse": good + "def (:\n", "minified": good + "x = '" + "a" * 2000 + "'\n", "too short": "x = 1",
+             "generated": "# Automatically generated, DO NOT EDIT\n" + good, "no documentation": "x = y + z\n" * 20,
+             "data table": '"""Table."""\nT = [' + "1, 2, 3,\n" * 99 + "]", "few letters and digits": "(((((((((\n" * 30,
+             "no code": '"""' + "words and words\n" * 20 + '"""\n'}
+    for reason, text in cases.items():
+        assert data.code_rule(text, "x.py") == reason
+    assert data.code_rule(good, "pkg/tests/x.py") == data.code_rule(good, "test_x.py") == "test"
+    prose = "It was the best of times, and the people that lived to see it have said to me that it was a good time to be. " * 3
+    assert data.prose_rule(prose) is None
+    assert data.prose_rule("the cats live of\n" * 40) == "repeated lines"
+    assert data.prose_rule("short") == "fewer than 50 words"
+    assert data.prose_rule("zzz qqq xxx www " * 30) == "no stop words"
+    assert data.prose_rule("# the of # " * 30) in ("symbols", "mean word length")
+    assert data.quality_rule({"text": "x", "id": "a", "prompt_chars": 1}, "auto") is None
+
+
+def make(tmp_path, *more):
+    return data.main(["--out", str(tmp_path / "data"), "--workers", "2", *more])
+
+
+def test_dataset_directory(tmp_path, capsys):
+    rng = random.Random(2)
+    data.write_jsonl(tmp_path / "web.jsonl.gz", [{"text": f"é {page(rng)}\n"} for _ in range(50)])
+    arguments = ["--input", str(tmp_path / "web.jsonl.gz"), "--tokenizer", "train:300", "--rules", "none", "--val-share", "0.1"]
+    path = make(tmp_path, *arguments)
+    dataset = data.open_dataset(path)
+    tokenizer = model.Tokenizer.load(str(path))
+    assert tokenizer.vocab_size == dataset.meta["vocab_size"] == 300 and tokenizer.fingerprint == dataset.meta["tokenizer"]
+    texts = {record["text"] for record in data.read_jsonl(tmp_path / "web.jsonl.gz")}
+    found = set()
+    for split in ("train", "val"):
+        ids = getattr(dataset, split)
+        assert ids[-1] == tokenizer.eot and ids.dtype == np.uint16 and getattr(dataset, f"{split}_mask") is None
+        parts = np.split(np.array(ids), np.flatnonzero(ids == tokenizer.eot) + 1)[:-1]
+        decoded = {tokenizer.decode(part[:-1].tolist()) for part in parts}
+        assert len(decoded) == dataset.meta[split]["documents"] > 0 and not decoded & found
+        assert sum(len(text.encode()) for text in decoded) == dataset.meta[split]["bytes"]
+        found |= decoded
+    assert found == texts
+    before = dataset.meta
+    capsys.readouterr()
+    make(tmp_path, *arguments)
+    assert "reused" in capsys.readouterr().out
+    make(tmp_path, *arguments, "--seed", "1")                          # another order, the same split and counts
+    after = data.open_dataset(path).meta
+    assert after["val"] | {"tokens": 0} == before["val"] | {"tokens": 0}
+    assert [name for name in os.listdir(tmp_path / "data")] == ["web"]
+    with open(path / "train.bin", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match="train.bin has 100 bytes"):
+        data.open_dataset(path)
+    make(tmp_path, *arguments, "--seed", "1")                          # a damaged dataset is made anew
+    data.open_dataset(path)
+
+
+def test_same_result_for_any_number_of_workers(tmp_path):
+    made = [data.main(["--input", "python", "--max-documents", "60", "--tokenizer", "train:320", "--name", f"w{n}", "--workers", n,
+                       "--out", str(tmp_path)]) for n in ("1", "2")]
+    assert (made[0] / "train.bin").read_bytes() == (made[1] / "train.bin").read_bytes()
+    assert (made[0] / "tokenizer.json").read_bytes() == (made[1] / "tokenizer.json").read_bytes()
+
+
+def test_problem_masks_and_boundary(tmp_path):
+    problems = [{"prompt": f'def f{i}(x):\n    """Adds {i}."""\n', "canonical_solution": f"    return x + {i}\n"} for i in range(40)]
+    data.write_jsonl(tmp_path / "p.jsonl", problems)
+    path = make(tmp_path, "--input", str(tmp_path / "p.jsonl"), "--name", "exercises", "--tokenizer", "train:400",
+                "--dedup-threshold", "1")
+    dataset, tokenizer = data.open_dataset(path), model.Tokenizer.load(str(path))
+    assert dataset.meta["train"]["documents"] + dataset.meta["val"]["documents"] == 40
+    ids, mask = np.array(dataset.train), np.array(dataset.train_mask)
+    assert len(ids) == len(mask) and (mask[ids == tokenizer.eot] == 1).all()
+    first = int(np.flatnonzero(ids == tokenizer.eot)[0])
+    prompt = tokenizer.decode(ids[:first][mask[:first] == 0].tolist())
+    completion = tokenizer.decode(ids[:first][mask[:first] == 1].tolist())
+    assert prompt.endswith('."""') and completion.startswith("\n    return") and prompt + completion in {
+        p["prompt"] + p["canonical_solution"] for p in problems}
+
+
+def test_smallest_datasets(tmp_path):
+    (tmp_path / "one.txt").write_text("a single document")
+    dataset = data.open_dataset(make(tmp_path, "--input", str(tmp_path / "one.txt"), "--rules", "none", "--tokenizer", "bytes"))
+    assert len(dataset.train) == 18 and len(dataset.val) == 0
+    (tmp_path / "two.txt").write_text("a second document, quite another one")
+    dataset = data.open_dataset(make(tmp_path, "--input", str(tmp_path), "--rules", "none", "--tokenizer", "bytes"))
+    assert dataset.meta["train"]["documents"] == dataset.meta["val"]["documents"] == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--input", "/no/such"], "no such file"), (["--tokenizer", "train:5"], "from 261"), (["--name", "../x"], "--out"),
+    (["--val-share", "2"], "not between"), (["--tokenizer", "/no/such"], "no tokenizer"), (["--workers", "x"], "invalid int"),
+    (["--unknown"], "unrecognized")])
+def test_bad_options(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        make(tmp_path, *arguments)
+    assert stop.value.code == 2 and [message in line for line in capsys.readouterr().err.splitlines()] == [True]
+    assert not (tmp_path / "data").exists()
+
+
+def test_dead_worker_is_reported():
+    with pytest.raises(OSError, match="fewer --workers"):
+        data.parallel(lambda i: os.kill(os.getpid(), 9), range(4), 2, "testing")
+
+
+def test_command_line_answers_without_a_traceback(tmp_path):
+    for arguments, code, message in ((["-h"], 0, "usage"), (["--val-share", "x"], 2, "invalid float"), (["--input", "/no"], 2, "no such")):
+        done = subprocess.run([sys.executable, data.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code and message in done.stdout + done.stderr and len(done.stderr.splitlines()) == (code == 2)
+
+
+def test_nothing_left_and_foreign_directory(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("short")
+    with pytest.raises(SystemExit) as stop:
+        make(tmp_path, "--input", str(tmp_path / "one.txt"))
+    assert stop.value.code == 2 and "fewer than 50 words: 1" in capsys.readouterr().err
+    (tmp_path / "data" / "web").mkdir(parents=True)
+    (tmp_path / "data" / "web" / "mine").write_text("precious")
+    with pytest.raises(SystemExit):
+        make(tmp_path, "--input", str(tmp_path / "one.txt"), "--rules", "none")
+    assert (tmp_path / "data" / "web" / "mine").read_text() == "precious"
+
+
+def test_json_lines(tmp_path):
+    records = [{"text": "é\n", "n": i} for i in range(3)]
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert data.write_jsonl(tmp_path / name, records) == 3
+        assert list(data.read_jsonl(tmp_path / name)) == records
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match=r"b.jsonl:2: "):
+        list(data.read_jsonl(tmp_path / "b.jsonl"))
+    whole = (tmp_path / "a.jsonl.gz").read_bytes()
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[:-12])
+    with pytest.raises(ValueError, match="damaged gzip"):
+        list(data.read_jsonl(tmp_path / "c.jsonl.gz"))
+    with pytest.raises(ZeroDivisionError):
+        data.write_jsonl(tmp_path / "a.jsonl", ({"n": 1 / n} for n in (1, 0)))
+    assert list(data.read_jsonl(tmp_path / "a.jsonl")) == records and len(os.listdir(tmp_path)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synth.py: the sandbox
+
+ADD = dict(task_id="add", prompt="def add(a, b):\n", entry_point="add", canonical_solution="    return a + b\n",
+           test="# token-4711 \ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(20, 30) == 50\n")
+HUMANEVAL = os.environ.get("HUMANEVAL")  # path of HumanEval.jsonl.gz: its own solutions are judged
+LINUX = sys.platform == "linux"
+CONTAINED = LINUX and judge(ADD, "    import os; assert os.getpid() == 2; return a + b\n").passed
+
+FORGERIES = {
+    "exit": "    import sys; sys.exit(0)\n",
+    "hard exit": "    import os; os._exit(0)\n",
+    "exit while defining": "    pass\nimport os; os._exit(0)\n",
+    "success mark": "    print('passed'); print('+passed', flush=True); return None\n",
+    "assertion error": "    return 0\nimport builtins; builtins.AssertionError = type('Never', (Exception,), {})\n",
+    "builtins": "    return 0\nimport builtins\nfor n in ('len isinstance print __import__ sum abs repr exec compile getattr "
+                "set tuple'.split()): setattr(builtins, n, lambda *a, **k: True)\n",
+    "own check": "    return 0\ncheck = lambda candidate: None\nimport builtins; builtins.check = check\n",
+    "check in main": "    return 0\nimport sys\nfor m in list(sys.modules.values()):\n    try: m.check = lambda c: None\n    except Exception: pass\n",
+    "redefined": "    return a + b\ndef add(a, b): return 0\n",
+    "always equal": "    return Liar()\nclass Liar:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n    __bool__ = lambda s: True\n",
+    "equal int": "    return Liar(7)\nclass Liar(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\n",
+    "equal metaclass": "    return Liar\nclass Meta(type):\n    __eq__ = lambda s, o: True\n    __hash__ = None\nclass Liar(metaclass=Meta): pass\n",
+    "descriptors": "    import os\n    for fd in range(256):\n        for text in (b'+passed', b'\\x07\\0\\0\\0+passed', b'1', b'passed\\n'):\n"
+                   "            try: os.write(fd, text)\n            except OSError: pass\n    return 0\n",
+    "descriptors early": "    return 0\nimport os\nfor fd in range(256):\n    try: os.write(fd, b'\\x07\\0\\0\\0+passed')\n    except OSError: pass\n",
+    "frames": "    import sys\n    f = sys._getframe()\n    while f:\n        for k in list(f.f_locals):\n            f.f_globals[k] = True\n"
+              "        for s in ('finish', 'verdict', 'last'):\n            f.f_globals[s] = lambda *a: True\n        f = f.f_back\n    return 0\n",
+    # a pattern, for the text itself would be found in the memory of him who looks for it
+    "secrets": "    import gc, re\n    if any(re.search('# to[k]en-47', str(o)) for o in gc.get_objects() if type(o) in (list, dict)): return a + b\n"
+               "    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:\n        for line in maps:\n"
+               "            low, high = [int(x, 16) for x in line.split()[0].split('-')]\n            try:\n                memory.seek(low)\n"
+               "                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b\n"
+               "            except (OverflowError, ValueError, OSError): pass\n    return 0\n",
+    "threads": "    return 0\nimport os, threading, time\ndef run():\n    while True:\n        for fd in range(3, 99):\n            try: os.write(fd, b'+')\n"
+               "            except OSError: pass\n        time.sleep(.001)\nthreading.Thread(target=run).start()\n",
+    "harness": "    return 0\nimport os, json, select, sys\njson.loads = lambda *a: ['value', 5]\njson.dumps = lambda *a: '[\"value\", 5, 5]'\n"
+               "os._exit = lambda c: None\nselect.select = lambda *a: ([], [], [])\n",
+    "atexit": "    return 0\nimport atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)\n",
+    "base exception": "    raise BaseException('passed')\n",
+    "keyboard interrupt": "    raise KeyboardInterrupt\n",
+    "generator exit": "    raise GeneratorExit\n",
+    "kills the parent": "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 0\n",
+    "kills all": "    import os, signal\n    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else os._exit(0)\n    return 0\n",
+    "memory of the tests": "    import os\n    for n in os.listdir('/proc'):\n        try:\n            with open(f'/proc/{n}/mem', 'r+b') as f: return 5\n"
+                           "        except (OSError, ValueError): pass\n    return 0\n",
+    "descriptors of others": "    import os, glob\n    for p in glob.glob('/proc/[0-9]*/fd/*'):\n        try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')\n"
+                             "        except OSError: pass\n    return 0\n",
+    "library": "    return 0\nimport random, os\nfor p in ('random.py', 'math.py', 'typing.py'): open(p, 'w').write('import os; os._exit(0)')\n",
+    "broken data": "    return 0\nimport json\njson.dumps = lambda *a: '{\"set\": [[1]]}'\n",
+    "recursion": "    x = []; x.append(x); return x\n",
+    "hash": "    return {Liar(): 1}\nclass Liar:\n    __hash__ = lambda s: 0\n    __eq__ = lambda s, o: True\n",
+    "returns the tests' proxy": "    return add\n",
+    "empty": "",
+}
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged(name):
+    if name in ("kills all", "descriptors of others") and not CONTAINED:
+        pytest.skip("would hit this user's other processes")
+    verdict = judge(ADD, FORGERIES[name], timeout=3.0)
+    assert not verdict.passed and verdict.reason and "sandbox itself" not in verdict.reason, verdict
+
+
+def test_the_search_for_secrets_would_find_one():
+    assert judge(dict(ADD, prompt="# token-4711 \n" + ADD["prompt"]), FORGERIES["secrets"]).passed
+
+
+def test_forged_without_any_help_of_the_kernel(scratch):
+    """As on macOS, or in a container that grants nothing: the program may even write into our own pipes."""
+    bodies = [body for name, body in FORGERIES.items() if name not in ("kills all", "descriptors of others")]
+    bodies.append("    import os, stat\n    for n in range(64):\n        p = f'/proc/PID/fd/{n}'\n        try:\n            if stat.S_ISFIFO(os.stat(p).st_mode):\n"
+                  "                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)\n                os.write(fd, b'+passed'); os.write(fd, b'\\x07\\0\\0\\0+passed')\n"
+                  "        except OSError: pass\n    return 0\n")
+    code = ("import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsandbox.PRELOAD += \"sys.platform = 'none'\\n\"\n"
+            "problem, bodies = json.load(open(sys.argv[2]))\n"
+            "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], timeout=2.0)\n"
+            "json.dump(verdicts, open(sys.argv[2], 'w'))")
+    file = scratch / "verdicts.json"
+    file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
+    subprocess.run([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)], check=True, capture_output=True)
+    verdicts = json.loads(file.read_text())
+    assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
+
+
+@pytest.mark.parametrize("swallow", ["except Exception:", "except BaseException:", "except:", "finally:"])
+@pytest.mark.parametrize("body", ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return object()\n"])
+def test_tests_that_expect_exceptions_cannot_swallow_a_failure(swallow, body):
+    test = f"def check(candidate):\n    try:\n        candidate(1, 2)\n    {swallow}\n        return\n"
+    assert not judge(dict(ADD, test=test), body).passed
+
+
+def test_honest():
+    assert judge(ADD, "    return a + b\n") == (True, "passed")
+    assert judge(ADD, "    return a - b\n").reason == "wrong answer: add(2, 3) gave -1"
+    assert judge(ADD, "    return a +\n").reason.startswith("raised SyntaxError")
+    assert judge(ADD, "    raise ValueError('k')\n").reason == "raised ValueError: k"
+    assert judge(ADD, "    return object()\n").reason == "returned a object that is not plain data"
+    assert judge(ADD, "    import threading\n    t = threading.Thread(target=lambda: None); t.start(); t.join()\n    return a + b\n").passed
+    assert judge(ADD, "    print('talk ' * 10**6); return a + b\n").passed
+    assert judge(ADD, "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n").passed
+
+
+def test_exceptions_and_helpers_reach_the_tests():
+    test = ("def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n        assert str(e) == 'no'\n"
+            "    else:\n        assert False\n    assert helper(1) == 2\n")
+    problem = dict(task_id="x", entry_point="f", test=test, prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n")
+    assert judge(problem, "    class Own(ValueError): pass\n    raise Own('no')\n").passed
+    assert judge(problem, "    raise ValueError('no')\nhelper = lambda x: 0\n").passed  # the tests keep their own helper
+    assert not judge(problem, "    raise TypeError('no')\n").passed
+    assert not judge(problem, "    return 1\n").passed
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1 << 70, 0.1, float("inf"), 2j, "ü\ud800\0", b"\0\xff", [], [[1], (2, {3})], {},
+                                   {(1, "a"): [None], True: {}}, {"dict": 1}, set(), frozenset({1}), range(3, 9, 2)])
+def test_plain_data_round_trip(value):
+    back = unpack(json.loads(json.dumps(pack(value))))
+    assert back == value and type(back) is type(value)
+    test = f"def check(candidate):\n    x = {value!r}\n    assert candidate(x) == x\n".replace("inf", "1e999")
+    assert judge(dict(ADD, prompt="def add(a):\n", test=test), "    return a\n").passed
+    assert unpack(json.loads(json.dumps(pack(-(16 ** 9000))))) == -(16 ** 9000)  # beyond what Python prints in decimal
+
+
+def test_mbpp():
+    problem = dict(task_id=2, text="Shared elements.", code="", test_setup_code="import math",
+                   test_list=["assert set(similar((3, 4), (4, 5))) == set((4,))", "assert math.isclose(len(similar((1,), (1,))), 1)"])
+    assert judge(problem, "def similar(a, b):\n    return tuple(set(a) & set(b))").passed
+    assert not judge(problem, "def similar(a, b):\n    return a").passed
+    assert not judge(problem, "def other(a, b):\n    return a").passed
+    with pytest.raises(ValueError, match="problem 7 has no 'entry_point'"):
+        judge(dict(task_id=7, prompt=""), "")
+
+
+def test_limits():
+    started = time.monotonic()
+    bodies = ["    while True: pass\n", "    import time; time.sleep(60)\n", "    return [0] * 10**9\n", "    return 'x' * (20 << 20)\n",
+              "    return iter(int, 1)\n", "    return 0\nwhile True: pass\n", "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n"]
+    verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
+    assert not any(v.passed for v in verdicts)
+    assert [v.reason for v in verdicts[:4]] == ["timed out", "timed out", "out of memory", f"gave an answer of {(20 << 20) + 13} bytes"]
+    assert verdicts[5].reason == "timed out", verdicts  # and how endless recursion ends depends on the version of Python
+    assert time.monotonic() - started < 12
+    assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
+    assert not judge(dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0).passed
+    with pytest.raises(ValueError, match="timeout"):
+        judge(ADD, "", timeout=0)
+
+
+def test_clean_environment():
+    os.environ["SECRET_KEY"] = "x"
+    assert judge(ADD, "    import os; assert not os.environ and not os.listdir('.'); return a + b\n").passed
+    assert judge(ADD, "    open('notes', 'w').write('x'); return a + b\n").passed
+    assert judge(ADD, "    try: input()\n    except EOFError: return a + b\n").passed
+
+
+@pytest.mark.skipif(not CONTAINED, reason="no namespaces on this machine")
+def test_contained():
+    listener = __import__("socket").create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    for body in (f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)", f"open('{tempfile.gettempdir()}/x', 'w')",
+                 "open('/proc/sys/kernel/core_pattern', 'w')", f"import os; os.kill({os.getpid()}, 0)", "import os; os.setuid(1)",
+                 f"open('{synth.__file__}', 'a')", "import os; os.mkfifo('/dev/shm/x')"):
+        verdict = judge(ADD, f"    {body}\n    return a + b\n")
+        assert verdict.reason.startswith("raised "), (body, verdict)
+
+
+def processes(scratch):
+    """Pids of all the sandbox's processes that work under this scratch directory."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                found += [int(pid)] if b"\0" + os.fsencode(scratch) in f.read() else []
+        except OSError:
+            pass
+    return found
+
+
+def gone(scratch, seconds=3.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and processes(scratch):
+        time.sleep(0.02)
+    return not processes(scratch)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc")
+def test_nothing_stays(scratch):
+    daemon = ("    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n            time.sleep(60)\n        os._exit(0)\n"
+              "    return a + b\n")
+    deep = "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)\n"
+    bomb = "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n"
+    verdicts = judge_all([(ADD, daemon), (ADD, deep), (ADD, bomb), (ADD, "    return a + b\n")], timeout=1.5)
+    assert [v.passed for v in verdicts] == [True, True, False, True], verdicts
+    assert gone(scratch) and not os.listdir(scratch)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+@pytest.mark.skipif(not LINUX, reason="needs /proc")
+def test_interrupted(how, scratch):
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport synth\nfrom test_all import ADD\n"
+            "synth.judge_all([(ADD, '    while True: pass\\n')] * 9, timeout=30.0, workers=2)")
+    env = dict(os.environ, TMPDIR=str(scratch))
+    process = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))], env=env, stderr=subprocess.DEVNULL)
+    while len(processes(scratch)) < 8:  # two of each: server, keeper, tests, program
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
+    process.wait(5)
+    assert gone(scratch) and (how == "kill" or not os.listdir(scratch))
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc")
+def test_killed_worker_is_replaced(scratch):
+    def kill():
+        time.sleep(0.6)
+        os.kill(min(processes(scratch)), signal.SIGKILL)
+    threading.Thread(target=kill).start()
+    assert all(v.passed for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2))
+    assert gone(scratch) and not os.listdir(scratch)
+
+
+@pytest.mark.skipif(HUMANEVAL is None, reason="HUMANEVAL names no file")
+def test_humaneval():
+    with gzip.open(HUMANEVAL, "rt") as f:
+        problems = [json.loads(line) for line in f]
+    count = []
+    verdicts = judge_all([(p, p["canonical_solution"]) for p in problems], progress=count.append)
+    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == [] and sum(count) == len(problems)
+    for body in ("    return None\n", "    return 0\n"):
+        assert sum(v.passed for v in judge_all([(p, body) for p in problems])) <= 2, body
+
+
+def test_speed():
+    started = time.monotonic()
+    verdicts = judge_all([(ADD, "    return a + b\n" if i % 2 else "    return a\n") for i in range(1000)])
+    seconds = time.monotonic() - started
+    print(f"1,000 problems in {seconds:.1f} s")
+    assert [v.passed for v in verdicts] == [i % 2 == 1 for i in range(1000)] and seconds < 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synth.py: the built-in teacher
+
+
+def test_every_style_of_every_operation_computes_the_same():
+    for operation in synth.OPS.values():
+        for constant in list(operation.constants)[:3]:
+            for style in operation.code:
+                if style == "early":  # has a return of its own: only ever the last step
+                    continue
+                plain, other = (synth.step_function(operation.name, constant, s) for s in ("plain", style))
+                for value in synth.PROBES.get(operation.source, [{1: 2, 3: 1}, {}]):
+                    try:
+                        assert repr(plain(value)) == repr(other(value)), (operation.name, style, value)
+                    except IndexError:
+                        pytest.fail(f"{operation.name} fails on {value!r}")
+
+
+def test_held_out_problems_share_nothing_with_training():
+    drawn = {split: list(synth.draw_many("exercises", 150, split, (2, 3, 4), seed=1, workers=1)) for split in ("train", "test")}
+    drawn["train"] += list(synth.draw_many("textbooks", 100, ks=(1, 2, 3, 4), seed=1, workers=1))
+    seen = {split: ({synth.composition(r["chain"]) for r in records},
+                    {(synth.OPS[r["chain"][0][0]].source, *synth.behaviour(r["chain"])) for r in records}) for split, records in drawn.items()}
+    assert len(seen["test"][0]) > 100
+    for ours, theirs in zip(seen["train"], seen["test"]):
+        assert not ours & theirs
+    # and by construction, for problems never drawn here: the split is decided by composition and by behaviour, whatever the wording
+    for record in drawn["test"]:
+        assert synth.split_of(record["chain"], synth.behaviour(record["chain"])) == "test"
+
+
+def test_teacher_is_reproducible_and_varied():
+    one = list(synth.draw_many("exercises", 300, seed=3, workers=1))
+    two = list(synth.draw_many("exercises", 300, seed=3, workers=2))
+    assert [r["prompt"] + r["canonical_solution"] for r in one] == [r["prompt"] + r["canonical_solution"] for r in two]
+    assert len({r["composition"] for r in one}) > 200
+    ways = {kind: {other: sum(len(o.constants) for o in synth.OPS.values() if (o.source, o.target) == (kind, other)) for other in synth.BY_SOURCE}
+            for kind in synth.BY_SOURCE}
+    reach = {kind: 1 for kind in ways}
+    for _ in range(3):  # chains of three operations with their constants, whatever the wording, names and style
+        reach = {kind: sum(n * reach[other] for other, n in ways[kind].items()) for kind in ways}
+    assert sum(reach.values()) > 10_000_000
+
+
+def test_exercises_pass_their_own_tests_and_nothing_else_does():
+    problems = list(synth.draw_many("exercises", 60, ks=(1, 3, 5), seed=4, workers=1))
+    good = synth.judge_all([(p, p["canonical_solution"]) for p in problems])
+    assert all(v.passed for v in good), [v.reason for v in good if not v.passed]
+    for wrong in ("    return None\n", "    return 0\n", "    pass\n"):
+        assert not any(v.passed for v in synth.judge_all([(p, wrong) for p in problems]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: what leaves the loader, the optimizer, runs
+
+
+def stream(lengths, eot=99):
+    return np.concatenate([np.append(np.arange(n - 1) % 90, eot) for n in lengths]).astype(np.uint16)
+
+
+def test_packer_predicts_each_token_once_and_keeps_documents_whole():
+    lengths = [5, 1, 40, 17, 33, 2, 8, 100, 31]
+    tokens = stream(lengths)
+    starts = np.cumsum([0] + lengths)
+    predicted = Counter(t for spans in train.Packer(tokens, 99, 32) for start, end in spans for t in range(start + 1, end))
+    assert predicted == Counter(t for t in range(len(tokens)) if t not in set(starts))
+    packer = train.Packer(tokens, 99, 32, seed=1)
+    for _ in range(200):
+        spans = next(packer)
+        assert sum(end - start - 1 for start, end in spans) <= 32
+        for start, end in spans:  # a document that fits is never cut
+            first = starts[np.searchsorted(starts, start, "right") - 1]
+            length = lengths[list(starts).index(first)]
+            assert length > 33 or (start, end) == (first, first + length)
+    other = train.Packer(tokens, 99, 32, seed=1)
+    other.restore(packer.state())
+    assert [next(packer) for _ in range(50)] == [next(other) for _ in range(50)]
+
+
+def test_batches_hold_the_right_targets_and_weights():
+    tokens = stream([6, 9, 4])
+    mask = np.array([0, 0, 1, 1, 1, 1] + [0] * 4 + [1] * 5 + [1] * 4, np.uint8)
+    dataset = SimpleNamespace(train=tokens, train_mask=mask)
+    mixture = train.Mixture([dataset], [1.0], 99, 16, 0.25, seed=0)
+    inputs, documents, targets, weights = train.collate(mixture.rows(4), 16)
+    assert inputs.shape == documents.shape == targets.shape == weights.shape == (4, 16)
+    for x, doc, y, w in zip(inputs.tolist(), documents.tolist(), targets.tolist(), weights.tolist()):
+        for t in range(16):
+            if doc[t] == -1:
+                assert w[t] == 0  # padding trains nothing
+            else:
+                assert x[t] != 99  # the end token is a target and never an input
+                assert y[t] == (x[t + 1] if t < 15 and doc[t + 1] == doc[t] else 99)
+                if y[t] == 99:
+                    assert w[t] == 1  # stopping is learned
+        assert set(w) <= {0.0, 0.25, 1.0}
+
+
+def test_documents_in_a_row_do_not_see_each_other():
+    torch.manual_seed(0)
+    model = tiny()
+    a, b = torch.randint(0, 60, (1, 9)), torch.randint(0, 60, (1, 7))
+    packed = model(torch.cat([a, b], 1), torch.tensor([[0] * 9 + [1] * 7]))
+    torch.testing.assert_close(packed, torch.cat([model(a), model(b)], 1), rtol=0, atol=1e-5)
+
+
+def test_muon_orthogonalizes_matrices_of_any_shape():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 40, 12), (2, 12, 40)):
+        values = torch.linalg.svdvals(train.Muon.orthogonalize(torch.randn(shape), 5))
+        assert values.min() > 0.3 and values.max() < 1.3
+    # one step on W moves it by lr x 0.2 sqrt(max(rows, columns)) along the gradient's orthogonal factor
+    w = torch.nn.Parameter(torch.zeros(6, 4))
+    w.grad = torch.randn(6, 4)
+    u, _, v = torch.linalg.svd(w.grad, full_matrices=False)
+    train.Muon([w], lr=0.1).step()
+    step = -w.detach() / (0.1 * 0.2 * 6 ** 0.5)
+    assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def train_command(*options, launcher=()):
+    return [sys.executable, *launcher, os.path.join(HERE, "train.py"), "--data", "mini", "--n-layer", "2", "--d-model", "32", "--n-head", "4",
+            "--n-kv-head", "2", "--d-ff", "64", "--context", "64", "--batch-tokens", "512", "--steps", "12", "--compile", "no",
+            "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--val-tokens", "1000", *options]
+
+
+def run_train(folder, *options, launcher=(), timeout=180):
+    return subprocess.run(train_command(*options, launcher=launcher), cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A folder with data/mini: a small dataset of exercises."""
+    folder = tmp_path_factory.mktemp("mini")
+    data.write_jsonl(folder / "mini.jsonl", synth.draw_many("exercises", 300, ks=(1, 2), workers=1))
+    done = subprocess.run([sys.executable, os.path.join(HERE, "data.py"), "--input", "mini.jsonl", "--name", "mini", "--tokenizer", "train:400",
+                           "--rules", "none", "--dedup-threshold", "1"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def weights_of(folder, run):
+    return models.read_safetensors(str(folder / run / "model.safetensors"))
+
+
+def losses(folder, run):
+    return [json.loads(line)["loss"] for line in open(folder / run / "log.jsonl") if '"loss"' in line]
+
+
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
+    assert run_train(mini, "--out", "runs/whole", "--save-every", "5").returncode == 0
+    command = ["--out", "runs/cut", "--save-every", "5"]
+    process = subprocess.Popen(train_command(*command), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (mini / "runs/cut/state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = run_train(mini, *command)
+    assert done.returncode == 0 and "going on from step" in done.stdout, done.stdout + done.stderr
+    whole, cut = weights_of(mini, "runs/whole"), weights_of(mini, "runs/cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(mini, "runs/whole") == losses(mini, "runs/cut")
+    again = run_train(mini, *command)
+    assert again.returncode == 0 and "trained already" in again.stdout
+    changed = run_train(mini, *command, "--lr", "0.1")
+    assert changed.returncode == 2 and "--lr" in changed.stderr and len(changed.stderr.strip().splitlines()) == 1
+
+
+def test_two_ranks_and_accumulation_equal_one_rank(mini):
+    assert run_train(mini, "--out", "runs/one").returncode == 0
+    assert run_train(mini, "--out", "runs/parts", "--micro-tokens", "128").returncode == 0
+    done = run_train(mini, "--out", "runs/two", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    assert done.returncode == 0, done.stderr
+    for other in ("runs/parts", "runs/two"):
+        np.testing.assert_allclose(losses(mini, "runs/one"), losses(mini, other), rtol=2e-4)
+
+
+def test_sigterm_saves_and_says_where(mini):
+    process = subprocess.Popen(train_command("--out", "runs/term", "--steps", "100000"), cwd=mini,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (mini / "runs/term/log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "runs/term" in output
+    model, tokenizer = models.load(str(mini / "runs/term"))
+    assert model.config.vocab_size >= tokenizer.vocab_size
+
+
+def test_training_refuses_bad_input_in_one_line(mini):
+    (mini / "data/other").mkdir(exist_ok=True)
+    meta = json.loads((mini / "data/mini/meta.json").read_text())
+    for file in ("train.bin", "val.bin", "train.mask.bin", "val.mask.bin", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(mini / "data/mini" / file, mini / "data/other" / file)
+    (mini / "data/other/meta.json").write_text(json.dumps(meta | {"tokenizer": "another"}))
+    shutil.copytree(mini / "data/mini", mini / "data/short", dirs_exist_ok=True)
+    with open(mini / "data/short/train.bin", "r+b") as file:
+        file.truncate(100)
+    for options, words in ((["--data", "nothing"], "not a dataset"), (["--data", "mini", "other"], "another tokenizer"),
+                           (["--data", "mini:-1"], "weight"), (["--data", "short"], "promises"), (["--steps", "0"], "--steps"),
+                           (["--batch-tokens", "63"], "--batch-tokens"), (["--lr", "nan"], "--lr"), (["--n-head", "5"], "n_head"),
+                           (["--init", "runs/none"], "runs/none"), (["--sped", "3"], "--sped")):
+        done = run_train(mini, "--out", "runs/bad", *options)
+        line = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and words in line and "Traceback" not in done.stderr, (options, done.stderr)
+        assert not (mini / "runs/bad").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(mini):
+    done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
+    assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
