@@ -73,9 +73,12 @@ def cross_entropy(hidden, weight, targets, weights=None):
     targets: (B, T) int64, -1 where there is nothing to predict; weights: optional (B, T) weight of each prediction.
     -> (sum of weighted losses in nats, sum of weights), both float32 scalars; a batch without targets gives (0, 0).
     """
-    losses = F.cross_entropy(F.linear(hidden, weight).float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     weights = (targets != -1).float() if weights is None else weights.float() * (targets != -1)
-    return (losses * weights.flatten()).sum(), weights.sum()  # not a product of vectors, which autocast would round
+    hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
+    if hidden.device.type == "cpu" and (used := weights.nonzero().squeeze(1)).numel() < weights.numel():
+        hidden, targets, weights = hidden[used], targets[used], weights[used]  # on a GPU their number would have to be waited for
+    losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-1, reduction="none")
+    return losses @ weights, weights.sum()
 
 
 # ---------------------------------------------------------------- benchmark

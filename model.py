@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import time
 
 import numpy as np
 import tiktoken
@@ -68,7 +69,7 @@ class Config:
 
 
 PRESETS = {
-    "laptop": Config(vocab_size=1024, context=512, n_layer=5, d_model=192, n_head=6, n_kv_head=2, d_ff=512),
+    "laptop": Config(vocab_size=1024, context=512, n_layer=5, d_model=128, n_head=4, n_kv_head=2, d_ff=384),
     "baby": Config(vocab_size=65, context=256, n_layer=6, d_model=384, n_head=6, n_kv_head=6, d_ff=1024),
     "phi-3-mini": Config(vocab_size=32064, context=4096, n_layer=32, d_model=3072, n_head=32, n_kv_head=32, d_ff=8192),
     "phi-3-medium": Config(vocab_size=32064, context=4096, n_layer=40, d_model=5120, n_head=40, n_kv_head=10, d_ff=17920),
@@ -616,10 +617,47 @@ def describe(name: str) -> list[str]:
             *(f"{n * bits / 8e9:.3g}" for bits in (16, 9, 5))]
 
 
+def bench(config: Config, dtype: torch.dtype, rows: int = 16, steps: int = 8) -> None:
+    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' Phi3ForCausalLM where installed."""
+    device = default_device()
+    tokens = torch.randint(config.vocab_size, (rows, config.context + 1), device=device)
+    ours = Model(config).to(device)
+    runs = {"minphi": (ours, lambda: ours(tokens[:, :-1], targets=tokens[:, 1:])[0] / (rows * config.context))}
+    try:
+        import transformers
+        shape = {theirs: getattr(config, name) for name, theirs in CONFIG_NAMES.items()}
+        theirs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0)).to(device)
+        runs[f"transformers {transformers.__version__}"] = theirs, lambda: theirs(tokens[:, :-1], labels=tokens[:, :-1]).loss
+    except ImportError:
+        print("transformers is not installed, so there is nothing to compare with")
+    print(f"{config.parameters():,} parameters, {rows} rows of {config.context} tokens, {str(dtype)[6:]}, {device}; best of {steps} steps")
+    for name, (module, loss) in runs.items():
+        optimizer, best = torch.optim.AdamW(module.parameters(), fused=True), math.inf
+        for _ in range(steps):
+            start = time.perf_counter()
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            value.item()
+            best = min(best, time.perf_counter() - start)
+        print(f"{name:24} {rows * config.context / best:10,.0f} tokens/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show the presets: size, cost and memory.")
     parser.add_argument("--preset", choices=PRESETS, help="show this one alone, with its shape")
+    parser.add_argument("--bench", choices=PRESETS, help="instead, time a training step of this preset")
+    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary for --bench, instead of the preset's")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of --bench's matrix products (default: fp32)")
     args = parser.parse_args()
+    if args.bench:
+        config = PRESETS[args.bench]
+        if args.vocab_size:
+            config = dataclasses.replace(config, vocab_size=args.vocab_size)
+        bench(config, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
+        return
     titles = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16", "GB int8", "GB int4"]
     if args.preset:
         for title, value in [*zip(titles, describe(args.preset)), *dataclasses.asdict(PRESETS[args.preset]).items()]:

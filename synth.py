@@ -15,6 +15,10 @@ order, constants and wording ignored) and that of its *behaviour* (its outputs o
 composition occurs in training in any phrasing, and no training problem behaves like a held-out one on the probes,
 however it is written; both without a list of held-out problems, for any number and any seed. Single operations (k = 1)
 are the vocabulary that compositions are made of: their composition counts as training's, their behaviour is still hashed.
+
+Surveys. A model that only ever saw chains of up to four steps learns that the fourth step is the last: it skips the middle of
+longer ones. So some training exercises ask for several answers: two to four chains, each from the argument itself, side by side.
+They teach to work through a list of steps to its end; no chain among them is longer than --k says, and none is held out.
 """
 import argparse
 import ast
@@ -58,6 +62,7 @@ class Op:
     family: str = "value"     # what kind of step this is, for the textbook's prose
 
 
+SURVEYS = 0.35  # share of training exercises that ask for several answers, see the module's docstring
 OPS = {}  # name -> Op
 
 
@@ -319,7 +324,7 @@ PARAMETERS = {"ints": ("numbers", "values", "nums", "items", "data"), "int": ("n
               "idict": ("counts",)}
 ELEMENTS = {"ints": ("v", "x"), "strs": ("w", "s"), "dict": ("k",), "idict": ("k",)}
 HINTS = {"ints": "list[int]", "int": "int", "str": "str", "strs": "list[str]", "dict": "dict[str, int]", "idict": "dict[int, int]"}
-FRESH = ("result", "out", "kept", "step", "found", "new", "rest_of", "part")
+FRESH = ("out", "kept", "step", "found", "new", "part", "piece", "one", "two")
 VERBS = "get find make build compute solve process convert collect reduce select transform handle prepare update check".split()
 NOUNS = "values list result data items score total answer series record text words report table output entry summary".split()
 WORDS = ("apple river stone cloud tiger music paper green light house bread chair dream eagle flame grape honey igloo jelly "
@@ -406,10 +411,10 @@ def split_of(chain, outputs):
     return split if split == bucket(" ".join([OPS[chain[0][0]].source, *outputs])) else None
 
 
-def draw_chain(k, split, rng):
-    """A random chain of k operations that belongs to `split` and each of whose steps matters."""
+def draw_chain(k, split, rng, source=None):
+    """A random chain of k operations (on the type `source`) that belongs to `split` and each of whose steps matters."""
     while True:
-        kind = rng.choices(("ints", "int", "str", "strs", "dict"), (40, 15, 20, 17, 8))[0]
+        kind = source or rng.choices(("ints", "int", "str", "strs", "dict"), (40, 15, 20, 17, 8))[0]
         chain = []
         for _ in range(k):
             choice = rng.choice(BY_SOURCE[kind])
@@ -431,26 +436,48 @@ def draw_chain(k, split, rng):
             continue
 
 
-def render_code(chain, parameter, phrases, rng, style, comments):
-    """Function body (indented by 4) that computes the chain from `parameter`, one step after the other."""
-    lines, x, reassign, used = [], parameter, rng.random() < 0.85, {parameter}
-    for i, (name, constant) in enumerate(chain):
-        o, last = OPS[name], i == len(chain) - 1
-        code = o.code["early" if last and "early" in o.code and rng.random() < 0.4 else style if style in o.code else "plain"]
-        if last and code.split("\n")[-1].startswith("{y} = "):
-            head, _, tail = code.rpartition("{y} = ")
-            code, y = head + "return " + tail, "result"
-        elif last or code.count("\n") or not reassign or o.source != o.target:
-            y = rng.choice([name for name in (() if last else PARAMETERS[o.target]) if name not in used] or
-                           [name for name in FRESH if name not in used])
-            code += "\nreturn {y}" if last else ""
-        else:
-            y = x
-        v = rng.choice([v for v in ELEMENTS.get(o.source, ("v",)) if v not in (x, y)])
-        code = code.format(x=x, y=y, v=v, c=constant)
-        lines += [f"# {phrases[i]}"] * comments + [code]
-        x = y
-        used.add(y)
+def draw_survey(ks, rng):
+    """Two to four training chains that start from one type, of five to seven steps in all."""
+    while True:
+        chains = [draw_chain(rng.choice(ks), "train", rng)]
+        kind = OPS[chains[0][0][0]].source
+        total = rng.randint(5, 7)
+        while (left := total - sum(map(len, chains))) > 0 and len(chains) < 4:
+            chain = draw_chain(rng.choice([k for k in ks if k <= left] or [left]), "train", rng, kind)
+            chains.append(chain)
+        if left <= 0 and len(chains) > 1:
+            return chains
+
+
+AGAIN = ("second answer, again from {}", "third answer, again from {}", "fourth answer, again from {}")  # between a survey's chains
+
+
+def render_code(chains, parameter, phrases, rng, style, comments):
+    """Function body (indented by 4) that computes each chain from `parameter`, one step after the other, and returns its answer, or
+    the list of answers where there are several chains. phrases: one for each step, AGAIN between the chains among them."""
+    lines, reassign, used, answers, phrases = [], rng.random() < 0.85, {parameter}, [], iter(phrases)
+    for chain in chains:
+        x, one = parameter, len(chains) == 1
+        if answers:
+            lines.append(f"# {next(phrases)}")
+        for i, (name, constant) in enumerate(chain):
+            o, last = OPS[name], i == len(chain) - 1 and one
+            code = o.code["early" if last and "early" in o.code and rng.random() < 0.4 else style if style in o.code else "plain"]
+            if last and not comments and code.split("\n")[-1].startswith("{y} = "):
+                head, _, tail = code.rpartition("{y} = ")
+                code, y = head + "return " + tail, "result"
+            elif last:
+                code, y = code + "\nreturn {y}", "result"
+            elif code.count("\n") or not reassign or o.source != o.target or x == parameter and not one:
+                y = rng.choice([name for name in PARAMETERS[o.target] if name not in used] or [name for name in FRESH if name not in used])
+            else:
+                y = x
+            v = rng.choice([v for v in ELEMENTS.get(o.source, ("v",)) if v not in (x, y)])
+            lines += [f"# {next(phrases)}"] * comments + [code.format(x=x, y=y, v=v, c=constant)]
+            x = y
+            used.add(y)
+        answers.append(x)
+    lines += [f"return [{', '.join(answers)}]"] * (len(chains) > 1)
     return indent("\n".join(lines)) + "\n"
 
 
@@ -481,19 +508,23 @@ def draw_problem(index, split, ks, seed, page=False):
     """Problem (or, with `page`, textbook page) number `index`: the same for the same arguments, on any machine and in any order."""
     rng = random.Random(f"{seed} {split} {index} {page}")
     while True:
-        chain = draw_chain(ks[index % len(ks)], split, rng)
-        kind, k = OPS[chain[0][0]].source, len(chain)
-        phrases = [rng.choice(OPS[name].phrases).format(c=constant) for name, constant in chain]
+        survey = split == "train" and not page and rng.random() < SURVEYS
+        chains = draw_survey(ks, rng) if survey else [draw_chain(ks[index % len(ks)], split, rng)]
+        chain, k = chains[0], max(map(len, chains))
+        kind = OPS[chain[0][0]].source
         parameter = rng.choice(PARAMETERS[kind])
+        phrases = [rng.choice(OPS[name].phrases).format(c=constant) for name, constant in chain]
+        for again, other in zip(AGAIN, chains[1:]):
+            phrases += [again.format(parameter), *(rng.choice(OPS[name].phrases).format(c=constant) for name, constant in other)]
         entry_point = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
         hints = rng.random() < 0.2
-        signature = (f"def {entry_point}({parameter}: {HINTS[kind]}) -> {HINTS[OPS[chain[-1][0]].target]}:" if hints
-                     else f"def {entry_point}({parameter}):")
+        result = "list" if survey else HINTS[OPS[chain[-1][0]].target]
+        signature = f"def {entry_point}({parameter}: {HINTS[kind]}) -> {result}:" if hints else f"def {entry_point}({parameter}):"
         style = rng.choices(("plain", "loop", "helper", "recursion"), (70, 14, 10, 6))[0]
-        body = render_code(chain, parameter, phrases, rng, style, rng.random() < (0.7 if k == 1 else 0.95))
+        body = render_code(chains, parameter, phrases, rng, style, survey or rng.random() < (0.7 if k == 1 else 0.95))
         try:
             inputs = {repr(value): value for value in (draw_input(kind, rng) for _ in range(20))}
-            cases = [(value, run_chain(chain, value)) for value in inputs.values()]
+            cases = [(value, [[run_chain(c, value)[-1] for c in chains]] if survey else run_chain(chain, value)) for value in inputs.values()]
         except TooLarge:
             continue
         scope = {}
@@ -509,13 +540,13 @@ def draw_problem(index, split, ks, seed, page=False):
         if page:
             return render_page(chain, phrases, entry_point, signature, body, parameter, shown, rng)
         examples = [(f"{entry_point}({value!r})", repr(trace[-1]))
-                    for value, trace in rng.sample(shown, rng.choices((0, 1, 2), (15, 70, 15))[0])]
+                    for value, trace in rng.sample(shown, rng.choices((0, 1, 2), (60, 40, 0) if survey else (15, 70, 15))[0])]
         wrap = "list(candidate({!r}).items()) == {!r}" if isinstance(cases[0][1][-1], dict) else "candidate({!r}) == {!r}"
         tests = [wrap.format(value, list(trace[-1].items()) if isinstance(trace[-1], dict) else trace[-1]) for value, trace in cases[:14]]
         return {"task_id": f"builtin/{split}/{seed}/{index}", "entry_point": entry_point,
                 "prompt": f"{signature}\n{render_docstring(phrases, kind, parameter, examples, rng)}\n", "canonical_solution": body,
                 "test": "def check(candidate):\n" + "".join(f"    assert {test}\n" for test in tests),
-                "k": k, "split": split, "composition": composition(chain), "chain": chain, "teacher": "builtin"}
+                "k": k, "split": split, "composition": "; ".join(map(composition, chains)), "teacher": "builtin", "chains": chains}
 
 
 # What the textbook says about a kind of step: the idea, why it works, a common mistake.
@@ -555,14 +586,14 @@ def render_page(chain, phrases, entry_point, signature, body, parameter, shown, 
     steps = "".join(f"\n- {phrase}: {result!r}" for phrase, result in zip(phrases, trace))
     parts.append(f"Step by step, for {value!r}:{steps}")
     parts.append("More examples:\n" + "".join(f"\n>>> {entry_point}({value!r})\n{trace[-1]!r}" for value, trace in shown[1:3]))
-    other = render_code(chain, parameter, phrases, rng, rng.choice(("plain", "loop", "helper", "recursion")), False)
+    other = render_code([chain], parameter, phrases, rng, rng.choice(("plain", "loop", "helper", "recursion")), False)
     if other != body:
         scope = {}
         exec(f"{signature}\n{other}", scope)
         assert all(repr(scope[entry_point](copy.copy(v))) == repr(t[-1]) for v, t in shown), (chain, other)
         parts.append(f"Another way to write it:\n\n```python\n{signature}\n{other}```")
     parts.append(f"A common mistake is {PROSE[rng.choice(families)][2]}.")
-    return {"text": "\n\n".join(parts) + "\n", "topic": composition(chain), "chain": chain,
+    return {"text": "\n\n".join(parts) + "\n", "topic": composition(chain), "chains": [chain],
             "k": len(chain), "teacher": "builtin"}
 
 
@@ -585,7 +616,7 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
         while len(seen) < count:
             slice_ = list(itertools.islice(jobs, min(max(256, count - len(seen)), 8192)))
             for record in pool.imap(_draw, slice_, chunksize=32) if pool else map(_draw, slice_):
-                key = hash(record.get("text") or (record["prompt"] if split == "train" else str(record["chain"])))
+                key = hash(record.get("text") or (record["prompt"] if split == "train" else str(record["chains"])))
                 if key not in seen and len(seen) < count:
                     seen.add(key)
                     yield record
@@ -1102,7 +1133,7 @@ def main():
     def counted():
         for record in records:
             sizes.append(len(record.get("text") or record["prompt"] + record["canonical_solution"]))
-            yield {key: value for key, value in record.items() if key != "chain"}
+            yield {key: value for key, value in record.items() if key != "chains"}
 
     if path == "-":
         for record in counted():

@@ -904,16 +904,19 @@ def test_every_style_of_every_operation_computes_the_same():
 
 
 def test_held_out_problems_share_nothing_with_training():
-    drawn = {split: list(synth.draw_many("exercises", 150, split, (2, 3, 4), seed=1, workers=1)) for split in ("train", "test")}
+    drawn = {split: list(synth.draw_many("exercises", 200, split, (2, 3, 4), seed=1, workers=1)) for split in ("train", "test")}
     drawn["train"] += list(synth.draw_many("textbooks", 100, ks=(1, 2, 3, 4), seed=1, workers=1))
-    seen = {split: ({synth.composition(r["chain"]) for r in records},
-                    {(synth.OPS[r["chain"][0][0]].source, *synth.behaviour(r["chain"])) for r in records}) for split, records in drawn.items()}
-    assert len(seen["test"][0]) > 100
+    seen = {}
+    for split, records in drawn.items():
+        chains = [chain for record in records for chain in record["chains"]]
+        seen[split] = ({synth.composition(chain) for chain in chains},
+                       {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains})
+        # and by construction, for problems never drawn here: composition and behaviour decide the split, whatever the wording
+        assert all(synth.split_of(chain, synth.behaviour(chain)) == split for chain in chains)
+    assert len(seen["test"][0]) > 150 and max(len(chain) for record in drawn["train"] for chain in record["chains"]) == 4
     for ours, theirs in zip(seen["train"], seen["test"]):
         assert not ours & theirs
-    # and by construction, for problems never drawn here: the split is decided by composition and by behaviour, whatever the wording
-    for record in drawn["test"]:
-        assert synth.split_of(record["chain"], synth.behaviour(record["chain"])) == "test"
+    assert any(len(record["chains"]) > 1 for record in drawn["train"]) and all(len(record["chains"]) == 1 for record in drawn["test"])
 
 
 def test_teacher_is_reproducible_and_varied():

@@ -25,6 +25,7 @@ import importlib.util
 import itertools
 import json
 import math
+import resource
 import shlex
 import shutil
 import signal
@@ -459,7 +460,9 @@ def train(args):
         3 * model.config.attention_flops() * args.context // (2 * model.config.context)
     stop = Stop()
     progress = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, desc=os.path.basename(out), unit="step")
-    log = {"loss": 0.0, "weight": 0.0, "tokens": 0, "start": time.perf_counter()}
+    log_file = os.path.join(out, "log.jsonl")
+    if rank == 0:  # what was logged after the checkpoint will be logged again
+        models.write_atomically(log_file, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
 
     def save():
         if rank == 0:
@@ -467,14 +470,22 @@ def train(args):
                      "optimizers": [optimizer.state_dict() for optimizer in found], "rng": torch.get_rng_state()}
             models.write_atomically(state_file, lambda file: torch.save(state, file))  # first, and enough to go on from by itself
             models.save(model, tokenizer, out)
-            models.write_atomically(os.path.join(out, "log.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
             models.write_atomically(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out).encode()))
+
+    def record(entry):
+        records.append({"step": step, "tokens": step * args.batch_tokens, **entry})
+        if rank == 0:
+            with open(log_file, "a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
 
     def validate():
         results = evaluate(model, datasets, tokenizer, args, device, autocast, rank, world)
-        records.append({"step": step, "tokens": step * args.batch_tokens, "val": results})
+        record({"val": results})
         say(f"step {step:6,}  validation " + ", ".join(f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items()))
 
+    if step and step % args.val_every == 0 and not any("val" in r and r["step"] == step for r in records):
+        validate()  # the run was cut between its checkpoint and its evaluation
+    log = {"loss": 0.0, "steps": 0, "start": time.perf_counter()}
     while step < args.steps:
         for optimizer in found:
             for group in optimizer.param_groups:
@@ -504,15 +515,15 @@ def train(args):
         model.zero_grad(set_to_none=True)
         step += 1
         progress.update()
-        log["loss"], log["weight"], log["tokens"] = log["loss"] + loss, log["weight"] + 1, log["tokens"] + args.batch_tokens
+        log["loss"], log["steps"] = log["loss"] + loss, log["steps"] + 1
         if step % args.log_every == 0 or step == args.steps:
             seconds = time.perf_counter() - log["start"]
-            rate = log["tokens"] / seconds
+            rate = log["steps"] * args.batch_tokens / seconds
             share = rate * flops_per_token / (peak * world)
-            records.append({"step": step, "tokens": step * args.batch_tokens, "loss": log["loss"] / log["weight"], "grad_norm": norm,
-                            "lr": schedule(step - 1, args) * args.lr, "tokens_per_second": round(rate), "seconds": round(seconds, 3), "peak_share": round(share, 3)})
-            progress.set_postfix_str(f"loss {log['loss'] / log['weight']:.3f}, {rate:,.0f} tokens/s, {share:.0%} of peak")
-            log = {"loss": 0.0, "weight": 0.0, "tokens": 0, "start": time.perf_counter()}
+            record({"loss": log["loss"] / log["steps"], "grad_norm": norm, "lr": schedule(step - 1, args) * args.lr,
+                    "tokens_per_second": round(rate), "seconds": round(seconds, 3), "peak_share": round(share, 3)})
+            progress.set_postfix_str(f"loss {log['loss'] / log['steps']:.3f}, {rate:,.0f} tokens/s, {share:.0%} of peak")
+            log = {"loss": 0.0, "steps": 0, "start": time.perf_counter()}
         if asked or step % args.save_every == 0 or step == args.steps:
             pause = time.perf_counter()
             save()
@@ -598,18 +609,18 @@ def recipe(quick):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if words[0] == "train.py" and gpus > 1 else []
         start = time.time()
         here = os.path.dirname(os.path.abspath(__file__))
-        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]])
-        while True:
-            try:
-                code = child.wait()
-                break
-            except KeyboardInterrupt:
-                continue  # the stage got it too: it saves, and its exit code says so
+        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]], start_new_session=True)
+        for asked in (signal.SIGINT, signal.SIGTERM):  # in a session of its own a stage is asked to stop once, whoever was asked
+            signal.signal(asked, lambda number, frame, child=child: child.send_signal(number))
+        code = child.wait()
+        code = 128 - code if code < 0 else code
+        before = book.get(product, {"command": None, "seconds": 0})  # command None: an earlier attempt was cut short
+        seconds = time.time() - start + (before["seconds"] if before["command"] is None else 0)
+        book[product] = {"command": None if code else command, "seconds": round(seconds, 1)}
+        models.write_atomically(book_file, lambda file: file.write(json.dumps(book, indent=1).encode()))
         if code:
             print(f"train.py: stage {title!r} ended with code {code}; give the same command to go on from here", file=sys.stderr)
-            raise SystemExit(code if 0 < code < 256 else 1)
-        book[product] = {"command": command, "seconds": round(time.time() - start + book.get(product, {}).get("lost", 0), 1)}
-        models.write_atomically(book_file, lambda file: file.write(json.dumps(book, indent=1).encode()))
+            raise SystemExit(code)
         print(flush=True)
     print_report(stages, book)
 
@@ -633,7 +644,8 @@ def print_report(stages, book):
                 evaluations.append((title, json.load(file)))
             score = f"{evaluations[-1][1]['pass@1']:.1%}"
         print(f"{title:20} {tokens:>12} {book[product]['seconds']:8.1f}  {bits:38} {score}")
-    print(f"{'all':20} {'':12} {sum(book[stage[3]]['seconds'] for stage in stages):8.1f}\n")
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
+    print(f"{'all':20} {'':12} {sum(book[stage[3]]['seconds'] for stage in stages):8.1f}  at most {memory:.2f} GB of memory in a process\n")
     levels = sorted(evaluations[-1][1]["levels"], key=int)
     print(f"{'pass@1 ± standard error':36}" + "".join(f"{'k = ' + level:>16}" for level in levels) + f"{'all':>16}")
     for name, (_, result) in zip(("pretrained on code + textbooks", "finetuned on exercises (k <= 4)"), evaluations):
