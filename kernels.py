@@ -78,7 +78,7 @@ def cross_entropy(hidden, weight, targets, weights=None):
     if hidden.device.type == "cpu" and (used := weights.nonzero().squeeze(1)).numel() < weights.numel():
         hidden, targets, weights = hidden[used], targets[used], weights[used]  # on a GPU their number would have to be waited for
     losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-1, reduction="none")
-    return losses @ weights, weights.sum()
+    return (losses * weights).sum(), weights.sum()  # not `@`, which autocast would run in bf16
 
 
 # ---------------------------------------------------------------- benchmark

@@ -30,7 +30,6 @@ import functools
 import gc
 import hashlib
 import inspect
-import itertools
 import json
 import marshal
 import multiprocessing
@@ -62,7 +61,7 @@ class Op:
     family: str = "value"     # what kind of step this is, for the textbook's prose
 
 
-SURVEYS = 0.35  # share of training exercises that ask for several answers, see the module's docstring
+SURVEYS = 0.5  # share of training exercises that ask for several answers, see the module's docstring
 OPS = {}  # name -> Op
 
 
@@ -605,21 +604,30 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
     """Yield `count` distinct records of the built-in teacher: "exercises" (problems) or "textbooks" (pages).
 
     Record i depends on (seed, split, i) alone, so the result is the same for any number of workers. Repeated text is left
-    out; outside the training split, so is every problem whose operations and constants came up before.
+    out; outside the training split, so is every problem whose operations and constants came up before. Each of `ks` gets its
+    share of the records. Raises ValueError where there are not so many.
     """
-    seen = set()
-    jobs = ((i, split, tuple(ks), seed, kind == "textbooks") for i in itertools.count())
+    if split != "train" and 1 in ks:
+        raise ValueError(f"--split {split} has no problems of one operation, which all belong to training; use --k 2-6")
+    seen, left = set(), {slot: count // len(ks) + (slot < count % len(ks)) for slot in range(len(ks))}
     workers = min(workers or os.cpu_count() or 1, 1 + count // 200)
     pool = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(workers) if workers > 1 else None
     try:
-        # the pool is fed in slices: imap would draw its whole (endless) job list at once
-        while len(seen) < count:
-            slice_ = list(itertools.islice(jobs, min(max(256, count - len(seen)), 8192)))
-            for record in pool.imap(_draw, slice_, chunksize=32) if pool else map(_draw, slice_):
+        start, fruitless = 0, 0
+        while any(left.values()):
+            wanted = min(max(256, max(left.values()) * len(ks)), 8192)
+            numbers = [i for i in range(start, start + wanted) if left[i % len(ks)]]
+            jobs = ((i, split, tuple(ks), seed, kind == "textbooks") for i in numbers)
+            start, fruitless = start + wanted, fruitless + 1
+            for i, record in zip(numbers, pool.imap(_draw, jobs, chunksize=32) if pool else map(_draw, jobs)):
                 key = hash(record.get("text") or (record["prompt"] if split == "train" else str(record["chains"])))
-                if key not in seen and len(seen) < count:
+                if key not in seen and left[i % len(ks)]:
                     seen.add(key)
+                    left[i % len(ks)] -= 1
+                    fruitless = 0
                     yield record
+            if fruitless == 8:
+                raise ValueError(f"only {len(seen):,} of {count:,} different {kind} found for --k {','.join(map(str, ks))}; ask for fewer")
     finally:
         if pool:
             pool.terminate()

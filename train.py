@@ -554,33 +554,34 @@ def train(args):
 def recipe_stages(quick):
     """[(title, why, command, product, expected seconds on two 2020s laptop cores)]; `quick` is the two-minute version."""
     root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
-    pages, problems, held_out, web = (1500, 3000, 200, 1_000_000) if quick else (8000, 40_000, 1000, 8_000_000)
-    pretrain, finetune = (60, 150) if quick else (900, 1500)
-    bpe = f"--tokenizer {root}/textbooks --out {root}"
-    shape = "--context 384 --batch-tokens 3072"
-    test = f"{root}/test.jsonl"
+    pages, problems, held_out, web = (1500, 6000, 200, 1_000_000) if quick else (6000, 30_000, 600, 6_000_000)
+    pretrain, finetune = (40, 300) if quick else (300, 1900)
+    bpe, rates = f"--tokenizer {root}/textbooks --out {root}", "--lr 0.02 --muon-lr 0.008"
+    test, solve = f"{root}/test.jsonl", "--max-tokens 400 --show"
     return [
         ("textbooks", "a template teacher writes pages; every example on them is executed",
-         f"synth.py textbooks --count {pages} --k 1,1,2,2,3,4 --out {root}/textbooks.jsonl", f"{root}/textbooks.jsonl", pages / 350),
+         f"synth.py textbooks --count {pages} --k 1,1,1,2,2,3 --out {root}/textbooks.jsonl", f"{root}/textbooks.jsonl", pages / 1000),
         ("exercises", "problems with solutions and tests: chains of one to four operations",
-         f"synth.py exercises --count {problems} --k 1,2,3,4 --out {root}/exercises.jsonl", f"{root}/exercises.jsonl", problems / 800),
+         f"synth.py exercises --count {problems} --k 1-4 --out {root}/exercises.jsonl", f"{root}/exercises.jsonl", problems / 1400),
         ("held-out problems", "compositions that no page and no exercise contains, of two to six operations",
-         f"synth.py exercises --split test --k 2-6 --count {held_out} --out {test}", test, held_out / 50),
+         f"synth.py exercises --split test --k 2-6 --count {held_out} --out {test}", test, held_out / 100),
         ("tokenize textbooks", "a byte-level BPE of 1,024 tokens is trained on them",
          f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 --rules none --dedup-threshold 1 --out {root}",
-         f"{root}/textbooks", 5),
-        ("tokenize exercises", "prompts are marked, so that finetuning can weigh the solutions",
-         f"data.py --input {root}/exercises.jsonl --name exercises --rules none --dedup-threshold 1 {bpe}", f"{root}/exercises", 5),
+         f"{root}/textbooks", 4),
+        ("tokenize exercises", "prompts are marked, so that finetuning can leave them out",
+         f"data.py --input {root}/exercises.jsonl --name exercises --rules none --dedup-threshold 1 {bpe}", f"{root}/exercises", 4),
         ("filter the web", "this machine's own Python source, cleaned and deduplicated",
-         f"data.py --input python --name web --max-bytes {web} {bpe}", f"{root}/web", 5),
+         f"data.py --input python --name web --max-bytes {web} {bpe}", f"{root}/web", 7),
         ("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
-         f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {shape} --steps {pretrain} --out {runs}/base", f"{runs}/base", None),
+         f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens 3072 --steps {pretrain} --out {runs}/base",
+         f"{runs}/base", None),
         ("evaluate the base", "solves the held-out problems by running their tests",
-         f"sample.py --run {runs}/base --eval {test} --json {runs}/base/eval.json --show 0", f"{runs}/base/eval.json", held_out / 25),
+         f"sample.py --run {runs}/base --eval {test} --json {runs}/base/eval.json {solve} 0", f"{runs}/base/eval.json", held_out / 50),
         ("finetune", "the exercises (phi-1's CodeExercises)",
-         f"train.py --data {root}/exercises --init {runs}/base {shape} --steps {finetune} --out {runs}/phi", f"{runs}/phi", None),
-        ("evaluate", "the same held-out problems", f"sample.py --run {runs}/phi --eval {test} --json {runs}/phi/eval.json --show 1",
-         f"{runs}/phi/eval.json", held_out / 25)]
+         f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 --context 384 --batch-tokens 2304 "
+         f"--steps {finetune} --out {runs}/phi", f"{runs}/phi", None),
+        ("evaluate", "the same held-out problems", f"sample.py --run {runs}/phi --eval {test} --json {runs}/phi/eval.json {solve} 1",
+         f"{runs}/phi/eval.json", held_out / 50)]
 
 
 def recipe(quick):
