@@ -507,7 +507,7 @@ def draw_problem(index, split, ks, seed, page=False):
     """Problem (or, with `page`, textbook page) number `index`: the same for the same arguments, on any machine and in any order."""
     rng = random.Random(f"{seed} {split} {index} {page}")
     while True:
-        survey = split == "train" and not page and rng.random() < SURVEYS
+        survey = split == "train" and not page and max(ks) > 2 and rng.random() < SURVEYS
         chains = draw_survey(ks, rng) if survey else [draw_chain(ks[index % len(ks)], split, rng)]
         chain, k = chains[0], max(map(len, chains))
         kind = OPS[chain[0][0]].source

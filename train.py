@@ -554,17 +554,18 @@ def train(args):
 def recipe_stages(quick):
     """[(title, why, command, product, expected seconds on two 2020s laptop cores)]; `quick` is the two-minute version."""
     root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
-    pages, problems, held_out, web = (1500, 6000, 200, 1_000_000) if quick else (6000, 30_000, 600, 6_000_000)
-    pretrain, finetune = (40, 300) if quick else (300, 1900)
+    pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000) if quick else (6000, 22_000, 600, 6_000_000)
+    learned, asked = ("1-2", "2-3") if quick else ("1-4", "2-6")
+    pretrain, finetune, rows = (40, 900, "--context 192 --batch-tokens 1536") if quick else (300, 1900, "--context 384 --batch-tokens 2304")
     bpe, rates = f"--tokenizer {root}/textbooks --out {root}", "--lr 0.02 --muon-lr 0.008"
     test, solve = f"{root}/test.jsonl", "--max-tokens 400 --show"
     return [
         ("textbooks", "a template teacher writes pages; every example on them is executed",
-         f"synth.py textbooks --count {pages} --k 1,1,1,2,2,3 --out {root}/textbooks.jsonl", f"{root}/textbooks.jsonl", pages / 1000),
-        ("exercises", "problems with solutions and tests: chains of one to four operations",
-         f"synth.py exercises --count {problems} --k 1-4 --out {root}/exercises.jsonl", f"{root}/exercises.jsonl", problems / 1400),
-        ("held-out problems", "compositions that no page and no exercise contains, of two to six operations",
-         f"synth.py exercises --split test --k 2-6 --count {held_out} --out {test}", test, held_out / 100),
+         f"synth.py textbooks --count {pages} --k {'1-2' if quick else '1,1,1,2,2,3'} --out {root}/textbooks.jsonl", f"{root}/textbooks.jsonl", pages / 1000),
+        ("exercises", f"problems with solutions and tests: chains of {learned} operations",
+         f"synth.py exercises --count {problems} --k {learned} --out {root}/exercises.jsonl", f"{root}/exercises.jsonl", problems / 1400),
+        ("held-out problems", f"compositions that no page and no exercise contains, chains of {asked} operations",
+         f"synth.py exercises --split test --k {asked} --count {held_out} --out {test}", test, held_out / 100),
         ("tokenize textbooks", "a byte-level BPE of 1,024 tokens is trained on them",
          f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 --rules none --dedup-threshold 1 --out {root}",
          f"{root}/textbooks", 4),
@@ -578,7 +579,7 @@ def recipe_stages(quick):
         ("evaluate the base", "solves the held-out problems by running their tests",
          f"sample.py --run {runs}/base --eval {test} --json {runs}/base/eval.json {solve} 0", f"{runs}/base/eval.json", held_out / 50),
         ("finetune", "the exercises (phi-1's CodeExercises)",
-         f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 --context 384 --batch-tokens 2304 "
+         f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 {rows} "
          f"--steps {finetune} --out {runs}/phi", f"{runs}/phi", None),
         ("evaluate", "the same held-out problems", f"sample.py --run {runs}/phi --eval {test} --json {runs}/phi/eval.json {solve} 1",
          f"{runs}/phi/eval.json", held_out / 50)]
@@ -649,7 +650,7 @@ def print_report(stages, book):
     print(f"{'all':20} {'':12} {sum(book[stage[3]]['seconds'] for stage in stages):8.1f}  at most {memory:.2f} GB of memory in a process\n")
     levels = sorted(evaluations[-1][1]["levels"], key=int)
     print(f"{'pass@1 ± standard error':36}" + "".join(f"{'k = ' + level:>16}" for level in levels) + f"{'all':>16}")
-    for name, (_, result) in zip(("pretrained on code + textbooks", "finetuned on exercises (k <= 4)"), evaluations):
+    for name, (_, result) in zip(("pretrained on code + textbooks", "finetuned on exercises"), evaluations):
         cells = [result["levels"][level] for level in levels] + [result]
         print(f"{name:36}" + "".join(f"{cell['pass@1']:>9.1%} ±{cell['se']:5.1%}" for cell in cells))
     print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two steps.\n"
