@@ -12,8 +12,8 @@ that runs anywhere, offline and in minutes, with exact control over what was and
 
 The split. Two hashes must agree before a problem belongs to a split: that of its *composition* (the operations in their
 order, constants and wording ignored) and that of its *behaviour* (its outputs on fixed probe inputs). So no held-out
-composition occurs in training in any phrasing, and no training problem behaves like a held-out one on the probes,
-however it is written; both without a list of held-out problems, for any number and any seed. Single operations (k = 1)
+composition occurs in training in any phrasing, not even as a part of a longer chain, and no training problem behaves like a
+held-out one on the probes, however it is written; both without a list of held-out problems, for any number and any seed. Single operations (k = 1)
 are the vocabulary that compositions are made of: their composition counts as training's, their behaviour is still hashed.
 
 Surveys. A model that only ever saw chains of up to four steps learns that the fourth step is the last: it skips the middle of
@@ -404,9 +404,15 @@ def composition(chain):
     return " ".join(name for name, _ in chain)
 
 
+def split_by_composition(chain):
+    """The split that a chain's composition sends it to; None where it would be training's and holds a held-out one within."""
+    splits = {bucket(composition(chain[i:j])) for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)}
+    return bucket(composition(chain)) if len(chain) > 1 and bucket(composition(chain)) != "train" else "train" if splits <= {"train"} else None
+
+
 def split_of(chain, outputs):
     """The split of a chain with these probe outputs, or None where composition and behaviour disagree (module docstring)."""
-    split = bucket(composition(chain)) if len(chain) > 1 else "train"
+    split = split_by_composition(chain)
     return split if split == bucket(" ".join([OPS[chain[0][0]].source, *outputs])) else None
 
 
@@ -421,7 +427,7 @@ def draw_chain(k, split, rng, source=None):
                 choice = rng.choice(BY_SOURCE[kind])
             chain.append((choice.name, rng.choice(choice.constants)))
             kind = choice.target
-        if k > 1 and bucket(composition(chain)) != split:
+        if split_by_composition(chain) != split:
             continue  # the cheap half of split_of, before anything is run
         try:
             outputs = behaviour(chain)

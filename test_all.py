@@ -1101,3 +1101,14 @@ def test_training_refuses_bad_input_in_one_line(mini):
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
     done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
     assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_readme_shows_the_commands_that_the_recipe_runs():
+    with open(os.path.join(HERE, "README.md")) as file:
+        lines = file.read().splitlines()
+    for _, _, command, *_ in train.recipe_stages(quick=False):
+        assert "python " + command in lines
