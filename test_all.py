@@ -909,7 +909,8 @@ def test_held_out_problems_share_nothing_with_training():
     seen = {}
     for split, records in drawn.items():
         chains = [chain for record in records for chain in record["chains"]]
-        seen[split] = ({synth.composition(chain) for chain in chains},
+        parts = [chain[i:j] for chain in chains for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)]
+        seen[split] = ({synth.composition(part) for part in (parts if split == "train" else chains)},
                        {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains})
         # and by construction, for problems never drawn here: composition and behaviour decide the split, whatever the wording
         assert all(synth.split_of(chain, synth.behaviour(chain)) == split for chain in chains)
@@ -930,6 +931,13 @@ def test_teacher_is_reproducible_and_varied():
     for _ in range(3):  # chains of three operations with their constants, whatever the wording, names and style
         reach = {kind: sum(n * reach[other] for other, n in ways[kind].items()) for kind in ways}
     assert sum(reach.values()) > 10_000_000
+
+
+def test_held_out_levels_are_of_equal_size_and_single_operations_are_never_held_out():
+    problems = list(synth.draw_many("exercises", 50, "dev", (2, 3, 4, 5, 6), workers=1))
+    assert Counter(problem["k"] for problem in problems) == dict.fromkeys((2, 3, 4, 5, 6), 10)
+    with pytest.raises(ValueError, match="--k"):
+        next(synth.draw_many("exercises", 5, "test", (1, 2)))
 
 
 def test_exercises_pass_their_own_tests_and_nothing_else_does():
