@@ -594,9 +594,9 @@ def split_documents(documents, val_share):
     """{train, val} by a hash of the document alone, so the split never moves. One document alone is cut: its last share is val."""
     if len(documents) == 1 and "prompt_chars" not in documents[0]:
         text = documents[0]["text"]
-        at = max(1, round(len(text) * (1 - max(val_share, 0.001))))
+        at = max(1, min(round(len(text) * (1 - val_share)), len(text) - 1))
         parts = {"train": text[:at], "val": text[at:]}
-        return {name: [documents[0] | {"text": part, "bytes": len(part.encode())}] for name, part in parts.items()}
+        return {name: [documents[0] | {"text": part, "bytes": len(part.encode())}] if part else [] for name, part in parts.items()}
     ranked = sorted(documents, key=lambda document: document["digest"])
     n_val = sum(int.from_bytes(document["digest"][:8], "big") < val_share * 2**64 for document in ranked)
     n_val = min(max(n_val, 1), len(ranked) - 1)

@@ -582,7 +582,7 @@ def test_problem_masks_and_boundary(tmp_path):
 def test_smallest_datasets(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     dataset = data.open_dataset(make(tmp_path, "--input", str(tmp_path / "one.txt"), "--rules", "none", "--tokenizer", "bytes"))
-    assert len(dataset.train) == 18 and len(dataset.val) == 0
+    assert len(dataset.train) == 17 and len(dataset.val) == 2  # one document alone is cut; each part is followed by an end token
     (tmp_path / "two.txt").write_text("a second document, quite another one")
     dataset = data.open_dataset(make(tmp_path, "--input", str(tmp_path), "--rules", "none", "--tokenizer", "bytes"))
     assert dataset.meta["train"]["documents"] == dataset.meta["val"]["documents"] == 1
@@ -720,7 +720,7 @@ def test_forged_without_any_help_of_the_kernel(scratch):
     bodies.append("    import os, stat\n    for n in range(64):\n        p = f'/proc/PID/fd/{n}'\n        try:\n            if stat.S_ISFIFO(os.stat(p).st_mode):\n"
                   "                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)\n                os.write(fd, b'+passed'); os.write(fd, b'\\x07\\0\\0\\0+passed')\n"
                   "        except OSError: pass\n    return 0\n")
-    code = ("import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsandbox.PRELOAD += \"sys.platform = 'none'\\n\"\n"
+    code = ("import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += \"sys.platform = 'none'\\n\"\n"
             "problem, bodies = json.load(open(sys.argv[2]))\n"
             "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], timeout=2.0)\n"
             "json.dump(verdicts, open(sys.argv[2], 'w'))")

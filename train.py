@@ -60,26 +60,24 @@ class Packer:
         ends = np.flatnonzero(tokens == eot) + 1
         if len(ends) == 0 or ends[-1] != len(tokens):
             ends = np.append(ends, len(tokens))
-        self.starts, self.ends = np.concatenate([[0], ends[:-1]]), ends
+        starts = np.concatenate([[0], ends[:-1]])
+        self.documents = np.stack([starts, ends])[:, ends - starts > 1]  # one token alone has nothing to predict
         self.restore({"epoch": 0, "next": 0, "rows": []})
 
     def state(self):
         return {"epoch": self.epoch, "next": self.next, "rows": [[used, list(spans)] for used, spans in self.rows]}
 
     def restore(self, state):
+        """Cut and order the epoch's pieces, and take up the position in them."""
         self.epoch, self.next, self.rows = state["epoch"], state["next"], [[used, list(spans)] for used, spans in state["rows"]]
-        self.order = np.arange(len(self.ends)) if self.seed is None else \
-            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.ends))
-
-    def pieces(self, document):
-        """(start, end) of the parts of a document that fit a row; a document of one token has nothing to predict."""
-        start, end = int(self.starts[document]), int(self.ends[document])
-        cut = start + 1 + self.length
-        if end > cut and self.seed is not None:
-            cut -= int(np.random.default_rng([self.seed, self.epoch, document]).integers(self.length))
-        while start + 1 < end:
-            yield start, min(cut, end)
-            start, cut = cut - 1, cut + self.length
+        (starts, ends), rng = self.documents, None if self.seed is None else np.random.default_rng([self.seed, self.epoch])
+        first = starts + 1 + self.length - (rng.integers(self.length, size=len(starts)) if rng else 0)
+        first = np.where(ends <= starts + 1 + self.length, ends, first)  # where the first piece of each document ends
+        count = 1 + -(-(ends - first) // self.length)
+        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        cuts = np.repeat(first, count) + number * self.length
+        pieces = np.stack([np.where(number == 0, np.repeat(starts, count), cuts - self.length - 1), np.minimum(cuts, np.repeat(ends, count))], 1)
+        self.pieces = rng.permutation(pieces) if rng else pieces
 
     def __iter__(self):
         return self
@@ -87,19 +85,19 @@ class Packer:
     def __next__(self):
         """The next row, as a list of (start, end) in the token stream; end - start - 1 summed is at most `length`."""
         while len(self.rows) <= self.OPEN:
-            if self.next == len(self.order):
-                if self.seed is None:
+            if self.next == len(self.pieces):
+                if self.seed is None or not len(self.pieces):
                     break
                 self.restore({"epoch": self.epoch + 1, "next": 0, "rows": self.rows})
-            for start, end in self.pieces(self.order[self.next]):
-                size = end - start - 1
-                free = [(room, i) for i, (used, _) in enumerate(self.rows) if (room := self.length - used - size) >= 0]
-                if free:
-                    row = self.rows[min(free)[1]]
-                    row[0] += size
-                    row[1].append((start, end))
-                else:
-                    self.rows.append([size, [(start, end)]])
+            start, end = self.pieces[self.next].tolist()
+            size = end - start - 1
+            free = [(room, i) for i, (used, _) in enumerate(self.rows) if (room := self.length - used - size) >= 0]
+            if free:
+                row = self.rows[min(free)[1]]
+                row[0] += size
+                row[1].append((start, end))
+            else:
+                self.rows.append([size, [(start, end)]])
             self.next += 1
         if not self.rows:
             raise StopIteration
