@@ -749,7 +749,10 @@ def build(options):
                          "give more text, or keep everything readable with --rules none")
 
     splits = split_documents(documents, options.val_share)
-    tokenizer = tokenizer or train_bpe([document["text"] for document in splits["train"]], vocab_size, workers=options.workers)
+    if tokenizer is None:
+        begun = time.time()
+        tokenizer = train_bpe([document["text"] for document in splits["train"]], vocab_size, workers=options.workers)
+        print(f"tokenizer of {tokenizer.vocab_size:,} tokens trained on {sum(d['bytes'] for d in splits['train']):,} bytes in {time.time() - begun:.1f} s")
     meta = write_dataset(splits, tokenizer, path, {"funnel": funnel} | made_by, options.workers)
     for split in splits:
         print("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes, {:.2f} bytes a token".format(

@@ -550,7 +550,7 @@ def train(args):
 
 
 def recipe_stages(quick):
-    """[(title, why, command, product, expected seconds on two 2020s laptop cores)]; `quick` is the two-minute version."""
+    """[(title, why, command, product, expected seconds on two 2020s laptop cores)]; `quick` is the short version."""
     root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
     pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000) if quick else (6000, 22_000, 600, 6_000_000)
     learned, asked = ("1-2", "2-3") if quick else ("1-4", "2-6")
@@ -680,7 +680,7 @@ def main():
         parser.add_argument(name, default=default, help=text + (f" (default: {default})" if default is not None else ""), **more)
     parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
                         "without this option the whole recipe runs")
-    parser.add_argument("--quick", action="store_true", help="the recipe in two minutes, with a model that has learned little")
+    parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of the time, with a model that has learned little")
     option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
     option("--init", None, "run directory whose weights to start from", metavar="RUN")
     option("--preset", None, "shape of a new model (default: laptop)", choices=models.PRESETS)
