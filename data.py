@@ -763,11 +763,12 @@ def build(options):
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a number in [low, high]."""
+    """An argparse type, for all scripts: a finite number from low to high; 1e6 is a whole number too."""
     def parse(text):
-        if not low <= kind(text) <= high:
+        value = float(text) if "e" in text else kind(text)
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
+        return kind(value)
     parse.__name__ = kind.__name__
     return parse
 

@@ -31,17 +31,6 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a number of this kind between low and high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; see python sample.py -h")
@@ -52,21 +41,21 @@ def options(arguments=None):
     add = parser.add_argument
     add("--run", default="runs/phi", help="run directory or Hugging Face Phi-3 directory (default %(default)s)")
     add("--prompt", default="-", help="text to complete, or - for standard input (default -)")
-    add("--max-tokens", type=number(int, 1), default=256, help="new tokens at most (default %(default)s)")
-    add("--temperature", type=number(float, 0), default=0.0, help="0 takes the likeliest token, 1 samples plainly (default 0)")
-    add("--top-k", type=number(int, 0), default=0, help="sample among this many likeliest tokens, 0 for all (default 0)")
-    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="sample among the fewest tokens holding this probability (default 1)")
-    add("--seed", type=number(int, 0), default=0, help="of the sampling (default 0)")
+    add("--max-tokens", type=data.number(int, 1), default=256, help="new tokens at most (default %(default)s)")
+    add("--temperature", type=data.number(float, 0), default=0.0, help="0 takes the likeliest token, 1 samples plainly (default 0)")
+    add("--top-k", type=data.number(int, 0), default=0, help="sample among this many likeliest tokens, 0 for all (default 0)")
+    add("--top-p", type=data.number(float, 1e-9, 1), default=1.0, help="sample among the fewest tokens holding this probability (default 1)")
+    add("--seed", type=data.number(int, 0), default=0, help="of the sampling (default 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto for the best there is (default auto)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights; auto is bf16 on CUDA, else fp32 (default auto)")
     add("--eval", metavar="FILE", help="solve the problems of this .jsonl or .jsonl.gz file in HumanEval's format")
     add("--solutions", choices=["model", "canonical"], default="model", help="whose solutions to judge (default model)")
-    add("--samples", type=number(int, 1), default=1, help="completions a problem, for pass@k; above 1 needs a --temperature (default 1)")
-    add("--limit", type=number(int, 1), help="take only this many problems from the file's start")
-    add("--batch-size", type=number(int, 1), default=128, help="completions generated at once (default %(default)s)")
-    add("--timeout", type=number(float, 0.1), default=5.0, help="seconds a problem's tests may take (default %(default)s)")
-    add("--memory-mb", type=number(int, 64), default=512, help="megabytes a problem's tests may use (default %(default)s)")
-    add("--show", type=number(int, 0), default=2, help="solved and failed examples to print, each (default %(default)s)")
+    add("--samples", type=data.number(int, 1), default=1, help="completions a problem, for pass@k; above 1 needs a --temperature (default 1)")
+    add("--limit", type=data.number(int, 1), help="take only this many problems from the file's start")
+    add("--batch-size", type=data.number(int, 1), default=128, help="completions generated at once (default %(default)s)")
+    add("--timeout", type=data.number(float, 0.1), default=5.0, help="seconds a problem's tests may take (default %(default)s)")
+    add("--memory-mb", type=data.number(int, 64), default=512, help="megabytes a problem's tests may use (default %(default)s)")
+    add("--show", type=data.number(int, 0), default=2, help="solved and failed examples to print, each (default %(default)s)")
     add("--out", metavar="FILE.jsonl", help="write every completion and verdict here (gzipped if it ends in .gz)")
     add("--json", metavar="FILE", help="write the summary here")
     args = parser.parse_args(arguments)

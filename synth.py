@@ -1119,26 +1119,20 @@ def parse_levels(text):
     return tuple(levels)
 
 
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def main():
+    import data
+    from tqdm import tqdm
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", choices=("exercises", "textbooks"), default="exercises", help="what to write (default: exercises)")
     parser.add_argument("--teacher", choices=("builtin",), default="builtin", help="who writes (default: builtin)")
-    parser.add_argument("--count", type=positive, default=10_000, help="records to write (default: 10000)")
+    parser.add_argument("--count", type=data.number(int, 1), default=10_000, help="records to write (default: 10000)")
     parser.add_argument("--split", choices=("train", "dev", "test"), default="train", help="which compositions to draw (default: train)")
     parser.add_argument("--k", type=parse_levels, default="1-4", metavar="LEVELS",
                         help="operations chained in a problem, such as 2-6 or 1,2,3,3,4 (default: 1-4)")
     parser.add_argument("--out", metavar="FILE", help="JSON Lines to write, .gz to compress, - for standard output (default: data/KIND.jsonl)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=data.number(int, 1), default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args()
-    import data
-    from tqdm import tqdm
     path = args.out or f"data/{args.kind}.jsonl"
     start, sizes = time.time(), []
     records = tqdm(draw_many(args.kind, args.count, args.split, args.k, args.seed, args.workers), total=args.count, disable=None,

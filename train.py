@@ -662,17 +662,6 @@ EXACT = ("data", "init", "preset", *SHAPE, "context", "batch_tokens", "steps", "
          "warmup", "decay", "final_lr", "clip", "prompt_weight", "seed")  # what a resumed run must share with its beginning
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number from low to high."""
-    def parse(text):
-        value = kind(float(text)) if kind is int and "e" in text else kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
@@ -685,29 +674,29 @@ def main():
     option("--init", None, "run directory whose weights to start from", metavar="RUN")
     option("--preset", None, "shape of a new model (default: laptop)", choices=models.PRESETS)
     for name in SHAPE:
-        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=number(int, 1), metavar="N")
-    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=number(int, 2), metavar="N")
-    option("--batch-tokens", 4096, "tokens a step, over all processes", type=number(int, 2), metavar="N")
-    option("--micro-tokens", 4096, "most tokens in one forward pass of a process; lower it when memory runs out", type=number(int, 1), metavar="N")
-    option("--steps", 1000, "optimizer steps", type=number(int, 1), metavar="N")
+        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=data.number(int, 1), metavar="N")
+    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=data.number(int, 2), metavar="N")
+    option("--batch-tokens", 4096, "tokens a step, over all processes", type=data.number(int, 2), metavar="N")
+    option("--micro-tokens", 4096, "most tokens in one forward pass of a process; lower it when memory runs out", type=data.number(int, 1), metavar="N")
+    option("--steps", 1000, "optimizer steps", type=data.number(int, 1), metavar="N")
     option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
-    option("--lr", 0.003, "peak learning rate of AdamW", type=number(float, 0), metavar="RATE")
-    option("--muon-lr", 0.01, "peak learning rate of Muon", type=number(float, 0), metavar="RATE")
-    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=number(float, 0), metavar="RATE")
-    option("--beta2", 0.95, "AdamW's second moment decay", type=number(float, 0, 0.99999), metavar="BETA")
-    option("--warmup", 0.02, "share of the steps with rising learning rate", type=number(float, 0, 1), metavar="SHARE")
-    option("--decay", 0.5, "share of the steps with falling learning rate, at the end", type=number(float, 0, 1), metavar="SHARE")
-    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=number(float, 0, 1), metavar="SHARE")
-    option("--clip", 1.0, "largest norm of the gradient", type=number(float, 0), metavar="NORM")
-    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=number(float, 0, 1), metavar="WEIGHT")
-    option("--val-every", 500, "steps between validations; one always comes last", type=number(int, 1), metavar="N")
-    option("--val-tokens", 65536, "validation tokens of each dataset", type=number(int, 2), metavar="N")
-    option("--save-every", 250, "steps between checkpoints", type=number(int, 1), metavar="N")
-    option("--log-every", 10, "steps between records in log.jsonl", type=number(int, 1), metavar="N")
+    option("--lr", 0.003, "peak learning rate of AdamW", type=data.number(float, 0), metavar="RATE")
+    option("--muon-lr", 0.01, "peak learning rate of Muon", type=data.number(float, 0), metavar="RATE")
+    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=data.number(float, 0), metavar="RATE")
+    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999), metavar="BETA")
+    option("--warmup", 0.02, "share of the steps with rising learning rate", type=data.number(float, 0, 1), metavar="SHARE")
+    option("--decay", 0.5, "share of the steps with falling learning rate, at the end", type=data.number(float, 0, 1), metavar="SHARE")
+    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=data.number(float, 0, 1), metavar="SHARE")
+    option("--clip", 1.0, "largest norm of the gradient", type=data.number(float, 0), metavar="NORM")
+    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1), metavar="WEIGHT")
+    option("--val-every", 500, "steps between validations; one always comes last", type=data.number(int, 1), metavar="N")
+    option("--val-tokens", 65536, "validation tokens of each dataset", type=data.number(int, 2), metavar="N")
+    option("--save-every", 250, "steps between checkpoints", type=data.number(int, 1), metavar="N")
+    option("--log-every", 10, "steps between records in log.jsonl", type=data.number(int, 1), metavar="N")
     option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
     option("--dtype", "auto", "type of matrix products; auto measures", choices=("auto", "fp32", "bf16"))
     option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
-    option("--seed", 0, "random seed of weights and of the order of documents", type=number(int, 0))
+    option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
     args = parser.parse_args()
     if not args.data:
         given = [word for word in sys.argv[1:] if word != "--quick"]
