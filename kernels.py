@@ -19,11 +19,19 @@ def rms_norm(x, weight, eps: float):
     return (wide * scale * weight).to(x.dtype)
 
 
-def rotary(x, cos, sin):
-    """Rotate the channel pairs (i, i + D/2) of x (..., T, D) by their position's angle (RoFormer, arXiv 2104.09864, half layout).
+def layer_norm(x, weight, bias, eps: float):
+    """(x - mean) / sqrt(variance + eps) · weight + bias over the last dimension, in x's type (Ba et al., arXiv 1607.06450)."""
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps).to(x.dtype)
 
-    cos, sin: (T, D) or broadcastable, with the sign of the first half of `sin` already negated: x · cos + swap_halves(x) · sin.
+
+def rotary(x, cos, sin):
+    """Rotate the channel pairs (i, i + R/2) of x (..., T, D) by their position's angle (RoFormer, arXiv 2104.09864, half layout).
+
+    cos, sin: (T, R) or broadcastable, with the sign of the first half of `sin` already negated: x · cos + swap_halves(x) · sin.
+    Of D > R channels the rest stays as it is.
     """
+    if (dims := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotary(x[..., :dims], cos, sin), x[..., dims:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
 
@@ -32,6 +40,24 @@ def swiglu(gate_up):
     """(..., 2F) -> (..., F): silu(gate) · up, gate being the first half (Shazeer, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def geglu(gate_up):
+    """(..., 2F) -> (..., F): gelu(gate) · up with the tanh form of gelu (Gemma)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def geglu_clamped(gate_up):
+    """(..., 2F) -> (..., F): phi-3-small's: gate · sigmoid(1.702 gate) · (up + 1), gate at most 20 and up within ± 20."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=20.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-20.0, 20.0) + 1)
+
+
+def gelu(x):
+    """The tanh form of gelu (Hendrycks and Gimpel, arXiv 1606.08415), as in phi-1 to phi-2."""
+    return F.gelu(x, approximate="tanh")
 
 
 def attention_reference(q, k, v, mask=None, scale=None, causal=False):
@@ -45,7 +71,8 @@ def attention_reference(q, k, v, mask=None, scale=None, causal=False):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if mask is not None:
         scores = scores.view(B, kv_heads, H // kv_heads, T, S)
-        mask = mask.unsqueeze(2) if mask.dim() == 4 else mask                      # (B, 1, T, S) -> (B, 1, 1, T, S)
+        if mask.dim() == 4:                                                        # (B, H or 1, T, S) -> (B, Hkv or 1, G or 1, T, S)
+            mask = mask.unflatten(1, (kv_heads, -1) if mask.shape[1] == H > 1 else (1, 1))
         scores = scores.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         scores = scores.view(B, kv_heads, H // kv_heads * T, S)
     return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, T, D)
@@ -54,7 +81,7 @@ def attention_reference(q, k, v, mask=None, scale=None, causal=False):
 def attention(q, k, v, mask=None, scale=None, causal=False):
     """Grouped-query attention: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, H, T, D).
 
-    mask: (T, S) or (B, 1, T, S), True (or 0.0) where a query may look and False (or -inf) elsewhere; every query needs a key.
+    mask: (T, S), (B, 1, T, S) or (B, H, T, S), True (or 0.0) where a query may look and False (or -inf) elsewhere; every query needs a key.
     causal: instead of a mask, each query sees the keys up to its own position, the last query being aligned with the last key.
     PyTorch's fused attention serves CUDA, and float32 on CPUs (in bf16 it is three times slower there than plain products); not all
     MPS versions group heads.
@@ -67,8 +94,8 @@ def attention(q, k, v, mask=None, scale=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=True)
 
 
-def cross_entropy(hidden, weight, targets, weights=None):
-    """Next-token loss from final hidden states (B, T, d) and the output matrix (V, d).
+def cross_entropy(hidden, weight, targets, weights=None, bias=None):
+    """Next-token loss from final hidden states (B, T, d) and the output layer, weight (V, d) and perhaps bias (V).
 
     targets: (B, T) int64, -1 where there is nothing to predict; weights: optional (B, T) weight of each prediction.
     -> (sum of weighted losses in nats, sum of weights), both float32 scalars; a batch without targets gives (0, 0).
@@ -77,7 +104,7 @@ def cross_entropy(hidden, weight, targets, weights=None):
     hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
     if hidden.device.type == "cpu" and (used := weights.nonzero().squeeze(1)).numel() < weights.numel():
         hidden, targets, weights = hidden[used], targets[used], weights[used]  # on a GPU their number would have to be waited for
-    losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-1, reduction="none")
+    losses = F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, ignore_index=-1, reduction="none")
     return (losses * weights).sum(), weights.sum()  # not `@`, which autocast would run in bf16
 
 

@@ -3,6 +3,7 @@
 Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
 environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
 """
+import copy
 import gzip
 import json
 import os
@@ -308,7 +309,7 @@ def test_sharded_and_broken_directories(tmp_path):
     with pytest.raises(ValueError, match="vocab_size"):
         model.save(tiny(vocab_size=200), tok, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, word in ((dict(model_type="llama"), "llama"), (dict(rope_scaling={"type": "longrope"}), "longrope"), (dict(hidden_size=None), "hidden_size")):
+    for change, word in ((dict(model_type="mamba"), "mamba"), (dict(rope_scaling={"type": "longrope"}), "longrope"), (dict(hidden_size=None), "hidden_size")):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=word):
             model.load(tmp_path)
@@ -349,6 +350,107 @@ def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # and back, in transformers' own dialect, sharded
     again, none = model.load(tmp_path / "theirs", device="cpu")
     assert none is None and again.config == m.config and (again(x) - ours).abs().max() < 1e-5
+
+
+LONG = dict(rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]), original_max_position_embeddings=32,
+            max_position_embeddings=128)
+FAMILY_CHECKPOINTS = {  # transformers' class and what is particular in its configuration
+    "phi-2": ("Phi", dict(partial_rotary_factor=0.5, intermediate_size=70)),
+    "phi-1, grouped": ("Phi", dict(partial_rotary_factor=0.25, num_key_value_heads=2, rope_theta=5e4)),
+    "phi-3-mini": ("Phi3", dict(sliding_window=11)),
+    "phi-3-mini-128k": ("Phi3", LONG),
+    "phi-4": ("Phi3", dict(num_key_value_heads=3, rope_theta=2.5e5)),
+    "phi-4-mini": ("Phi3", {**LONG, "num_key_value_heads": 2, "tie_word_embeddings": True, "partial_rotary_factor": 0.5, "hidden_size": 96, "sliding_window": 262144}),
+    "llama-3": ("Llama", dict(num_key_value_heads=1, rope_theta=5e5)),
+    "llama, tied": ("Llama", dict(tie_word_embeddings=True)),
+    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_CHECKPOINTS)
+def test_checkpoints_of_transformers_and_back(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    kind, change = copy.deepcopy(FAMILY_CHECKPOINTS[name])  # transformers writes into what it is given
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**dict(
+        vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="eager"), **change})
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():  # spiked, so that each part matters, biases and norms among them
+        for weight in theirs.parameters():
+            weight.mul_(6) if weight.dim() == 2 else weight.uniform_(-0.5, 0.5) if kind == "Gemma" else weight.uniform_(0.5, 1.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, none = model.load(tmp_path / "theirs", device="cpu")
+    assert none is None
+    stored = model.read_safetensors(str(tmp_path / "theirs" / "model.safetensors"))
+    back = model.to_hf(ours)
+    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tied else ""} and all(torch.equal(back[k], stored[k]) for k in back)
+    model.save(ours, None, tmp_path / "ours")
+    again = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager").eval()
+    assert model.load(tmp_path / "ours", device="cpu")[0].config == ours.config
+    with torch.no_grad():
+        for length in (1, 7, 31, 33, 75):
+            x = torch.randint(3, 320, (2, length))
+            wanted = theirs(x).logits
+            assert wanted.std() > 0.1 and (ours(x) - wanted).abs().max() < 1e-4 and (again(x).logits - wanted).abs().max() < 1e-4, length
+        prompts = [torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6)]  # a batch with padding on the left
+        ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
+        options = dict(do_sample=False, max_new_tokens=18, eos_token_id=None, attention_mask=(ids != 0).long())
+        assert theirs.generate(ids, **options)[:, 9:].tolist() == [p for p in ours.generate(prompts, 18)]
+        prompts = prompts + [torch.randint(3, 320, (20,)).tolist()]
+        want = [plain(ours, p, 64) for p in prompts]  # from here on without a cache; LongRoPE crosses its boundary in every row
+        assert ours.generate(prompts, 64) == want and [ours.generate([p], 64)[0] for p in prompts] == want
+        ids = torch.tensor(prompts[-1:])
+        assert theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, eos_token_id=None)[0, 20:].tolist() == want[-1]
+
+
+def test_phi_3_small_against_the_formulas(tmp_path):
+    """FACTS of phi-3-small (arXiv 2404.14219, section 2, and its published code) written down once more, from the file's own tensors."""
+    shape = dict(vocab_size=320, context=300, n_layer=3, d_model=64, n_head=8, n_kv_head=2, d_ff=40, rope_theta=1e6, tied=True, family="phi3small",
+                 embedding_scale=10.0, attention_scale=1.0, logit_divisor=8.0, dense_every=2, sparse_block=8, sparse_local=3, sparse_stride=4, dummy_tokens=[7, 300])
+    m = tiny(**shape)
+    model.save(m, None, tmp_path)
+    again, _ = model.load(tmp_path, device="cpu")
+    assert again.config == m.config and all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
+    w, D, T = model.read_safetensors(str(tmp_path / "model.safetensors")), 8, 200
+    tokens = torch.randint(320, (2, T))
+    x = w["model.embed_tokens.weight"][tokens] * 10
+
+    def norm(x, name):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+    for layer in range(3):
+        name = f"model.layers.{layer}."
+        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value").view(2, T, 2, 6, D)
+        y = torch.zeros(2, T, 8, D)
+        for h in range(8):
+            q, k, v = qkv[:, :, h // 4, h % 4], qkv[:, :, h // 4, 4], qkv[:, :, h // 4, 5]
+            angle = torch.arange(T)[:, None] / 1e6 ** (torch.arange(D // 2) / (D // 2))
+
+            def turn(z):
+                a, b = z[..., :D // 2], z[..., D // 2:]
+                return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+            scores = turn(q) @ turn(k).mT / D
+            for i in range(T):
+                for j in range(T):
+                    near = i // 8 - j // 8 < 3 or (j // 8 + h + 1) % 4 == 0
+                    if j > i or (layer + 1) % 2 and not near:
+                        scores[:, i, j] = -torch.inf
+            y[:, :, h] = scores.softmax(-1) @ v
+        x = x + linear(y.flatten(2), name + "self_attn.dense")
+        up = linear(norm(x, name + "post_attention_layernorm"), name + "mlp.up_proj")
+        a, b = up[..., ::2].clamp(max=20), up[..., 1::2].clamp(-20, 20)
+        x = x + linear(a * torch.sigmoid(1.702 * a) * (b + 1), name + "mlp.down_proj")
+    wanted = norm(x, "model.final_layernorm") @ w["model.embed_tokens.weight"].T / 8
+    wanted[..., [7, 300]] = -torch.inf
+    got = m(tokens)
+    assert (got == -torch.inf).sum() == 2 * T * 2 and (got - wanted).nan_to_num(0).abs().max() < 1e-4 < wanted.nan_to_num(0, 0, 0).std()
+    prompts = [tokens[0, :n].tolist() for n in (60, 90, 37)]
+    with torch.no_grad():
+        want = [plain(m, p, 64) for p in prompts]
+        assert m.generate(prompts, 64) == want and [m.generate([p], 64)[0] for p in prompts] == want
 
 
 # ------------------------------------------------------------------ sample.py
