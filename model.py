@@ -233,6 +233,11 @@ class Norm(nn.Module):
         return kernels.rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self):
+        """Model draws all weights; drawing them here as well takes minutes for billions of them."""
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each read from a normed copy of the residual stream x and added to it."""
 
@@ -242,11 +247,11 @@ class Block(nn.Module):
         self.scale = config.head_dim ** -0.5 if config.attention_scale is None else config.attention_scale / config.head_dim
         self.sparse, self.activation, bias = sparse, getattr(kernels, config.form.activation), config.form.bias
         self.attention_norm = Norm(config)
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=bias)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=bias)
+        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=bias)
+        self.out = Linear(config.n_head * config.head_dim, config.d_model, bias=bias)
         self.mlp_norm = None if config.form.parallel else Norm(config)
-        self.gate_up = nn.Linear(config.d_model, config.d_ff * (1 if config.form.activation == "gelu" else 2), bias=bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
+        self.gate_up = Linear(config.d_model, config.d_ff * (1 if config.form.activation == "gelu" else 2), bias=bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=bias)
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B, T, d_model); cos, sin, mask as kernels.rotary and kernels.attention want them; without a mask attention is causal.
@@ -304,11 +309,13 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.tables = config, {}
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Block(config, sparse=(i + 1) % config.dense_every != 0) for i in range(config.n_layer))
         self.norm = Norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.form.head_bias)
+        self.head = Linear(config.d_model, config.vocab_size, bias=config.form.head_bias)
         for name, weight in self.named_parameters():
+            if weight.is_meta:
+                continue
             if weight.dim() == 2:  # what writes into the residual stream starts smaller, so that its variance does not grow with depth
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith(("out.weight", "down.weight")) else 0.02)
             elif name.endswith("bias"):
@@ -495,7 +502,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 GPT4_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PHI_3_SMALL_SPECIAL = {f"<|dummy_{i}|>": i for i in range(100256, 100352)} | dict(zip(SPECIAL, (100257, 100261, 100262, 100263, 100266)))
+PHI_3_SMALL_SPECIAL = dict(zip(SPECIAL, (100257, 100261, 100262, 100263, 100266)))
+PHI_3_SMALL_SPECIAL |= {f"<|dummy_{i}|>": i for i in range(100256, 100352) if i not in PHI_3_SMALL_SPECIAL.values()}
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")            # of a document
 TURN_ENDS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")    # of a message
 # Chat formats by the special token that gives them away, in this order: start, opening of a message, its closing, whether a finished
@@ -757,7 +765,8 @@ def _from_vocab_and_merges(folder: str) -> dict:
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     flags = dict(single_word=False, lstrip=False, rstrip=False)
     return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": byte_level,
-            "added_tokens": [dict(id=i, content=name, **flags, normalized=bool(name.isspace()), special=not name.isspace()) for name, i in added.items()],
+            "added_tokens": [dict(id=i, content=name, **flags, normalized=bool(name.isspace()), special=not name.isspace())
+                             for name, i in sorted(added.items(), key=lambda item: item[1])],
             "pre_tokenizer": byte_level, "decoder": byte_level,
             "model": dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
                           byte_fallback=False, vocab=vocab, merges=merges)}
@@ -792,7 +801,7 @@ def _from_json(source: dict) -> Tokenizer:
         patterns = [s["pattern"]["Regex"] if s["type"] == "Split" else GPT2_PATTERN for s in steps
                     if s["type"] == "Split" or s["type"] == "ByteLevel" and s.get("use_regex", True)]
         merged = [bpe["vocab"]["".join(merge)] for merge in merges]
-        if normalizer.get("type") == "NFC" or merged != sorted(merged) or len(patterns) != 1 or normalizer:
+        if merged != sorted(merged) or len(patterns) != 1 or normalizer:
             raise ValueError("only byte-level BPE with one split pattern, no normalizer and merges in order of id is supported")
         ranks = {bytes(CHAR_TO_BYTE[c] for c in t): i for t, i in bpe["vocab"].items() if t not in special and t not in added}
         tokenizer = Tokenizer(ranks, patterns[0], special, eot, added)
@@ -862,7 +871,7 @@ def download(url: str, path: str, size: int | None = None, digest: str | None = 
                         total = have + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
                         with open(part, "ab" if have else "wb") as file, \
                                 tqdm(desc=os.path.basename(path), initial=have, total=total, unit="B", unit_scale=True, disable=None) as bar:
-                            for chunk in answer.iter_content(1 << 20):
+                            for chunk in answer.iter_content(1 << 16):
                                 file.write(chunk)
                                 bar.update(len(chunk))
                         size = total if size is None else size
@@ -969,23 +978,20 @@ class SafeTensors(dict):
             with open(path, "rb") as file:
                 self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             data = 8 + int.from_bytes(self.memory[:8], "little")
-            self.spans = {}
             for name, entry in json.loads(self.memory[8:data]).items():
                 if name != "__metadata__":
                     (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
                     if not 0 <= begin <= end <= len(self.memory) - data or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
                         raise ValueError(f"{name} reaches beyond its end")
-                    self.spans[name] = data + begin, data + end
                     flat = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(entry["shape"]), offset=data + begin) if end > begin else torch.empty(0, dtype=dtype)
                     self[name] = flat.view(entry["shape"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated: restore it or make it again") from error
 
-    def release(self, name: str) -> None:
-        """Give back the memory of a tensor's pages; they are read again when they are used again."""
-        begin, end = (-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in self.spans[name])
-        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED, begin, min(end, len(self.memory)) - begin)
+    def release(self) -> None:
+        """Give back the memory of the pages read so far; they are read again when they are used again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED)
 
 
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:
@@ -1063,7 +1069,7 @@ def save(model: Model, tokenizer: Tokenizer | None, path: str) -> None:
         tokenizer.save(path)
     rope = {}
     if config.original_context:
-        rope = {"rope_type": "longrope", "type": "longrope", "short_factor": list(config.short_factor), "long_factor": list(config.long_factor)}
+        rope = {"type": "longrope", "short_factor": list(config.short_factor), "long_factor": list(config.long_factor)}
         if config.family == "phi3small":
             rope |= {"short_mscale": config.rope_scale(False), "long_mscale": config.rope_scale(True), "original_max_position_embeddings": config.original_context}
         elif config.long_scale is not None:
@@ -1148,10 +1154,12 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
         if not (config.tied and name == "head.weight"):
             names, weights[name] = hf_names(config, name), torch.empty(tensor.shape, device=device, dtype=dtype)
             for part, rows in zip(names, [weights[name]] if len(names) == 1 else weights[name].split(_rows(config, name, len(names)))):
-                rows.copy_(_rearrange(config, name, stored[part][part]))
-                file = stored[part]
-                if isinstance(file, SafeTensors):  # so that a file is never in memory twice
-                    file.release(part)
+                source = _rearrange(config, name, stored[part][part])
+                few = max(1, (1 << 24) // max(1, source[0].numel()))  # rows at a time, so that no large tensor is in memory twice
+                for to, what in zip(rows.split(few), source.split(few)):
+                    to.copy_(what)
+                    if isinstance(stored[part], SafeTensors):
+                        stored[part].release()
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tied:
         model.head.weight = model.embed.weight

@@ -3,8 +3,10 @@
 Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
 environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
 """
+import base64
 import copy
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -330,7 +332,7 @@ def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
     transformers = pytest.importorskip("transformers")
     m, tok = tiny(vocab_size=320, tied=tied), small_tokenizer()
     model.save(m, tok, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == "Phi3ForCausalLM"
     x = torch.randint(300, (2, 37))
     with torch.no_grad():
@@ -386,7 +388,7 @@ def test_checkpoints_of_transformers_and_back(tmp_path, name):
     back = model.to_hf(ours)
     assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tied else ""} and all(torch.equal(back[k], stored[k]) for k in back)
     model.save(ours, None, tmp_path / "ours")
-    again = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager").eval()
+    again = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert model.load(tmp_path / "ours", device="cpu")[0].config == ours.config
     with torch.no_grad():
         for length in (1, 7, 31, 33, 75):
@@ -401,7 +403,8 @@ def test_checkpoints_of_transformers_and_back(tmp_path, name):
         want = [plain(ours, p, 64) for p in prompts]  # from here on without a cache; LongRoPE crosses its boundary in every row
         assert ours.generate(prompts, 64) == want and [ours.generate([p], 64)[0] for p in prompts] == want
         ids = torch.tensor(prompts[-1:])
-        assert theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, eos_token_id=None)[0, 20:].tolist() == want[-1]
+        options = dict(do_sample=False, max_new_tokens=64, eos_token_id=None, use_cache=False)  # transformers 4.49's cache errs at the boundary
+        assert theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 20:].tolist() == want[-1]
 
 
 def test_phi_3_small_against_the_formulas(tmp_path):
@@ -451,6 +454,264 @@ def test_phi_3_small_against_the_formulas(tmp_path):
     with torch.no_grad():
         want = [plain(m, p, 64) for p in prompts]
         assert m.generate(prompts, 64) == want and [m.generate([p], 64)[0] for p in prompts] == want
+
+
+def flagged(names, **flags):
+    return [dict(id=i, content=name, single_word=False, **{**dict(lstrip=False, rstrip=False, normalized=False, special=True), **flags}) for name, i in names.items()]
+
+
+def sentencepiece_files(path, texts, normalizer, splitter, special):
+    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge, in order of the pieces."""
+    hf = pytest.importorskip("tokenizers")
+    trained = hf.Tokenizer(hf.models.BPE())
+    trained.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator(texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False))
+    learned = sorted(json.loads(trained.to_str())["model"]["vocab"].items(), key=lambda item: item[1])
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(p for p, _ in learned if len(p) > 1), *(p for p, _ in learned if len(p) == 1), "▁▁", "▁▁▁▁", "een"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}  # single characters last, as in Llama's: ids are not priorities
+    merges = [[p[:n], p[n:]] for p in vocab if not p.startswith("<") for n in range(1, len(p)) if p[:n] in vocab and p[n:] in vocab]
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2} | {name: len(vocab) + i for i, name in enumerate(special)}
+    os.makedirs(path, exist_ok=True)
+    with open(path / "tokenizer.json", "w") as file:
+        json.dump({"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "normalizer": normalizer, "pre_tokenizer": splitter,
+                   "added_tokens": flagged({k: v for k, v in special.items() if v < 3}) + flagged({k: v for k, v in special.items() if v >= 3}, rstrip=True),
+                   "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                                                                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+                   "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                             "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": merges}}, file, ensure_ascii=False)
+    with open(path / "tokenizer_config.json", "w") as file:
+        json.dump({"eos_token": {"content": "<|endoftext|>" if "<|endoftext|>" in special else "</s>"}}, file)
+    return hf.Tokenizer.from_file(str(path / "tokenizer.json"))
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPACES = {  # how the leading space comes about: Llama 2 and phi-3, newer conversions, Gemma
+    "force": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}, None),
+    "first": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
+    "always": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}),
+    "never": (REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})}
+
+
+@pytest.mark.parametrize("spaces", SPACES)
+def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
+    texts = [open(data.__file__).read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
+    special = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+    reference = sentencepiece_files(tmp_path / "a", texts, *SPACES[spaces], special)
+    tok = Tokenizer.load(tmp_path / "a")
+    assert tok.prepend == spaces and tok.eot == tok.special["<|endoftext|>"]
+    rng, alphabet = random.Random(0), list("abdefnrstu  \n\t_()=='\"0123 éüñ中文日本▁😀\u0301")
+    for text in [*(t for t in HARD if "<|" not in t), "▁▁a ▁", "anananana", "=======", " " * 999, "一丁七😀" * 9, "<0x0A> a", *texts,
+                 *("".join(rng.choices(alphabet, k=40)) for _ in range(1000))]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+        if spaces in ("force", "never") and "▁" not in text:
+            assert tok.decode(tok.encode(text)) == text
+    assert tok.encode_batch(["a b", ""]) == [tok.encode("a b"), []]
+    assert not {*tok.encode("<s> </s><|end|><|user|><unk>")} & {*tok.special.values()}
+    chat = [{"role": "user", "content": "  two  words\n"}, {"role": "assistant", "content": "x<|end|>"}, {"role": "user", "content": "é"}]
+    plain = [{**m, "content": m["content"].replace("<|end|>", "y")} for m in chat]
+    text = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in plain) + "<|assistant|>\n"  # every family's special tokens eat the line break
+    assert tok.render(plain) == reference.encode(text, add_special_tokens=False).ids
+    assert tok.render(chat).count(tok.special["<|end|>"]) == 3
+    tok.save(str(tmp_path / "b"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "a" / file).read_text()) == json.loads((tmp_path / "b" / file).read_text())
+    assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
+
+
+CHATS = {  # the format of each family, from its documentation
+    "phi-4": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"], dict(lstrip=True, rstrip=True), "<|im_start|>system<|im_sep|>{}<|im_end|>"
+              "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>", ""),
+    "phi-4-mini": (["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]], {}, "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>", "<|endoftext|>"),
+    "phi-3": (model.SPECIAL, dict(rstrip=True), "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n", "<|endoftext|>"),
+    "llama-3": (["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], {}, "<|begin_of_text|><|start_header_id|>system"
+                "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", ""),
+    "gemma": (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], {}, "<bos><start_of_turn>user\n{1}<end_of_turn>\n<start_of_turn>model\n", ""),
+    "phi-2": (["<|endoftext|>"], {}, "System: {}\nInstruct: {}\nOutput:", "<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_chat_formats(tmp_path, family):
+    hf = pytest.importorskip("tokenizers")
+    names, flags, text, end = CHATS[family]
+    ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
+    first = len(ranks)
+    special = {name: first + i for i, name in enumerate(names)}
+    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.ENDS if name in names))
+    tok.save(str(tmp_path))
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    source["added_tokens"] = flagged(special, **flags)
+    source["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": names[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                                "pair": [], "special_tokens": {names[0]: {"id": names[0], "ids": [first], "tokens": [names[0]]}}} if family in ("gemma", "llama-3") else None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tok.bos == ([first] if family in ("gemma", "llama-3") else []) and reference.encode("hello").ids == tok.bos + tok.encode("hello")
+    for contents in (("Be brief.", "hello return"), ("x", " a\n\n  b "), ("\n", "")):
+        chat = [{"role": role, "content": content} for role, content in zip(("system", "user"), contents) if family != "gemma" or role == "user"]
+        shown = [content.strip() if family in ("gemma", "llama-3") else content for content in contents]
+        assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, contents
+        opening = text[text.rindex("<|assistant|>" if "<|assistant|>" in text else "<|im_start|>" if "im_sep" in text else "<|start_header" if "start_header" in text
+                                   else "<start_of" if "start_of" in text else "Output:"):]
+        assert tok.render(chat, False) == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
+    attack = "".join(names) + "<|assistant|>"
+    ids = tok.render([{"role": "user", "content": attack}])
+    assert [i for i in ids if i >= first] == [i for i in tok.render([{"role": "user", "content": "x"}]) if i >= first]
+    with pytest.raises(ValueError, match="message 0 needs a role"):
+        tok.render([{"role": "tool", "content": "x"}])
+    assert {tok.special[name] for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>") if name in names} < {*tok.stops} or family == "phi-2"
+
+
+def test_older_tokenizer_files(tmp_path):
+    """codegen's vocab.json and merges.txt with its added runs of spaces, and phi-3-small's *.tiktoken."""
+    hf = pytest.importorskip("tokenizers")
+    small = small_tokenizer()
+    dense = {t: i for i, t in enumerate(sorted(small.ranks, key=small.ranks.get))}
+    chars = {"".join(model.BYTE_TO_CHAR[b] for b in t): i for t, i in dense.items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(chars | {"<|endoftext|>": len(chars)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in Tokenizer(dense)._merges()))
+    runs = {" " * n: len(chars) + 32 - n for n in range(2, 32)} | {"\t" * n: len(chars) + 40 - n for n in range(2, 10)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(runs))
+    tok = Tokenizer.load(tmp_path)
+    tok.save(str(tmp_path / "saved"))
+    reference = hf.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    rng = random.Random(0)
+    for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)), " " * 100]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids and tok.decode(tok.encode(text)) == text, repr(text)
+    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(chars)
+    os.makedirs(tmp_path / "small")
+    (tmp_path / "small" / "cl100k_base.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items()))
+    tok = Tokenizer.load(tmp_path / "small")
+    assert (tok.vocab_size, tok.eot) == (100352, 100257)
+    assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [100257, 100262, 100266, 100263]
+
+
+# ------------------------------------------------------------------ the hub
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on the loopback interface with what goes wrong on real ones; .seen holds the requests."""
+    import http.server
+    files = tmp_path / "hub"
+    tok = small_tokenizer()
+    model.save(tiny(vocab_size=320), tok, files)
+    blobs = {name: (files / name).read_bytes() for name in os.listdir(files)}
+    state = SimpleNamespace(seen=[], cut=0, corrupt=0, gated=False, blobs=blobs)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            state.seen.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+            if state.gated and self.headers.get("Authorization") != "Bearer secret":
+                return self.send_error(401)
+            if self.path.startswith("/api/models/someone/phi/revision/main"):
+                body = json.dumps({"sha": "abc", "siblings": [
+                    {"rfilename": name, "size": len(blob), "blobId": hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest(),
+                     **({"lfs": {"sha256": hashlib.sha256(blob).hexdigest()}} if name.endswith("tensors") else {})} for name, blob in blobs.items()]}).encode()
+            elif self.path.startswith("/someone/phi/resolve/abc/"):
+                body = blobs[self.path.split("/")[-1]]
+                body = bytes(len(body)) if state.corrupt and self.path.endswith("tensors") else body
+            else:
+                return self.send_error(404)
+            begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(body) - begin))
+            self.end_headers()
+            if state.cut and self.path.endswith("tensors"):
+                state.cut -= 1
+                self.wfile.write(body[begin:begin + 70000])
+            else:
+                self.wfile.write(body[begin:])
+            self.close_connection = True
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models.time, "sleep", lambda seconds: None)
+    state.stop = server.shutdown
+    yield state
+    server.shutdown()
+
+
+def test_hub_model_is_fetched_once_and_resumed_when_cut(hub):
+    hub.cut = 2
+    m, tok = model.load("someone/phi", device="cpu")
+    assert torch.equal(m.head.weight, tiny(vocab_size=320).head.weight) and tok.fingerprint == small_tokenizer().fingerprint
+    ranges = [r for path, r, _ in hub.seen if path.endswith("tensors")]
+    assert ranges == [None, "bytes=65536-", "bytes=131072-"] and len(hub.blobs["model.safetensors"]) > 180000
+    hub.stop()  # and once it is here nobody is asked
+    count = len(hub.seen)
+    model.load("someone/phi", device="cpu")
+    assert len(hub.seen) == count
+
+
+def test_hub_failures_are_one_clear_line(hub, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no model someone/else"):
+        model.load("someone/else")
+    hub.gated = True
+    with pytest.raises(PermissionError, match="HF_TOKEN"):
+        model.load("someone/phi")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub.corrupt = True
+    with pytest.raises(ValueError, match="size or hash differ"):
+        model.load("someone/phi")
+    assert not [name for _, _, names in os.walk(tmp_path / "cache") for name in names if "safetensors" in name]
+    hub.corrupt = False
+    assert model.load("someone/phi", device="cpu")[1] is not None
+    monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "other"))
+    hub.seen.clear()
+    assert Tokenizer.load("someone/phi").eot == small_tokenizer().eot and not [p for p, _, _ in hub.seen if p.endswith("tensors")]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "third"))
+    with pytest.raises(OSError, match="go online, set HF_ENDPOINT"):
+        model.load("someone/phi")
+    os.makedirs(tmp_path / "someone")
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):  # a mistyped directory asks nobody
+        model.load("someone/phi")
+
+
+def test_older_weights_and_sharded_bin(tmp_path):
+    m, tok = tiny(vocab_size=320), small_tokenizer()
+    model.save(m, tok, tmp_path)
+    whole = {k: v.clone() for k, v in model.read_safetensors(str(tmp_path / "model.safetensors")).items()}
+    os.remove(tmp_path / "model.safetensors")
+    torch.save({**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "pytorch_model.bin")
+    again, _ = model.load(tmp_path, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
+    names = list(whole)
+    for i in range(2):
+        torch.save({k: whole[k] for k in names[i::2]}, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {k: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, k in enumerate(names)}}))
+    os.remove(tmp_path / "pytorch_model.bin")
+    again, _ = model.load(tmp_path, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
+    torch.save({"x": SimpleNamespace()}, tmp_path / "pytorch_model.bin")  # a pickle that wants to run something
+    with pytest.raises(ValueError, match="cannot be read as plain weights"):
+        model.load(tmp_path)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_loading_holds_the_weights_once(tmp_path):
+    m = Model(Config(vocab_size=20000, context=64, n_layer=8, d_model=1024, n_head=16, n_kv_head=4, d_ff=4096, family="llama"))
+    model.save(m, None, tmp_path)
+    script = """import sys, model, os, torch
+def memory(field): return int(open("/proc/self/status").read().split(field + ":")[1].split()[0]) * 1024
+before = memory("VmRSS")
+m, _ = model.load(sys.argv[1], device="cpu")
+print((memory("VmHWM") - before) / os.path.getsize(sys.argv[1] + "/model.safetensors"))"""
+    out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=HERE, check=True)
+    assert 1 <= float(out.stdout) < 1.1
+
+
+def test_a_long_context_costs_nothing_before_it_is_used():
+    m = Model(Config(**{**TINY, "context": 1 << 20, "original_context": 64, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}))
+    m(torch.zeros(1, 8, dtype=torch.long))
+    assert sum(cos.numel() for cos, _ in m.tables.values()) <= 512 * 8
+    assert m.config.rope_scale(True) == pytest.approx((1 + 14 * 0.6931471805599453 / (6 * 0.6931471805599453)) ** 0.5)
+    assert Config(**{**TINY, "context": 131072, "original_context": 4096, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}).rope_scale(False) == pytest.approx(1.1902, abs=1e-4)
 
 
 # ------------------------------------------------------------------ sample.py
