@@ -62,28 +62,14 @@ FAMILIES = {  # by config.json's model_type
         "Phi3ForCausalLM", {**LLAMA_TENSORS, "layers.N.qkv": "model.layers.N.self_attn.qkv_proj", "layers.N.gate_up": "model.layers.N.mlp.gate_up_proj"},
         {"window": "sliding_window"}, {"hidden_act": "silu", "attention_bias": False}),
     "phi": Family(  # phi-1, 1.5, 2
-        "PhiForCausalLM", {
-            "embed": "model.embed_tokens",
-            "layers.N.attention_norm": "model.layers.N.input_layernorm",
-            "layers.N.qkv": ("model.layers.N.self_attn.q_proj", "model.layers.N.self_attn.k_proj", "model.layers.N.self_attn.v_proj"),
-            "layers.N.out": "model.layers.N.self_attn.dense",
-            "layers.N.gate_up": "model.layers.N.mlp.fc1",
-            "layers.N.down": "model.layers.N.mlp.fc2",
-            "norm": "model.final_layernorm",
-            "head": "lm_head"},
+        "PhiForCausalLM", {**LLAMA_TENSORS, "layers.N.out": "model.layers.N.self_attn.dense", "layers.N.gate_up": "model.layers.N.mlp.fc1",
+                           "layers.N.down": "model.layers.N.mlp.fc2", "norm": "model.final_layernorm"},
         {"norm_eps": "layer_norm_eps"}, {"hidden_act": "gelu_new", "qk_layernorm": False}, activation="gelu", parallel=True,
         layer_norm=True, bias=True, head_bias=True, defaults={"rotary_share": 0.5}),
-    "phi3small": Family(
-        "Phi3SmallForCausalLM", {
-            "embed": "model.embed_tokens",
-            "layers.N.attention_norm": "model.layers.N.input_layernorm",
-            "layers.N.qkv": "model.layers.N.self_attn.query_key_value",  # rows by key/value head: its queries, its key, its value
-            "layers.N.out": "model.layers.N.self_attn.dense",
-            "layers.N.mlp_norm": "model.layers.N.post_attention_layernorm",
-            "layers.N.gate_up": "model.layers.N.mlp.up_proj",            # rows alternate: gate, up
-            "layers.N.down": "model.layers.N.mlp.down_proj",
-            "norm": "model.final_layernorm",
-            "head": "lm_head"},
+    "phi3small": Family(  # its qkv holds, for each key/value head, the queries, the key and the value; its rows of gate and up alternate
+        "Phi3SmallForCausalLM", {**LLAMA_TENSORS, "layers.N.qkv": "model.layers.N.self_attn.query_key_value",
+                                 "layers.N.out": "model.layers.N.self_attn.dense", "layers.N.gate_up": "model.layers.N.mlp.up_proj",
+                                 "norm": "model.final_layernorm"},
         {"norm_eps": "layer_norm_epsilon", "d_ff": "ff_intermediate_size", "rope_theta": "rope_embedding_base",
          "embedding_scale": "mup_embedding_multiplier", "attention_scale": "mup_attn_multiplier", "logit_divisor": "mup_width_multiplier",
          "sparse_block": "blocksparse_block_size", "sparse_local": "blocksparse_num_local_blocks", "sparse_stride": "blocksparse_vert_stride",
@@ -670,10 +656,10 @@ class Tokenizer:
             special, free = dict(known._special_tokens), itertools.count(known.n_vocab)
             special |= {name: next(free) for name in SPECIAL if name not in special}
             return Tokenizer(known._mergeable_ranks, known._pat_str, special)
-        if is_hub_name(path):
-            path = fetch(path, weights=False)
+        path = locate(path, weights=False)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
-        file, files = os.path.join(folder, "tokenizer.json") if os.path.isdir(path) else path, os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        file = os.path.join(folder, "tokenizer.json") if os.path.isdir(path) else path
+        files = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
         ranks = next((os.path.join(folder, name) for name in files if name.endswith(".tiktoken")), None)
         if not os.path.isfile(file) and ranks:  # phi-3-small: lines of base64 and rank, special tokens in its remote code
             with open(ranks, "rb") as lines:
@@ -792,7 +778,7 @@ def _from_json(source: dict) -> Tokenizer:
                 prepend = "force"
             elif step["type"] == "Metaspace" and not step.get("split", True):
                 prepend = step.get("prepend_scheme", "always")
-            elif not (step["type"] == "Replace" and space and step["content"] == "▁" or step["type"] == "Split" and space):  # no space is left to split at
+            elif not (space and (step["type"] == "Split" or step["type"] == "Replace" and step["content"] == "▁")):  # no space is left to split at
                 raise ValueError(f"step {step['type']} of a SentencePiece tokenizer is not supported")
         if "Prepend" in (kinds := [step["type"] for step in steps]) and kinds.index("Prepend") > 0:
             raise ValueError("a normalizer that prepends only after replacing is not supported")
@@ -902,11 +888,15 @@ def is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)) and not os.path.exists(name) and not os.path.exists(name.split("/")[0])
 
 
-def fetch(name: str, weights: bool = True) -> str:
-    """The directory of a hub's model, fetched into the cache where it is not there yet; a second call asks nobody.
+def locate(path_or_name, weights: bool = True) -> str:
+    """A local path as it is; for a hub name the directory of that model, fetched into the cache where it is not there yet (without the
+    weights by choice). A second call asks nobody.
 
     HF_ENDPOINT: a mirror; HF_TOKEN: for gated models; MINPHI_CACHE: the cache (~/.cache/minphi unless set).
     """
+    name = str(path_or_name)
+    if not is_hub_name(name):
+        return name
     import requests
     repository, _, revision = name.partition("@")
     endpoint, token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN")
@@ -920,7 +910,8 @@ def fetch(name: str, weights: bool = True) -> str:
         listing = os.path.join(folder, ".listing.json")
         try:
             if not os.path.isfile(listing):
-                answer = requests.get(f"{endpoint}/api/models/{repository}/revision/{revision or 'main'}", params={"blobs": "true"}, headers=headers, timeout=30)
+                answer = requests.get(f"{endpoint}/api/models/{repository}/revision/{revision or 'main'}", params={"blobs": "true"},
+                                      headers=headers, timeout=30)
                 if answer.status_code in (401, 403):
                     raise PermissionError(f"{endpoint} does not give {name} away without permission: accept its licence there and set HF_TOKEN")
                 if answer.status_code == 404:
@@ -929,7 +920,8 @@ def fetch(name: str, weights: bool = True) -> str:
                 _write_json(listing, answer.json())
             about = _read_json(listing)
             files = {entry["rfilename"]: entry for entry in about["siblings"]}
-            wanted = [file for file in files if re.fullmatch(r"(.*config|tokenizer|vocab|added_tokens|special_tokens_map)\.json|merges\.txt|[^/]+\.tiktoken", file)]
+            wanted = r"(config|generation_config|tokenizer_config|tokenizer|vocab|added_tokens|special_tokens_map)\.json|merges\.txt|[^/]+\.tiktoken"
+            wanted = [file for file in files if re.fullmatch(wanted, file)]
             if weights:
                 stem = next((stem for stem in ("model.safetensors", "pytorch_model.bin") if {stem, f"{stem}.index.json"} & {*files}), None)
                 if stem is None:
@@ -939,8 +931,9 @@ def fetch(name: str, weights: bool = True) -> str:
             for file in wanted:
                 if not os.path.isfile(os.path.join(folder, file)):
                     entry = files[file]
-                    download(f"{endpoint}/{repository}/resolve/{about.get('sha') or revision or 'main'}/{file}", os.path.join(folder, file), entry.get("size"),
-                             (entry.get("lfs") or {}).get("sha256") or entry.get("blobId"), headers)
+                    url = f"{endpoint}/{repository}/resolve/{about.get('sha') or revision or 'main'}/{file}"
+                    digest = (entry.get("lfs") or {}).get("sha256") or entry.get("blobId")
+                    download(url, os.path.join(folder, file), entry.get("size"), digest, headers)
         except requests.RequestException as error:
             raise OSError(f"{name} is not here and {endpoint} cannot be reached ({type(error).__name__}): go online, set HF_ENDPOINT to a mirror, "
                           "or give a directory") from None
@@ -983,7 +976,9 @@ class SafeTensors(dict):
                     (begin, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
                     if not 0 <= begin <= end <= len(self.memory) - data or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
                         raise ValueError(f"{name} reaches beyond its end")
-                    flat = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(entry["shape"]), offset=data + begin) if end > begin else torch.empty(0, dtype=dtype)
+                    flat = torch.empty(0, dtype=dtype)
+                    if end > begin:
+                        flat = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(entry["shape"]), offset=data + begin)
                     self[name] = flat.view(entry["shape"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated: restore it or make it again") from error
@@ -1025,11 +1020,10 @@ def hf_names(config: Config, name: str) -> list[str]:
     return [f"{part.replace('.N.', f'.{layer}.')}.{kind}" for part in (theirs if isinstance(theirs, tuple) else (theirs,))]
 
 
-def _rows(config: Config, name: str, parts: int) -> list[int]:
-    """How many rows of ours each of their `parts` tensors holds."""
-    if parts == 3:
-        return [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [config.d_ff] * parts
+def _parts(config: Config, tensor, count: int):
+    """Ours as the rows of their one tensor, of gate and up, or of q, k and v."""
+    return (tensor,) if count == 1 else tensor.split([config.d_ff] * 2 if count == 2 else
+                                                     [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
 
 
 def _rearrange(config: Config, name: str, tensor, back: bool = False):
@@ -1053,8 +1047,7 @@ def to_hf(model: Model) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict().items():
         if not (config.tied and name == "head.weight"):
             names = hf_names(config, name)
-            parts = [_rearrange(config, name, tensor, back=True)] if len(names) == 1 else tensor.split(_rows(config, name, len(names)))
-            tensors |= zip(names, parts)
+            tensors |= zip(names, _parts(config, _rearrange(config, name, tensor, back=True), len(names)))
     return tensors
 
 
@@ -1071,7 +1064,7 @@ def save(model: Model, tokenizer: Tokenizer | None, path: str) -> None:
     if config.original_context:
         rope = {"type": "longrope", "short_factor": list(config.short_factor), "long_factor": list(config.long_factor)}
         if config.family == "phi3small":
-            rope |= {"short_mscale": config.rope_scale(False), "long_mscale": config.rope_scale(True), "original_max_position_embeddings": config.original_context}
+            rope |= {"short_mscale": config.rope_scale(False), "long_mscale": config.rope_scale(True)}
         elif config.long_scale is not None:
             rope["attention_factor"] = config.long_scale
     _write_json(os.path.join(path, "config.json"), {
@@ -1093,7 +1086,8 @@ def read_config(file: str) -> Config:
     rope = {**source, **(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     checks = [(key, source.get(key, value), value) for key, value in form.constants.items()]
-    if kind not in ("longrope", "su", "yarn") or "long_factor" not in rope:
+    longrope = kind in ("longrope", "su", "yarn") and "short_factor" in rope and "long_factor" in rope
+    if not longrope:
         checks.append(("rope_type", kind, "default"))
     for key, value, wanted in checks:
         if value != wanted and not (family == "gemma" and value in ("gelu", None)):
@@ -1101,13 +1095,12 @@ def read_config(file: str) -> Config:
     names = {**FIELDS, **form.fields}
     values = {ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None}
     values = {"n_kv_head": values.get("n_head"), "context": None, **form.defaults, **values}
-    if kind == "default" or values.get("original_context") is None:
-        values.pop("original_context", None)
-    if kind != "default":
-        values |= dict(original_context=values.get("original_context") or values["context"], short_factor=rope["short_factor"], long_factor=rope["long_factor"])
+    original = values.pop("original_context", None) or values["context"]
+    if longrope:
+        values |= dict(original_context=original, short_factor=rope["short_factor"], long_factor=rope["long_factor"])
         scale = rope.get("attention_factor")
-        if scale is None and rope.get("factor") and "long_mscale" not in rope and rope["factor"] > 1:
-            scale = math.sqrt(1 + math.log(rope["factor"]) / math.log(values["original_context"]))
+        if scale is None and (rope.get("factor") or 0) > 1:
+            scale = math.sqrt(1 + math.log(rope["factor"]) / math.log(original))
         values |= dict(short_scale=rope.get("short_mscale", scale), long_scale=rope.get("long_mscale", scale))
     lacking = [theirs for ours, theirs in names.items() if values.get(ours) is None and ours in [f.name for f in dataclasses.fields(Config)][:7]]
     if lacking:
@@ -1126,9 +1119,7 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
 
     device: default_device() unless given; dtype: as stored unless given. Tensors must match the shape exactly, or are named.
     """
-    path = str(path_or_name)
-    if is_hub_name(path):
-        path = fetch(path)
+    path = locate(path_or_name)
     if not os.path.isfile(os.path.join(path, "config.json")):
         if path in PRESETS:
             raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub name such as microsoft/phi-1_5")
@@ -1153,7 +1144,7 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
     for name, tensor in model.state_dict().items():
         if not (config.tied and name == "head.weight"):
             names, weights[name] = hf_names(config, name), torch.empty(tensor.shape, device=device, dtype=dtype)
-            for part, rows in zip(names, [weights[name]] if len(names) == 1 else weights[name].split(_rows(config, name, len(names)))):
+            for part, rows in zip(names, _parts(config, weights[name], len(names))):
                 source = _rearrange(config, name, stored[part][part])
                 few = max(1, (1 << 24) // max(1, source[0].numel()))  # rows at a time, so that no large tensor is in memory twice
                 for to, what in zip(rows.split(few), source.split(few)):
@@ -1179,7 +1170,8 @@ SOURCES = {
     "phi-4": (10e12, "700 tokens/parameter"), "phi-4-mini": (5e12, ""),
     "llama-3-8b": (15e12, "1875 tokens/parameter, 16 GFLOPs, 16 GB, int4 5 GB"),
 }
-TITLES = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16", "GB int8", "GB int4", "tokens/parameter", "the sources say"]
+TITLES = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16", "GB int8", "GB int4", "tokens/parameter",
+          "the sources say"]
 
 
 def describe(name: str) -> list[str]:
@@ -1218,8 +1210,7 @@ def show(name: str, gpu_gb: float) -> None:
     elif states <= room:
         print(f"fits one GPU of {gpu_gb:g} GB; more of them share the batch")
     else:
-        print(f"needs {math.ceil(states / room)} GPUs of {gpu_gb:g} GB that share weights, gradients and optimizer; {math.ceil(states / (room + each) + 1e-9)} "
-              "if the activations were recomputed for next to nothing")
+        print(f"needs {math.ceil(states / room)} GPUs of {gpu_gb:g} GB that share weights, gradients and optimizer (train.py --shard)")
 
 
 def bench(config: Config, dtype: torch.dtype, rows: int = 16, steps: int = 8) -> None:

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 def options(arguments=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--run", default="runs/phi", help="run directory or Hugging Face Phi-3 directory (default %(default)s)")
+    add("--run", default="runs/phi", help="run directory, Hugging Face directory of a phi, Llama or Gemma, or hub name such as microsoft/phi-1_5 (default %(default)s)")
     add("--prompt", default="-", help="text to complete, or - for standard input (default -)")
     add("--max-tokens", type=data.number(int, 1), default=256, help="new tokens at most (default %(default)s)")
     add("--temperature", type=data.number(float, 0), default=0.0, help="0 takes the likeliest token, 1 samples plainly (default 0)")
@@ -76,8 +76,7 @@ def open_model(args):
     model, tokenizer = models.load(args.run, device, dtype)
     if tokenizer is None:
         raise ValueError(f"--run {args.run} has no tokenizer.json; copy the one its model was trained with into it")
-    stop = {tokenizer.eot} | {i for name, i in tokenizer.special.items() if name == "<|end|>"}
-    return model, tokenizer, stop
+    return model, tokenizer, tokenizer.stops
 
 
 def complete(args) -> None:
@@ -93,7 +92,7 @@ def complete(args) -> None:
         if token not in stop:
             print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
     start = time.perf_counter()
-    (new,) = model.generate([tokenizer.encode(prompt) or [tokenizer.eot]], args.max_tokens, args.temperature, args.top_k, args.top_p,
+    (new,) = model.generate([tokenizer.bos + tokenizer.encode(prompt) or [tokenizer.eot]], args.max_tokens, args.temperature, args.top_k, args.top_p,
                             stop, args.seed, stream)
     print(decoder.decode(b"", final=True), flush=True)
     print(f"{len(new)} tokens, {len(new) / (time.perf_counter() - start):,.0f} a second", file=sys.stderr)
@@ -108,7 +107,7 @@ def cut(completion: str) -> str:
 def solve(args, problems: list[dict]) -> list[list[str | None]]:
     """`--samples` completions of each problem's prompt; None where the prompt does not fit the context."""
     model, tokenizer, stop = open_model(args)
-    prompts = [tokenizer.encode(problem["prompt"].rstrip()) or [tokenizer.eot] for problem in problems]
+    prompts = [tokenizer.bos + tokenizer.encode(problem["prompt"].rstrip()) or [tokenizer.eot] for problem in problems]
     completions = [[None] * args.samples for _ in problems]
     jobs = [(i, n) for i in range(len(problems)) for n in range(args.samples) if len(prompts[i]) < model.config.context]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # equal lengths together waste least, and a lack of memory shows at once

@@ -1428,6 +1428,15 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
     assert changed.returncode == 2 and "--lr" in changed.stderr and len(changed.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("preset", ["phi-1", "phi-3-small", "gemma-2b"])
+def test_every_form_of_block_trains(mini, preset):
+    done = run_train(mini, "--preset", preset, "--lr", "0.03", "--out", f"runs/{preset}")
+    assert done.returncode == 0, done.stderr
+    assert losses(mini, f"runs/{preset}")[-1] < 0.9 * losses(mini, f"runs/{preset}")[0]
+    m, tokenizer = models.load(mini / "runs" / preset, device="cpu")
+    assert m.config.family == models.PRESETS[preset].family and len(m.generate([tokenizer.encode("def f(")], 5)[0]) == 5
+
+
 def test_two_ranks_and_accumulation_equal_one_rank(mini):
     assert run_train(mini, "--out", "runs/one").returncode == 0
     assert run_train(mini, "--out", "runs/parts", "--micro-tokens", "128").returncode == 0

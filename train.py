@@ -367,14 +367,14 @@ def new_model(args, tokenizer):
         if shape or args.preset:
             fail(f"--init {args.init} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
         model, theirs = models.load(args.init, device="cpu", dtype=torch.float32)
-        if theirs.fingerprint != tokenizer.fingerprint:
+        if theirs is None or theirs.fingerprint != tokenizer.fingerprint:
             fail(f"--init {args.init} has another tokenizer than the data; make the data again with data.py --tokenizer {args.init}")
         if args.context > model.config.context:
             fail(f"--context {args.context} is longer than the {model.config.context} tokens of {args.init}; lower it")
         return model
     vocab = -(-tokenizer.vocab_size // 64) * 64  # matrix products like multiples of 64
     base = models.PRESETS[args.preset or "laptop"]
-    return models.Model(dataclasses.replace(base, vocab_size=vocab, context=max(args.context, base.context), **shape))
+    return models.Model(dataclasses.replace(base, vocab_size=vocab, context=max(args.context, base.context), dummy_tokens=[], **shape))
 
 
 class Stop:
@@ -406,7 +406,7 @@ def train(args):
             sys.stdout.flush()
 
     datasets, shares, tokenizer = open_mixture(args.data)
-    args.context = args.context or (512 if not args.init else models.read_config(os.path.join(args.init, "config.json")).context)
+    args.context = args.context or (512 if not args.init else models.read_config(os.path.join(models.locate(args.init), "config.json")).context)
     n_rows = args.batch_tokens // args.context
     if n_rows < world or n_rows % world:
         fail(f"--batch-tokens {args.batch_tokens} makes {n_rows} rows of --context {args.context}; it must be a multiple of "
@@ -671,7 +671,7 @@ def main():
                         "without this option the whole recipe runs")
     parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of the time, with a model that has learned little")
     option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
-    option("--init", None, "run directory whose weights to start from", metavar="RUN")
+    option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from", metavar="RUN")
     option("--preset", None, "shape of a new model (default: laptop)", choices=models.PRESETS)
     for name in SHAPE:
         option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=data.number(int, 1), metavar="N")
