@@ -20,6 +20,7 @@ import time
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kernels
@@ -213,10 +214,11 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.full((config.d_model,), 1.0 - self.offset))
         self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.form.layer_norm else None
 
-    def forward(self, x):
+    def forward(self, x, add=None):
+        """norm(x), or with another summand (norm(x + add), x + add)."""
         if self.bias is not None:
-            return kernels.layer_norm(x, self.weight, self.bias, self.eps)
-        return kernels.rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps)
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps, add)
+        return kernels.rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps, add)
 
 
 class Linear(nn.Linear):
@@ -231,7 +233,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.scale = config.head_dim ** -0.5 if config.attention_scale is None else config.attention_scale / config.head_dim
-        self.sparse, self.activation, bias = sparse, getattr(kernels, config.form.activation), config.form.bias
+        self.sparse = (config.sparse_block, config.sparse_local, config.sparse_stride) if sparse else None
+        self.activation, bias = getattr(kernels, config.form.activation), config.form.bias
         self.attention_norm = Norm(config)
         self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=bias)
         self.out = Linear(config.n_head * config.head_dim, config.d_model, bias=bias)
@@ -246,19 +249,17 @@ class Block(nn.Module):
         """
         B, T, _ = x.shape
         h = self.attention_norm(x)
-        qkv = self.qkv(h).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)   # -> (B, H + 2Hkv, T, D)
-        qk = kernels.rotary(qkv[:, :self.heads + self.kv_heads], cos, sin)
-        q, k, v = qk[:, :self.heads], qk[:, self.heads:], qkv[:, self.heads + self.kv_heads:]
+        q, k, v = kernels.rotary(self.qkv(h), cos, sin, self.heads, self.kv_heads, self.head_dim)         # -> (B, H or Hkv, T, D)
         if cache is not None:
             keys, values, past = cache
             keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
             k, v = keys[:, :, :past + T], values[:, :, :past + T]                  # (B, Hkv, T, D) -> (B, Hkv, past + T, D)
-        y = kernels.attention(q, k, v, mask, self.scale, causal=mask is None and T > 1)
+        y = kernels.attention(q, k, v, mask, self.scale, mask is None and T > 1, self.sparse)
         y = self.out(y.transpose(1, 2).reshape(B, T, -1))                          # (B, H, T, D) -> (B, T, H·D) -> (B, T, d_model)
         if self.mlp_norm is None:
             return x + y + self.down(self.activation(self.gate_up(h)))
-        x = x + y
-        return x + self.down(self.activation(self.gate_up(self.mlp_norm(x))))
+        h, x = self.mlp_norm(x, y)
+        return x + self.down(self.activation(self.gate_up(h)))
 
 
 class Cache:
@@ -324,30 +325,29 @@ class Model(nn.Module):
             cos, sin = self.tables[long, device] = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return cos, sin
 
-    def mask(self, past: int, end: int, device, documents=None, starts=None, sparse: bool = False):
-        """(T, end), (B, 1, T, end) or (B, H, T, end), True where a query of the columns past to end may look; None where plain causal
-        attention says it all. documents and starts as in hidden and Cache; sparse: phi-3-small's pattern (arXiv 2404.14219, section 2)."""
-        config = self.config
+    def masks(self, past: int, end: int, device, documents=None, starts=None):
+        """What the queries of the columns past to end may see beyond plain causal attention, as kernels.attention wants it: one mask for
+        dense layers, one for sparse ones; None where causality says it all. documents and starts as in hidden and Cache."""
+        config, columns = self.config, torch.arange(end, device=device)
         window = config.window if config.window and end > config.window else None
-        sparse = sparse and end > config.sparse_block * config.sparse_local
-        if documents is None and starts is None and not window and not sparse:
-            return None
-        k = torch.arange(end, device=device)
-        q = k[past:, None]
-        mask = k <= q                                                              # (T, end)
+        sparse = (config.sparse_block, config.sparse_local, config.sparse_stride) if config.dense_every > 1 else None
+        low = torch.zeros(1, end, dtype=torch.long, device=device)  # the first key that each query sees
         if window:
-            mask = mask & (q - k < window)
+            low = (columns - window + 1).clamp(min=0)[None]
         if documents is not None:  # a token sees earlier ones of its own document
-            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+            first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+            low = torch.maximum(low, torch.where(first, columns, 0).cummax(1).values)
         if starts is not None:     # padding sees itself, since a softmax over nothing is not a number
-            starts = starts[:, None, None, None]
-            mask = mask & (k >= starts) | (k == q)
-        if sparse:
-            start = 0 if starts is None else starts
-            q, k = ((columns - start).div(config.sparse_block, rounding_mode="floor") for columns in (q, k))
-            head = torch.arange(config.n_head, device=device)[:, None, None]
-            mask = mask & ((q - k < config.sparse_local) | ((k + head + 1) % config.sparse_stride == 0))
-        return mask if mask.dim() != 3 else mask[None]
+            low = torch.maximum(low, torch.minimum(starts[:, None], columns))
+        plain = documents is None and starts is None and not window
+        if kernels.fused(device.type) and not (sparse and starts is not None):  # the fused kernels know the pattern of sparse layers
+            high = torch.searchsorted(low, columns.expand_as(low).contiguous(), right=True)
+            mask = None if plain else torch.stack((low, high)).int()
+            return mask, mask
+        mask = None if plain else kernels.interval_mask(low[:, past:], end)
+        if not sparse or end <= config.sparse_block * config.sparse_local:
+            return mask, mask
+        return mask, kernels.interval_mask(low[:, past:], end, sparse, config.n_head, starts)
 
     def hidden(self, tokens, documents=None, cache: Cache | None = None):
         """Final normed states (B, T, d_model)."""
@@ -372,13 +372,13 @@ class Model(nn.Module):
             else:
                 cos, sin = cos[positions], sin[positions]
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                          # (B, 1, T, D)
-        masks = [self.mask(past, end, device, documents, starts, sparse) for sparse in ((False, True) if config.dense_every > 1 else (False,))]
+        masks = self.masks(past, end, device, documents, starts)
         if cache is None:
             for block in self.layers:
-                x = block(x, cos, sin, masks[block.sparse])
+                x = block(x, cos, sin, masks[block.sparse is not None])
         else:
             for block, (keys, values) in zip(self.layers, cache.layers):  # block.forward: one compiled for training would recompile
-                x = block.forward(x, cos, sin, masks[block.sparse], (keys, values, past))
+                x = block.forward(x, cos, sin, masks[block.sparse is not None], (keys, values, past))
             cache.length += tokens.shape[1]
         x = self.norm(x)
         return x / config.logit_divisor if config.logit_divisor != 1 else x

@@ -8,6 +8,7 @@ import copy
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +143,162 @@ def test_block_compiles_without_breaks(documents):
         block.compile(dynamic=False, fullgraph=True)
     assert (m(x, d) - eager).abs().max() < 1e-3
     assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate([[1, 2, 3], [4]], 5)  # and generation does not go through it
+
+
+# ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
+
+def compare(ours, reference, inputs, dtype, tolerance=2e-6):
+    """Outputs and all gradients for random upstream gradients: at most twice as far from the fp32 reference as plain PyTorch is."""
+    results = []
+    for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float32)):
+        xs = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
+        ys = function(*xs)
+        ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y is not None]
+        torch.manual_seed(1)
+        torch.autograd.backward(ys, [torch.randn(y.shape).to(dtype).to(y.dtype) for y in ys])
+        results.append([*ys, *(x.grad for x in xs)])
+    for n, (got, eager, exact) in enumerate(zip(*results, strict=True)):
+        size = exact.float().abs().max().item()
+        error, allowed = ((y.float() - exact).abs().max().item() for y in (got, eager))
+        assert size > 0 and error <= 2 * allowed + tolerance * size + 1e-7, (n, error, allowed, size)
+
+
+interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that test_kernels_under_the_interpreter starts")
+HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no products of bf16
+
+
+@interpreted
+@HALF_AND_FULL
+@pytest.mark.parametrize("D,T,window,packed,sparse", [(64, 70, None, False, None), (80, 37, 20, False, None), (96, 70, None, True, None), (128, 33, 7, True, None),
+                                                      (256, 35, None, False, None), (64, 90, None, False, (16, 2, 3)), (80, 75, None, True, (16, 2, 3))])
+def test_interpreted_attention(dtype, D, T, window, packed, sparse):
+    torch.manual_seed(0)
+    B, H, kv = 2, 4, 2
+    columns = torch.arange(T).expand(B, T).contiguous()
+    low = (columns - window + 1).clamp(min=0) if window else torch.zeros_like(columns)
+    if packed:
+        low = torch.maximum(low, torch.where(columns >= torch.tensor([[13], [29]]), torch.tensor([[13], [29]]), 0))
+    bounds = torch.stack((low, torch.searchsorted(low, columns, right=True))).int() if window or packed else None
+    mask = kernels.interval_mask(low, T, sparse, H)
+    inputs = torch.randn(B, T, H, D) * 2, torch.randn(B, T, kv, D), torch.randn(B, T, kv, D)
+
+    def heads_first(function):
+        return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v)))
+    compare(heads_first(lambda q, k, v: kernels.attention(q, k, v, bounds, D ** -0.5 * 1.3, bounds is None, sparse)),
+            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype)
+
+
+@interpreted
+@HALF_AND_FULL
+@pytest.mark.parametrize("S", [1, 5, 70, 333])
+def test_interpreted_decoding_and_continued_prompts(dtype, S):
+    torch.manual_seed(0)
+    low = torch.tensor([0, min(S - 1, 40)])
+    for D, T in ((80, 1), (64, min(S, 19))):
+        q, k, v = torch.randn(2, 6, T, D).to(dtype), torch.randn(2, 2, S, D).to(dtype), torch.randn(2, 2, S, D).to(dtype)
+        lows = torch.minimum(low[:, None], torch.arange(S))
+        mask = kernels.interval_mask(lows[:, S - T:], S)
+        exact, eager = kernels.attention_reference(q.float(), k.float(), v.float(), mask), kernels.attention_reference(q, k, v, mask)
+        got = kernels.attention(q, k, v, torch.stack((lows, lows)).int())
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2e-6
+
+
+@interpreted
+@HALF_AND_FULL
+def test_interpreted_norms_rotary_and_activations(dtype):
+    torch.manual_seed(0)
+    x, add, w, b = torch.randn(5, 7, 123) * 3, torch.randn(5, 7, 123), torch.rand(123) + 0.5, torch.randn(123)
+    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype)
+    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype)
+    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype)
+    compare(lambda x, a, w, b: kernels.layer_norm(x, w, b, 1e-5, a), lambda x, a, w, b: (kernels.layer_norm_reference(x + a, w, b, 1e-5), x + a),
+            (x, add, w, b), dtype)
+    for name in ("swiglu", "geglu", "geglu_clamped"):
+        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 1e-5)
+    angle = torch.randn(9, 6) * 3
+    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    for cos, sin in ((cos, sin), [torch.stack((table, table.flip(0)))[:, None] for table in (cos, sin)]):
+        def plain_rotary(qkv):
+            x = qkv.view(2, 9, 7, 20).transpose(1, 2)
+            qk = kernels.rotary_reference(x[:, :5], cos, sin)
+            return qk[:, :3], qk[:, 3:], x[:, 5:]
+        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype)
+
+
+@interpreted
+@HALF_AND_FULL
+@pytest.mark.parametrize("biased,z_loss", [(False, 0.0), (True, 0.01)])
+def test_interpreted_loss(dtype, biased, z_loss):
+    torch.manual_seed(0)
+    targets, weights = torch.randint(123, (23,)), torch.rand(23)
+    targets[3] = targets[20] = -1
+    bias = [torch.randn(123)] if biased else []
+    compare(lambda h, w, *b: kernels.cross_entropy(h[None], w, targets[None], weights[None], *(b or [None]), z_loss)[0],
+            lambda h, w, *b: kernels.linear_cross_entropy_reference(h, w, targets, weights * (targets >= 0), *(b or [None]), z_loss),
+            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 1e-5)
+    hidden = torch.randn(1, 4, 8, requires_grad=True)
+    total, count = kernels.cross_entropy(hidden, torch.randn(11, 8), torch.full((1, 4), -1))
+    total.backward()
+    assert total == 0 == count and not hidden.grad.any()
+
+
+@interpreted
+@HALF_AND_FULL
+@pytest.mark.parametrize("bits", [4, 8])
+def test_interpreted_quantized_products(dtype, bits):
+    torch.manual_seed(0)
+    weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
+    packed, scale, low = kernels.quantize(weight, bits, 32)
+    ours, reference = getattr(kernels, f"int{bits}_matmul"), getattr(kernels, f"int{bits}_matmul_reference")
+    exact = reference(x.float(), packed, scale.float(), low.float())
+    error, allowed = ((function(x, packed, scale, low) - exact).abs().max() for function in (ours, reference))
+    assert error <= 2 * allowed + 3e-6 * exact.abs().max()
+
+
+@interpreted
+@pytest.mark.parametrize("change", [{}, dict(family="phi", n_kv_head=6, rotary_share=0.5, window=9), dict(family="gemma", n_kv_head=1), dict(
+    family="phi3small", tied=True, dense_every=2, sparse_block=16, sparse_local=1, sparse_stride=2)])
+def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
+    m, x = tiny(**change), torch.randint(300, (2, 36))
+    documents = (torch.arange(36) // 17).expand(2, 36)
+
+    def everything():
+        m.zero_grad()
+        total, _ = m(x, documents, targets=x.roll(-1, 1))
+        total.backward()
+        with torch.no_grad():
+            return [m(x), total.detach(), *(p.grad.clone() for p in m.parameters()), m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 3)]
+    *ours, text = everything()
+    monkeypatch.setattr(kernels, "fused", lambda device: False)
+    *wanted, plain_text = everything()
+    assert text == plain_text and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, wanted, strict=True))
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(kernels.INTERPRETED, reason="this is that process")
+def test_kernels_under_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "test_all.py", "-k", "interpreted", "-p", "no:cacheprovider"], cwd=HERE,
+                          capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
+
+
+def compile_one(chip, n):
+    label, kernel, constants, warps, stages = kernels.compile_cases(chip)[n]
+    return label, kernel.fn.__name__, kernels.compile_for(chip, kernel, constants, warps, stages)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted kernels are not compiled")
+def test_kernels_compile_for_every_chip():
+    jobs = [(chip, n) for chip in kernels.CHIPS for n in range(len(kernels.compile_cases(chip)))]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        made = list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=8))
+    for (chip, _), (label, kernel, result) in zip(jobs, made, strict=True):
+        assert result["shared"] <= kernels.CHIPS[chip][3] * 1024, (chip, label, result)
+        if chip == "sm_90" and "backward" not in kernel:
+            assert result["spills"] == 0, (chip, label, result)
+        if kernel in ("_attention_forward", "_attention_backward_q", "_attention_backward_kv"):
+            assert result["matrix"], (chip, label, result)
 
 
 # ------------------------------------------------------------------ generate
