@@ -223,7 +223,7 @@ class Norm(nn.Module):
 
 class Linear(nn.Linear):
     def reset_parameters(self):
-        """Model draws all weights; drawing them here as well takes minutes for billions of them."""
+        """Model draws all weights; drawing them here as well would be work done twice."""
 
 
 class Block(nn.Module):

@@ -3,10 +3,13 @@
     python train.py                                                   # the recipe: data, teacher, pretraining, finetuning, pass@1
     python train.py --data web:0.4 textbooks:0.6 --out runs/base      # pretrain on a mixture of dataset directories
     python train.py --data exercises --init runs/base --out runs/sft  # go on from another run's weights
-    torchrun --nproc_per_node=8 train.py --data web --preset phi-3-mini --out runs/mini   # one process for each GPU
+    python train.py --data long:0.3 web:0.7 --after runs/base --context 16384 --rope-theta 250000 --lr 3e-5 --out runs/mid   # next phase
+    torchrun --nproc_per_node=8 train.py --data web --preset phi-3-mini --shard --recompute --out runs/mini   # one process for each GPU
+    python train.py --preset phi-4 --dry-run --gpus 64 --shard --recompute --peak-tflops 990   # memory and days, before anything is taken
 
-A run that was interrupted goes on exactly where it was when the same command is given again: weights, optimizer, position in
-the data and random state are in state.pt. The run directory is at any time a model that sample.py, transformers and others open.
+A run that was interrupted goes on exactly where it was when the same command is given again, on any number of processes: weights,
+optimizer, position in the data and random state are in state.pt, or for --shard in the directory state-STEP, to which each process
+writes its rows of every tensor. The run directory is at any time a model that sample.py, transformers and others open.
 """
 import os
 import sys
@@ -20,7 +23,9 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
+import glob
 import importlib.util
 import itertools
 import json
@@ -31,11 +36,13 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -156,6 +163,21 @@ class Mixture:
 # Optimizer
 
 
+def is_sharded(tensor):
+    return hasattr(tensor, "to_local")  # a DTensor; its class takes a second to import
+
+
+def local(tensor):
+    """This rank's rows of a sharded tensor, sharing their memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def rows_of(count, rank):
+    """Which of a sharded tensor's `count` rows lie on a rank: fully_shard deals them out as torch.chunk does."""
+    each = -(-count // dist.get_world_size())
+    return range(min(rank * each, count), min((rank + 1) * each, count))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, for weight matrices (Jordan et al. 2024; update scaled to AdamW's RMS, Moonlight,
     arXiv 2502.16982 section 2.2).
@@ -172,20 +194,39 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
-                for p in params:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                buffers, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)  # Nesterov; (n, rows, columns)
-                update = self.orthogonalize(x, group["steps"]).to(params[0].dtype) * (0.2 * math.sqrt(max(shape)))
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            for shape in dict.fromkeys(p.shape for p in params):
+                same = [p for p in params if p.shape == shape]
+                sharded = is_sharded(same[0])
+                most = dist.get_world_size() if sharded else max(1, (1 << 28) // shape.numel())  # so many at a time bound the memory
+                for some in (same[i:i + most] for i in range(0, len(same), most)):
+                    for p in some:
+                        if "momentum" not in self.state[p]:
+                            self.state[p]["momentum"] = torch.zeros_like(p)
+                    weights, grads, buffers = ([local(t) for t in tensors] for tensors in
+                                               (some, [p.grad for p in some], [self.state[p]["momentum"] for p in some]))
+                    torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                    x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)  # Nesterov; (n, rows, columns)
+                    x = self.share_out(x, shape, group["steps"]) if sharded else self.orthogonalize(x, group["steps"])
+                    update = x.to(weights[0].dtype) * (0.2 * math.sqrt(max(shape)))
+                    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_add_(weights, list(update.unbind()), alpha=-group["lr"])
+
+    @classmethod
+    def share_out(cls, x, shape, steps):
+        """x (n, rows here, columns): this rank's rows of at most as many matrices as there are ranks -> the same rows, orthogonalized.
+
+        Rank i is sent all rows of matrix i, works on it alone and sends everybody's rows back, so each matrix is done once.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        sent = [x[0].numel() if i < len(x) else 0 for i in range(world)]
+        received = [len(rows_of(shape[0], i)) * shape[1] if rank < len(x) else 0 for i in range(world)]
+        matrix, result = x.new_empty(sum(received)), x.new_empty(x.numel())
+        dist.all_to_all_single(matrix, x.reshape(-1), received, sent)
+        if rank < len(x):
+            matrix = cls.orthogonalize(matrix.view(1, *shape), steps).reshape(-1)
+        dist.all_to_all_single(result, matrix, sent, received)
+        return result.view(x.shape)
 
     @classmethod
     def orthogonalize(cls, x, steps):
@@ -217,9 +258,13 @@ def optimizers(model, args, dtype):
 
 
 def schedule(step, args):
-    """Share of the peak learning rate: linear warmup, plateau, linear decay to `--final-lr` over the last `--decay` of the steps."""
+    """Share of the peak learning rate: linear warmup, plateau, and over the last `--decay` of the steps a fall to `--final-lr`."""
     warm = (step + 1) / max(1, args.warmup * args.steps)
     left = (args.steps - step) / max(1, args.decay * args.steps)
+    if args.schedule == "constant":
+        left = 1.0
+    elif args.schedule == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
     return min(1.0, warm, args.final_lr + (1 - args.final_lr) * left)
 
 
@@ -263,9 +308,67 @@ def compile_blocks(model, wanted, device):
         return "not compiled: no C++ compiler (g++ or clang++) found"
     if device.type == "mps" or device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return f"not compiled: no Triton for {device.type}"
-    for block in model.layers:
-        block.compile(dynamic=False)
+    for block in model.layers:  # forward alone: the hooks that gather a sharded block's weights stay outside
+        block.forward = torch.compile(block.forward, dynamic=False)
     return "blocks compiled"
+
+
+def flops_per_token(config, context):
+    """Of forward and backward: 6 for each weight that multiplies, and attention over half a row on average."""
+    return 6 * (config.parameters() - (0 if config.tied else config.vocab_size * config.d_model)) + \
+        3 * config.attention_flops() * context // (2 * config.context)
+
+
+def memory(config, args, world):
+    """{part: bytes on one GPU}: model.py's estimate for our options."""
+    tokens, n, ends = args.micro_batch * args.context, config.parameters(), config.vocab_size * config.d_model * (1 if config.tied else 2)
+    parts = models.training_memory(config, tokens)
+    if args.optimizer == "adamw":
+        parts["optimizer"] = 8 * n
+    if args.recompute:  # what enters each block, and all of the one block whose turn it is
+        parts["activations"] = parts["activations"] / config.n_layer + 2 * tokens * config.n_layer * config.d_model
+    if args.shard:
+        parts |= {part: parts[part] / world for part in ("weights, fp32", "gradients", "optimizer")}
+        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer  # the block at work, the next one, and fp32 gradients of one
+        parts["embedding and head"] = 8 * ends  # gathered during the whole pass, with their gradients
+    return parts
+
+
+def advice(args, world):
+    """What to lower when memory does not suffice, and to what."""
+    if args.micro_batch > 1:
+        return f"lower --micro-tokens (now {args.micro_batch * args.context}) to {args.micro_batch // 2 * args.context}"
+    if not args.recompute:
+        return "add --recompute"
+    return f"lower --context (now {args.context}) to {args.context // 2}" + ("" if args.shard and world > 1 else ", or use more GPUs with torchrun and --shard")
+
+
+def dry_run(args, config):
+    """Print what a run would take, in memory and in time, without taking it."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world = args.gpus or int(os.environ.get("WORLD_SIZE", 0)) or gpus or 1
+    device = torch.device("cuda" if gpus else "cpu")
+    args.shard = args.shard and world > 1
+    n_rows, mine = split_batch(args, world)
+    room = (args.gpu_gb or (torch.cuda.get_device_properties(0).total_memory / 1e9 if gpus else 80)) * 1e9
+    parts = memory(config, args, world)
+    print(f"model    {config.parameters():,} parameters; context {args.context}, {n_rows:,} rows a step on {world} GPU{'s' * (world > 1)}, "
+          f"{args.micro_batch} at a time on each" + ", sharded" * args.shard + ", recomputed" * args.recompute)
+    for part, size in {**parts, "all": sum(parts.values())}.items():
+        print(f"  {part:26} {size / 1e9:10.2f} GB")
+    fitting = 0
+    for rows in [rows for rows in range(1, mine + 1) if mine % rows == 0]:
+        if sum(memory(config, argparse.Namespace(**{**vars(args), "micro_batch": rows}), world).values()) <= 0.92 * room:
+            fitting = rows
+    print(f"memory   of {room / 1e9:.0f} GB, 8 % kept free: " + (f"--micro-tokens {fitting * args.context} fits" if fitting else
+          f"not even one row fits; {advice(argparse.Namespace(**{**vars(args), 'micro_batch': 1}), world)}"))
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else measure_peak(device, choose_dtype(device, args.dtype)[0])
+    flops = flops_per_token(config, args.context) * (4 / 3 if args.recompute else 1)
+    rate = 0.4 * peak * world / flops
+    days = args.steps * args.batch_tokens / rate / 86400
+    print(f"speed    {rate:,.0f} tokens/s, if 40 % of the peak of {peak / 1e12:,.1f} TFLOP/s "
+          f"({'--peak-tflops' if args.peak_tflops else f'measured on this {device.type}'}) is reached, as is usual\n"
+          f"time     {args.steps * args.batch_tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {days:,.1f} days, {days * 24 * world:,.0f} GPU-hours")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,10 +388,10 @@ def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1
         stream = dataset.val[:args.val_tokens]
         rows = [(stream, spans, target_weights(dataset.val_mask, spans, 0)) for spans in Packer(stream, tokenizer.eot, args.context)]
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-        for i in range(rank * args.micro_batch, len(rows), world * args.micro_batch):
-            chunk = rows[i:i + args.micro_batch]
-            tokens, documents, targets, weights = collate(chunk + chunk[:1] * (args.micro_batch - len(chunk)), args.context)
-            weights[len(chunk):] = 0  # a full micro-batch always, so that blocks are compiled for one shape
+        for i in range(0, len(rows), world * args.micro_batch):
+            chunk = rows[i + rank * args.micro_batch:][:args.micro_batch]
+            tokens, documents, targets, weights = collate(chunk + rows[:1] * (args.micro_batch - len(chunk)), args.context)
+            weights[len(chunk):] = 0  # all ranks run full micro-batches: one shape to compile, and sharded weights are gathered together
             with autocast():
                 nats, count = model(tokens.to(device), documents.to(device), targets.to(device), weights.to(device))
             sums += torch.tensor([nats.item(), count.item(), (sizes[targets] * weights).sum().item()], dtype=torch.float64)
@@ -298,6 +401,8 @@ def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1
             sums = everywhere.cpu()
         nats, count, n_bytes = sums.tolist()
         results[dataset.name] = nats / max(count, 1), nats / math.log(2) / max(n_bytes, 1)
+    if args.shard:
+        model.reshard()  # without a backward pass the root stays gathered
     model.train()
     return results
 
@@ -360,21 +465,227 @@ def open_mixture(entries):
     return datasets, shares, models.Tokenizer.load(first.path)
 
 
-def new_model(args, tokenizer):
-    """The model to train: --init's weights, or the preset with the shape options applied and the tokenizer's vocabulary."""
+def choose_config(args, tokenizer):
+    """The shape to train, with args.context settled: that of --init or --after, or the preset's with the shape options applied and the
+    tokenizer's vocabulary (without data, in a dry run, the preset's own)."""
     shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
-    if args.init:
+    start, option = args.init or args.after, "--init" if args.init else "--after"
+    if not start:
+        base = models.PRESETS[args.preset or "laptop"]
+        args.context = args.context or 512
+        vocab = -(-tokenizer.vocab_size // 64) * 64 if tokenizer else base.vocab_size  # matrix products like multiples of 64
+        config = dataclasses.replace(base, vocab_size=vocab, dummy_tokens=[], **shape)
+    else:
+        if args.init and args.after:
+            fail("--init takes a run's weights, --after its optimizer state too; give one of them")
         if shape or args.preset:
-            fail(f"--init {args.init} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
-        model, theirs = models.load(args.init, device="cpu", dtype=torch.float32)
-        if theirs is None or theirs.fingerprint != tokenizer.fingerprint:
-            fail(f"--init {args.init} has another tokenizer than the data; make the data again with data.py --tokenizer {args.init}")
-        if args.context > model.config.context:
-            fail(f"--context {args.context} is longer than the {model.config.context} tokens of {args.init}; lower it")
+            fail(f"{option} {start} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
+        folder = models.locate(start)
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            fail(f"{option} {start}: no model there (config.json is missing); give a run directory, a Hugging Face directory or a hub name")
+        config = models.read_config(os.path.join(folder, "config.json"))
+        args.context = args.context or config.context
+        if args.context > config.context and not args.rope_theta:
+            fail(f"--context {args.context} is longer than the {config.context} tokens of {start}; lower it, or give a larger --rope-theta "
+                 f"than its {config.rope_theta:g} as well")
+        if tokenizer and models.Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+            fail(f"{option} {start} has another tokenizer than the data; make the data again with data.py --tokenizer {start}")
+    return dataclasses.replace(config, context=max(args.context, config.context), rope_theta=args.rope_theta or config.rope_theta)
+
+
+def split_batch(args, world):
+    """Settle args.micro_batch, in rows -> (rows a step, of which each process takes so many)."""
+    n_rows = args.batch_tokens // args.context
+    if n_rows < world or n_rows % world:
+        fail(f"--batch-tokens {args.batch_tokens} makes {n_rows} rows of --context {args.context}; it must be a multiple of "
+             f"{args.context} x {world} processes, such as {max(1, round(n_rows / world)) * world * args.context}")
+    mine = n_rows // world
+    args.micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and (n == 1 or n * args.context <= args.micro_tokens))
+    return n_rows, mine
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model on its device, and its checkpoints
+
+
+@torch.no_grad()
+def fill(tensor, parts):
+    """Copy into `tensor`, or into this rank's rows of it, the same tensor stored as consecutive rows in one or more `parts`."""
+    to, at = local(tensor), -rows_of(len(tensor), dist.get_rank()).start if is_sharded(tensor) else 0
+    for part in parts if to.dim() else ():  # its first row is row `at` here
+        begin, end = max(0, at), min(len(to), at + len(part))
+        if begin < end:
+            to[begin:end].copy_(part[begin - at:end - at])
+        at += len(part)
+    if not to.dim():  # a number, the same in all parts
+        to.copy_(parts[0])
+
+
+def build(config, args, device, dtype, fresh):
+    """The model on `device`: with --init's weights or drawn anew if `fresh`, else with memory for a checkpoint to fill.
+
+    With --shard each rank holds its rows of every tensor in fp32. A block's are gathered in the type of the products when its turn
+    comes; embedding, last norm and head belong to the root and stay gathered. Rank 0 alone has the whole model to begin with.
+    """
+    def whole():
+        if not args.init:
+            return models.Model(config)
+        model, _ = models.load(args.init, device="cpu", dtype=torch.float32)
+        model.config = config  # which may have a longer context
         return model
-    vocab = -(-tokenizer.vocab_size // 64) * 64  # matrix products like multiples of 64
-    base = models.PRESETS[args.preset or "laptop"]
-    return models.Model(dataclasses.replace(base, vocab_size=vocab, context=max(args.context, base.context), dummy_tokens=[], **shape))
+    if fresh and not args.shard:
+        return whole().to(device)
+    with torch.device("meta"):
+        model = models.Model(config)
+    if args.shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        products = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32, cast_forward_inputs=False)
+        for block in model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=products)
+        fully_shard(model, mesh=mesh)
+    model.to_empty(device=device)
+    if config.tied:
+        model.head.weight = model.embed.weight
+    if fresh:
+        source = dict(whole().named_parameters()) if dist.get_rank() == 0 else {}
+        for name, p in model.named_parameters():
+            tensor = source[name].detach().to(device) if source else torch.empty(p.shape, device=device)
+            dist.broadcast(tensor, 0)
+            fill(p, [tensor])
+    return model
+
+
+def wrap(model, args, device, local_rank, world):
+    """The model as the loop calls it: gradients meet across ranks, and blocks run again in the backward pass with --recompute."""
+    for block in model.layers if args.recompute else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if world == 1 or args.shard:
+        return model
+    return DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+
+def training_state(model, found):
+    """{name: tensor} of the weights, and under "name/key" of what the optimizers keep of each; sharded ones as this rank's rows."""
+    names = {p: name for name, p in model.named_parameters()}
+    kept = {f"{names[p]}/{key}": value for optimizer in found for p, entry in optimizer.state.items() for key, value in entry.items()}
+    return {name: local(tensor.detach()) for name, tensor in [*model.named_parameters(), *kept.items()]}
+
+
+def restore(model, found, stored):
+    """Fill weights and optimizers from `stored`, {name as in training_state: the whole tensor's rows in one or more parts}."""
+    parameters, owner = dict(model.named_parameters()), {p: o for o in found for group in o.param_groups for p in group["params"]}
+    for entry, parts in stored.items():
+        name, _, key = entry.partition("/")
+        tensor = p = parameters[name]
+        if key:
+            tensor = owner[p].state[p][key] = torch.zeros_like(p) if parts[0].dim() else torch.zeros((), device=p.device)
+        fill(tensor, parts)
+
+
+def read_state(run):
+    """The newest checkpoint of a run, whichever kind it is and however many processes wrote it; None if there is none.
+
+    {"step", "records", "recipe", "mixture", "rng", "tensors": as restore wants them}; tensors are mapped, not read.
+    """
+    newest = None
+    for file in [os.path.join(run, "state.pt"), *glob.glob(os.path.join(glob.escape(run), "state-*", "meta.pt"))]:
+        if os.path.exists(file):
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                if newest is None or state["step"] > newest["step"]:
+                    newest = state | {"file": file}
+            except Exception as error:
+                fail(f"{file} cannot be read ({type(error).__name__}); delete {run} to start again")
+    if newest and "tensors" in newest:
+        newest["tensors"] = {name: [tensor] for name, tensor in newest["tensors"].items()}
+    elif newest:
+        folder, newest["tensors"] = os.path.dirname(newest["file"]), {}
+        files = [os.path.join(folder, f"rank-{rank:05d}.safetensors") for rank in range(newest["world"])]
+        for file in files:
+            if not os.path.exists(file):
+                fail(f"{file} is missing; --out must lie where the processes of all machines see it")
+            for name, tensor in models.read_safetensors(file).items():
+                newest["tensors"].setdefault(name, []).append(tensor)
+    return newest
+
+
+def write_state(run, state, tensors, sharded):
+    """Write a checkpoint, then delete its predecessor: whenever the process is killed, the newest whole one can be read.
+
+    Plain: state.pt, by rank 0. Sharded: the directory state-STEP appears under that name when all ranks have written their part.
+    """
+    rank, current = dist.get_rank() if sharded else 0, os.path.join(run, f"state-{state['step']:08d}" if sharded else "state.pt")
+    if sharded and not os.path.isdir(current):
+        aside = os.path.join(run, "state.tmp")
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(aside)
+        dist.barrier()
+        models.write_safetensors(os.path.join(aside, f"rank-{rank:05d}.safetensors"), tensors)
+        if rank == 0:
+            write_torch(os.path.join(aside, "meta.pt"), state)
+        dist.barrier()
+        if rank == 0:
+            os.rename(aside, current)
+    elif rank == 0:  # a sharded step that is saved already: only its records have changed
+        write_torch(os.path.join(current, "meta.pt") if sharded else current, state if sharded else state | {"tensors": tensors})
+    if rank == 0:
+        for path in glob.glob(os.path.join(glob.escape(run), "state[-.]*")):
+            if path != current:
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def write_torch(path, value):
+    models.write_atomically(path, lambda file: torch.save(value, file))
+
+
+def write_weights(run, model, tokenizer, step, sharded):
+    """The Hugging Face directory. Sharded: tensors are gathered one by one and leave rank 0 in files of up to FILE_BYTES; the files'
+    names change with the step and the index is replaced last, so that it never names files of two steps."""
+    rank, keep = dist.get_rank() if dist.is_initialized() else 0, {"model.safetensors"}
+    if sharded:
+        def part(tensors):  # a model with these weights alone, as model.py writes it
+            return types.SimpleNamespace(config=model.config, embed=model.embed, state_dict=lambda: tensors)
+        files, room = [], 0
+        for name, p in model.named_parameters():
+            if room < 4 * p.numel():
+                files.append({})
+                room = FILE_BYTES
+            files[-1][name] = p
+            room -= 4 * p.numel()
+        index, total = {}, 4 * sum(p.numel() for p in model.parameters())
+        for number, tensors in enumerate(files, 1):
+            file, whole = f"model-{step:08d}-{number:05d}-of-{len(files):05d}.safetensors", {}
+            for name, p in tensors.items():
+                tensor = p.detach().full_tensor()  # all ranks take part
+                if rank == 0:
+                    whole[name] = tensor.cpu()
+            if rank == 0:
+                theirs = models.to_hf(part(whole))
+                models.write_safetensors(os.path.join(run, file), theirs)
+                index |= dict.fromkeys(theirs, file)
+        keep = {"model.safetensors.index.json", *index.values()}
+    if rank == 0:
+        if sharded:
+            aside = os.path.join(run, "files.tmp")
+            models.save(part({}), tokenizer, aside)
+            os.remove(os.path.join(aside, "model.safetensors"))
+            for file in os.listdir(aside):
+                os.replace(os.path.join(aside, file), os.path.join(run, file))
+            os.rmdir(aside)
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+            models.write_atomically(os.path.join(run, "model.safetensors.index.json"), lambda file: file.write(text.encode()))
+        else:
+            models.save(model, tokenizer, run)
+        for path in glob.glob(os.path.join(glob.escape(run), "model*.safetensors*")):
+            if os.path.basename(path) not in keep:
+                os.remove(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
 class Stop:
@@ -392,13 +703,14 @@ class Stop:
 
 
 def train(args):
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(models.default_device() if args.device == "auto" else args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    args.shard = args.shard and world > 1
+    if world > 1:  # torchrun ends the job when a rank dies; the timeout is for machines that fall silent, and longer than rank 0 saves
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
 
     def say(text):
         if rank == 0:
@@ -406,27 +718,12 @@ def train(args):
             sys.stdout.flush()
 
     datasets, shares, tokenizer = open_mixture(args.data)
-    args.context = args.context or (512 if not args.init else models.read_config(os.path.join(models.locate(args.init), "config.json")).context)
-    n_rows = args.batch_tokens // args.context
-    if n_rows < world or n_rows % world:
-        fail(f"--batch-tokens {args.batch_tokens} makes {n_rows} rows of --context {args.context}; it must be a multiple of "
-             f"{args.context} x {world} processes, such as {max(1, round(n_rows / world)) * world * args.context}")
-    mine = n_rows // world
-    args.micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and (n == 1 or n * args.context <= args.micro_tokens))
-    torch.manual_seed(args.seed)
-    model = new_model(args, tokenizer).to(device)
-    dtype, reason = choose_dtype(device, args.dtype)
-    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
-    found = optimizers(model, args, dtype)
-    mixture = Mixture(datasets, shares, tokenizer.eot, args.context, args.prompt_weight, args.seed)
+    config = choose_config(args, tokenizer)
+    n_rows, mine = split_batch(args, world)
     out, step, records = args.out, 0, []
     recipe = {name: value for name, value in vars(args).items() if name in EXACT}
-    state_file = os.path.join(out, "state.pt")
-    if os.path.exists(state_file):
-        try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            fail(f"{state_file} cannot be read ({type(error).__name__}); delete {out} to start again")
+    state = read_state(out)
+    if state:
         changed = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
         if changed:
             name = changed[0]
@@ -435,15 +732,28 @@ def train(args):
         if step >= args.steps:
             say(f"{out} is trained already ({step:,} steps); give another --out, or delete it, to train again")
             return
-        model.load_state_dict(state["model"])
-        for optimizer, packed in zip(found, state["optimizers"]):
-            optimizer.load_state_dict(packed)
+        say(f"going on from step {step:,} of {args.steps:,} in {out}")
+    elif glob.glob(os.path.join(glob.escape(out), "model*.safetensors*")):
+        fail(f"{out} holds a model without a training state; give another --out, or delete it")
+    before = None
+    if args.after and not state:
+        before = read_state(args.after) or fail(f"--after {args.after} has no training state; give --init for its weights alone")
+        if before["recipe"]["optimizer"] != args.optimizer:
+            fail(f"--after {args.after} was trained with --optimizer {before['recipe']['optimizer']}; give the same")
+        say(f"weights and optimizer state of step {before['step']:,} of {args.after}")
+
+    torch.manual_seed(args.seed)
+    dtype, reason = choose_dtype(device, args.dtype)
+    autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
+    model = build(config, args, device, dtype, fresh=not (state or before))
+    found = optimizers(model, args, dtype)
+    mixture = Mixture(datasets, shares, tokenizer.eot, args.context, args.prompt_weight, args.seed)
+    if state or before:
+        restore(model, found, (state or before)["tensors"])
+    if state:
         mixture.restore(state["mixture"])
         torch.set_rng_state(state["rng"])
-        say(f"going on from step {step:,} of {args.steps:,} in {out}")
-        del state
-    elif os.path.exists(os.path.join(out, "model.safetensors")):
-        fail(f"{out} holds a model without a training state; give another --out, or delete it")
+    saved_step, state, before = (step if state else None), None, None
 
     peak = measure_peak(device, dtype)
     shown = ", ".join(f"{d.name} {s / sum(shares):.0%}" for d, s in zip(datasets, shares))
@@ -453,9 +763,10 @@ def train(args):
         f"{args.micro_batch} rows at a time" + (f" on each of {world} processes" if world > 1 else ""))
     say(f"device   {device}: products in {str(dtype)[6:]} ({reason}), peak {peak / 1e9:,.0f} GFLOP/s; {compile_blocks(model, args.compile, device)}")
 
-    wrapped = DistributedDataParallel(model, device_ids=[local] if device.type == "cuda" else None) if world > 1 else model
-    flops_per_token = 6 * (model.config.parameters() - (0 if model.config.tied else model.embed.weight.numel())) + \
-        3 * model.config.attention_flops() * args.context // (2 * model.config.context)
+    if device.type == "cuda":
+        needed, room = sum(memory(config, args, world).values()), torch.cuda.get_device_properties(device).total_memory
+        say(f"memory   about {needed / 1e9:.1f} of {room / 1e9:.1f} GB" + (f": if it does not suffice, {advice(args, world)}" if needed > 0.9 * room else ""))
+    wrapped, work = wrap(model, args, device, local_rank, world), flops_per_token(config, args.context)
     stop = Stop()
     progress = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, desc=os.path.basename(out), unit="step")
     log_file = os.path.join(out, "log.jsonl")
@@ -463,11 +774,14 @@ def train(args):
         models.write_atomically(log_file, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
 
     def save():
+        nonlocal saved_step
+        state = {"recipe": recipe, "step": step, "records": records, "mixture": mixture.state(), "rng": torch.get_rng_state(), "world": world}
+        if rank == 0 or args.shard:
+            write_state(out, state, training_state(model, found), args.shard)  # first, and enough to go on from by itself
+            if saved_step != step:
+                write_weights(out, model, tokenizer, step, args.shard)
+        saved_step = step
         if rank == 0:
-            state = {"recipe": recipe, "step": step, "records": records, "model": model.state_dict(), "mixture": mixture.state(),
-                     "optimizers": [optimizer.state_dict() for optimizer in found], "rng": torch.get_rng_state()}
-            models.write_atomically(state_file, lambda file: torch.save(state, file))  # first, and enough to go on from by itself
-            models.save(model, tokenizer, out)
             models.write_atomically(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out).encode()))
 
     def record(entry):
@@ -494,9 +808,11 @@ def train(args):
         for i in range(0, mine, args.micro_batch):
             batch = collate(rows[rank::world][i:i + args.micro_batch], args.context)
             last = i + args.micro_batch >= mine
-            with autocast(), contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
+            if args.shard:
+                model.set_requires_gradient_sync(last)
+            with autocast(), contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 nats, _ = wrapped(*(t.to(device, non_blocking=True) for t in batch))
-                part = nats * (world / max(total, 1e-9))  # DDP averages over ranks
+                part = nats * (world / max(total, 1e-9))  # gradients are averaged over ranks
                 part.backward()
             loss += part.item() / world
         flags = torch.tensor([loss, float(stop.signal)], device=device)
@@ -505,9 +821,10 @@ def train(args):
         loss, asked = flags.tolist()
         if not math.isfinite(loss):
             where = sorted({(d.name, spans[0][0]) for d in datasets for stream, spans, _ in rows if stream is d.train})
-            saved = f"the last good checkpoint is {out}" if os.path.exists(state_file) else "nothing was saved yet"
+            saved = f"the last good checkpoint is {out}" if saved_step is not None else "nothing was saved yet"
             fail(f"the loss is {loss} at step {step:,} (rows that begin at tokens {where[:4]} …); {saved}; lower --lr and --muon-lr", 1)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
         for optimizer in found:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -517,7 +834,7 @@ def train(args):
         if step % args.log_every == 0 or step == args.steps:
             seconds = time.perf_counter() - log["start"]
             rate = log["steps"] * args.batch_tokens / seconds
-            share = rate * flops_per_token / (peak * world)
+            share = rate * work / (peak * world)
             record({"loss": log["loss"] / log["steps"], "grad_norm": norm, "lr": schedule(step - 1, args) * args.lr,
                     "tokens_per_second": round(rate), "seconds": round(seconds, 3), "peak_share": round(share, 3)})
             progress.set_postfix_str(f"loss {log['loss'] / log['steps']:.3f}, {rate:,.0f} tokens/s, {share:.0%} of peak")
@@ -658,8 +975,24 @@ def print_report(stages, book):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff")
-EXACT = ("data", "init", "preset", *SHAPE, "context", "batch_tokens", "steps", "optimizer", "lr", "muon_lr", "weight_decay", "beta2",
-         "warmup", "decay", "final_lr", "clip", "prompt_weight", "seed")  # what a resumed run must share with its beginning
+EXACT = ("data", "init", "after", "preset", *SHAPE, "rope_theta", "context", "batch_tokens", "steps", "optimizer", "lr", "muon_lr", "weight_decay",
+         "beta2", "schedule", "warmup", "decay", "final_lr", "clip", "prompt_weight", "seed")  # what a resumed run must share with its beginning
+
+
+FILE_BYTES = 5_000_000_000  # of a file of sharded weights
+
+# What the papers say of pretraining, in our options: shares of the paper's own steps. What they leave out stays at our default.
+PHI_1 = dict(optimizer="adamw", lr=1e-3, schedule="linear", warmup=750 / 36_000, decay=1.0, final_lr=0.0, weight_decay=0.1, context=2048,
+             batch_tokens=1024 * 2048)                                                               # arXiv 2306.11644, section 2.3
+PHI_3 = dict(optimizer="adamw", lr=3e-4, schedule="cosine", warmup=2000 / 825_000, decay=1.0, final_lr=0.1, beta2=0.95, context=4096,
+             batch_tokens=1024 * 4096)                                                               # reported for phi-3-mini: 4 M tokens a step
+PAPERS = {
+    "phi-1-small": PHI_1, "phi-1": PHI_1,
+    "phi-1.5": dict(optimizer="adamw", lr=2e-4, schedule="constant", warmup=0.0, weight_decay=0.1, beta2=0.98, context=2048,
+                    batch_tokens=2048 * 2048),                                                       # arXiv 2309.05463, section 2.3
+    "phi-3-mini": PHI_3, "phi-3-small": PHI_3, "phi-3-medium": PHI_3,
+    "phi-4": dict(optimizer="adamw", lr=3e-4, schedule="linear", decay=1.0, final_lr=0.0, weight_decay=0.1, context=4096,
+                  batch_tokens=5760 * 4096)}                                                         # arXiv 2412.08905, section 3
 
 
 def main():
@@ -672,18 +1005,22 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of the time, with a model that has learned little")
     option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
     option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from", metavar="RUN")
-    option("--preset", None, "shape of a new model (default: laptop)", choices=models.PRESETS)
+    option("--after", None, "run whose weights and optimizer state to start from: its next phase, with data, context, rates and steps of its "
+           "own (give another --seed for another order of the same data)", metavar="RUN")
+    option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for the options not given", choices=models.PRESETS)
     for name in SHAPE:
         option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=data.number(int, 1), metavar="N")
+    option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's", type=data.number(float, 1), metavar="BASE")
     option("--context", None, "tokens a row (default: 512, or the context of --init)", type=data.number(int, 2), metavar="N")
     option("--batch-tokens", 4096, "tokens a step, over all processes", type=data.number(int, 2), metavar="N")
     option("--micro-tokens", 4096, "most tokens in one forward pass of a process; lower it when memory runs out", type=data.number(int, 1), metavar="N")
-    option("--steps", 1000, "optimizer steps", type=data.number(int, 1), metavar="N")
+    option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=data.number(int, 1), metavar="N")
     option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
     option("--lr", 0.003, "peak learning rate of AdamW", type=data.number(float, 0), metavar="RATE")
     option("--muon-lr", 0.01, "peak learning rate of Muon", type=data.number(float, 0), metavar="RATE")
     option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=data.number(float, 0), metavar="RATE")
     option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999), metavar="BETA")
+    option("--schedule", "linear", "form in which the learning rate falls", choices=("linear", "cosine", "constant"))
     option("--warmup", 0.02, "share of the steps with rising learning rate", type=data.number(float, 0, 1), metavar="SHARE")
     option("--decay", 0.5, "share of the steps with falling learning rate, at the end", type=data.number(float, 0, 1), metavar="SHARE")
     option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=data.number(float, 0, 1), metavar="SHARE")
@@ -696,9 +1033,20 @@ def main():
     option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
     option("--dtype", "auto", "type of matrix products; auto measures", choices=("auto", "fp32", "bf16"))
     option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
+    option("--shard", False, "spread weights, gradients and optimizer state over the processes of torchrun", action="store_true")
+    option("--recompute", False, "keep only what enters each block and run it again in the backward pass: less memory, a third more work",
+           action="store_true")
+    option("--dry-run", False, "print what training would take in memory and time, and stop", action="store_true")
+    option("--gpus", None, "of --dry-run (default: those here)", type=data.number(int, 1), metavar="N")
+    option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=data.number(float, 0), metavar="GB")
+    option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=data.number(float, 0), metavar="RATE")
     option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
     args = parser.parse_args()
-    if not args.data:
+    paper = PAPERS.get(args.preset, {})
+    parser.set_defaults(**paper)
+    args = parser.parse_args()  # again: options given win over the paper
+    args.steps = args.steps or (round(models.SOURCES[args.preset][0] / args.batch_tokens) if args.preset in models.SOURCES and paper else 1000)
+    if not args.data and not args.dry_run:
         given = [word for word in sys.argv[1:] if word != "--quick"]
         if given:
             parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own settings (each stage prints its command)")
@@ -706,12 +1054,26 @@ def main():
             fail("the recipe starts torchrun itself where it helps; run python train.py")
         recipe(args.quick)
         return
+    if paper and os.environ.get("RANK", "0") == "0":
+        taken = {True: [], False: []}
+        for name in paper:
+            taken[getattr(args, name) == paper[name]].append(f"--{name.replace('_', '-')} {getattr(args, name):.4g}" if isinstance(paper[name], float) else
+                                                             f"--{name.replace('_', '-')} {getattr(args, name)}")
+        print(f"paper    {args.preset}'s: {' '.join(taken[True]) or 'nothing'}" + f"; given instead: {' '.join(taken[False])}" * bool(taken[False]))
     try:
-        train(args)
+        if args.dry_run:
+            dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
+        else:
+            train(args)
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
-    except torch.OutOfMemoryError:
-        fail(f"out of memory; lower --micro-tokens (now {args.micro_tokens}) to {max(1, args.micro_tokens // 2)}", 1)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            fail(f"out of memory; {advice(args, int(os.environ.get('WORLD_SIZE', 1)))}", 1)
+        if dist.is_initialized() and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
+            fail(f"process {dist.get_rank()} lost another one ({text[:120]}); its error stands above; give the same command to go on from the last save", 1)
+        raise
 
 
 if __name__ == "__main__":
