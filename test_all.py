@@ -5,9 +5,11 @@ environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own sol
 """
 import base64
 import copy
+import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
@@ -27,6 +30,7 @@ import pytest
 import torch
 
 import data
+import grow
 import kernels
 import model
 import model as models
@@ -1650,3 +1654,370 @@ def test_readme_shows_the_commands_that_the_recipe_runs():
         lines = file.read().splitlines()
     for _, _, command, *_ in train.recipe_stages(quick=False):
         assert "python " + command in lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grow.py
+
+@pytest.fixture
+def double(monkeypatch):
+    """Everything in fp64: softmax, norms and logits are otherwise computed in fp32 by design."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+FORMS = {
+    "phi": dict(family="phi", n_kv_head=6, rotary_share=0.5, tied=False),
+    "phi gqa tied": dict(family="phi", rotary_share=0.5, tied=True),
+    "phi3": dict(family="phi3"),
+    "phi3 tied partial": dict(family="phi3", rotary_share=0.75, tied=True),
+    "phi3 longrope": dict(family="phi3", original_context=32, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]),
+    "phi3small": dict(family="phi3small", tied=True, n_layer=3, n_head=4, embedding_scale=10.0, attention_scale=1.0, logit_divisor=8.0, dense_every=2,
+                      sparse_block=4, sparse_local=2, sparse_stride=4, dummy_tokens=[7, 9]),
+    "llama": dict(family="llama"),
+    "llama head size": dict(family="llama", head_size=10, n_kv_head=3),
+    "gemma": dict(family="gemma", tied=True, n_kv_head=1, norm_eps=1e-6),
+    "gemma untied": dict(family="gemma", tied=False, n_kv_head=1, norm_eps=1e-3),
+}
+AXES = {
+    "twice": dict(d_model=96), "three times": dict(d_model=144), "five quarters": dict(d_model=60), "deeper": dict(n_layer=5), "one layer": dict(n_layer=4),
+    "d_ff": dict(d_ff=100), "d_ff times": dict(d_ff=192), "vocabulary": dict(vocab_size=333), "all": dict(d_model=96, n_layer=5, d_ff=200, vocab_size=320),
+    "all padded": dict(d_model=72, n_layer=4, d_ff=80, vocab_size=310),
+}
+
+
+def difference(a, b, length=60):
+    x = torch.randint(a.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        want, got = a(x), b(x)[..., :a.config.vocab_size]
+    assert want.dtype == got.dtype == torch.float64 and want[want > -math.inf].std() > 0.05
+    return ((want - got)[want > -math.inf].abs().max() / want[want > -math.inf].abs().max()).item()
+
+
+def spiked(seed=0, **change):
+    m = tiny(seed, **change).double()
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(0, 0.3)
+            elif p.dim() == 1:
+                p.sub_(m.config.form.norm_offset)
+    return m
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("form", FORMS)
+def test_exact(double, form, axis):
+    source = spiked(**FORMS[form])
+    before = {name: p.clone() for name, p in source.state_dict().items()}
+    target = dict(AXES[axis])
+    if axis == "all padded" and form.startswith("phi3small"):
+        target["d_model"] = 60                                                     # 5 heads on 2 would not do; see below
+    if "d_model" in target and target["d_model"] % 48:
+        if source.config.family == "phi3small":
+            target |= dict(d_model=72, n_head=6, n_kv_head=3)                      # 48/4 = 72/6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            large = grow.grow(source, **target)
+        except ValueError as error:
+            assert source.config.family == "phi3small" and "blocksparse" in str(error), error
+            pytest.skip(str(error))
+    for name, value in target.items():
+        assert getattr(large.config, name) == value
+    assert difference(source, large) < 1e-12
+    assert all(torch.equal(p, before[name]) for name, p in source.state_dict().items())
+    assert not {p.data_ptr() for p in source.parameters()} & {p.data_ptr() for p in large.parameters()}
+    assert sum(p.numel() for p in large.parameters()) == large.config.parameters() and all(p.requires_grad for p in large.parameters())
+
+
+@pytest.mark.parametrize("change,target", [
+    (dict(n_head=4, n_kv_head=1), dict(n_kv_head=2)), (dict(n_head=4, n_kv_head=1), dict(n_kv_head=4)), (dict(n_head=6, n_kv_head=2), dict(n_kv_head=6)),
+    (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=2)), (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=12)),
+    (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)), (dict(n_head=4, n_kv_head=2), dict(d_model=72, n_head=6, n_kv_head=2)),
+    (dict(n_head=4, n_kv_head=4, rotary_share=0.5), dict(d_model=80)), (dict(n_head=4, n_kv_head=4, rotary_share=0.5), dict(d_model=60, n_head=4)),
+    (dict(n_head=4, n_kv_head=2, rotary_share=0.5), dict(d_model=64, n_head=4)), (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
+    (dict(family="phi", n_head=4, n_kv_head=4, rotary_share=0.5), dict(d_model=60, n_head=4, d_ff=240)),   # as 2048 -> 2560, heads 64 -> 80
+    (dict(family="llama"), dict(n_head=9, n_kv_head=3)), (dict(family="gemma", n_kv_head=1, tied=True), dict(n_head=7, n_kv_head=1)),
+    (dict(family="llama"), dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
+    (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=2)), (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=4)),
+    ({**FORMS["phi3small"], "n_head": 6}, dict(d_model=96)), ({}, dict(d_model=96, n_head=12, n_kv_head=3)), ({}, dict(d_model=96, n_head=6)),
+    (FORMS["phi3small"], dict(d_model=192)), (FORMS["phi3small"], dict(n_kv_head=4))])
+def test_exact_heads(double, change, target):
+    source = spiked(**change)
+    large = grow.grow(source, **target)
+    assert all(getattr(large.config, name) == value for name, value in target.items())
+    assert difference(source, large) < 1e-12
+
+
+def test_the_check_can_fail(double):
+    source = spiked()
+    many = spiked(n_kv_head=6)
+    assert difference(source, grow.grow(source, "tile", d_model=96)) > 1e-3
+    with pytest.warns(UserWarning, match="repeated"):
+        assert difference(source, grow.grow(source, depth="repeat", n_layer=4)) > 1e-3
+    with pytest.warns(UserWarning, match="averaged"):
+        assert difference(many, grow.grow(many, n_kv_head=2)) > 1e-3
+
+
+def test_fp32_is_below_1e_5():
+    for form in FORMS:
+        torch.manual_seed(1)
+        source = Model(Config(**{**TINY, **FORMS[form]})).eval()
+        large = grow.grow(source, d_model=96, n_layer=4)
+        x = torch.randint(300, (2, 60))
+        a, b = source(x), large(x)
+        assert (a - b)[a > -math.inf].abs().max() < 1e-5
+
+
+def test_clones_receive_different_gradients():
+    x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
+    for form in ("phi", "phi3", "phi3small", "gemma"):
+        source = tiny(**FORMS[form])
+        for noise in (10.0, None):
+            large = grow.grow(source, d_model=96, noise=noise)
+            total, count = large(x[:, :-1], targets=x[:, 1:])
+            (total / count).backward()
+            H, f = source.config.n_head * source.config.head_dim, source.config.d_ff
+            for name, p in large.named_parameters():
+                if p.grad is None:
+                    continue
+                pairs = [p.grad[:, :48], p.grad[:, 48:]] if name in ("embed.weight", "head.weight") else None
+                if name.endswith(("out.weight", "down.weight", "norm.weight")):
+                    pairs = p.grad[:48], p.grad[48:]
+                if name.endswith("qkv.weight"):
+                    pairs = p.grad[:H], p.grad[H:2 * H]
+                if name.endswith("gate_up.weight"):
+                    pairs = p.grad[:f], p.grad[f:2 * f]
+                last = source.config.tied and name.startswith(("norm.", f"layers.{source.config.n_layer - 1}."))
+                if pairs is not None and name != "head.weight" and not (last and not name.endswith(("qkv.weight", "gate_up.weight"))):
+                    # a tied output layer cannot carry noise, so what only it reads separates with the embedding's first step
+                    gap = ((pairs[0] - pairs[1]).norm() / pairs[0].norm()).item()
+                    assert gap > 0.01 if noise else gap < 1e-3, (form, name, noise, gap)
+    for name, p in grow.grow(tiny(), n_layer=4).named_parameters():
+        assert torch.isfinite(p).all()
+
+
+def test_grown_models_learn_in_every_part():
+    """Padding, new layers and clones move within two steps."""
+    x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
+    for change, target in ((dict(family="phi", n_kv_head=6, rotary_share=0.5), dict(d_model=60, n_head=6, n_layer=4)), (dict(), dict(d_model=72, n_layer=3)),
+                           (dict(), dict(d_model=96, n_layer=4))):
+        large = grow.grow(tiny(**change), **target).train()
+        start = {name: p.detach().clone() for name, p in large.named_parameters()}
+        optimizer = torch.optim.SGD(large.parameters(), lr=0.1)
+        for _ in range(3):
+            total, count = large(x[:, :-1], targets=x[:, 1:])
+            optimizer.zero_grad(); (total / count).backward(); optimizer.step()
+        for name, p in large.named_parameters():
+            if p.dim() == 2 and name not in ("embed.weight",):
+                moved = (p - start[name]).abs().amax(1)
+                assert (moved > 0).float().mean() > 0.95, (name, (moved > 0).float().mean())
+
+
+def test_depth_maps():
+    config = Config(**TINY)
+    assert grow.layer_sources(config, 4, "repeat") == [(0, False), (0, False), (1, False), (1, False)]
+    assert grow.layer_sources(config, 4, "identity") == [(0, False), (0, True), (1, False), (1, True)]
+    sparse = Config(**{**TINY, "n_layer": 4, "dense_every": 2})
+    for n in range(4, 13):
+        kept = [(i, s) for i, (s, new) in enumerate(grow.layer_sources(sparse, n, "identity")) if not new]
+        assert [s for _, s in kept] == [0, 1, 2, 3] and all((i - s) % 2 == 0 for i, s in kept)
+        assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, "repeat")] == [min(23, round(i / 32 * 24)) for i in range(32)]
+
+
+def test_wr_tile_and_random():
+    source = tiny()
+    target = dict(d_model=96, n_layer=4, d_ff=100, vocab_size=310)
+    wr, tile, new = (grow.grow(source, method, **target) for method in ("wr", "tile", "random"))
+    for m in (wr, tile, new):
+        assert (m.config.d_model, m.config.n_head, m.config.n_kv_head, m.config.d_ff) == (96, 12, 4, 100)
+        assert torch.isfinite(m(torch.randint(310, (1, 9)))).all()
+    for m in (wr, tile):
+        assert torch.equal(m.embed.weight[:300, :48], source.embed.weight) and torch.equal(m.head.weight[:300, :48], source.head.weight)
+        for i, block in enumerate(m.layers):
+            old = source.layers[i // 2]
+            for part, (a, b) in zip(old.qkv.weight.split([48, 16, 16]), ((0, 48), (96, 112), (128, 144))):
+                assert torch.equal(block.qkv.weight[a:b, :48], part)
+            assert torch.equal(block.out.weight[:48, :48], old.out.weight) and torch.equal(block.down.weight[:48, :64], old.down.weight)
+            assert torch.equal(block.gate_up.weight[:64, :48], old.gate_up.weight[:64]) and torch.equal(block.gate_up.weight[100:164, :48], old.gate_up.weight[64:])
+            assert torch.equal(block.attention_norm.weight[:48], old.attention_norm.weight)
+    assert torch.equal(tile.layers[0].qkv.weight[:96], source.layers[0].qkv.weight[:48].repeat(2, 2))
+    assert torch.equal(tile.layers[0].down.weight, torch.cat([source.layers[0].down.weight, source.layers[0].down.weight[:, :36]], 1).repeat(2, 1))
+    assert not torch.equal(wr.layers[0].qkv.weight[48:96, 48:], source.layers[0].qkv.weight[:48]) and wr.layers[0].qkv.weight[48:96].std() > 0.05
+    assert not torch.equal(new.embed.weight[:300, :48], source.embed.weight) and abs(new.embed.weight.std() - 0.02) < 2e-3
+    again = grow.grow(source, "random", **target)
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters()))
+
+
+def test_key_value_heads_averaged_and_repeated():
+    source = tiny(n_kv_head=6)
+    assert {name: getattr(grow.target_config(source.config, d_model=96), name) for name in ("n_head", "n_kv_head", "d_ff")} == dict(n_head=12, n_kv_head=12, d_ff=128)
+    with pytest.warns(UserWarning, match="averaged"):
+        small = grow.grow(source, n_kv_head=2)
+    k = source.layers[0].qkv.weight[48:96].view(2, 3, 8, 48).mean(1).flatten(0, 1)
+    assert torch.allclose(small.layers[0].qkv.weight[48:64], k) and torch.equal(small.layers[0].qkv.weight[:48], source.layers[0].qkv.weight[:48])
+    back = grow.grow(small, n_kv_head=6)
+    phi = tiny(**FORMS["phi"])
+    with pytest.warns(UserWarning, match="averaged"):
+        few = grow.grow(phi, n_kv_head=3, d_model=96, n_head=12)
+    for b in few.layers[0].qkv.bias[96:].split(24):                                # 6 heads -> 3 averages of 8
+        assert b.std() > 0
+    assert torch.allclose(few.layers[0].qkv.bias[96:104], phi.layers[0].qkv.bias[48:64].view(2, 8).mean(0))
+    x = torch.randint(300, (2, 20))
+    assert torch.allclose(back(x), small(x), atol=1e-4)
+    assert torch.equal(back.layers[1].qkv.weight[48:96].view(2, 3, 8, 48)[:, 1], small.layers[1].qkv.weight[48:64].view(2, 8, 48))
+
+
+def test_new_tokens_are_unlikely(double):
+    for tied in (False, True):
+        source = spiked(tied=tied)
+        large = grow.grow(source, vocab_size=332, d_model=96)
+        p = large(torch.randint(300, (2, 30))).softmax(-1)[..., 300:]
+        assert p.mean() < 1 / 300 and len(large.embed.weight[300:].unique(dim=0)) == 32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hugging_face_round_trip(tmp_path, form):
+    large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
+    models.save(large, None, tmp_path)
+    again, _ = models.load(tmp_path, "cpu")
+    assert again.config == large.config, [(f.name, getattr(again.config, f.name), getattr(large.config, f.name)) for f in dataclasses.fields(Config)]
+    x = torch.randint(300, (1, 40))
+    assert torch.equal(again(x), large(x))
+    if form == "phi3small":
+        return
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert (theirs(x).logits - large(x)).abs().max() < 1e-4 * large(x).abs().max()
+
+
+@pytest.mark.parametrize("family", ["phi", "phi3"])
+def test_padded_heads_in_hugging_face(tmp_path, family):
+    transformers = pytest.importorskip("transformers")
+    source = tiny(family=family, n_head=4, n_kv_head=4, rotary_share=0.5)
+    large = grow.grow(source, d_model=60, n_head=4)
+    assert large.config.head_dim == 15 and large.config.rotary_dims == 6
+    models.save(large, None, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    x = torch.randint(300, (1, 40))
+    assert (theirs(x).logits - source(x)).abs().max() < 1e-4 * source(x).abs().max()
+
+
+@pytest.mark.parametrize("change,target,word", [
+    ({}, dict(d_model=40), "only enlarges"), ({}, dict(n_layer=1), "only enlarges"), ({}, dict(width=3), "width"), (FORMS["phi3small"], dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
+    (dict(family="phi", n_kv_head=6, rotary_share=0.5), dict(n_head=12), "shrink"), (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
+    (dict(family="llama"), dict(head_size=16), "--head-size 8"), ({}, dict(d_model=50), "d_model"),
+    ({**FORMS["phi3small"], "n_head": 6, "sparse_stride": 8}, dict(d_model=64, n_head=8, n_kv_head=2), "blocksparse"),
+    ({}, dict(n_kv_head=3), "no exact form")])
+def test_what_cannot_be_is_refused(change, target, word):
+    with pytest.raises(ValueError, match=word):
+        grow.grow(tiny(**change), **target)
+
+
+# ------------------------------------------------------------------ context
+
+def test_rope_methods():
+    config = Config(**{**TINY, "context": 64, "d_model": 96})
+    found = grow.rope_factors(config, 4.0)
+    assert found["pi"] == [4.0] * 8 and abs(found["ntk"][0] - 1) < 1e-9 and abs(found["ntk"][-1] - 4) < 1e-9
+    base = config.rope_theta * 4 ** (16 / 14)
+    for i, f in enumerate(found["ntk"]):
+        assert abs(f * config.rope_theta ** (2 * i / 16) - base ** (2 * i / 16)) < 1e-6 * base
+    for factors in found.values():
+        assert list(factors) == sorted(factors) and 1 <= min(factors) and max(factors) <= 4 + 1e-9
+
+
+def test_search_beats_its_seeds():
+    m = tiny(context=32)
+    documents = torch.randint(300, (2, 97), generator=torch.Generator().manual_seed(0))
+    found, losses = grow.search(m, 96, documents, population=12, mutations=5, crossovers=4, iterations=4)
+    again, _ = grow.search(m, 96, documents, population=12, mutations=5, crossovers=4, iterations=4)
+    assert found == again == sorted(found) and 1 <= min(found) and max(found) <= 1.25 * 3
+    assert losses["searched"] <= min(losses[name] for name in ("pi", "ntk", "yarn")) and len({*losses.values()}) > 2
+    long = grow.set_context(m, 96, found)
+    assert abs(grow.nats(long, documents) - losses["searched"]) < 1e-9 and m.config.context == 32 and not m.config.original_context
+    total, count = long(documents[:, :-1], targets=documents[:, 1:])
+    assert abs(total / count - losses["searched"]) < 1e-4
+    with torch.no_grad():
+        assert torch.equal(grow.set_context(m, 96, found, 1.0)(documents[:, :20]), m(documents[:, :20]))
+
+
+def run(*arguments):
+    result = subprocess.run([sys.executable, os.path.join(HERE, "grow.py"), *map(str, arguments)], capture_output=True, text=True)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grow") / "src"
+    models.save(tiny(context=64), models.Tokenizer.load("bytes"), folder)
+    (folder / "state.pt").write_bytes(b"")
+    return folder
+
+
+def test_command(source, tmp_path, capsys):
+    grow.main([str(source), str(tmp_path / "a"), "--d-model", "96", "--n-layer", "4"])
+    out = capsys.readouterr().out
+    assert "state.pt" in out and "largest logit difference" in out and out.count("parameters") == 2 and "train.py --init" in out
+    assert float(out.split("largest logit difference ")[1].split()[0]) < 1e-4 and not (tmp_path / "a" / "state.pt").exists()
+    large, tokenizer = models.load(tmp_path / "a")
+    assert large.config.d_model == 96 and tokenizer.encode("hi") == [104, 105]
+    grow.main([str(tmp_path / "a"), str(tmp_path / "b"), "--n-kv-head", "2"])
+    assert "note     not exact: key/value heads are averaged" in capsys.readouterr().out
+    grow.main([str(source), str(tmp_path / "d"), "--to", "laptop", "--method", "tile", "--n-head", "16"])
+    assert models.read_config(str(tmp_path / "d" / "config.json")).d_model == 128
+    text = tmp_path / "long.txt"
+    text.write_text(open(grow.__file__).read() * 2)
+    for rope in grow.ROPES:
+        grow.main([str(source), str(tmp_path / rope), "--context", "128", "--rope", rope, "--data", str(text), "--population", "8", "--mutations", "3",
+                   "--crossovers", "2", "--iterations", "2", "--documents", "2"])
+        out = capsys.readouterr().out
+        losses = {part.split()[0]: float(part.split()[1]) for part in out.split("loss on ")[1].split(": ", 1)[1].split("\n")[0].split(", ")}
+        assert {"none", "pi", "ntk", "yarn"} <= set(losses)
+        if rope == "searched":
+            assert losses["searched"] <= min(losses["pi"], losses["ntk"], losses["yarn"])
+        m, _ = models.load(tmp_path / rope)
+        assert m.config.context == 128 and bool(m.config.original_context) == (rope != "none")
+        assert m(torch.randint(256, (1, 100))).isfinite().all()
+    grow.main([str(tmp_path / "searched"), str(tmp_path / "wide"), "--d-model", "96", "--context", "256", "--rope", "yarn"])
+    m, _ = models.load(tmp_path / "wide")
+    assert m.config.context == 256 and m.config.original_context == 64 and m.config.d_model == 96
+
+
+def test_context_in_hugging_face(source, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    for family, rope in (("phi3", "yarn"), ("phi3", "ntk"), ("llama", "yarn"), ("phi", "yarn")):
+        folder = tmp_path / (family + rope)
+        models.save(tiny(family=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
+        grow.main([str(folder), str(folder) + "-long", "--context", "128", "--rope", rope])
+        ours, _ = models.load(str(folder) + "-long")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder) + "-long", attn_implementation="eager").eval()
+        for length in (30, 100):
+            x = torch.randint(300, (1, length))
+            assert (theirs(x).logits - ours(x)).abs().max() < 1e-4 * ours(x).abs().max(), (family, rope, length)
+
+
+@pytest.mark.parametrize("arguments,word", [
+    (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--to", "phi-2"), "family"), (("--bogus",), "--bogus"),
+    (("--context", "32", "--rope", "pi"), "only enlarges"), (("--context", "128"), "--data"), (("--context", "128", "--data", "nowhere"), "nowhere"),
+    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "8"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "shrink"), (("--n-layer", "4", "--to", "phi-2"), "presets"), (("--context", "64", "--rope", "pi"), "already")])
+def test_command_errors(source, tmp_path, capsys, arguments, word):
+    with pytest.raises(SystemExit) as stop:
+        grow.main([str(source), str(tmp_path / "out"), *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and word in error and error.count("\n") == 1 and error.startswith("grow.py: ") and not (tmp_path / "out").exists()
+
+
+def test_command_in_a_process(source, tmp_path):
+    result = run(tmp_path / "nothing", tmp_path / "out", "--d-model", "96")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "nothing" in result.stderr
+    assert run(source, source, "--d-model", "96").returncode == 2
+
+
+@pytest.mark.parametrize("method", grow.METHODS)
+def test_every_method_from_the_command(source, tmp_path, capsys, method):
+    grow.main([str(source), str(tmp_path / "out"), "--d-model", "72", "--n-layer", "3", "--method", method, "--noise", "none"])
+    out = capsys.readouterr().out
+    assert ("note     not exact" in out) == (method != "exact")
+    assert models.read_config(str(tmp_path / "out" / "config.json")).d_model == 72
