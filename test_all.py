@@ -28,6 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import data
 import grow
@@ -1654,6 +1655,199 @@ def test_readme_shows_the_commands_that_the_recipe_runs():
         lines = file.read().splitlines()
     for _, _, command, *_ in train.recipe_stages(quick=False):
         assert "python " + command in lines
+
+
+# training at scale
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def same_run(folder, one, other):
+    assert len(losses(folder, one)) == len(losses(folder, other))
+    np.testing.assert_allclose(losses(folder, one), losses(folder, other), rtol=2e-4)
+    a, b = (models.load(folder / run, device="cpu")[0].state_dict() for run in (one, other))
+    assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(mini):
+    """An uninterrupted run of 40 steps on one rank."""
+    done = run_train(mini, "--out", "runs/uncut", "--steps", "40")
+    assert done.returncode == 0, done.stderr
+    return mini
+
+
+def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
+    done = run_train(mini, "--out", "runs/sharded", "--steps", "40", "--shard", "--recompute", "--micro-tokens", "128", launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    same_run(mini, "runs/uncut", "runs/sharded")
+    assert not (mini / "runs/sharded/model.safetensors").exists() and not (mini / "runs/sharded/state.pt").exists()
+
+
+def children(pid):
+    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+def cut(folder, options, launcher, lines, how):
+    """Run until the log has so many more lines, stop it with how(process), -> (exit status, all output)."""
+    log = folder / "runs/cut-often/log.jsonl"
+    process = subprocess.Popen(train_command(*options, launcher=launcher), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while not (log.exists() and log.read_text().count('"loss"') >= lines):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.002)
+        how(process)
+        return process.wait(timeout=60), process.communicate()[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the ranks in /proc")
+def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
+    options = ["--out", "runs/cut-often", "--steps", "40", "--save-every", "2"]
+    status, output = cut(mini, [*options, "--shard"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL))
+    assert status not in (0, None) and "Signal 9" in output, output
+    assert list((mini / "runs/cut-often").glob("state-*"))
+    status, output = cut(mini, options, (), 12, lambda p: p.terminate())                    # two ranks, sharded -> one
+    assert status == 143 and "going on from step" in output and "stopped; saved" in output, output
+    assert (mini / "runs/cut-often/state.pt").exists() and not list((mini / "runs/cut-often").glob("state-*"))
+    status, output = cut(mini, options, TWO, 20, lambda p: p.terminate())                   # one rank -> two
+    assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
+    status, output = cut(mini, [*options, "--shard"], TWO, 28, lambda p: p.terminate())     # replicated -> sharded
+    assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
+    assert not (mini / "runs/cut-often/state.pt").exists() and not (mini / "runs/cut-often/model.safetensors").exists()
+    done = run_train(mini, *options)
+    assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
+    same_run(mini, "runs/uncut", "runs/cut-often")
+
+
+def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini):
+    options = ["--out", "runs/killed", "--steps", "60", "--save-every", "1"]
+    rng, log = random.Random(0), mini / "runs/killed/log.jsonl"
+    for _ in range(4):
+        logged = log.read_text().count('"loss"') if log.exists() else 0
+        process = subprocess.Popen(train_command(*options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = time.time()
+        while not (log.exists() and log.stat().st_mtime >= begun) and time.time() < begun + 60:
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.01, 0.4))  # nearly all of the time goes into writing checkpoints
+        process.kill()
+        process.wait()
+        if (mini / "runs/killed/config.json").exists() and (mini / "runs/killed/model.safetensors").exists():
+            models.load(mini / "runs/killed", device="cpu")
+        assert log.read_text().count('"loss"') >= logged - 1
+    assert run_train(mini, *options).returncode == 0
+    assert run_train(mini, "--out", "runs/unkilled", "--steps", "60").returncode == 0
+    assert losses(mini, "runs/killed") == losses(mini, "runs/unkilled")
+    a, b = weights_of(mini, "runs/killed"), weights_of(mini, "runs/unkilled")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, monkeypatch, sharded):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tensors, run = {"a": torch.arange(12.0).view(4, 3), "a/step": torch.tensor(3.0)}, str(tmp_path)
+        old, new = ({"step": step, "records": [], "recipe": {}, "mixture": {}, "rng": torch.zeros(1), "world": 1} for step in (8, 9))
+        names = [(os, "replace"), (os, "rename"), (os, "remove"), (os, "makedirs"), (shutil, "rmtree")]
+        for kind in (False, True):          # the kind of checkpoint that was there before
+            for operation in range(1, 100):
+                for file in tmp_path.iterdir():
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+                train.write_state(run, old, tensors, kind)
+                left = [operation]
+                with monkeypatch.context() as patch:
+                    for module, name in names:
+                        def cut_short(*args, whole=getattr(module, name), **more):
+                            left[0] -= 1
+                            if left[0] <= 0:
+                                raise KeyboardInterrupt
+                            return whole(*args, **more)
+                        patch.setattr(module, name, cut_short)
+                    try:
+                        train.write_state(run, new, {name: tensor + 1 for name, tensor in tensors.items()}, sharded)
+                    except KeyboardInterrupt:
+                        pass
+                state = train.read_state(run)
+                assert state["step"] in (8, 9) and torch.equal(state["tensors"]["a"][0], tensors["a"] + state["step"] - 8)
+                if left[0] > 0:
+                    break
+            assert state["step"] == 9 and operation > 1 and len(os.listdir(run)) == 1
+    finally:
+        dist.destroy_process_group()
+
+
+def test_muon_on_shards_orthogonalizes_whole_matrices(tmp_path):
+    program = tmp_path / "shards.py"
+    program.write_text(f"""import sys; sys.path.insert(0, {HERE!r})
+import torch, train, torch.distributed as dist
+dist.init_process_group("gloo")
+for shape, n in (((5, 3), 2), ((1, 4), 1), ((8, 6), 2)):
+    x = torch.randn((n, *shape), generator=torch.Generator().manual_seed(0))
+    rows = train.rows_of(shape[0], dist.get_rank())
+    ours = train.Muon.share_out(x[:, rows.start:rows.stop].contiguous(), shape, 5)
+    torch.testing.assert_close(ours, train.Muon.orthogonalize(x, 5)[:, rows.start:rows.stop])
+print("equal")
+dist.destroy_process_group()
+""")
+    done = subprocess.run([sys.executable, *TWO, str(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
+
+
+def next_phase(folder, *options):
+    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--data", "mini", "--after", "runs/uncut", "--batch-tokens", "512",
+                           "--compile", "no", "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--val-tokens", "1000", *options],
+                          cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_the_next_phase_carries_the_optimizer_on(mini, whole):
+    phase = ["--steps", "6", "--warmup", "0", "--context", "640", "--batch-tokens", "1280", "--rope-theta", "40000", "--seed", "1"]
+    done = next_phase(mini, "--out", "runs/phase2", *phase)
+    assert done.returncode == 0 and "optimizer state of step 40 of runs/uncut" in done.stdout, done.stderr
+    model, _ = models.load(mini / "runs/phase2", device="cpu")
+    assert model.config.context == 640 and model.config.rope_theta == 40000
+    first = losses(mini, "runs/uncut")
+    assert losses(mini, "runs/phase2")[0] < 0.7 * first[0]
+    kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
+    assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
+    assert kept["phase2"]["embed.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
+    for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--after"),
+                           (["--after", "runs/none"], "runs/none")):
+        done = next_phase(mini, "--out", "runs/refused", *options)
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def dry(*options):
+    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--dry-run", *options], capture_output=True, text=True, timeout=60)
+
+
+def test_dry_run_and_the_papers_hyperparameters():
+    done = dry("--preset", "phi-4", "--gpus", "64", "--shard", "--recompute", "--peak-tflops", "990", "--lr", "1e-4")
+    assert done.returncode == 0, done.stderr
+    for words in ("14,659,507,200 parameters", "5,760 rows", "GPU-hours", "--micro-tokens", "given    --lr 0.0001 instead", "--optimizer adamw", "10,000.0 B tokens"):
+        assert words in done.stdout, done.stdout
+    done = dry("--preset", "phi-3-medium", "--gpus", "8", "--peak-tflops", "990")
+    assert done.returncode == 0 and "add --recompute" in done.stdout, done.stdout
+    args = SimpleNamespace(schedule="cosine", warmup=0.1, decay=1.0, final_lr=0.1, steps=100)
+    rates = [train.schedule(step, args) for step in range(100)]
+    assert rates[0] == 0.1 and abs(rates[50] - 0.55) < 1e-9 and 0.1 <= rates[99] < 0.101 and max(rates) > 0.97
+    args.schedule, args.warmup = "constant", 0
+    assert {train.schedule(step, args) for step in range(100)} == {1.0}
+    for paper in train.PAPERS.values():
+        assert paper["batch_tokens"] % paper["context"] == 0
+
+
+def test_memory_falls_with_shards_and_recomputing():
+    config = models.PRESETS["phi-4"]
+    args = SimpleNamespace(micro_batch=1, context=4096, optimizer="adamw", recompute=False, shard=False)
+    plain = train.memory(config, args, 64)
+    assert plain["optimizer"] == 8 * config.parameters()
+    args.recompute = True
+    assert train.memory(config, args, 64)["activations"] < plain["activations"] / 4
+    args.shard = True
+    assert sum(train.memory(config, args, 64).values()) < 80e9 < sum(plain.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

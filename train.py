@@ -334,41 +334,38 @@ def memory(config, args, world):
     return parts
 
 
-def advice(args, world):
+def advice(args):
     """What to lower when memory does not suffice, and to what."""
     if args.micro_batch > 1:
         return f"lower --micro-tokens (now {args.micro_batch * args.context}) to {args.micro_batch // 2 * args.context}"
     if not args.recompute:
-        return "add --recompute"
-    return f"lower --context (now {args.context}) to {args.context // 2}" + ("" if args.shard and world > 1 else ", or use more GPUs with torchrun and --shard")
+        return "add --recompute" + ("" if args.shard else ", and with several GPUs --shard")
+    return f"lower --context (now {args.context}) to {args.context // 2}, or use more GPUs with --shard"
 
 
 def dry_run(args, config):
     """Print what a run would take, in memory and in time, without taking it."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    world = args.gpus or int(os.environ.get("WORLD_SIZE", 0)) or gpus or 1
-    device = torch.device("cuda" if gpus else "cpu")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world, device = args.gpus or max(1, here), torch.device("cuda" if here else "cpu")
+    gigabytes = args.gpu_gb or (torch.cuda.get_device_properties(0).total_memory / 1e9 if here else 80)
     args.shard = args.shard and world > 1
     n_rows, mine = split_batch(args, world)
-    room = (args.gpu_gb or (torch.cuda.get_device_properties(0).total_memory / 1e9 if gpus else 80)) * 1e9
     parts = memory(config, args, world)
     print(f"model    {config.parameters():,} parameters; context {args.context}, {n_rows:,} rows a step on {world} GPU{'s' * (world > 1)}, "
           f"{args.micro_batch} at a time on each" + ", sharded" * args.shard + ", recomputed" * args.recompute)
     for part, size in {**parts, "all": sum(parts.values())}.items():
         print(f"  {part:26} {size / 1e9:10.2f} GB")
-    fitting = 0
-    for rows in [rows for rows in range(1, mine + 1) if mine % rows == 0]:
-        if sum(memory(config, argparse.Namespace(**{**vars(args), "micro_batch": rows}), world).values()) <= 0.92 * room:
-            fitting = rows
-    print(f"memory   of {room / 1e9:.0f} GB, 8 % kept free: " + (f"--micro-tokens {fitting * args.context} fits" if fitting else
-          f"not even one row fits; {advice(argparse.Namespace(**{**vars(args), 'micro_batch': 1}), world)}"))
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else measure_peak(device, choose_dtype(device, args.dtype)[0])
-    flops = flops_per_token(config, args.context) * (4 / 3 if args.recompute else 1)
-    rate = 0.4 * peak * world / flops
-    days = args.steps * args.batch_tokens / rate / 86400
-    print(f"speed    {rate:,.0f} tokens/s, if 40 % of the peak of {peak / 1e12:,.1f} TFLOP/s "
-          f"({'--peak-tflops' if args.peak_tflops else f'measured on this {device.type}'}) is reached, as is usual\n"
-          f"time     {args.steps * args.batch_tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {days:,.1f} days, {days * 24 * world:,.0f} GPU-hours")
+    for args.micro_batch in [rows for rows in range(mine, 0, -1) if mine % rows == 0]:
+        fits = sum(memory(config, args, world).values()) <= 0.92e9 * gigabytes
+        if fits:
+            break
+    print(f"memory   of {gigabytes:.0f} GB, 8 % kept free: " +
+          (f"--micro-tokens {args.micro_batch * args.context} fits" if fits else f"not even one row fits; {advice(args)}"))
+    peak, tokens = (args.peak_tflops or 0) * 1e12 or measure_peak(device, choose_dtype(device, args.dtype)[0]), args.steps * args.batch_tokens
+    rate = 0.4 * peak * world / (flops_per_token(config, args.context) * (4 / 3 if args.recompute else 1))
+    print(f"speed    {rate:,.0f} tokens/s, assuming 40 % of the peak, {peak / 1e12:,.1f} TFLOP/s ("
+          + ("--peak-tflops" if args.peak_tflops else f"measured on this {device.type}") + ")")
+    print(f"time     {tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {tokens / rate / 86400:,.1f} days, {tokens / rate / 3600 * world:,.0f} GPU-hours")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,30 +406,25 @@ def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1
 
 def loss_svg(records, title):
     """The loss curves of log.jsonl's records as a small SVG picture; the loss axis is logarithmic."""
-    train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-    val = {}
+    curves = {"training": [(r["tokens"], r["loss"]) for r in records if "loss" in r]}
     for r in records:
         for name, (nats, _) in r.get("val", {}).items():
-            val.setdefault(name, []).append((r["tokens"], nats))
-    curves = {"training": train, **{f"{name} validation": points for name, points in val.items()}}
+            curves.setdefault(f"{name} validation", []).append((r["tokens"], nats))
     points = [p for curve in curves.values() for p in curve if p[1] > 0]
     if not points:
         return ""
     right, (low, high) = max(p[0] for p in points) or 1, (f(math.log(p[1]) for p in points) for f in (min, max))
     high = max(high, low + 0.1)
-
-    def place(tokens, loss):
-        return f"{60 + 600 * tokens / right:.1f},{20 + 300 * (high - math.log(max(loss, 1e-9))) / (high - low):.1f}"
-    colors = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd")
-    ticks = [math.exp(low + (high - low) * i / 4) for i in range(5)]
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 380" font-family="sans-serif" font-size="12">',
              '<rect width="700" height="380" fill="white"/>', f'<text x="60" y="14">{title}: loss (nats a token) over tokens</text>']
-    parts += [f'<text x="8" y="{24 + 75 * (4 - i)}">{t:.3g}</text><path d="M60 {20 + 75 * (4 - i)}h600" stroke="#ddd"/>' for i, t in enumerate(ticks)]
-    parts += [f'<text x="{60 + 150 * i}" y="338" text-anchor="middle">{right * i / 4 / 1e6:.3g} M</text>' for i in range(5)]
-    for (name, curve), color in zip(curves.items(), itertools.cycle(colors)):
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(place(*p) for p in curve)}"/>')
-    parts += [f'<text x="{60 + 200 * (i % 3)}" y="{356 + 16 * (i // 3)}" fill="{color}">{name}</text>'
-              for i, (name, color) in enumerate(zip(curves, itertools.cycle(colors)))]
+    for i in range(5):  # ticks of both axes
+        loss, y = math.exp(low + (high - low) * i / 4), 75 * (4 - i)
+        parts.append(f'<text x="8" y="{24 + y}">{loss:.3g}</text><path d="M60 {20 + y}h600" stroke="#ddd"/>')
+        parts.append(f'<text x="{60 + 150 * i}" y="338" text-anchor="middle">{right * i / 4 / 1e6:.3g} M</text>')
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd")))):
+        line = " ".join(f"{60 + 600 * t / right:.1f},{20 + 300 * (high - math.log(max(loss, 1e-9))) / (high - low):.1f}" for t, loss in curve)
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>')
+        parts.append(f'<text x="{60 + 200 * (i % 3)}" y="{356 + 16 * (i // 3)}" fill="{color}">{name}</text>')
     return "\n".join(parts + ["</svg>\n"])
 
 
@@ -557,15 +549,6 @@ def build(config, args, device, dtype, fresh):
     return model
 
 
-def wrap(model, args, device, local_rank, world):
-    """The model as the loop calls it: gradients meet across ranks, and blocks run again in the backward pass with --recompute."""
-    for block in model.layers if args.recompute else ():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if world == 1 or args.shard:
-        return model
-    return DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-
 def training_state(model, found):
     """{name: tensor} of the weights, and under "name/key" of what the optimizers keep of each; sharded ones as this rank's rows."""
     names = {p: name for name, p in model.named_parameters()}
@@ -614,10 +597,11 @@ def read_state(run):
 def write_state(run, state, tensors, sharded):
     """Write a checkpoint, then delete its predecessor: whenever the process is killed, the newest whole one can be read.
 
-    Plain: state.pt, by rank 0. Sharded: the directory state-STEP appears under that name when all ranks have written their part.
+    Plain: state.pt, by rank 0. Sharded: the directory state-STEP appears under that name when all ranks have written their part;
+    tensors None: it is there already, and only the rest has changed.
     """
     rank, current = dist.get_rank() if sharded else 0, os.path.join(run, f"state-{state['step']:08d}" if sharded else "state.pt")
-    if sharded and not os.path.isdir(current):
+    if sharded and tensors is not None:
         aside = os.path.join(run, "state.tmp")
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -629,7 +613,7 @@ def write_state(run, state, tensors, sharded):
         dist.barrier()
         if rank == 0:
             os.rename(aside, current)
-    elif rank == 0:  # a sharded step that is saved already: only its records have changed
+    elif rank == 0:
         write_torch(os.path.join(current, "meta.pt") if sharded else current, state if sharded else state | {"tensors": tensors})
     if rank == 0:
         for path in glob.glob(os.path.join(glob.escape(run), "state[-.]*")):
@@ -644,44 +628,43 @@ def write_torch(path, value):
 def write_weights(run, model, tokenizer, step, sharded):
     """The Hugging Face directory. Sharded: tensors are gathered one by one and leave rank 0 in files of up to FILE_BYTES; the files'
     names change with the step and the index is replaced last, so that it never names files of two steps."""
-    rank, keep = dist.get_rank() if dist.is_initialized() else 0, {"model.safetensors"}
-    if sharded:
-        def part(tensors):  # a model with these weights alone, as model.py writes it
+    first = not sharded or dist.get_rank() == 0
+    if not sharded:
+        models.save(model, tokenizer, run)
+        keep = {"model.safetensors"}
+    else:
+        def part(tensors):  # as model.py sees a model that has these weights alone
             return types.SimpleNamespace(config=model.config, embed=model.embed, state_dict=lambda: tensors)
-        files, room = [], 0
-        for name, p in model.named_parameters():
-            if room < 4 * p.numel():
-                files.append({})
+        files, room, weight_map, sizes = [], 0, {}, {name: 4 * p.numel() for name, p in model.named_parameters()}
+        for name, size in sizes.items():
+            if room < size:
+                files.append([])
                 room = FILE_BYTES
-            files[-1][name] = p
-            room -= 4 * p.numel()
-        index, total = {}, 4 * sum(p.numel() for p in model.parameters())
-        for number, tensors in enumerate(files, 1):
-            file, whole = f"model-{step:08d}-{number:05d}-of-{len(files):05d}.safetensors", {}
-            for name, p in tensors.items():
-                tensor = p.detach().full_tensor()  # all ranks take part
-                if rank == 0:
+            files[-1].append(name)
+            room -= size
+        for number, names in enumerate(files, 1):
+            whole = {}
+            for name in names:
+                tensor = model.get_parameter(name).detach().full_tensor()  # all ranks take part
+                if first:
                     whole[name] = tensor.cpu()
-            if rank == 0:
-                theirs = models.to_hf(part(whole))
+            if first:
+                theirs, file = models.to_hf(part(whole)), f"model-{step:08d}-{number:05d}-of-{len(files):05d}.safetensors"
                 models.write_safetensors(os.path.join(run, file), theirs)
-                index |= dict.fromkeys(theirs, file)
-        keep = {"model.safetensors.index.json", *index.values()}
-    if rank == 0:
-        if sharded:
-            aside = os.path.join(run, "files.tmp")
+                weight_map |= dict.fromkeys(theirs, file)
+        if first:
+            aside, index = os.path.join(run, "files.tmp"), {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            shutil.rmtree(aside, ignore_errors=True)
             models.save(part({}), tokenizer, aside)
             os.remove(os.path.join(aside, "model.safetensors"))
             for file in os.listdir(aside):
                 os.replace(os.path.join(aside, file), os.path.join(run, file))
             os.rmdir(aside)
-            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-            models.write_atomically(os.path.join(run, "model.safetensors.index.json"), lambda file: file.write(text.encode()))
-        else:
-            models.save(model, tokenizer, run)
-        for path in glob.glob(os.path.join(glob.escape(run), "model*.safetensors*")):
-            if os.path.basename(path) not in keep:
-                os.remove(path)
+            models.write_atomically(os.path.join(run, "model.safetensors.index.json"), lambda file: file.write(json.dumps(index, indent=2).encode()))
+        keep = {"model.safetensors.index.json", *weight_map.values()}
+    for path in glob.glob(os.path.join(glob.escape(run), "model*.safetensors*")) if first else ():
+        if os.path.basename(path) not in keep:
+            os.remove(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -742,6 +725,9 @@ def train(args):
             fail(f"--after {args.after} was trained with --optimizer {before['recipe']['optimizer']}; give the same")
         say(f"weights and optimizer state of step {before['step']:,} of {args.after}")
 
+    if device.type == "cuda":
+        needed, room = sum(memory(config, args, world).values()), torch.cuda.get_device_properties(device).total_memory
+        say(f"memory   about {needed / 1e9:.1f} of {room / 1e9:.1f} GB" + (f": if it does not suffice, {advice(args)}" if needed > 0.9 * room else ""))
     torch.manual_seed(args.seed)
     dtype, reason = choose_dtype(device, args.dtype)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
@@ -762,11 +748,11 @@ def train(args):
     say(f"data     {shown}; {args.steps * args.batch_tokens / 1e6:.1f} M tokens in {args.steps:,} steps of {n_rows} x {args.context}, "
         f"{args.micro_batch} rows at a time" + (f" on each of {world} processes" if world > 1 else ""))
     say(f"device   {device}: products in {str(dtype)[6:]} ({reason}), peak {peak / 1e9:,.0f} GFLOP/s; {compile_blocks(model, args.compile, device)}")
-
-    if device.type == "cuda":
-        needed, room = sum(memory(config, args, world).values()), torch.cuda.get_device_properties(device).total_memory
-        say(f"memory   about {needed / 1e9:.1f} of {room / 1e9:.1f} GB" + (f": if it does not suffice, {advice(args, world)}" if needed > 0.9 * room else ""))
-    wrapped, work = wrap(model, args, device, local_rank, world), flops_per_token(config, args.context)
+    wrapped, work = model, flops_per_token(config, args.context)
+    for block in model.layers if args.recompute else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if world > 1 and not args.shard:
+        wrapped = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     stop = Stop()
     progress = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, desc=os.path.basename(out), unit="step")
     log_file = os.path.join(out, "log.jsonl")
@@ -777,7 +763,8 @@ def train(args):
         nonlocal saved_step
         state = {"recipe": recipe, "step": step, "records": records, "mixture": mixture.state(), "rng": torch.get_rng_state(), "world": world}
         if rank == 0 or args.shard:
-            write_state(out, state, training_state(model, found), args.shard)  # first, and enough to go on from by itself
+            known = args.shard and saved_step == step  # the save after the last validation, which adds its record
+            write_state(out, state, None if known else training_state(model, found), args.shard)  # first, and enough to go on from by itself
             if saved_step != step:
                 write_weights(out, model, tokenizer, step, args.shard)
         saved_step = step
@@ -982,10 +969,10 @@ EXACT = ("data", "init", "after", "preset", *SHAPE, "rope_theta", "context", "ba
 FILE_BYTES = 5_000_000_000  # of a file of sharded weights
 
 # What the papers say of pretraining, in our options: shares of the paper's own steps. What they leave out stays at our default.
-PHI_1 = dict(optimizer="adamw", lr=1e-3, schedule="linear", warmup=750 / 36_000, decay=1.0, final_lr=0.0, weight_decay=0.1, context=2048,
-             batch_tokens=1024 * 2048)                                                               # arXiv 2306.11644, section 2.3
-PHI_3 = dict(optimizer="adamw", lr=3e-4, schedule="cosine", warmup=2000 / 825_000, decay=1.0, final_lr=0.1, beta2=0.95, context=4096,
-             batch_tokens=1024 * 4096)                                                               # reported for phi-3-mini: 4 M tokens a step
+PHI_1 = dict(optimizer="adamw", lr=1e-3, schedule="linear", warmup=0.0208, decay=1.0, final_lr=0.0, weight_decay=0.1, context=2048,
+             batch_tokens=1024 * 2048)                                                               # arXiv 2306.11644, section 2.3: 750 of 36,000
+PHI_3 = dict(optimizer="adamw", lr=3e-4, schedule="cosine", warmup=0.0024, decay=1.0, final_lr=0.1, beta2=0.95, context=4096,
+             batch_tokens=1024 * 4096)                                                               # reported: 2,000 warmup steps of 4 M tokens
 PAPERS = {
     "phi-1-small": PHI_1, "phi-1": PHI_1,
     "phi-1.5": dict(optimizer="adamw", lr=2e-4, schedule="constant", warmup=0.0, weight_decay=0.1, beta2=0.98, context=2048,
@@ -1002,7 +989,8 @@ def main():
         parser.add_argument(name, default=default, help=text + (f" (default: {default})" if default is not None else ""), **more)
     parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
                         "without this option the whole recipe runs")
-    parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of the time, with a model that has learned little")
+    parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of "
+                        "the time, with a model that has learned little")
     option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
     option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from", metavar="RUN")
     option("--after", None, "run whose weights and optimizer state to start from: its next phase, with data, context, rates and steps of its "
@@ -1055,11 +1043,9 @@ def main():
         recipe(args.quick)
         return
     if paper and os.environ.get("RANK", "0") == "0":
-        taken = {True: [], False: []}
-        for name in paper:
-            taken[getattr(args, name) == paper[name]].append(f"--{name.replace('_', '-')} {getattr(args, name):.4g}" if isinstance(paper[name], float) else
-                                                             f"--{name.replace('_', '-')} {getattr(args, name)}")
-        print(f"paper    {args.preset}'s: {' '.join(taken[True]) or 'nothing'}" + f"; given instead: {' '.join(taken[False])}" * bool(taken[False]))
+        shown = [(getattr(args, name) == value, f"--{name.replace('_', '-')} {getattr(args, name)}") for name, value in paper.items()]
+        print(f"paper    {args.preset}'s: {' '.join(text for same, text in shown if same)}\ngiven    "
+              f"{' '.join(text for same, text in shown if not same) or 'nothing'} instead; the rest are our defaults")
     try:
         if args.dry_run:
             dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
@@ -1070,9 +1056,10 @@ def main():
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            fail(f"out of memory; {advice(args, int(os.environ.get('WORLD_SIZE', 1)))}", 1)
-        if dist.is_initialized() and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
-            fail(f"process {dist.get_rank()} lost another one ({text[:120]}); its error stands above; give the same command to go on from the last save", 1)
+            fail(f"out of memory; {advice(args)}", 1)
+        if "RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
+            fail(f"rank {os.environ['RANK']} lost another one, whose error is the one to read ({text[:100]}); "
+                 "give the same command to go on from the last save", 1)
         raise
 
 
