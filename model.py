@@ -340,7 +340,7 @@ class Model(nn.Module):
         if starts is not None:     # padding sees itself, since a softmax over nothing is not a number
             low = torch.maximum(low, torch.minimum(starts[:, None], columns))
         plain = documents is None and starts is None and not window
-        if kernels.fused(device.type) and not (sparse and starts is not None):  # the fused kernels know the pattern of sparse layers
+        if kernels.fused(device.type) and not (sparse and (past or starts is not None)):  # of sparse layers they do whole unpadded texts
             high = torch.searchsorted(low, columns.expand_as(low).contiguous(), right=True)
             mask = None if plain else torch.stack((low, high)).int()
             return mask, mask
