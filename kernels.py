@@ -297,8 +297,9 @@ def _attention_arguments(q, k, sparse, bounds):
                         STRIDE=sparse[2] if sparse else 0, PRECISE=q.dtype == torch.float32)
 
 
-@torch.library.custom_op("minphi::attention", mutates_args=())  # an operator of its own, so that a compiled block holds it whole
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor | None, scale: float, sparse: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("minphi::attention", mutates_args=(),
+                         schema="(Tensor q, Tensor k, Tensor v, Tensor? bounds, float scale, int[] sparse) -> (Tensor, Tensor)")
+def _attention(q, k, v, bounds, scale, sparse):  # an operator of its own, so that a compiled block holds it whole
     """-> output (B, H, T, D), laid out as (B, T, H, D), and log2 of the softmax's denominators (B, H, T)."""
     (B, H, T, D), S = q.shape, k.shape[2]
     out = torch.empty(B, T, H, D, device=q.device, dtype=q.dtype).transpose(1, 2)
@@ -316,9 +317,9 @@ def _(q, k, v, bounds, scale, sparse):
     return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("minphi::attention_backward", mutates_args=())
-def _attention_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-                        bounds: torch.Tensor | None, scale: float, sparse: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("minphi::attention_backward", mutates_args=(), schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+                         "Tensor? bounds, float scale, int[] sparse) -> (Tensor, Tensor, Tensor)")
+def _attention_backward(do, q, k, v, out, lse, bounds, scale, sparse):
     (B, H, T, D), kv_heads = q.shape, k.shape[1]
     (_, for_q, for_kv), fixed = _attention_arguments(q, k, sparse, bounds)
     do = do if do.stride(-1) == 1 else do.contiguous()

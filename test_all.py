@@ -281,6 +281,20 @@ def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
     assert text == plain_text and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, wanted, strict=True))
 
 
+@interpreted
+def test_interpreted_attention_stays_whole_in_a_compiled_block():
+    m, x = tiny(), torch.randint(300, (2, 20))
+    documents, results = (torch.arange(20) // 7).expand(2, 20), []
+    for compiled in (False, True):
+        for block in m.layers if compiled else ():
+            block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        m.zero_grad()
+        total, _ = m(x, documents, targets=x.roll(-1, 1))
+        total.backward()
+        results.append([total.detach(), *(p.grad.clone() for p in m.parameters())])
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.INTERPRETED, reason="this is that process")
 def test_kernels_under_the_interpreter():
