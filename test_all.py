@@ -30,6 +30,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import align
 import data
 import grow
 import kernels
@@ -2231,3 +2232,548 @@ def test_every_method_from_the_command(source, tmp_path, capsys, method):
     out = capsys.readouterr().out
     assert ("note     not exact" in out) == (method != "exact")
     assert models.read_config(str(tmp_path / "out" / "config.json")).d_model == 72
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# align.py
+
+NAMES = ("phi3", "phi4", "llama", "gemma", "phi2")
+CHAT = [{"role": "system", "content": "Be brief <|end|>."}, {"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "  two\n"},
+        {"role": "user", "content": "And 2 + 2? <|assistant|>"}, {"role": "assistant", "content": "four <|end|>"}]
+
+
+def family(name):
+    base = Tokenizer.load("bytes")
+    special = {"phi3": None, "phi4": ["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"],
+               "llama": ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+               "gemma": ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "phi2": ["<|endoftext|>"]}[name]
+    if special is None:
+        return base
+    return Tokenizer(base.ranks, base.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_hold_assistants_words_and_the_end_token(name):
+    tokenizer = family(name)
+    chat = CHAT[1:] if name == "gemma" else CHAT
+    ids, mask = align.render(tokenizer, chat)
+    assert ids == tokenizer.render(chat, add_generation_prompt=False)
+    runs, current = [], []
+    for i, m in zip(ids + [0], mask + [0]):
+        if m:
+            current.append(i)
+        elif current:
+            runs, current = runs + [current], []
+    end = {"phi3": "<|end|>", "phi4": "<|im_end|>", "llama": "<|eot_id|>", "gemma": "<end_of_turn>"}.get(name)
+    strip = str.strip if name in ("llama", "gemma") else str
+    expected = [strip(m["content"]) for m in chat if m["role"] == "assistant"]
+    if end:
+        assert [tokenizer.decode(r[:-1]) for r in runs] == expected and all(r[-1] == tokenizer.special[end] for r in runs)
+        assert not any(i in tokenizer.special.values() for r in runs for i in r[:-1])  # special tokens in content stay text
+    else:  # phi-2 has no token that ends a turn: its line break, and at the end the document's
+        assert [tokenizer.decode(r) for r in runs] == [" " + expected[0] + "\n", " " + expected[1] + "\n<|endoftext|>"]
+
+
+def test_merged_line_break_is_learned():
+    tokenizer = small_tokenizer()
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\n    return 1"}]
+    ids, mask = align.render(tokenizer, chat)
+    text = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert text.lstrip("\n") == "    return 1<|end|>" and mask[0] == 0 and ids[mask.index(1) - 1] in (*tokenizer.special.values(), *tokenizer.encode("\n"))
+
+
+def options(kind, *more):
+    return align.options([kind, "--init", "x", *(["--data", "x"] if kind in ("sft", "dpo") else []), *more])
+
+
+def task_of(kind, *more):
+    """A task without data or run."""
+    task = object.__new__(kind)
+    task.args = options({align.DPO: "dpo", align.GRPO: "grpo"}[kind], *more)
+    task.args.context, task.args.micro_batch = 64, 4
+    return task
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model of bytes in runs/init, chats, preferences and problems."""
+    folder = tmp_path_factory.mktemp("align")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load("bytes")
+    models.save(tiny(vocab_size=320, context=96), tokenizer, str(folder / "runs/init"))
+    chats = [{"messages": [{"role": "user", "content": f"say {w} {i}"}, {"role": "assistant", "content": w * (1 + i % 3)}]}
+             for i in range(20) for w in ("ab", "cde", "f")]
+    data.write_jsonl(folder / "chats.jsonl", chats)
+    pairs = [{"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no" * (1 + i % 3)} for i in range(48)]
+    data.write_jsonl(folder / "pairs.jsonl", pairs + [{"messages": c["messages"][:1], "chosen": "A", "rejected": "B"} for c in chats[:16]])
+    problem = {"task_id": "one", "prompt": "def f():", "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    data.write_jsonl(folder / "problems.jsonl", [problem, {"question": "1 + 1?", "answer": "two\n#### 2"}])
+    return folder
+
+
+def command(kind, *options, launcher=()):
+    given = {"sft": ["--data", "chats.jsonl", "--batch-tokens", "384"], "dpo": ["--data", "pairs.jsonl", "--batch", "8", "--length-normalized"],
+             "grpo": ["--data", "problems.jsonl", "--prompts", "4", "--group", "4", "--max-tokens", "8", "--batch-size", "4"]}[kind]
+    return [sys.executable, *launcher, os.path.join(HERE, "align.py"), kind, "--init", "runs/init", *given, "--steps", "6", "--lr", "3e-3", "--compile", "no",
+            "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--save-every", "2", "--val-every", "3", "--held-out"[:0 if kind == "grpo" else None],
+            "0.2"][:None if kind != "grpo" else -2] + list(options)
+
+
+def run_align(folder, kind, *options, launcher=()):
+    return subprocess.run(command(kind, *options, launcher=launcher), cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def here(kind, *options):
+    """The same in this process; the current directory is the folder."""
+    align.main(command(kind, *options)[2:])
+
+
+def log(folder, run):
+    return [json.loads(line) for line in open(folder / run / "log.jsonl")]
+
+
+# ---- what leaves the loaders
+
+
+def chats_task(folder, monkeypatch, *more):
+    monkeypatch.chdir(folder)
+    args = align.options(["sft", "--init", "runs/init", "--data", "chats.jsonl", "--batch-tokens", "384", *more])
+    task = align.Chats(args)
+    task.split(1)
+    model, _ = models.load("runs/init", "cpu", torch.float32)
+    task.begin(SimpleNamespace(model=model, device=torch.device("cpu"), rank=0, world=1))
+    return task, model
+
+
+def test_chats_as_they_leave_the_loader(folder, monkeypatch):
+    task, model = chats_task(folder, monkeypatch)
+    tokenizer, seen = task.tokenizer, 0
+    for _ in range(10):
+        rows = task.rows(4)
+        tokens, documents, targets, weights = task.collate(rows)
+        assert task.weight(rows) == weights.sum()
+        for x, d, y, w in zip(tokens.tolist(), documents.tolist(), targets.tolist(), weights.tolist()):
+            for number in set(d) - {-1}:
+                at = [t for t in range(len(d)) if d[t] == number]
+                ids = [x[t] for t in at]
+                assert tokenizer.decode(ids).count("<|user|>") == 1 and ids[0] == tokenizer.special["<|user|>"]  # one chat, from its beginning
+                learned = [y[t] for t in at if w[t]]
+                answer = tokenizer.decode(ids).split("<|assistant|>\n")[1].split("<|end|>")[0]
+                assert tokenizer.decode(learned) == answer + "<|end|>" and {w[t] for t in at} == {0.0, 1.0}
+                assert all(y[t] == x[t + 1] for t in at[:-1]) and y[at[-1]] == -1
+                seen += 1
+    assert seen > 60  # more than an epoch
+    # conversations do not see each other: other words in the first chat leave the second one's logits alone
+    tokens, documents, *_ = task.collate(task.rows(1))
+    other = torch.where(documents == 0, 65, tokens)
+    later = documents[0] == 1
+    assert later.any()
+    torch.testing.assert_close(model(tokens, documents)[0, later], model(other, documents)[0, later], rtol=0, atol=0)
+
+
+def test_all_masked_batch_is_finite(folder, monkeypatch):
+    task, model = chats_task(folder, monkeypatch)
+    tokens, documents, targets, weights = task.collate(task.rows(2))
+    nats, total = model(tokens, documents, targets, weights * 0)
+    (nats * (1 / max(float(total), 1e-9))).backward()
+    assert nats.item() == 0 and all(p.grad is None or p.grad.isfinite().all() and p.grad.abs().max() == 0 for p in model.parameters())
+    loss, sums = task_of(align.DPO, "--length-normalized").loss(model, *align.batch([], 2, 96), torch.zeros(2))
+    assert loss.item() == 0 and sums.tolist() == [0] * 5
+    loss, sums = task_of(align.GRPO).loss(model, *task_of(align.GRPO).collate([]))
+    assert loss.item() == 0 and sums.tolist() == [0] * 4
+
+
+def test_noise_is_bounded_only_in_training_and_the_same_when_resumed(folder, monkeypatch):
+    task, model = chats_task(folder, monkeypatch, "--noise", "5")
+    state = json.loads(json.dumps(task.state()))
+    tokens = task.collate(task.rows(2))[0]
+    model.train()
+    a, plain = model.embed(tokens), model.embed.weight[tokens]
+    difference = (a - plain).abs()
+    assert 0.9 < difference.max() / (5 / math.sqrt(tokens.shape[1] * model.config.d_model)) <= 1
+    task.restore(state)
+    task.rows(2)
+    assert torch.equal(model.embed(tokens), a)
+    model.eval()
+    assert torch.equal(model.embed(tokens), plain)
+
+
+def test_pairs_and_answers_in_batches():
+    tokenizer = Tokenizer.load("bytes")
+    chosen, rejected, _ = align.pair(tokenizer, {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""})
+    assert tokenizer.decode(chosen[0]) == "def f():\n    return 1\n<|endoftext|>" and tokenizer.decode(chosen[0][:chosen[1]]) == "def f():"
+    chat = align.pair(tokenizer, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
+    assert tokenizer.decode(chat[1][0][chat[1][1]:]) == "no<|end|>" and chat[0][1] == chat[1][1]
+    tokens, targets, mask = align.batch([chosen, chat[0]], 3, 300)
+    for row, (ids, start) in zip(range(2), (chosen, chat[0])):
+        assert targets[row][mask[row] > 0].tolist() == ids[start:] and tokens[row][mask[row] > 0].tolist() == ids[start - 1:-1]
+    assert tokens.shape == (3, 75) and mask[2].sum() == 0 and torch.equal(targets >= 0, mask > 0)
+
+
+# ---- losses
+
+
+def test_dpo_loss_by_hand_and_by_finite_differences():
+    policy, reference = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[-1.5, -1.0], [-3.0, -3.0]])
+    loss, rewards = align.dpo_loss(policy, reference.double(), 0.5, 0.1)
+    # margins: 0.5 ((−1 + 1.5) − (−2 + 1)) = 0.75 and 0.5 ((−3 + 3) − (−1 + 3)) = −1
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert margins.tolist() == [0.75, -1.0]
+    sigmoid = [1 / (1 + math.exp(-m)) for m in (0.75, -1.0)]
+    np.testing.assert_allclose(loss.tolist(), [-0.9 * math.log(s) - 0.1 * math.log(1 - s) for s in sigmoid], rtol=1e-12)
+    loss.sum().backward()
+    slope = [0.5 * (-0.9 * (1 - s) + 0.1 * s) for s in sigmoid]
+    np.testing.assert_allclose(policy.grad.numpy(), [[g, -g] for g in slope], rtol=1e-12)
+
+
+def test_grpo_loss_by_hand():
+    ratios = torch.tensor([[0.7, 0.9, 1.0, 1.27, 1.5]], dtype=torch.float64)
+    for advantage, value, moves in ((2.0, [0.7, 0.9, 1.0, 1.27, 1.28], [1, 1, 1, 1, 0]), (-2.0, [0.8, 0.9, 1.0, 1.27, 1.5], [0, 1, 1, 1, 1])):
+        now = ratios.log().requires_grad_()
+        loss, clipped, _ = align.grpo_loss(now, torch.zeros_like(now), torch.tensor([[advantage]]))
+        np.testing.assert_allclose(loss.tolist(), [[-advantage * v for v in value]], rtol=1e-12)
+        loss.sum().backward()
+        np.testing.assert_allclose(now.grad.tolist(), [[-advantage * r * m for r, m in zip(ratios[0].tolist(), moves)]], rtol=1e-12)
+        assert clipped.tolist() == [[not m for m in moves]]
+    now, reference = torch.tensor([[-1.0]]).requires_grad_(), torch.tensor([[-1.5]])
+    loss, _, apart = align.grpo_loss(now, now.detach(), torch.tensor([[0.0]]), kl=0.1, reference=reference)
+    assert abs(apart.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-7
+    loss.backward()
+    assert abs(now.grad.item() - 0.1 * (1 - math.exp(-0.5))) < 1e-7
+
+
+def plain_log_probs(model, ids, start):
+    """Of one answer, alone in a batch."""
+    logs = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+    return logs[range(start - 1, len(ids) - 1), ids[start:]]
+
+
+@pytest.mark.parametrize("normalized", (False, True))
+def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized):
+    torch.manual_seed(1)
+    model, twin = tiny(vocab_size=60), tiny(vocab_size=60)
+    answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
+    reference = torch.randn(4) - 8
+    task = task_of(align.DPO, "--beta", "0.3", "--smoothing", "0.2", *["--length-normalized"] * normalized)
+    loss, sums = task.loss(model, *task.collate([(*answers[:2], reference[:2]), (*answers[2:], reference[2:])]))
+    loss.backward()
+    scores = [(plain_log_probs(twin, ids, start).sum() - r) / (len(ids) - start if normalized else 1) for (ids, start), r in zip(answers, reference)]
+    expected = 0
+    for w, l in (scores[:2], scores[2:]):
+        expected = expected - 0.8 * torch.log(torch.sigmoid(0.3 * (w - l))) - 0.2 * torch.log(torch.sigmoid(-0.3 * (w - l)))
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 1e-5 and sums[0] == 2
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def grpo_rows():
+    return [{"ids": [1, 2, 3, 4, 5], "start": 2, "advantage": 0.5}, {"ids": [1, 2, 6], "start": 2, "advantage": -0.5},
+            {"ids": [9, 8, 7, 7, 7, 7], "start": 1, "advantage": 0.25}]
+
+
+@pytest.mark.parametrize("normalize", ("token", "sequence", "constant"))
+def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize):
+    torch.manual_seed(1)
+    model, twin, rows = tiny(vocab_size=60), tiny(vocab_size=60), grpo_rows()
+    task = task_of(align.GRPO, "--normalize", normalize, "--max-tokens", "10", "--temperature", "0.7")
+    loss, sums = task.loss(model, *task.collate(rows))
+    (loss / task.weight(rows)).backward()
+    sizes = [3, 1, 5]
+    expected = 0
+    for row, size in zip(rows, sizes):
+        logs = (twin(torch.tensor([row["ids"][:-1]]))[0] / 0.7).log_softmax(-1)[range(row["start"] - 1, len(row["ids"]) - 1), row["ids"][row["start"]:]]
+        expected = expected - row["advantage"] * logs.sum() / {"token": 9, "sequence": 3 * size, "constant": 3 * 10}[normalize]
+    expected.backward()
+    assert sums[0] == 9
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- completions and rewards
+
+
+def test_rewards_come_from_the_sandbox_and_cannot_be_forged():
+    problem = {"prompt": "def f():", "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    math_problem = {"question": "?", "answer": "…\n#### 1,200"}
+    texts = ["\n    return 1\n", "\n    return 2\n", "\n    import os\n    os._exit(0)\n",
+             "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n", "\n    raise SystemExit(0)\n",
+             "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n", "x #### 1200", "#### 1,200.0 #### 7", "1200", "#### 1200 is $"]
+    problems = [problem] * 6 + [math_problem] * 4
+    assert align.rewards(problems, texts, 2) == [1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
+
+
+class Script(torch.nn.Module):
+    """A model that says what it is told, token by token."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, seed, stream):
+        for row, prompt in enumerate(prompts):
+            for token in self.answers[row][:max_new_tokens]:
+                if stream(row, token) or token in stop:
+                    break
+
+
+def test_completions_are_cut_like_those_of_sample_and_keep_their_end_token():
+    tokenizer = Tokenizer.load("bytes")
+    problem = align.problem_of(tokenizer, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
+    assert tokenizer.decode(problem["ids"]) == "def f():"
+    chat = align.problem_of(tokenizer, {"question": "?", "answer": "#### 1"})
+    says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
+    script = Script([tokenizer.encode(text) + [tokenizer.eot] for text in says])
+    done = align.complete(script, tokenizer, [problem, problem, chat, chat], [[]] * 4, SimpleNamespace(context=1000, max_tokens=20), 1.0, 0)
+    assert [tokenizer.decode(ids) for ids, _ in done] == ["\n    return 1\n\np", "\n    return 1\n<|endoftext|>", "a\nb\nc<|endoftext|>", says[3]]
+    assert [text for _, text in done] == ["\n    return 1\n\n"[:-1], "\n    return 1\n", "a\nb\nc", says[3]]
+    begun = [tokenizer.encode("\n    return 1"), done[1][0], done[0][0]]
+    script = Script([tokenizer.encode("0\nx")] )
+    again = align.complete(script, tokenizer, [problem] * 3, begun, SimpleNamespace(context=1000, max_tokens=50), 1.0, 0)
+    assert [text for _, text in again] == ["\n    return 10", "\n    return 1\n", "\n    return 1\n"] and again[1][0] == begun[1] and again[2][0] == begun[2]
+    short = align.complete(Script([[65] * 99]), tokenizer, [chat], [[]], SimpleNamespace(context=len(chat["ids"]) + 4, max_tokens=50), 1.0, 0)
+    assert len(short[0][0]) == 5  # the last one is only a target
+
+
+def grpo_task(folder, monkeypatch, *more):
+    monkeypatch.chdir(folder)
+    args = align.options(["grpo", "--init", "runs/init", "--data", "problems.jsonl", "--prompts", "2", "--group", "8", "--max-tokens", "6", "--lr", "0.03",
+                          "--compile", "no", "--dtype", "fp32", "--device", "cpu", "--log-every", "1", *more])
+    return args
+
+
+def test_grpo_learns_to_say_one_byte_and_equal_rewards_change_nothing(folder, monkeypatch, capsys):
+    said = []
+
+    def wanted(problems, texts, workers=None):
+        said.append(texts)
+        return [float("e" in text) for text in texts]
+    monkeypatch.setattr(align, "rewards", wanted)
+    args = grpo_task(folder, monkeypatch, "--steps", "20", "--out", "runs/byte", "--prompts", "4", "--std")
+    train.train(args, align.GRPO)
+    records = [r for r in log(folder, "runs/byte") if "loss" in r]
+    first, last = (np.mean([r["pass@1"] for r in part]) for part in (records[:5], records[-5:]))
+    assert last > first + 0.4 and last > 0.8, (first, last)
+    assert {"length", "entropy", "dropped", "ended"} <= records[0].keys()
+    entropy = [r["entropy"] for r in records if "entropy" in r]  # of steps that had something to learn from
+    assert entropy[0] > entropy[-1]
+    monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: [1.0] * len(texts))
+    train.train(grpo_task(folder, monkeypatch, "--steps", "3", "--out", "runs/equal", "--weight-decay", "0.1"), align.GRPO)
+    a, b = weights_of(folder, "runs/init"), weights_of(folder, "runs/equal")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(r["dropped"] == 1 and r["loss"] == 0 for r in log(folder, "runs/equal") if "loss" in r)
+
+
+def test_grpo_rows_train_the_end_token_and_updates_share_the_answers(folder, monkeypatch):
+    args = grpo_task(folder, monkeypatch, "--updates", "2", "--prompts", "4", "--kl", "0.1", "--max-tokens", "30")
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: rng.integers(0, 2, len(texts)).astype(float).tolist())
+    task = align.GRPO(args)
+    task.split(1)
+    model, tokenizer = models.load("runs/init", "cpu", torch.float32)
+    with torch.no_grad():
+        model.head.weight[tokenizer.eot] *= 3
+    import contextlib
+    task.begin(SimpleNamespace(model=model, device=torch.device("cpu"), dtype=torch.float32, autocast=contextlib.nullcontext, rank=0, world=1, resumed=False))
+    rows = task.rows(8)
+    assert len(task.parts) == 1 and len(rows) + len(task.parts[0]) == 32
+    assert abs(sum(row["advantage"] for row in rows + task.parts[0])) < 1e-9
+    tokens, targets, mask, weight, advantage, old, reference = task.collate(rows)
+    ends = 0
+    for i, row in enumerate(rows):
+        learned = targets[i][mask[i] > 0].tolist()
+        assert learned == row["ids"][row["start"]:] and len(learned) == len(row["old"])
+        ends += tokenizer.eot in learned and learned[-1] == tokenizer.eot
+        expected = plain_log_probs(model, row["ids"], row["start"])
+        torch.testing.assert_close(old[i][mask[i] > 0].double(), expected, rtol=0, atol=1e-4)
+    assert ends and not torch.allclose(old, reference)  # the reference is --init's
+    model.requires_grad_(False)
+    loss, sums = task.loss(model, tokens, targets, mask, weight, advantage, old, reference)
+    assert sums[2] == 0 and sums[3] > 0 and math.isfinite(loss)
+
+
+# ---- pivotal tokens
+
+
+def test_subdivide_finds_the_planted_tokens():
+    tokens, calls = list(range(100, 130)), []
+
+    def odds(prefix):
+        calls.append(len(prefix))
+        return 0.4 + 0.5 * (112 in prefix) - 0.3 * (125 in prefix) + 0.05 * (103 in prefix)
+    found = list(align.subdivide(odds, tokens, [1.0] * 30, 0.2))
+    assert [(len(before), token) for before, token, *_ in found] == [(12, 112), (25, 125)]
+    assert found[0][3] - found[0][2] > 0.45 and found[1][3] - found[1][2] < -0.25
+    assert len(set(calls)) < 25
+    assert not list(align.subdivide(lambda prefix: 0.5, tokens, [1.0] * 30, 0.2)) and not list(align.subdivide(odds, [], [], 0.2))
+    costs = [0.001] * 12 + [9.0] + [0.001] * 17
+    assert [token for _, token, *_ in align.subdivide(odds, tokens, costs, 0.2)] == [112, 125]
+
+
+class Decider(torch.nn.Module):
+    """Says two letters of a to d, all likely; an answer is right if its first letter is "b". """
+    def __init__(self):
+        super().__init__()
+        self.embed, self.config = torch.nn.Embedding(1, 1), SimpleNamespace(context=64)
+
+    def forward(self, tokens):
+        logits = torch.zeros(*tokens.shape, 261)
+        logits[..., [97, 98, 99, 100]] = 9.0
+        return logits
+
+    def generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, seed, stream):
+        rng = np.random.default_rng(seed)
+        for row, prompt in enumerate(prompts):
+            while not stream(row, int(rng.integers(97, 101))):
+                pass
+
+
+def test_pivotal_pairs_are_one_token_and_dpo_reads_them(folder, monkeypatch, tmp_path):
+    tokenizer = Tokenizer.load("bytes")
+    monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: [float(text[0] == "b") for text in texts])
+    problem = align.problem_of(tokenizer, {"question": "?", "answer": "#### 1"})
+    args = align.options(["pivotal", "--max-tokens", "2", "--samples", "20", "--solved", "0.05"])
+    args.context = 64
+    found = list(align.pivots(args, Decider(), tokenizer, problem))
+    assert found and {record["chosen"] for record in found} == {"b"} and {record["rejected"] for record in found} <= set("acd")
+    assert all(record["ids"]["prompt"] == problem["ids"] and record["odds"] == [1.0, 0.0] for record in found)
+    chosen, rejected, _ = align.pair(tokenizer, json.loads(json.dumps(found[0])))
+    assert chosen[0][chosen[1]:] == [98] and len(rejected[0]) == len(chosen[0])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        align.pair(small_tokenizer(), found[0])
+    args.solved = 0.5
+    assert not list(align.pivots(args, Decider(), tokenizer, problem))
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("kind", ("sft", "dpo", "grpo"))
+def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    more = ["--updates", "2", "--kl", "0.1"] if kind == "grpo" else ["--noise", "3"] if kind == "sft" else []
+    here(kind, "--out", f"runs/{kind}-whole", *more)
+    cut = [kind, "--out", f"runs/{kind}-cut", *more]
+    if kind == "sft":
+        process = subprocess.Popen(command(*cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / f"runs/{kind}-cut/state.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    else:
+        with monkeypatch.context() as patch:
+            saves, write = [], train.write_weights
+
+            def die(*arguments):
+                write(*arguments)
+                saves.append(1)
+                if len(saves) == (2 if kind == "dpo" else 1):  # after step 4, or in the middle of a round of --updates 2
+                    raise KeyboardInterrupt
+            patch.setattr(train, "write_weights", die)
+            with pytest.raises(KeyboardInterrupt):
+                here(*cut, *["--save-every", "3"] * (kind == "grpo"))
+    capsys.readouterr()
+    here(*cut)
+    assert "going on from step" in capsys.readouterr().out
+    a, b = (weights_of(folder, f"runs/{kind}-{which}") for which in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    same = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_share")} for r in log(folder, f"runs/{kind}-{which}")]
+            for which in ("whole", "cut")]
+    assert same[0] == same[1]
+    model, tokenizer = models.load(str(folder / f"runs/{kind}-whole"), "cpu")
+    assert len(model.generate([tokenizer.encode("a")], 3)[0]) == 3
+    if kind == "dpo":
+        records = log(folder, "runs/dpo-whole")
+        first, last = ([r for r in records if "margin" in r][i] for i in (0, -1))
+        assert abs(first["loss"] - math.log(2)) < 1e-6 and abs(first["margin"]) < 1e-6 and last["margin"] > 0 and last["accuracy"] > 0.6
+        assert any("val_margin" in r for r in records)
+    if kind == "sft":
+        values = losses(folder, "runs/sft-whole")
+        here("sft", "--out", "runs/sft-plain", "--steps", "1")
+        assert losses(folder, "runs/sft-plain")[0] != values[0]  # noise is there from the first step
+        assert values[-1] < values[0] and any("val" in r for r in log(folder, "runs/sft-whole"))
+
+
+def test_reference_is_computed_once_and_belongs_to_the_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    count = []
+    scores = align.Task.scores
+    monkeypatch.setattr(align.Task, "scores", lambda self, model, answers, *more: count.append(len(answers)) or scores(self, model, answers, *more))
+
+    def go(*more):
+        args = align.options(command("dpo", "--out", "runs/cached", "--held-out", "0", "--val-every", "100", *more)[2:])
+        train.train(args, align.DPO)
+    go("--steps", "2")
+    assert len(count) == 1
+    os.remove("runs/cached/state.pt"), os.remove("runs/cached/model.safetensors")  # killed before its first checkpoint
+    go("--steps", "2")
+    assert len(count) == 1
+    pairs = align.read(["pairs.jsonl"], lambda record: align.pair(Tokenizer.load("bytes"), record))
+    cached = torch.load("runs/cached/reference.pt", weights_only=True)["scores"].view(-1, 2)
+    model, _ = models.load("runs/init", "cpu", torch.float32)
+    for p, row in list(zip(pairs, cached))[::9]:
+        for (ids, start), value in zip(p[:2], row):
+            assert abs(plain_log_probs(model, ids, start).sum().item() - value.item()) < 1e-3
+    os.remove("runs/cached/state.pt"), os.remove("runs/cached/model.safetensors")
+    data.write_jsonl("pairs2.jsonl", list(data.read_jsonl("pairs.jsonl"))[:40])
+    go("--steps", "2", "--data", "pairs2.jsonl")
+    assert len(count) == 2  # other preferences, other reference
+    saved = list(data.read_jsonl("pairs2.jsonl"))
+    data.write_jsonl("pairs2.jsonl", saved[:30])
+    with pytest.raises(ValueError, match="reference.pt"):
+        args = align.options(command("dpo", "--out", "runs/cached", "--held-out", "0", "--steps", "4", "--data", "pairs2.jsonl")[2:])
+        state = train.read_state("runs/cached")
+        state["recipe"]["steps"] = 4
+        monkeypatch.setattr(train, "read_state", lambda run: state)
+        train.train(args, align.DPO)
+
+
+@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", []), ("grpo", ["--shard", "--kl", "0.1", "--updates", "2"])])
+def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
+    monkeypatch.chdir(folder)
+    name, steps = f"runs/{kind}-{len(more)}", ["--steps", "2" if kind == "grpo" else "4"]
+    here(kind, "--out", name + "-one", *steps, *more)
+    done = run_align(folder, kind, "--out", name + "-two", *steps, "--micro-tokens", "192", *more, launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(folder, name + "-one"), losses(folder, name + "-two"), rtol=2e-4, atol=1e-6)
+    for key in {"dpo": ("margin", "accuracy"), "grpo": ("pass@1", "length", "entropy")}.get(kind, ()):
+        a, b = ([r[key] for r in log(folder, name + which) if key in r] for which in ("-one", "-two"))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_sigterm_saves_and_bad_input_is_one_line(folder):
+    process = subprocess.Popen(command("dpo", "--out", "runs/term", "--steps", "100000"), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (folder / "runs/term/log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "runs/term" in output and (folder / "runs/term/state.pt").exists()
+
+
+@pytest.mark.parametrize("kind, lines, words", [
+    ("sft", ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'], "record 1: message 1 needs a role"),
+    ("sft", ['{"messages": "hello"}'], '"messages" must be'), ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "no conversation"),
+    ("sft", ["{"], "bad.jsonl:1"), ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"), ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "none of 1"),
+    ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'), ("grpo", ['{"prompt": "a"}'], "needs the texts")])
+def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
+    monkeypatch.chdir(folder)
+    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        align.main([kind, "--init", "runs/init", "--data", "bad.jsonl", "--out", "runs/bad", "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+    assert not (folder / "runs/bad").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["dpo", "--init", "runs/none", "--data", "pairs.jsonl"], "runs/none"), (["dpo", "--init", "runs/init", "--data", "none.jsonl"], "none.jsonl"),
+    (["dpo"], "--data"), (["grpo", "--prompts", "3", "--updates", "2"], "--updates"), (["sft", "--data", "x", "--sped", "3"], "--sped"),
+    (["sft", "--init", "runs/init", "--data", "chats.jsonl", "--context", "5000"], "--context"), ([], "sft")])
+def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        align.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error

@@ -16,7 +16,7 @@ import sys
 
 ALLOCATOR = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:"
              "glibc.malloc.top_pad=268435456")
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+if os.path.basename(sys.argv[0]) in ("train.py", "align.py") and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     # glibc gives freed activations back to the system and faults them in again each step; it reads this only when a process starts
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": ALLOCATOR})
 
@@ -142,18 +142,20 @@ class Mixture:
         self.datasets, self.length, self.prompt_weight = datasets, length, prompt_weight
         self.shares = np.array(shares) / sum(shares)
         self.packers = [Packer(d.train, eot, length, seed + i) for i, d in enumerate(datasets)]
-        self.rng = np.random.default_rng(seed)
+        self.rng, self.tokens = np.random.default_rng(seed), 0  # tokens: drawn so far, padding included
 
     def state(self):
-        return {"packers": [p.state() for p in self.packers], "rng": self.rng.bit_generator.state}
+        return {"packers": [p.state() for p in self.packers], "rng": self.rng.bit_generator.state, "tokens": self.tokens}
 
     def restore(self, state):
+        self.tokens = state["tokens"]
         for packer, packed in zip(self.packers, state["packers"]):
             packer.restore(packed)
         self.rng.bit_generator.state = state["rng"]
 
     def rows(self, count):
         """The next `count` rows for collate."""
+        self.tokens += count * self.length
         chosen = [int(self.rng.choice(len(self.shares), p=self.shares)) for _ in range(count)]
         drawn = [(self.datasets[i], next(self.packers[i])) for i in chosen]
         return [(d.train, spans, target_weights(d.train_mask, spans, self.prompt_weight)) for d, spans in drawn]
@@ -373,7 +375,7 @@ def dry_run(args, config):
 
 
 @torch.no_grad()
-def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1):
+def evaluate(model, datasets, eot, tokenizer, args, device, autocast, rank=0, world=1):
     """-> {dataset: (nats a token, bits a byte)} over the first `--val-tokens` of its validation split, every token predicted once.
 
     Bits a byte compare across tokenizers; the end token costs bits and has no bytes. Where prompts are marked only solutions count.
@@ -383,7 +385,7 @@ def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1
     results = {}
     for dataset in datasets:
         stream = dataset.val[:args.val_tokens]
-        rows = [(stream, spans, target_weights(dataset.val_mask, spans, 0)) for spans in Packer(stream, tokenizer.eot, args.context)]
+        rows = [(stream, spans, target_weights(dataset.val_mask, spans, 0)) for spans in Packer(stream, eot, args.context)]
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         for i in range(0, len(rows), world * args.micro_batch):
             chunk = rows[i + rank * args.micro_batch:][:args.micro_batch]
@@ -404,25 +406,25 @@ def evaluate(model, datasets, tokenizer, args, device, autocast, rank=0, world=1
     return results
 
 
-def loss_svg(records, title):
-    """The loss curves of log.jsonl's records as a small SVG picture; the loss axis is logarithmic."""
-    curves = {"training": [(r["tokens"], r["loss"]) for r in records if "loss" in r]}
+def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
+    """The loss curves of log.jsonl's records, or those of another `key`, as a small SVG picture; the vertical axis is logarithmic."""
+    curves = {"training": [(r["tokens"], r[key]) for r in records if key in r]}
     for r in records:
-        for name, (nats, _) in r.get("val", {}).items():
-            curves.setdefault(f"{name} validation", []).append((r["tokens"], nats))
+        for name, (value, _) in r.get("val", {}).items():
+            curves.setdefault(f"{name} validation", []).append((r["tokens"], value))
     points = [p for curve in curves.values() for p in curve if p[1] > 0]
     if not points:
         return ""
     right, (low, high) = max(p[0] for p in points) or 1, (f(math.log(p[1]) for p in points) for f in (min, max))
     high = max(high, low + 0.1)
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 380" font-family="sans-serif" font-size="12">',
-             '<rect width="700" height="380" fill="white"/>', f'<text x="60" y="14">{title}: loss (nats a token) over tokens</text>']
+             '<rect width="700" height="380" fill="white"/>', f'<text x="60" y="14">{title}: {unit} over tokens</text>']
     for i in range(5):  # ticks of both axes
         loss, y = math.exp(low + (high - low) * i / 4), 75 * (4 - i)
         parts.append(f'<text x="8" y="{24 + y}">{loss:.3g}</text><path d="M60 {20 + y}h600" stroke="#ddd"/>')
         parts.append(f'<text x="{60 + 150 * i}" y="338" text-anchor="middle">{right * i / 4 / 1e6:.3g} M</text>')
     for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd")))):
-        line = " ".join(f"{60 + 600 * t / right:.1f},{20 + 300 * (high - math.log(max(loss, 1e-9))) / (high - low):.1f}" for t, loss in curve)
+        line = " ".join(f"{60 + 600 * t / right:.1f},{20 + 300 * (high - math.log(max(loss, math.exp(low)))) / (high - low):.1f}" for t, loss in curve)
         parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>')
         parts.append(f'<text x="{60 + 200 * (i % 3)}" y="{356 + 16 * (i // 3)}" fill="{color}">{name}</text>')
     return "\n".join(parts + ["</svg>\n"])
@@ -433,7 +435,7 @@ def loss_svg(records, title):
 
 
 def fail(message, code=2):
-    print(f"train.py: {message}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -671,6 +673,68 @@ def write_weights(run, model, tokenizer, step, sharded):
 # The loop
 
 
+class Pretraining:
+    """What the loop trains on and how, here the next token of documents. align.py has the other tasks, made of the same parts.
+
+    A row is what the loop counts, deals out to ranks and takes a few of at a time. All ranks draw the same rows.
+    """
+    curve = {}  # arguments of loss_svg
+    sums = 1    # how many are reported
+
+    def __init__(self, args):
+        self.args, self.exact = args, EXACT  # exact: the options that a resumed run must share with its beginning
+        self.datasets, self.shares, self.tokenizer = open_mixture(args.data)
+        self.config, self.eot = choose_config(args, self.tokenizer), self.tokenizer.eot
+
+    def split(self, world):
+        """Settle args.micro_batch, the rows taken at a time -> rows a step."""
+        return split_batch(self.args, world)[0]
+
+    def begin(self, run):
+        """Take the run's model, device, dtype, autocast, rank, world, resumed -> (its data in words, the module whose forward takes a batch and
+        gives the summed loss and a tensor of sums to report). Weights are in place, a state is restored after this."""
+        self.run, args = run, self.args
+        self.mixture = Mixture(self.datasets, self.shares, self.eot, args.context, args.prompt_weight, args.seed)
+        shown = ", ".join(f"{d.name} {s / sum(self.shares):.0%}" for d, s in zip(self.datasets, self.shares))
+        return (f"{shown}; {args.steps * args.batch_tokens / 1e6:.1f} M tokens in {args.steps:,} steps of {args.batch_tokens // args.context:,} x "
+                f"{args.context}"), run.model
+
+    @property
+    def tokens(self):
+        """So many rows' worth were trained on."""
+        return self.mixture.tokens
+
+    def state(self):
+        return self.mixture.state()
+
+    def restore(self, state):
+        self.mixture.restore(state)
+
+    def rows(self, count):
+        return self.mixture.rows(count)
+
+    def weight(self, rows):
+        """What the summed loss of `rows` is divided by, over all ranks and micro-batches: each target counts the same."""
+        return sum(float(weights.sum()) for *_, weights in rows)
+
+    def collate(self, rows):
+        return collate(rows, self.args.context)
+
+    def entry(self, sums):
+        """What log.jsonl says besides the loss, from the modules' tensors summed over steps and ranks."""
+        return {}
+
+    def where(self, rows):
+        places = sorted({(d.name, spans[0][0]) for d in self.datasets for stream, spans, _ in rows if stream is d.train})
+        return f"rows that begin at tokens {places[:4]} …"
+
+    def validate(self):
+        """-> (entry of log.jsonl, the same in words); or None."""
+        run = self.run
+        results = evaluate(run.model, self.datasets, self.eot, self.tokenizer, self.args, run.device, run.autocast, run.rank, run.world)
+        return {"val": results}, ", ".join(f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items())
+
+
 class Stop:
     """Ctrl-C and SIGTERM ask the loop to save and leave after the step at hand; a second one ends the process at once."""
 
@@ -685,7 +749,8 @@ class Stop:
         self.signal = number
 
 
-def train(args):
+def train(args, kind=Pretraining):
+    """Train by `args` on a task of this kind, or go on with it."""
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(models.default_device() if args.device == "auto" else args.device)
     if device.type == "cuda":
@@ -700,11 +765,10 @@ def train(args):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    datasets, shares, tokenizer = open_mixture(args.data)
-    config = choose_config(args, tokenizer)
-    n_rows, mine = split_batch(args, world)
+    task = kind(args)
+    config, tokenizer, n_rows = task.config, task.tokenizer, task.split(world)
     out, step, records = args.out, 0, []
-    recipe = {name: value for name, value in vars(args).items() if name in EXACT}
+    recipe = {name: value for name, value in vars(args).items() if name in task.exact}
     state = read_state(out)
     if state:
         changed = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
@@ -732,27 +796,27 @@ def train(args):
     dtype, reason = choose_dtype(device, args.dtype)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
     model = build(config, args, device, dtype, fresh=not (state or before))
+    model.train()
     found = optimizers(model, args, dtype)
-    mixture = Mixture(datasets, shares, tokenizer.eot, args.context, args.prompt_weight, args.seed)
     if state or before:
         restore(model, found, (state or before)["tensors"])
+    about, module = task.begin(types.SimpleNamespace(model=model, device=device, dtype=dtype, autocast=autocast, rank=rank, world=world,
+                                                     resumed=bool(state)))
     if state:
-        mixture.restore(state["mixture"])
+        task.restore(state["mixture"])
         torch.set_rng_state(state["rng"])
     saved_step, state, before = (step if state else None), None, None
 
     peak = measure_peak(device, dtype)
-    shown = ", ".join(f"{d.name} {s / sum(shares):.0%}" for d, s in zip(datasets, shares))
     say(f"model    {model.config.parameters():,} parameters: {model.config.n_layer} layers, {model.config.d_model} wide, {model.config.n_head} "
         f"query and {model.config.n_kv_head} key/value heads, vocabulary {model.config.vocab_size}")
-    say(f"data     {shown}; {args.steps * args.batch_tokens / 1e6:.1f} M tokens in {args.steps:,} steps of {n_rows} x {args.context}, "
-        f"{args.micro_batch} rows at a time" + (f" on each of {world} processes" if world > 1 else ""))
+    say(f"data     {about}, {args.micro_batch} rows at a time" + (f" on each of {world} processes" if world > 1 else ""))
     say(f"device   {device}: products in {str(dtype)[6:]} ({reason}), peak {peak / 1e9:,.0f} GFLOP/s; {compile_blocks(model, args.compile, device)}")
-    wrapped, work = model, flops_per_token(config, args.context)
+    wrapped, work = module, flops_per_token(config, args.context)
     for block in model.layers if args.recompute else ():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if world > 1 and not args.shard:
-        wrapped = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(module, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     stop = Stop()
     progress = tqdm(total=args.steps, initial=step, disable=None if rank == 0 else True, desc=os.path.basename(out), unit="step")
     log_file = os.path.join(out, "log.jsonl")
@@ -761,7 +825,7 @@ def train(args):
 
     def save():
         nonlocal saved_step
-        state = {"recipe": recipe, "step": step, "records": records, "mixture": mixture.state(), "rng": torch.get_rng_state(), "world": world}
+        state = {"recipe": recipe, "step": step, "records": records, "mixture": task.state(), "rng": torch.get_rng_state(), "world": world}
         if rank == 0 or args.shard:
             known = args.shard and saved_step == step  # the save after the last validation, which adds its record
             write_state(out, state, None if known else training_state(model, found), args.shard)  # first, and enough to go on from by itself
@@ -769,47 +833,46 @@ def train(args):
                 write_weights(out, model, tokenizer, step, args.shard)
         saved_step = step
         if rank == 0:
-            models.write_atomically(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out).encode()))
+            models.write_atomically(os.path.join(out, "loss.svg"), lambda f: f.write(loss_svg(records, out, **task.curve).encode()))
 
     def record(entry):
-        records.append({"step": step, "tokens": step * args.batch_tokens, **entry})
+        records.append({"step": step, "tokens": task.tokens, **entry})
         if rank == 0:
             with open(log_file, "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
 
     def validate():
-        results = evaluate(model, datasets, tokenizer, args, device, autocast, rank, world)
-        record({"val": results})
-        say(f"step {step:6,}  validation " + ", ".join(f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items()))
+        if found := task.validate():
+            record(found[0])
+            say(f"step {step:6,}  validation {found[1]}")
 
     if step and step % args.val_every == 0 and not any("val" in r and r["step"] == step for r in records):
         validate()  # the run was cut between its checkpoint and its evaluation
-    log = {"loss": 0.0, "steps": 0, "start": time.perf_counter()}
+    log = {"loss": 0.0, "sums": 0.0, "steps": 0, "tokens": task.tokens, "start": time.perf_counter()}
     while step < args.steps:
         for optimizer in found:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, args)
-        rows = mixture.rows(n_rows)
-        total = sum(float(weights.sum()) for *_, weights in rows)  # over all ranks and micro-batches: each target counts the same
-        loss = 0.0
+        rows = task.rows(n_rows)
+        total, mine = task.weight(rows), -(-len(rows) // world)
+        loss, sums = 0.0, torch.zeros(task.sums)
         for i in range(0, mine, args.micro_batch):
-            batch = collate(rows[rank::world][i:i + args.micro_batch], args.context)
+            batch = task.collate(rows[rank::world][i:i + args.micro_batch])
             last = i + args.micro_batch >= mine
             if args.shard:
                 model.set_requires_gradient_sync(last)
-            with autocast(), contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                nats, _ = wrapped(*(t.to(device, non_blocking=True) for t in batch))
+            with autocast(), contextlib.nullcontext() if last or wrapped is module else wrapped.no_sync():
+                nats, part_sums = wrapped(*(t.to(device, non_blocking=True) for t in batch))
                 part = nats * (world / max(total, 1e-9))  # gradients are averaged over ranks
                 part.backward()
-            loss += part.item() / world
-        flags = torch.tensor([loss, float(stop.signal)], device=device)
+            loss, sums = loss + part.item() / world, sums + part_sums.detach().cpu().reshape(-1)
+        flags = torch.tensor([loss, float(stop.signal), *sums.tolist()], device=device)
         if world > 1:  # the loss of the whole batch, and whether any rank was asked to stop
             dist.all_reduce(flags)
-        loss, asked = flags.tolist()
+        loss, asked, *sums = flags.tolist()
         if not math.isfinite(loss):
-            where = sorted({(d.name, spans[0][0]) for d in datasets for stream, spans, _ in rows if stream is d.train})
             saved = f"the last good checkpoint is {out}" if saved_step is not None else "nothing was saved yet"
-            fail(f"the loss is {loss} at step {step:,} (rows that begin at tokens {where[:4]} …); {saved}; lower --lr and --muon-lr", 1)
+            fail(f"the loss is {loss} at step {step:,} ({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
         for optimizer in found:
@@ -817,15 +880,17 @@ def train(args):
         model.zero_grad(set_to_none=True)
         step += 1
         progress.update()
-        log["loss"], log["steps"] = log["loss"] + loss, log["steps"] + 1
+        log["loss"], log["sums"], log["steps"] = log["loss"] + loss, log["sums"] + np.array(sums), log["steps"] + 1
         if step % args.log_every == 0 or step == args.steps:
             seconds = time.perf_counter() - log["start"]
-            rate = log["steps"] * args.batch_tokens / seconds
+            rate = (task.tokens - log["tokens"]) / seconds
             share = rate * work / (peak * world)
-            record({"loss": log["loss"] / log["steps"], "grad_norm": norm, "lr": schedule(step - 1, args) * args.lr,
+            more = task.entry(log["sums"].tolist())
+            record({"loss": log["loss"] / log["steps"], **more, "grad_norm": norm, "lr": schedule(step - 1, args) * args.lr,
                     "tokens_per_second": round(rate), "seconds": round(seconds, 3), "peak_share": round(share, 3)})
-            progress.set_postfix_str(f"loss {log['loss'] / log['steps']:.3f}, {rate:,.0f} tokens/s, {share:.0%} of peak")
-            log = {"loss": 0.0, "steps": 0, "start": time.perf_counter()}
+            progress.set_postfix_str(f"loss {log['loss'] / log['steps']:.3f}, " + "".join(f"{name} {value:.3f}, " for name, value in more.items())
+                                     + f"{rate:,.0f} tokens/s, {share:.0%} of peak")
+            log = {"loss": 0.0, "sums": 0.0, "steps": 0, "tokens": task.tokens, "start": time.perf_counter()}
         if asked or step % args.save_every == 0 or step == args.steps:
             pause = time.perf_counter()
             save()
@@ -843,8 +908,8 @@ def train(args):
     save()
     trained = [r for r in records if "loss" in r]
     seconds = sum(r["seconds"] for r in trained)
-    say(f"saved    {out}: {args.steps:,} steps, {args.steps * args.batch_tokens:,} tokens in {seconds:.1f} s of stepping "
-        f"({args.steps * args.batch_tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+    say(f"saved    {out}: {args.steps:,} steps, {task.tokens:,} tokens in {seconds:.1f} s of stepping "
+        f"({task.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
     if world > 1:
         dist.destroy_process_group()
 
@@ -982,11 +1047,57 @@ PAPERS = {
                   batch_tokens=5760 * 4096)}                                                         # arXiv 2412.08905, section 3
 
 
+@contextlib.contextmanager
+def one_line_errors(args):
+    """What a user can mend is said in a line, with the exit code 2, or 1 where memory or another process is to blame."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            fail(f"out of memory; {advice(args)}", 1)
+        if "RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
+            fail(f"rank {os.environ['RANK']} lost another one, whose error is the one to read ({text[:100]}); "
+                 "give the same command to go on from the last save", 1)
+        raise
+
+
+def option_of(parser):
+    """A function that declares an option: name, default, help, and what add_argument takes besides."""
+    return lambda name, default, text, **more: parser.add_argument(
+        name, default=default, help=text + (" (default: %(default)s)" if default is not None else ""), **more)
+
+
+def loop_options(option):
+    """The options of the loop itself, which align.py has too."""
+    option("--micro-tokens", 4096, "most tokens in one forward pass of a process; lower it when memory runs out", type=data.number(int, 1), metavar="N")
+    option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
+    option("--lr", 0.003, "peak learning rate of AdamW", type=data.number(float, 0), metavar="RATE")
+    option("--muon-lr", 0.01, "peak learning rate of Muon", type=data.number(float, 0), metavar="RATE")
+    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=data.number(float, 0), metavar="RATE")
+    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999), metavar="BETA")
+    option("--schedule", "linear", "form in which the learning rate falls", choices=("linear", "cosine", "constant"))
+    option("--warmup", 0.02, "share of the steps with rising learning rate", type=data.number(float, 0, 1), metavar="SHARE")
+    option("--decay", 0.5, "share of the steps with falling learning rate, at the end", type=data.number(float, 0, 1), metavar="SHARE")
+    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=data.number(float, 0, 1), metavar="SHARE")
+    option("--clip", 1.0, "largest norm of the gradient", type=data.number(float, 0), metavar="NORM")
+    option("--val-every", 500, "steps between validations; one always comes last", type=data.number(int, 1), metavar="N")
+    option("--save-every", 250, "steps between checkpoints", type=data.number(int, 1), metavar="N")
+    option("--log-every", 10, "steps between records in log.jsonl", type=data.number(int, 1), metavar="N")
+    option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
+    option("--dtype", "auto", "type of matrix products; auto measures", choices=("auto", "fp32", "bf16"))
+    option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
+    option("--shard", False, "spread weights, gradients and optimizer state over the processes of torchrun", action="store_true")
+    option("--recompute", False, "keep only what enters each block and run it again in the backward pass: less memory, a third more work",
+           action="store_true")
+    option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def option(name, default, text, **more):
-        parser.add_argument(name, default=default, help=text + (f" (default: {default})" if default is not None else ""), **more)
+    option = option_of(parser)
     parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
                         "without this option the whole recipe runs")
     parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of "
@@ -1001,34 +1112,14 @@ def main():
     option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's", type=data.number(float, 1), metavar="BASE")
     option("--context", None, "tokens a row (default: 512, or the context of --init)", type=data.number(int, 2), metavar="N")
     option("--batch-tokens", 4096, "tokens a step, over all processes", type=data.number(int, 2), metavar="N")
-    option("--micro-tokens", 4096, "most tokens in one forward pass of a process; lower it when memory runs out", type=data.number(int, 1), metavar="N")
     option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=data.number(int, 1), metavar="N")
-    option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
-    option("--lr", 0.003, "peak learning rate of AdamW", type=data.number(float, 0), metavar="RATE")
-    option("--muon-lr", 0.01, "peak learning rate of Muon", type=data.number(float, 0), metavar="RATE")
-    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=data.number(float, 0), metavar="RATE")
-    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999), metavar="BETA")
-    option("--schedule", "linear", "form in which the learning rate falls", choices=("linear", "cosine", "constant"))
-    option("--warmup", 0.02, "share of the steps with rising learning rate", type=data.number(float, 0, 1), metavar="SHARE")
-    option("--decay", 0.5, "share of the steps with falling learning rate, at the end", type=data.number(float, 0, 1), metavar="SHARE")
-    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=data.number(float, 0, 1), metavar="SHARE")
-    option("--clip", 1.0, "largest norm of the gradient", type=data.number(float, 0), metavar="NORM")
     option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1), metavar="WEIGHT")
-    option("--val-every", 500, "steps between validations; one always comes last", type=data.number(int, 1), metavar="N")
     option("--val-tokens", 65536, "validation tokens of each dataset", type=data.number(int, 2), metavar="N")
-    option("--save-every", 250, "steps between checkpoints", type=data.number(int, 1), metavar="N")
-    option("--log-every", 10, "steps between records in log.jsonl", type=data.number(int, 1), metavar="N")
-    option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
-    option("--dtype", "auto", "type of matrix products; auto measures", choices=("auto", "fp32", "bf16"))
-    option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
-    option("--shard", False, "spread weights, gradients and optimizer state over the processes of torchrun", action="store_true")
-    option("--recompute", False, "keep only what enters each block and run it again in the backward pass: less memory, a third more work",
-           action="store_true")
+    loop_options(option)
     option("--dry-run", False, "print what training would take in memory and time, and stop", action="store_true")
     option("--gpus", None, "of --dry-run (default: those here)", type=data.number(int, 1), metavar="N")
     option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=data.number(float, 0), metavar="GB")
     option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=data.number(float, 0), metavar="RATE")
-    option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
     args = parser.parse_args()
     paper = PAPERS.get(args.preset, {})
     parser.set_defaults(**paper)
@@ -1046,21 +1137,11 @@ def main():
         shown = [(getattr(args, name) == value, f"--{name.replace('_', '-')} {getattr(args, name)}") for name, value in paper.items()]
         print(f"paper    {args.preset}'s: {' '.join(text for same, text in shown if same)}\ngiven    "
               f"{' '.join(text for same, text in shown if not same) or 'nothing'} instead; the rest are our defaults")
-    try:
+    with one_line_errors(args):
         if args.dry_run:
             dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
         else:
             train(args)
-    except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            fail(f"out of memory; {advice(args)}", 1)
-        if "RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
-            fail(f"rank {os.environ['RANK']} lost another one, whose error is the one to read ({text[:100]}); "
-                 "give the same command to go on from the last save", 1)
-        raise
 
 
 if __name__ == "__main__":
