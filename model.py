@@ -884,8 +884,10 @@ def _digest(path: str, like: str) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """owner/model or owner/model@revision, and not a mistyped local path: nothing called `owner` is here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)) and not os.path.exists(name) and not os.path.exists(name.split("/")[0])
+    """owner/model or owner/model@revision, and not a mistyped local path: nothing called `owner` is here, nor is it one of our folders."""
+    owner = name.split("/")[0]
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)) and not os.path.exists(name) and not os.path.exists(owner) \
+        and owner not in ("runs", "data")
 
 
 def locate(path_or_name, weights: bool = True) -> str:
