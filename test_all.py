@@ -1761,6 +1761,7 @@ def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini):
     assert losses(mini, "runs/killed") == losses(mini, "runs/unkilled")
     a, b = weights_of(mini, "runs/killed"), weights_of(mini, "runs/unkilled")
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not [file for file in os.listdir(mini / "runs/killed") if file.endswith(".tmp")]  # nor leave anything behind
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -769,6 +769,8 @@ def train(args, kind=Pretraining):
     config, tokenizer, n_rows = task.config, task.tokenizer, task.split(world)
     out, step, records = args.out, 0, []
     recipe = {name: value for name, value in vars(args).items() if name in task.exact}
+    for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")) if rank == 0 else ():  # what a killed process was writing
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     state = read_state(out)
     if state:
         changed = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
