@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 import torch.nn.functional as F
@@ -821,22 +820,18 @@ def quantize(weight, bits: int, group: int = 64):
     return code.reshape(N, -1), scale, low
 
 
-def dequantize(packed, scale, low):
-    """The inverse of quantize, but for its rounding; bits and group follow from the shapes."""
-    N, groups = scale.shape
-    code = packed.view(N, groups, -1)
-    if code.shape[-1] * groups != packed.shape[1]:
-        raise ValueError("packed, scale and low do not belong together")
-    return code, scale[..., None].float(), low[..., None].float()
+def _codes(packed, scale, low):
+    """-> codes (N, K / group, bytes of a group), scale and low in fp32 (N, K / group, 1); bits and group follow from the shapes."""
+    return packed.view(*scale.shape, -1), scale[..., None].float(), low[..., None].float()
 
 
 def int8_matmul_reference(x, packed, scale, low):
-    code, scale, low = dequantize(packed, scale, low)
+    code, scale, low = _codes(packed, scale, low)
     return x @ (low + scale * code).flatten(1).to(x.dtype).T
 
 
 def int4_matmul_reference(x, packed, scale, low):
-    code, scale, low = dequantize(packed, scale, low)
+    code, scale, low = _codes(packed, scale, low)
     return x @ (low + scale * torch.cat((code & 15, code >> 4), -1)).flatten(1).to(x.dtype).T
 
 

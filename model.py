@@ -15,7 +15,6 @@ import math
 import mmap
 import os
 import re
-import sys
 import time
 
 import tiktoken
@@ -991,8 +990,7 @@ class SafeTensors(dict):
             self.memory.madvise(mmap.MADV_DONTNEED)
 
 
-def read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    return SafeTensors(path)
+read_safetensors = SafeTensors
 
 
 def _open_weights(folder: str) -> list[dict[str, torch.Tensor]]:
