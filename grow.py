@@ -374,6 +374,7 @@ def options(arguments=None):
            choices=("identity", "repeat"))
     option("--noise", "10", "signal-to-noise ratio in decibels of what tells clones apart, or none", type=decibels, metavar="DB")
     option("--context", None, "tokens of the new context", type=data.number(int, 2), metavar="N")
+    option("--trained-context", None, "tokens a row that the source was trained on, where they are fewer than its config says", type=data.number(int, 2), metavar="N")
     option("--rope", "searched", "how rotary positions reach the new context", choices=ROPES)
     option("--data", None, "dataset directory (or name under data/) or text file, to search on its long documents, and for the check", metavar="NAME")
     option("--documents", 5, "documents that a candidate's loss is taken on", type=data.number(int, 1), metavar="N")
@@ -462,6 +463,8 @@ def run(args) -> None:
         target_config(config, args.method, **target)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     source, tokenizer = models.load(args.source, args.device, dtype or (torch.float32 if args.method == "exact" else None))
+    if args.trained_context:
+        source.config = dataclasses.replace(source.config, context=min(args.trained_context, source.config.context))
     config = source.config
     if (args.context or config.context) < config.context:
         raise ValueError(f"--context {args.context} is less than the source's {config.context}; grow.py only enlarges")

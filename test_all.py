@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -2450,6 +2450,80 @@ def plain_log_probs(model, ids, start):
     return logs[range(start - 1, len(ids) - 1), ids[start:]]
 
 
+def peer(tmp_path, trainer, **options):
+    """TRL's trainer over a tiny model of ours that transformers has opened, in fp32 on the CPU; and the same model here."""
+    trl, datasets = pytest.importorskip("trl", reason="TRL is not installed"), pytest.importorskip("datasets")
+    from transformers import PreTrainedTokenizerFast
+    model, tokenizer = tiny(vocab_size=320, context=96), Tokenizer.load("bytes")
+    models.save(model, tokenizer, str(tmp_path / "model"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model/tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    more = dict(reward_funcs=lambda completions, **_: [0.0] * len(completions)) if trainer == "GRPO" else {}
+    made = getattr(trl, f"{trainer}Trainer")(
+        str(tmp_path / "model"), processing_class=theirs, train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4),
+        args=getattr(trl, f"{trainer}Config")(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+                                              model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=4, **options), **more)
+    return made, model
+
+
+def assert_same_gradients(ours, theirs):
+    """Of the loss already backpropagated in both."""
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, tensor in models.to_hf(SimpleNamespace(config=ours.config, embed=ours.embed, state_dict=lambda: {n: p.grad for n, p in ours.named_parameters()})).items():
+        torch.testing.assert_close(tensor, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_dpo_equals_trl(tmp_path):
+    theirs, ours = peer(tmp_path, "DPO", beta=0.3)
+    answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
+    chosen_first = [answers[i] for i in (0, 2, 1, 3)]
+    tokens = torch.zeros(4, 6, dtype=torch.long)
+    attention, completion = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for i, (ids, start) in enumerate(chosen_first):
+        tokens[i, :len(ids)], attention[i, :len(ids)], completion[i, start:len(ids)] = torch.tensor(ids), 1, 1
+    with torch.no_grad():  # away from the reference
+        for p in theirs.model.parameters():
+            p.mul_(1.1)
+        reference = torch.stack([plain_log_probs(ours, ids, start).sum() for ids, start in answers])
+        for p in ours.parameters():
+            p.mul_(1.1)
+    want = theirs.compute_loss(theirs.model, {"input_ids": tokens, "attention_mask": attention, "completion_mask": completion})
+    want.backward()
+    task = task_of(align.DPO, "--beta", "0.3")
+    loss, _ = task.loss(ours, *task.collate([(*answers[:2], reference[:2]), (*answers[2:], reference[2:])]))
+    (loss / 2).backward()
+    torch.testing.assert_close(loss / 2, want, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(ours, theirs.model)
+
+
+@pytest.mark.parametrize("normalize, theirs", [("token", "bnpo"), ("sequence", "grpo"), ("constant", "dr_grpo")])
+def test_grpo_equals_trl(tmp_path, normalize, theirs):
+    trainer, ours = peer(tmp_path, "GRPO", beta=0.05, loss_type=theirs, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.28, max_completion_length=10, num_generations=2, temperature=0.7)
+    rows = grpo_rows()
+    for i, row in enumerate(rows):
+        torch.manual_seed(i)
+        size = len(row["ids"]) - row["start"]
+        row |= {"old": (torch.randn(size) * 0.3 - 5).tolist(), "reference": (torch.randn(size) * 0.3 - 5).tolist()}
+    prompts, answers = max(row["start"] for row in rows), max(len(row["ids"]) - row["start"] for row in rows)
+    batch = {name: torch.zeros(len(rows), wide, dtype=dtype) for name, wide, dtype in (
+        ("prompt_ids", prompts, torch.long), ("prompt_mask", prompts, torch.long), ("completion_ids", answers, torch.long), ("completion_mask", answers, torch.long),
+        ("old_per_token_logps", answers, torch.float32), ("ref_per_token_logps", answers, torch.float32))}
+    for i, row in enumerate(rows):  # prompts padded on the left, answers on the right
+        size = len(row["ids"]) - row["start"]
+        batch["prompt_ids"][i, prompts - row["start"]:], batch["prompt_mask"][i, prompts - row["start"]:] = torch.tensor(row["ids"][:row["start"]]), 1
+        batch["completion_ids"][i, :size], batch["completion_mask"][i, :size] = torch.tensor(row["ids"][row["start"]:]), 1
+        batch["old_per_token_logps"][i, :size], batch["ref_per_token_logps"][i, :size] = torch.tensor(row["old"]), torch.tensor(row["reference"])
+    batch |= {"advantages": torch.tensor([row["advantage"] for row in rows]), "num_items_in_batch": batch["completion_mask"].sum()}
+    trainer.current_gradient_accumulation_steps = 1
+    want = trainer.compute_loss(trainer.model, batch)
+    want.backward()
+    task = task_of(align.GRPO, "--normalize", normalize, "--max-tokens", "10", "--temperature", "0.7", "--kl", "0.05", "--updates", "2")
+    loss, _ = task.loss(ours, *task.collate(rows))
+    loss = loss / task.weight(rows)
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(ours, trainer.model)
+
+
 @pytest.mark.parametrize("normalized", (False, True))
 def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized):
     torch.manual_seed(1)
@@ -2779,3 +2853,205 @@ def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words
         align.main(arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments behind README.md's claims: python test_all.py growth | alignment | context | quality | contamination
+#
+# Each is a list of the scripts' own commands over three seeds, run side by side with one thread each, and a table and a picture of what
+# they left behind. What exists already is kept, so an interrupted experiment goes on.
+
+SEEDS = (0, 1, 2)
+LAPTOP, ROWS, RATES = models.PRESETS["laptop"], "--context 384 --batch-tokens 2304", "--lr 0.02 --muon-lr 0.008"
+
+
+def together(*commands):
+    """Run [(product, command)] side by side. A product that is there is kept, but training decides itself whether it is at its end."""
+    def run(entry):
+        product, command = entry
+        if os.path.exists(product) and not command.startswith(("train.py", "align.py sft", "align.py dpo", "align.py grpo")):
+            return
+        os.makedirs(os.path.dirname(product) or ".", exist_ok=True)
+        begun, words = time.time(), command.split()
+        with open(f"{product}.out", "w") as log:
+            code = subprocess.run([sys.executable, os.path.join(HERE, words[0]), *words[1:]], stdout=log, stderr=subprocess.STDOUT,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.out)" * bool(code), flush=True)
+        if code:
+            raise SystemExit(code)
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else data.n_cores()) as pool:
+        list(pool.map(run, commands))
+
+
+def recipe_products(*products):
+    """The stages of the recipe that make these, by the recipe's own commands."""
+    for _, _, command, product, _ in train.recipe_stages(False):
+        if product in products:
+            together((product, command))
+
+
+def finetuned(out, steps, more, seed, rates=RATES):
+    return out, f"train.py --data data/exercises {rates} {ROWS} --steps {steps} --seed {seed} --out {out} {more}"
+
+
+def solved(run, problems, more=""):
+    return f"{run}/eval.json", f"sample.py --run {run} --eval {problems} --json {run}/eval.json --max-tokens 400 --show 0 {more}"
+
+
+def problems_of(path, arguments):
+    return path, f"synth.py exercises {arguments} --out {path}"
+
+
+def pass_at_1(run):
+    with open(f"{run}/eval.json") as file:
+        return 100 * json.load(file)["pass@1"]
+
+
+def records_of(run):
+    with open(f"{run}/log.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def validation(run):
+    """The last validation loss, nats a token."""
+    return next(iter([r for r in records_of(run) if "val" in r][-1]["val"].values()))[0]
+
+
+def spread(values, form="{:.1f}"):
+    """Mean and range over seeds. Example: spread([1, 2, 3]) == "2.0 (1.0 to 3.0)" """
+    return f"{form.format(np.mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def print_table(head, rows, name):
+    """To the screen and to runs/NAME.txt, columns as wide as their longest cell."""
+    rows = [head, *([str(cell) for cell in row] for row in rows)]
+    wide = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, wide))).rstrip() for row in rows)
+    print(f"\n{text}\n")
+    models.write_atomically(f"runs/{name}.txt", lambda file: file.write(f"{text}\n".encode()))
+
+
+def save_chart(name, *arguments, **options):
+    os.makedirs(os.path.join(HERE, ".github"), exist_ok=True)
+    models.write_atomically(os.path.join(HERE, f".github/{name}.svg"), lambda file: file.write(train.chart(*arguments, **options).encode()))
+
+
+def averaged(curves):
+    """[[(x, y)] of each seed, at the same x] -> [(x, mean, lowest, highest)]"""
+    return [(points[0][0], float(np.mean([y for _, y in points])), min(y for _, y in points), max(y for _, y in points)) for points in zip(*curves)]
+
+
+def growth(steps=900):
+    """From 64 to 128 channels: a new model, three ways to grow one, and the small model itself, at equal steps and at equal FLOPs."""
+    shape = dict(d_model=64, n_layer=5, n_head=2, n_kv_head=1, d_ff=192)
+    small = dataclasses.replace(LAPTOP, **shape)
+    # FLOPs of one step of each, from which the steps follow that cost what `steps` of the large model cost
+    large_step, small_step = (2304 * train.flops_per_token(config, 384) for config in (LAPTOP, small))
+    spent = round(steps * small_step / large_step)
+    runs = {"random": ("random", steps), "wr": ("wr", steps // 3), "tile": ("tile", steps // 3), "exact": ("exact", steps // 3),
+            "exact, equal FLOPs": ("exact", steps - spent), "small model, equal FLOPs": ("small", round(steps * large_step / small_step))}
+    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises")
+    options, name = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in shape.items()), "runs/growth/{}-{}".format
+    together(problems_of("data/growth.jsonl", "--split test --k 2-4 --count 300"), *(finetuned(name("small", s), steps, options, s) for s in SEEDS))
+    together(*((name(f"{method}-start", s), f"grow.py {name('small', s)} {name(f'{method}-start', s)} --d-model 128 --method {method} --seed {s}")
+               for method in ("wr", "tile", "exact") for s in SEEDS))
+
+    def training(title, s):
+        method, count = runs[title]
+        start = {"random": "", "small": options}.get(method, f"--init {name(f'{method}-start', s)}")
+        return finetuned(name(title.replace(", ", "-").replace(" ", "-"), s), count, start, s, "--lr 0.005 --muon-lr 0.002" if "init" in start else RATES)
+    jobs = {(title, s): training(title, s) for title in runs for s in SEEDS}
+    together(*jobs.values())
+    place = {key: product for key, (product, _) in jobs.items()} | {("small model", s): name("small", s) for s in SEEDS}
+    together(*(solved(run, "data/growth.jsonl") for run in place.values()))
+    table, curves = [], {}
+    for title, (method, count) in {"small model": ("small", steps), **runs}.items():
+        before = 0 if method in ("random", "small") else spent
+        cost = [count * small_step if method == "small" else (count + before) * large_step, count * (small_step if method == "small" else large_step)]
+        losses = [validation(place[title, s]) for s in SEEDS]
+        table.append([title, f"{count:,}", f"{cost[1] / 1e12:.0f}", f"{cost[0] / 1e12:.0f}", spread(losses, "{:.3f}"), spread([pass_at_1(place[title, s]) for s in SEEDS])])
+        each = [[(r["tokens"] / 2304 * cost[1] / count + cost[0] - cost[1], r["loss"]) for r in records_of(place[title, s]) if "loss" in r][4::5] for s in SEEDS]
+        curves[title] = averaged(each)
+    print_table(["method", "steps", "TFLOP", "with the small model's", "validation loss", "pass@1, %"], table, "growth")
+    end = steps * large_step
+    save_chart("growth", curves, "Growth: training loss, mean and range of three seeds; a grown model begins where the small one's cost ends",
+               {end * i / 4: f"{end * i / 4e12:.0f}" for i in range(5)}, "TFLOP, the small model's included")
+
+
+def alignment():
+    """SFT, then DPO on the model's own right and wrong answers, then GRPO; and GRPO right after SFT."""
+    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base")
+    name = "runs/alignment/{}-{}".format
+    together(problems_of("data/aligned.jsonl", "--split test --k 2-6 --count 300"), problems_of("data/hard.jsonl", "--k 3-4 --seed 7 --count 3000"))
+    together(*(finetuned(name("sft", s), 800, "--init runs/base --prompt-weight 0", s) for s in SEEDS))
+    together(*((f"{name('answers', s)}.jsonl", f"sample.py --run {name('sft', s)} --eval data/hard.jsonl --limit 1200 --samples 4 --temperature 1 "
+               f"--max-tokens 320 --show 0 --seed {s} --out {name('answers', s)}.jsonl") for s in SEEDS))
+    for s in SEEDS:
+        answers, pairs = {}, []
+        for row in data.read_jsonl(f"{name('answers', s)}.jsonl"):
+            answers.setdefault(row["prompt"], {}).setdefault(row["passed"], row["completion"])  # the first of each kind
+        pairs = [{"prompt": prompt, "chosen": sides[True], "rejected": sides[False]} for prompt, sides in answers.items() if len(sides) == 2]
+        data.write_jsonl(f"{name('pairs', s)}.jsonl", pairs)
+    together(*((name('dpo', s), f"align.py dpo --init {name('sft', s)} --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
+                f"--batch 16 --seed {s} --out {name('dpo', s)}") for s in SEEDS))
+    together(*((name(f'{start}-grpo', s), f"align.py grpo --init {name(start, s)} --data data/hard.jsonl --steps 60 --prompts 8 --max-tokens 320 "
+                f"--lr 2e-4 --seed {s} --out {name(f'{start}-grpo', s)}") for start in ("sft", "dpo") for s in SEEDS))
+    stages = {"SFT": "sft", "SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "sft-grpo"}
+    together(*(solved(name(stage, s), "data/aligned.jsonl") for stage in stages.values() for s in SEEDS))
+
+    scores = {title: [pass_at_1(name(stage, s)) for s in SEEDS] for title, stage in stages.items()}
+    ranked = [100 * next(iter(r["val"].values()))[1] for s in SEEDS for r in records_of(name("dpo", s))[-1:]]
+    seconds = {stage: [sum(r.get("seconds", 0) for r in records_of(name(stage, s))) for s in SEEDS] for stage in stages.values()}
+    print_table(["stage", "pass@1, %", "over SFT, points", "seconds of its stepping", "held-out pairs ranked right, %"],
+                [[title, spread(values), "" if title == "SFT" else spread(np.subtract(values, scores["SFT"]), "{:+.1f}"), spread(seconds[stages[title]], "{:.0f}"),
+                  spread(ranked) if title == "SFT, DPO" else ""] for title, values in scores.items()], "alignment")
+    curves = {title: averaged([[(r["step"], 100 * r["pass@1"]) for r in records_of(name(stages[title], s)) if "pass@1" in r] for s in SEEDS])
+              for title in ("SFT, GRPO", "SFT, DPO, GRPO")}
+    save_chart("alignment", curves, "GRPO: problems solved while learning (%), at temperature 1; mean and range of three seeds",
+               {step: str(step) for step in (10, 20, 30, 40, 50, 60)}, "steps", log_y=False)
+
+
+def context(times=(2, 4, 8, 16), original=128):
+    """A model of context 128 at 2 to 16 times that: the loss on the same tokens, cut into windows of each length."""
+    recipe_products("data/textbooks.jsonl", "data/textbooks")
+    together(("data/long", "data.py --input python --name long --max-bytes 24000000 --val-share 0.1 --tokenizer data/textbooks"))
+    name, search = "runs/context/{}-{}".format, "--data long --documents 5 --population 32 --mutations 8 --crossovers 8 --iterations 16"
+    together(*((name("base", s), f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 900 --val-every 900 --seed {s} "
+                f"--out {name('base', s)}") for s in SEEDS))
+    together(*((name(f"searched-{m}", s), f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} --context {m * original} --seed {s} {search}")
+               for m in times[::-1] for s in SEEDS))
+    together(*((name(f"tuned-{m}", s), f"train.py --data long --init {name(f'searched-{m}', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
+                f"--batch-tokens 4096 --steps 150 --val-every 900 --seed {s} --out {name(f'tuned-{m}', s)}") for m in times for s in SEEDS))
+    longest, found = max(times) * original, {}
+    for s in SEEDS:
+        base, tokenizer = models.load(name("base", s), "cpu", torch.float32)
+        base.config = dataclasses.replace(base.config, context=original)  # the preset's is longer
+        stream = grow.read_stream("long", tokenizer)
+        documents, _ = grow.long_documents(stream, tokenizer.eot, longest, 45)
+        documents = documents[5:, :longest + 1]  # the five longest are what the search saw
+
+        def perplexity(model, length):
+            return math.exp(grow.nats(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1)))
+        for m in (1, *times):
+            factors = grow.rope_factors(base.config, m)
+            candidates = {method: grow.set_context(base, m * original, factors.get(method), scale) for method, scale in
+                          (("none", None), ("pi", 1.0), ("ntk", 1.0), ("yarn", 0.1 * math.log(m) + 1))} if m > 1 else {"none": base}
+            for method, where in (("searched", f"searched-{m}"), ("searched + finetuned", f"tuned-{m}")):
+                candidates[method] = models.load(name(where, s), "cpu", torch.float32)[0] if m > 1 else base
+            for method, candidate in candidates.items():
+                found.setdefault((method, m), []).append(perplexity(candidate, m * original))
+    methods = ("none", "pi", "ntk", "yarn", "searched", "searched + finetuned")
+    print_table([f"perplexity, {original} tokens x", *(str(m) for m in (1, *times))],
+                [[method, *(spread(found.get((method, m), found["none", 1]), "{:.2f}") for m in (1, *times))] for method in methods], "context")
+    save_chart("context", {method: [(m, np.mean(v), min(v), max(v)) for m in (1, *times) for v in [found.get((method, m), found["none", 1])]] for method in methods},
+               f"Perplexity of a model of context {original} on the same tokens in longer windows; mean and range of three seeds",
+               {m: f"{m} x" for m in (1, *times)}, "window / trained length", log_x=True)
+
+
+EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
+        EXPERIMENTS[sys.argv[1]]()
+    else:
+        raise SystemExit(f"usage: python test_all.py {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")

@@ -406,28 +406,45 @@ def evaluate(model, datasets, eot, tokenizer, args, device, autocast, rank=0, wo
     return results
 
 
+def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
+    """{name: [(x, y) or (x, y, low, high)]} as a small SVG picture, the band from low to high shaded; ticks: the x to name, and their names."""
+    forward, f = (math.log if log_y else float), (math.log if log_x else float)
+    points = [p for curve in curves.values() for p in curve]
+    bounds = [forward(value) for p in points for value in p[1:] if value > 0 or not log_y]
+    if not bounds:
+        return ""
+    low, high, left, right = min(bounds), max(bounds), f(min([*ticks, *(p[0] for p in points)])), f(max([*ticks, *(p[0] for p in points)]))
+    high, right = max(high, low + 0.01), max(right, left + 1e-9)
+
+    def x(value):
+        return f"{60 + 600 * (f(value) - left) / (right - left):.1f}"
+
+    def y(value):
+        return f"{20 + 300 * (high - (max(forward(value), low) if value > 0 or not log_y else low)) / (high - low):.1f}"
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 400" font-family="sans-serif" font-size="12">',
+             '<rect width="700" height="400" fill="white"/>', f'<text x="60" y="14">{title}</text>', f'<text x="660" y="352" text-anchor="end">{unit}</text>']
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        parts.append(f'<text x="8" y="{324 - 75 * i}">{math.exp(value) if log_y else value:.3g}</text><path d="M60 {320 - 75 * i}h600" stroke="#ddd"/>')
+    parts += [f'<text x="{x(at)}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214")))):
+        if band := [p for p in curve if len(p) == 4]:
+            corners = [f"{x(at)},{y(bottom)}" for at, _, bottom, _ in band] + [f"{x(at)},{y(top)}" for at, _, _, top in band[::-1]]
+            parts.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(corners)}"/>')
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(f"{x(p[0])},{y(p[1])}" for p in curve)}"/>')
+        parts.append(f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
+    return "\n".join(parts + ["</svg>\n"])
+
+
 def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
-    """The loss curves of log.jsonl's records, or those of another `key`, as a small SVG picture; the vertical axis is logarithmic."""
+    """The curves of log.jsonl's records, of the loss or another `key`, over tokens."""
     curves = {"training": [(r["tokens"], r[key]) for r in records if key in r]}
     for r in records:
         for name, (value, _) in r.get("val", {}).items():
             curves.setdefault(f"{name} validation", []).append((r["tokens"], value))
-    points = [p for curve in curves.values() for p in curve if p[1] > 0]
-    if not points:
-        return ""
-    right, (low, high) = max(p[0] for p in points) or 1, (f(math.log(p[1]) for p in points) for f in (min, max))
-    high = max(high, low + 0.1)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 380" font-family="sans-serif" font-size="12">',
-             '<rect width="700" height="380" fill="white"/>', f'<text x="60" y="14">{title}: {unit} over tokens</text>']
-    for i in range(5):  # ticks of both axes
-        loss, y = math.exp(low + (high - low) * i / 4), 75 * (4 - i)
-        parts.append(f'<text x="8" y="{24 + y}">{loss:.3g}</text><path d="M60 {20 + y}h600" stroke="#ddd"/>')
-        parts.append(f'<text x="{60 + 150 * i}" y="338" text-anchor="middle">{right * i / 4 / 1e6:.3g} M</text>')
-    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd")))):
-        line = " ".join(f"{60 + 600 * t / right:.1f},{20 + 300 * (high - math.log(max(loss, math.exp(low)))) / (high - low):.1f}" for t, loss in curve)
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>')
-        parts.append(f'<text x="{60 + 200 * (i % 3)}" y="{356 + 16 * (i // 3)}" fill="{color}">{name}</text>')
-    return "\n".join(parts + ["</svg>\n"])
+    end = max([r["tokens"] for r in records], default=0)
+    return chart({name: curve for name, curve in curves.items() if curve}, f"{title}: {unit} over tokens",
+                 {end * i / 4: f"{end * i / 4e6:.3g} M" for i in range(5)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
