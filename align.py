@@ -9,14 +9,11 @@
 The loop is train.py's: the same log, checkpoints and exact resumption when the same command is given again. `align.py dpo -h` lists
 the options of dpo.
 """
-import argparse
 import functools
 import json
 import math
 import os
 import re
-import signal
-import sys
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -259,7 +256,7 @@ class Task(train.Pretraining):
         context, args.context = args.context, None
         self.config = train.choose_config(args, None)
         if context and context > self.config.context:
-            train.fail(f"--context {context} is longer than the {self.config.context} tokens of {args.init}; lower it, or grow it first with grow.py")
+            data.fail(f"--context {context} is longer than the {self.config.context} tokens of {args.init}; lower it, or grow it first with grow.py")
         args.context = context or min(self.config.context, 2048)
         self.tokenizer = models.Tokenizer.load(models.locate(args.init, weights=False))
 
@@ -634,18 +631,13 @@ KINDS = {"sft": (Chats, "learn from chats"), "dpo": (DPO, "learn from preference
          "pivotal": (None, "search for the tokens that decide, and write preferences between them")}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        train.fail(f"{message}; see python {self.prog} -h")
-
-
 def options(arguments=None):
-    parser = Parser(prog="align.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser, metavar="|".join(KINDS))
+    parser = data.Parser(prog="align.py", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
     share, count, positive = data.number(float, 0, 1), data.number(int, 1), data.number(float, 1e-9)
     for kind, (_, about) in KINDS.items():
-        sub = kinds.add_parser(kind, help=about, description=f"{about[0].upper()}{about[1:]}; see align.py -h.", allow_abbrev=False)
-        option = train.option_of(sub)
+        sub = kinds.add_parser(kind, help=about, description=f"{about[0].upper()}{about[1:]}; see align.py -h.")
+        option = sub.option
         problems = "problems in HumanEval's or GSM8K's fields"
         option("--init", "runs/phi", "run directory, Hugging Face directory or hub name to start from", metavar="RUN")
         option("--data", ["data/exercises.jsonl"] if kind in ("grpo", "pivotal") else None,
@@ -697,6 +689,7 @@ def options(arguments=None):
     return args
 
 
+@data.command()
 def main(arguments=None):
     args = options(arguments)
     with train.one_line_errors(args):
@@ -704,9 +697,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("align.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    main()

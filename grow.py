@@ -6,14 +6,11 @@
 
 The result is a model directory to start from: python train.py --init DST --data ... --out ...
 """
-import argparse
 import copy
 import dataclasses
 import math
 import os
 import random
-import signal
-import sys
 import time
 import warnings
 
@@ -345,25 +342,13 @@ def search(model: models.Model, context: int, documents, population: int = 64, m
 
 # ---------------------------------------------------------------- the command
 
-def fail(message: str, code: int = 2) -> None:
-    print(f"grow.py: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message}; see python grow.py -h")
-
-
 def decibels(text: str) -> float | None:
     return None if text == "none" else data.number(float, -60, 200)(text)
 
 
 def options(arguments=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def option(name, default, text, **more):
-        parser.add_argument(name, default=default, help=text + (f" (default: {default})" if default is not None else ""), **more)
+    parser = data.Parser(prog="grow.py", description=__doc__)
+    option = parser.option
     parser.add_argument("source", metavar="SRC", help="run directory, Hugging Face directory or hub name")
     parser.add_argument("target", metavar="DST", help="directory to write")
     option("--to", None, "take width, heads, layers, d_ff and vocabulary from this preset", choices=models.PRESETS, metavar="PRESET")
@@ -524,7 +509,7 @@ def run(args) -> None:
     before, after, worst, largest = compare(source, grown, rows)
     print(f"check    {where}: loss {before:.4f} -> {after:.4f}; largest logit difference {worst:.2g} (logits up to {largest:.3g})")
     if args.method == "exact" and not reasons and not sixteen and not worst <= 1e-3 * max(1.0, largest):
-        fail("the grown model does not compute the source's function, so nothing was written; this is a bug, please report it with the command", 1)
+        data.fail("the grown model does not compute the source's function, so nothing was written; this is a bug, please report it with the command", 1)
     models.save(grown, tokenizer, args.target)
     if os.path.exists(os.path.join(args.source, "state.pt")):
         print("note     the optimizer's state (state.pt) is dropped: training goes on as a new run, whose warmup builds it up again")
@@ -532,18 +517,13 @@ def run(args) -> None:
           + (f" --context {args.context}" if args.context else ""))
 
 
+@data.command("interrupted; nothing was written")
 def main(arguments=None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = options(arguments)
     try:
         run(args)
-    except KeyboardInterrupt:
-        print("\ngrow.py: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory ({str(error).splitlines()[0]}); give --device cpu, or --dtype bf16")
-    except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        data.fail(f"out of memory ({str(error).splitlines()[0]}); give --device cpu, or --dtype bf16")
 
 
 if __name__ == "__main__":

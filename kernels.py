@@ -7,9 +7,16 @@ a head, V tokens. Softmax, norms and losses are computed in float32 whatever the
 from __future__ import annotations  # so that annotations name tl.constexpr where Triton is missing too
 
 import argparse
+import contextlib
+import ctypes
+import functools
+import glob
+import hashlib
 import math
 import os
+import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -414,7 +421,7 @@ def attention(q, k, v, mask=None, scale=None, causal=False, sparse=None):
     causal: instead of a mask, each query sees the keys up to its own position, the last query being aligned with the last key. For the
     fused kernels the mask is int32 (2, B or 1, S) instead, or None: for each position the first key that its query sees, and one past the last
     query that sees its key (causality comes on top); and sparse says the blocksparse pattern, as in interval_mask.
-    On CPUs PyTorch's own fused attention serves float32 (in bf16 it is three times slower there than plain products).
+    On CPUs PyTorch's own fused attention serves float32 and, without gradients, bf16 (where training is three times slower than plain products).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     T, S, intervals = q.shape[2], k.shape[2], mask is not None and mask.dtype == torch.int32
@@ -428,7 +435,8 @@ def attention(q, k, v, mask=None, scale=None, causal=False, sparse=None):
             return decode_attention(q, k, v, mask[0, :, -1].contiguous() if intervals else None, scale)
     if intervals:
         mask = interval_mask(mask[0, :, S - T:], S, sparse, q.shape[1])
-    if q.device.type not in ("cpu", "cuda") or q.device.type == "cpu" and q.dtype != torch.float32 or causal and mask is None and T != S:
+    if q.device.type not in ("cpu", "cuda") or q.device.type == "cpu" and q.dtype != torch.float32 and torch.is_grad_enabled() \
+            or causal and mask is None and T != S:
         return attention_reference(q, k, v, mask, scale, causal and mask is None)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
@@ -805,34 +813,40 @@ def cross_entropy(hidden, weight, targets, weights=None, bias=None, z_loss: floa
 # ---------------------------------------------------------------- matrix products with quantized weights
 
 def quantize(weight, bits: int, group: int = 64):
-    """weight (N, K), K a multiple of group -> (packed uint8 (N, K · bits / 8), scale (N, K / group), low (N, K / group)) with
-    weight ≈ low + scale · code, code from 0 to 2^bits - 1. Of 4 bits the low half-bytes hold the first half of each group."""
+    """weight (N, K), K a multiple of group -> (packed uint8 (N, K · bits / 8), scale (N, K / group), low (N, K / group), both bf16) with
+    weight ≈ low + scale · code, code from 0 to 2^bits - 1. Of 4 bits the low half-bytes hold the first half of each group, and each group's
+    range is the one, of some narrower than the full one, with the least squared error."""
     N, K = weight.shape
-    if bits not in (4, 8) or K % group or group % 2:
-        raise ValueError(f"{bits} bits in groups of {group} do not fit rows of {K}: give 4 or 8 bits and an even divisor of {K}")
-    x = weight.float().view(N, K // group, group)
-    low, high = x.amin(-1), x.amax(-1)
-    scale = ((high - low) / (2 ** bits - 1)).clamp(min=1e-8).to(weight.dtype)
-    low = low.to(weight.dtype)
-    code = ((x - low[..., None].float()) / scale[..., None].float()).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
+    if bits not in (4, 8) or K % group or group % 8:
+        raise ValueError(f"{bits} bits in groups of {group} do not fit rows of {K}: give 4 or 8 bits and a divisor of {K} that is a multiple of 8")
+    top, best = 2 ** bits - 1, None
+    x = weight.detach().float().view(N, K // group, group)
+    for keep in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7) if bits == 4 else (1.0,):
+        low = (x.amin(-1) * keep).bfloat16()
+        scale = ((x.amax(-1) * keep - low.float()) / top * (1 + 2 ** -8)).clamp(min=1e-30).bfloat16()  # rounded up: the range stays covered
+        code = ((x - low[..., None].float()) / scale[..., None].float()).round_().clamp_(0, top)
+        error = (low[..., None] + scale[..., None] * code - x).square().sum(-1)
+        if best is None:
+            best = [error, scale, low, code]
+        better = error < best[0]
+        for old, new in zip(best, (error, scale, low, code)):
+            old[better] = new[better]
+    _, scale, low, code = best
+    code = code.to(torch.uint8)
     if bits == 4:
         code = code[..., :group // 2] | code[..., group // 2:] << 4
     return code.reshape(N, -1), scale, low
 
 
-def _codes(packed, scale, low):
-    """-> codes (N, K / group, bytes of a group), scale and low in fp32 (N, K / group, 1); bits and group follow from the shapes."""
-    return packed.view(*scale.shape, -1), scale[..., None].float(), low[..., None].float()
+def dequantize(packed, scale, low, bits: int):
+    """What quantize's result stands for: (N, K) in float32."""
+    code = packed.view(*scale.shape, -1)
+    code = torch.cat((code & 15, code >> 4), -1) if bits == 4 else code
+    return (low[..., None].float() + scale[..., None].float() * code).flatten(1)
 
 
-def int8_matmul_reference(x, packed, scale, low):
-    code, scale, low = _codes(packed, scale, low)
-    return x @ (low + scale * code).flatten(1).to(x.dtype).T
-
-
-def int4_matmul_reference(x, packed, scale, low):
-    code, scale, low = _codes(packed, scale, low)
-    return x @ (low + scale * torch.cat((code & 15, code >> 4), -1)).flatten(1).to(x.dtype).T
+def quantized_matmul_reference(x, packed, scale, low, bits: int):
+    return x @ dequantize(packed, scale, low, bits).to(x.dtype).T
 
 
 @jit
@@ -858,26 +872,346 @@ def _quantized(X, PACKED, SCALE, LOW, Y, m, n, k, GROUP: tl.constexpr, BITS: tl.
     tl.store(Y + rows[:, None].to(tl.int64) * n + outs[None, :], acc.to(Y.dtype.element_ty), mask=(rows[:, None] < m) & (outs[None, :] < n))
 
 
-def _quantized_matmul(x, packed, scale, low, bits, reference):
-    if not fused(x.device.type):
-        return reference(x, packed, scale, low)
+def quantized_matmul(x, packed, scale, low, bits: int):
+    """x (..., K) times a weight of quantize(·, bits) -> (..., N): for few rows bits / 8 bytes of memory traffic a weight, plus the scales."""
     flat, (N, groups), K = x.reshape(-1, x.shape[-1]).contiguous(), scale.shape, x.shape[-1]
-    y = x.new_empty(flat.shape[0], N)
-    n = 32
+    if not fused(x.device.type) or len(flat) > 64:  # of many rows the cost is in the products themselves
+        return quantized_matmul_reference(x, packed, scale, low, bits)
+    y, n = x.new_empty(flat.shape[0], N), 32
     _quantized[(triton.cdiv(N, n), triton.cdiv(flat.shape[0], 16))](flat, packed, scale, low, y, flat.shape[0], N, K, GROUP=K // groups, BITS=bits,
                                                                   BLOCK_M=16, BLOCK_N=n, PRECISE=x.dtype == torch.float32, num_warps=2,
                                                                   num_stages=2 * SHORT[architecture()])
     return y.view(*x.shape[:-1], N)
 
 
-def int8_matmul(x, packed, scale, low):
-    """x (..., K) times a weight of quantize(·, 8) -> (..., N): a byte of memory traffic a weight."""
-    return _quantized_matmul(x, packed, scale, low, 8, int8_matmul_reference)
+# ---------------------------------------------------------------- decoding on CPUs
+
+# For a few tokens a CPU's time goes into reading the weights, once they are read at memory speed, and into starting operations. So the whole
+# step through the blocks is one call into C++, and weights are read in order by all threads. Its reference is model.Block.
+NATIVE = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+typedef int64_t ll;
+typedef uint16_t bf16;
+typedef int v16i __attribute__((vector_size(64)));
+typedef float v16f __attribute__((vector_size(64)));
+template <class V> static inline V read(const void* at) { V v; memcpy(&v, at, sizeof(V)); return v; }
+static inline void write(float* at, v16f v) { memcpy(at, &v, sizeof(v)); }
+static inline float wide(float x) { return x; }
+static inline float wide(bf16 x) { return read<float>(&(const uint32_t&)(uint32_t(x) << 16)); }
+static inline void put(float& to, float x) { to = x; }
+static inline void put(bf16& to, float x) { uint32_t u = read<uint32_t>(&x); to = (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+static inline v16f wide16(const bf16* at) {
+    typedef bf16 v16s __attribute__((vector_size(32)));
+    v16i v = __builtin_convertvector(read<v16s>(at), v16i) << 16;
+    return (v16f)v;
+}
+static inline float total16(v16f v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float sum = 0;
+    for (int i = 0; i < 16; i++) sum += v[i];
+    return sum;
+#endif
+}
+static inline v16f exp16(v16f x) {  // of x <= 0, to 3e-7 of itself
+    v16f t = x * 1.44269504f;
+    t = t < -126.f ? t * 0 - 126.f : t;
+    v16i n = __builtin_convertvector(t - 0.5f, v16i);
+    v16f f = t - __builtin_convertvector(n, v16f);
+    f = 1 + f * (0.69314718f + f * (0.24022651f + f * (0.05550411f + f * (0.00961813f + f * 0.00133336f))));
+    return f * (v16f)(n + 127 << 23);
+}
+static inline v16f wide16(const float* at) { return read<v16f>(at); }
+static inline v16i dot4(v16i sum, v16i codes, const int8_t* x) {  // sum[r] += four unsigned bytes of codes[r] times four signed ones of x
+#ifdef __AVX512VNNI__
+    return (v16i)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(read<int>(x)));
+#else
+    for (int j = 0; j < 4; j++) sum += (codes >> (8 * j) & 255) * int(x[j]);
+    return sum;
+#endif
+}
+
+struct Linear { const void *w; const bf16 *scale, *low; const float* bias; ll n, k, group, kind; };  // kind: bits of a weight
+struct Rows { int8_t* q; float *scale, *sum; };  // of the rows to multiply: codes, and for each group its scale and its sum
+
+static void quantize(const float* x, ll rows, const Linear& l, Rows r) {
+    ll groups = l.k / l.group;
+    #pragma omp for
+    for (ll i = 0; i < rows * groups; i++) {
+        const float* at = x + i * l.group;
+        float top = 1e-20f;
+        int sum = 0;
+        for (ll j = 0; j < l.group; j++) top = std::max(top, std::fabs(at[j]));
+        for (ll j = 0; j < l.group; j++) sum += r.q[i * l.group + j] = (int8_t)std::nearbyint(at[j] * (127 / top));
+        r.scale[i] = top / 127;
+        r.sum[i] = sum * (top / 127);
+    }
+}
+
+template <int BITS, int M> static void tile(const Linear& l, ll t, const Rows& r, ll m0, float* y) {
+    ll groups = l.k / l.group, chunks = l.group * BITS / 32;
+    const uint8_t* w = (const uint8_t*)l.w + t * 16 * l.k * BITS / 8;
+    const int8_t* x = r.q + m0 * l.k;
+    v16f total[M] = {};
+    for (ll g = 0; g < groups; g++) {
+        v16i sum[M] = {};
+        for (ll c = 0; c < chunks; c++, w += 64) {
+            v16i codes = read<v16i>(w);
+            const int8_t* at = x + g * l.group + 4 * c;
+            if (BITS == 8)
+                for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], codes, at + m * l.k);
+            else {
+                v16i first = codes & 0x0f0f0f0f, second = codes >> 4 & 0x0f0f0f0f;
+                for (int m = 0; m < M; m++) sum[m] = dot4(dot4(sum[m], first, at + m * l.k), second, at + m * l.k + l.group / 2);
+            }
+        }
+        v16f scale = wide16(l.scale + (t * groups + g) * 16), low = wide16(l.low + (t * groups + g) * 16);
+        for (int m = 0; m < M; m++) {
+            ll i = (m0 + m) * groups + g;
+            total[m] += __builtin_convertvector(sum[m], v16f) * (scale * r.scale[i]) + low * r.sum[i];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (ll j = 0; j < 16 && t * 16 + j < l.n; j++) y[(m0 + m) * l.n + t * 16 + j] = total[m][j] + (l.bias ? l.bias[t * 16 + j] : 0);
+}
+
+template <class W, int M> static void row(const Linear& l, ll n, const float* x, float* y) {  // one row of weights, M of x
+    const W* w = (const W*)l.w + n * l.k;
+    v16f sum[4][M] = {};
+    ll k = 0;
+    for (; k + 64 <= l.k; k += 64) {
+        __builtin_prefetch(w + k + 2048); __builtin_prefetch(w + k + 2048 + 32);
+        for (int j = 0; j < 4; j++) {
+            v16f a = wide16(w + k + 16 * j);
+            for (int m = 0; m < M; m++) sum[j][m] += a * read<v16f>(x + m * l.k + k + 16 * j);
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        float total = (l.bias ? l.bias[n] : 0) + total16(sum[0][m] + sum[1][m] + (sum[2][m] + sum[3][m]));
+        for (ll i = k; i < l.k; i++) total += wide(w[i]) * x[m * l.k + i];
+        y[m * l.n + n] = total;
+    }
+}
+
+template <class W> static void rows(const Linear& l, const float* x, ll rows, float* y) {
+    #pragma omp for
+    for (ll n = 0; n < l.n; n++) {
+        ll m = 0;
+        for (; m + 4 <= rows; m += 4) row<W, 4>(l, n, x + m * l.k, y + m * l.n);
+        for (; m < rows; m++) row<W, 1>(l, n, x + m * l.k, y + m * l.n);
+    }
+}
+
+template <int BITS> static void tiles(const Linear& l, ll rows, const Rows& r, float* y) {
+    #pragma omp for
+    for (ll t = 0; t < (l.n + 15) / 16; t++) {
+        ll m = 0;
+        for (; m + 12 <= rows; m += 12) tile<BITS, 12>(l, t, r, m, y);
+        for (; m + 4 <= rows; m += 4) tile<BITS, 4>(l, t, r, m, y);
+        for (; m < rows; m++) tile<BITS, 1>(l, t, r, m, y);
+    }
+}
+
+static void product(const Linear& l, const float* x, ll rows, float* y, Rows r) {  // y = x Wᵀ + bias, by all threads of the region
+    if (l.kind <= 8) {
+        quantize(x, rows, l, r);
+        l.kind == 8 ? tiles<8>(l, rows, r, y) : tiles<4>(l, rows, r, y);
+        return;
+    }
+    l.kind == 16 ? ::rows<bf16>(l, x, rows, y) : ::rows<float>(l, x, rows, y);
+}
+
+extern "C" void linear(const Linear* l, const float* x, ll rows, float* y) {
+    ll groups = l->kind <= 8 ? l->k / l->group : 0;
+    std::vector<int8_t> q(groups ? rows * l->k : 0);
+    std::vector<float> scale(rows * groups), sum(rows * groups);
+    #pragma omp parallel if (rows * l->n * l->k > 1 << 19)  // waking a thread takes as long as some 100,000 products
+    product(*l, x, rows, y, Rows{q.data(), scale.data(), sum.data()});
+}
+
+static void norm(float* x, const float* add, const float* weight, const float* bias, ll rows, ll d, float eps, float* y) {  // x += add; y = norm(x)
+    #pragma omp for
+    for (ll r = 0; r < rows; r++) {
+        float *at = x + r * d, sum = 0, square = 0, mean = 0;
+        #pragma omp simd reduction(+:sum)
+        for (ll i = 0; i < d; i++) { at[i] += add ? add[r * d + i] : 0; sum += at[i]; }
+        if (bias) mean = sum / d;
+        #pragma omp simd reduction(+:square)
+        for (ll i = 0; i < d; i++) square += (at[i] - mean) * (at[i] - mean);
+        float scale = 1 / std::sqrt(square / d + eps);
+        for (ll i = 0; i < d; i++) y[r * d + i] = (at[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0);
+    }
+}
+
+struct Layer { Linear qkv, out, gate_up, down; const float *norm, *norm_bias, *mlp_norm, *mlp_norm_bias; void *keys, *values; };
+struct Shape { ll layers, rows, columns, past, d_model, heads, kv_heads, head_dim, rotary, d_ff, activation, cache_bits, row_stride, head_stride; const float *norm, *norm_bias; };
+
+static void rotate(const float* x, float* y, const float* cos, const float* sin, ll dims, ll half, float scale) {
+    for (ll i = 0; i < half; i++) {
+        y[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale;
+        y[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale;
+    }
+    for (ll i = 2 * half; i < dims; i++) y[i] = x[i] * scale;
+}
+
+template <int N, class T> static void mix(const float* p, const T* values, ll begin, ll end, ll stride, float scale, float* y) {  // N * 16 channels
+    v16f sum[N] = {};
+    for (ll t = begin; t < end; t++)
+        for (int j = 0; j < N; j++) sum[j] += p[t] * wide16(values + t * stride + 16 * j);
+    for (int j = 0; j < N; j++) write(y + 16 * j, sum[j] * scale);
+}
+
+template <class T> static void attend(const Shape& s, const Layer& l, const float* qkv, const float* cos, const float* sin, const ll* low, float scale, float* score, float* y) {
+    ll D = s.head_dim, width = (s.heads + 2 * s.kv_heads) * D, tokens = s.rows * s.columns;
+    #pragma omp for
+    for (ll i = 0; i < tokens * s.kv_heads; i++) {  // the new keys and values into the cache
+        ll r = i / s.kv_heads, h = i % s.kv_heads, at = r / s.columns * s.row_stride + h * s.head_stride + (s.past + r % s.columns) * D;
+        const float* x = qkv + r * width + (s.heads + h) * D;
+        float key[1024];
+        rotate(x, key, cos + r * s.rotary, sin + r * s.rotary, D, s.rotary / 2, 1);
+        for (ll d = 0; d < D; d++) { put(((T*)l.keys)[at + d], key[d]); put(((T*)l.values)[at + d], x[s.kv_heads * D + d]); }
+    }
+    #pragma omp for
+    for (ll i = 0; i < tokens * s.heads; i++) {
+        ll r = i / s.heads, h = i % s.heads, at = r / s.columns * s.row_stride + h / (s.heads / s.kv_heads) * s.head_stride, end = s.past + r % s.columns + 1;
+        const T *keys = (const T*)l.keys + at, *values = (const T*)l.values + at;
+        float q[1024], top = -1e30f, total = 0;
+        rotate(qkv + r * width + h * D, q, cos + r * s.rotary, sin + r * s.rotary, D, s.rotary / 2, scale);
+        for (ll t = low[r]; t < end; t++) {
+            v16f sum = {};
+            ll d = 0;
+            for (; d + 16 <= D; d += 16) sum += read<v16f>(q + d) * wide16(keys + t * D + d);
+            score[t] = total16(sum);
+            for (; d < D; d++) score[t] += q[d] * wide(keys[t * D + d]);
+            top = std::max(top, score[t]);
+        }
+        v16f sums = {};
+        std::fill(score + end, score + end + 16, -1e30f);
+        for (ll t = low[r]; t < end; t += 16) {
+            v16f p = exp16(read<v16f>(score + t) - top);
+            write(score + t, p);
+            sums += p;
+        }
+        total = total16(sums);
+        float* to = y + (r * s.heads + h) * D;
+        ll d = 0;
+        for (; d + 64 <= D; d += 64) mix<4>(score, values + d, low[r], end, D, 1 / total, to + d);
+        for (; d + 16 <= D; d += 16) mix<1>(score, values + d, low[r], end, D, 1 / total, to + d);
+        for (; d < D; d++) {
+            float sum = 0;
+            for (ll t = low[r]; t < end; t++) sum += score[t] * wide(values[t * D + d]);
+            to[d] = sum / total;
+        }
+    }
+}
+
+static inline v16f activate(ll kind, v16f gate, v16f up) {  // all are gate times a sigmoid times up
+    v16f z = gate;
+    if (kind == 2) {
+        gate = gate > 20.f ? gate * 0 + 20.f : gate;
+        up = up > 20.f ? up * 0 + 20.f : up < -20.f ? up * 0 - 20.f : up;
+        up += 1;
+        z = 1.702f * gate;
+    } else if (kind)  // the tanh form of gelu
+        z = 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate);
+    v16f e = exp16(z > 0.f ? -z : z);
+    return gate * up * (z > 0.f ? 1 / (1 + e) : e / (1 + e));
+}
+
+// x (rows * columns, d_model), replaced by the final normed states; cos and sin (rows * columns, rotary); low: the first column that each sees.
+extern "C" void step(const Layer* layers, const Shape* shape, float* x, const float* cos, const float* sin, const ll* low, float eps, float scale) {
+    const Shape& s = *shape;
+    ll n = s.rows * s.columns, wide_ = s.heads * s.head_dim, ff = s.d_ff, most = std::max(s.d_model, std::max(wide_, ff)), up = s.activation == 3 ? ff : 2 * ff;
+    std::vector<float> h(n * s.d_model), qkv(n * (s.heads + 2 * s.kv_heads) * s.head_dim), y(n * std::max(wide_, ff)), gate(n * up), add(n * s.d_model);
+    std::vector<int8_t> q(n * most);
+    std::vector<float> scales(n * most / 8), sums(n * most / 8);  // groups are of at least 8
+    Rows r{q.data(), scales.data(), sums.data()};
+    #pragma omp parallel if (n * s.d_model * s.d_ff > 1 << 19)
+    {
+        std::vector<float> score(s.past + s.columns + 16);
+        for (ll i = 0; i < s.layers; i++) {
+            const Layer& l = layers[i];
+            norm(x, i ? add.data() : nullptr, l.norm, l.norm_bias, n, s.d_model, eps, h.data());
+            product(l.qkv, h.data(), n, qkv.data(), r);
+            if (s.cache_bits == 16) attend<bf16>(s, l, qkv.data(), cos, sin, low, scale, score.data(), y.data());
+            else attend<float>(s, l, qkv.data(), cos, sin, low, scale, score.data(), y.data());
+            product(l.out, y.data(), n, add.data(), r);
+            norm(x, add.data(), l.mlp_norm ? l.mlp_norm : l.norm, l.mlp_norm ? l.mlp_norm_bias : l.norm_bias, n, s.d_model, eps, l.mlp_norm ? h.data() : y.data());
+            product(l.gate_up, h.data(), n, gate.data(), r);
+            #pragma omp for
+            for (ll j = 0; j < n * ((ff + 15) / 16); j++) {
+                ll row = j / ((ff + 15) / 16), c = j % ((ff + 15) / 16) * 16, count = 4 * std::min(ll(16), ff - c);
+                v16f a = {}, b = a + 1;
+                memcpy(&a, &gate[row * up + c], count);
+                if (up > ff) memcpy(&b, &gate[row * up + ff + c], count);
+                a = activate(s.activation, a, b);
+                memcpy(&y[row * ff + c], &a, count);
+            }
+            product(l.down, y.data(), n, add.data(), r);
+        }
+        norm(x, add.data(), s.norm, s.norm_bias, n, s.d_model, eps, x);
+    }
+}
+"""
 
 
-def int4_matmul(x, packed, scale, low):
-    """x (..., K) times a weight of quantize(·, 4) -> (..., N): half a byte of memory traffic a weight."""
-    return _quantized_matmul(x, packed, scale, low, 4, int4_matmul_reference)
+@functools.cache
+def native():
+    """NATIVE compiled by this machine's C++ compiler for this very processor, once and kept in the cache; None where that cannot be done."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler or INTERPRETED or os.environ.get("MINPHI_NATIVE") == "no":
+        return None
+    processor = platform.processor()
+    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as file:
+        processor = re.search("flags.*", file.read())[0]
+    folder = os.environ.get("MINPHI_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minphi")
+    openmp = glob.glob(os.path.join(torch.__path__[0], "lib", "libgomp*"))  # torch's own, since two pools of threads would fight for the cores
+    command = [compiler, "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+               "-fassociative-math", "-fno-signed-zeros", "-x", "c++", "-", "-x", "none", "-Wl,--as-needed", *openmp]
+    name = hashlib.sha256(repr((NATIVE, command, processor)).encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"native-{name}.so")
+    try:
+        if not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            aside = f"{path}.{os.getpid()}.tmp"
+            subprocess.run([*command, "-o", aside], input=NATIVE, text=True, check=True, capture_output=True)
+            os.replace(aside, path)
+        return ctypes.CDLL(path)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"kernels.py: decoding goes without its C++ step ({str(getattr(error, 'stderr', '') or error).strip().splitlines()[0]})", file=sys.stderr)
+        return None
+
+
+def tiled(x, width: int = 1):
+    """Rows (N, C · width) in the order that NATIVE reads them in: 16 rows side by side, `width` of each at a time; N is filled up to whole tiles."""
+    rows = F.pad(x, (0, 0, 0, -len(x) % 16))
+    return rows.view(-1, 16, rows.shape[1] // width, width).transpose(1, 2).contiguous()
+
+
+def untiled(x, rows: int):
+    return x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])[:rows]
+
+
+def native_linear(x, layer):
+    """x (..., K) -> (..., N) in x's type by the C++ product; layer.pointers as model.Linear has it."""
+    kept, flat = [], x.reshape(-1, x.shape[-1]).float().contiguous()
+    described = torch.tensor(layer.pointers(kept))
+    y = torch.empty(len(flat), int(described[4]))
+    native().linear(ctypes.c_void_p(described.data_ptr()), ctypes.c_void_p(flat.data_ptr()), ctypes.c_int64(len(flat)), ctypes.c_void_p(y.data_ptr()))
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def native_step(layers, shape, x, cos, sin, low, eps: float, scale: float) -> None:
+    """NATIVE's step, on CPU tensors; x is overwritten by the result."""
+    native().step(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (layers, shape, x, cos, sin, low)), ctypes.c_float(eps), ctypes.c_float(scale))
 
 
 # ---------------------------------------------------------------- what the compiler makes of them
@@ -1060,9 +1394,9 @@ def bench(repeats: int) -> None:
         lambda: F.cross_entropy(F.linear(hidden, head).flatten(0, 1), targets.flatten(), reduction="sum").backward(), 6 * N * d * V, "TFLOP/s")
     with torch.no_grad():
         one, matrix = tensor(1, d), tensor(ff, d)
-        for bits, ours in ((8, int8_matmul), (4, int4_matmul)):
+        for bits in (8, 4):
             packed = quantize(matrix, bits)
-            row(f"int{bits}_matmul, 1 x {d} x {ff}", lambda: ours(one, *packed), "bf16 F.linear", lambda: F.linear(one, matrix),
+            row(f"quantized_matmul, int{bits}, 1 x {d} x {ff}", lambda: quantized_matmul(one, *packed, bits), "bf16 F.linear", lambda: F.linear(one, matrix),
                 d * ff * bits // 8 + 4 * d * ff // 64, "GB/s")
 
 

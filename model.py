@@ -183,6 +183,7 @@ PHI_3_SMALL = Config(vocab_size=100352, context=8192, n_layer=32, d_model=4096, 
 # The 128k shapes stand here with plain rotary positions: the factors of the released models come with their checkpoints, and
 # grow.py finds new ones.
 PRESETS = {
+    "374m": Config(vocab_size=32064, context=2048, n_layer=24, d_model=1024, n_head=16, n_kv_head=16, d_ff=2816),  # to time decoding with
     "laptop": Config(vocab_size=1024, context=512, n_layer=5, d_model=128, n_head=4, n_kv_head=2, d_ff=384),
     "baby": Config(vocab_size=65, context=256, n_layer=6, d_model=384, n_head=6, n_kv_head=6, d_ff=1024),
     "phi-1-small": _phi(20, 1024, 64),
@@ -219,10 +220,78 @@ class Norm(nn.Module):
             return kernels.layer_norm(x, self.weight, self.bias, self.eps, add)
         return kernels.rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps, add)
 
+    def pointers(self, kept: list) -> list[int]:
+        return [_float_pointer(self.weight + self.offset, kept), _float_pointer(self.bias, kept)]
+
 
 class Linear(nn.Linear):
     def reset_parameters(self):
         """Model draws all weights; drawing them here as well would be work done twice."""
+
+    def pointers(self, kept: list) -> list[int]:
+        """What kernels.NATIVE's struct Linear holds; what it points to and nobody else owns goes into `kept`."""
+        return [self.weight.data_ptr(), 0, 0, _float_pointer(self.bias, kept), *self.weight.shape, 0, 8 * self.weight.itemsize]
+
+
+class Quantized(nn.Module):
+    """A linear layer, or an embedding, with weights of 4 or 8 bits (kernels.quantize) whose scales `group` weights of a row share. On CPUs with a
+    C++ compiler they lie tiled, as kernels.NATIVE reads them."""
+
+    def __init__(self, rows: int, width: int, bits: int, group: int, bias=None):
+        super().__init__()
+        self.rows, self.width, self.bits, self.group, self.bias, self.is_tiled = rows, width, bits, group, bias, False
+        self.register_buffer("packed", torch.empty(rows, width * bits // 8, dtype=torch.uint8))
+        for name in ("scale", "low"):
+            self.register_buffer(name, torch.empty(rows, width // group, dtype=torch.bfloat16))
+
+    def tile(self, on: bool) -> None:
+        if self.is_tiled != on:
+            for name, width in (("packed", 4), ("scale", 1), ("low", 1)):
+                setattr(self, name, kernels.tiled(getattr(self, name), width) if on else kernels.untiled(getattr(self, name), self.rows))
+            self.is_tiled = on
+
+    def pointers(self, kept: list) -> list[int]:
+        self.tile(True)
+        return [self.packed.data_ptr(), self.scale.data_ptr(), self.low.data_ptr(), _float_pointer(self.bias, kept), self.rows, self.width, self.group, self.bits]
+
+    def embed(self, tokens):
+        """The rows of these tokens, float32."""
+        parts = [part[tokens // 16, :, tokens % 16].flatten(-2) if self.is_tiled else part[tokens] for part in (self.packed, self.scale, self.low)]
+        return kernels.dequantize(*(part.flatten(0, -2) for part in parts), self.bits).view(*tokens.shape, self.width)
+
+    def forward(self, x):
+        if x.device.type == "cpu" and kernels.native():
+            return kernels.native_linear(x, self)
+        self.tile(False)
+        y = kernels.quantized_matmul(x, self.packed, self.scale, self.low, self.bits)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def quantize(model: "Model", bits: int) -> "Model":
+    """Hold the matrices of the blocks in 4 or 8 bits and the output layer (a tied embedding with it) in 8, in place; biases, norms and a
+    separate embedding stay as they are. Groups of 64 weights share a scale, or of the largest power of two that divides the row."""
+    if bits not in (4, 8):
+        raise ValueError(f"weights have 4 or 8 bits, not {bits}")
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        raise ValueError("this model is quantized already: start from the original weights")
+    for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]:
+        group = math.gcd(module.in_features, 64)
+        if group % 8 == 0 and not (name == "head" and model.config.tied and module.bias is not None):  # an embedding has no bias
+            small = Quantized(module.out_features, module.in_features, 8 if name == "head" else bits, group, module.bias)
+            if not module.weight.is_meta:
+                small.packed, small.scale, small.low = kernels.quantize(module.weight, small.bits, group)
+            model.set_submodule(name, small)
+    if model.config.tied and isinstance(model.head, Quantized):
+        model.embed = model.head
+    return model.eval()
+
+
+def _float_pointer(tensor, kept: list) -> int:
+    if tensor is None:
+        return 0
+    kept.append(tensor.detach().float().contiguous())
+    return kept[-1].data_ptr()
 
 
 class Block(nn.Module):
@@ -273,7 +342,7 @@ class Cache:
                    for _ in range(config.n_layer)], torch.tensor(starts, device=device), 0)
 
     def _set(self, layers, starts, length: int) -> None:
-        self.layers, self.starts, self.length, self.padded = layers, starts, length, bool(starts.any())
+        self.layers, self.starts, self.length, self.padded, self.plan = layers, starts, length, bool(starts.any()), None
 
     def part(self, begin: int, end: int) -> "Cache":
         """An empty cache for rows begin to end that shares this one's memory."""
@@ -289,8 +358,20 @@ class Cache:
         self._set([(k[index, :, unused:], v[index, :, unused:]) for k, v in self.layers], starts - unused, self.length - unused)
 
 
+def exit_points(n, most: int, least: int, over: int):
+    """SkipDecode's (arXiv 2307.02628): how many layers the n-th generated token runs, falling linearly from most to least over `over` tokens."""
+    return torch.as_tensor(most - (most - least) * n / over).round().clamp(least, most).long()
+
+
+def layers_run(n_layer: int, count: int | None) -> list[int]:
+    """The first layer and the last count - 1: so what a later, smaller count runs has run for every earlier token."""
+    return [*range(n_layer)] if count is None else [0, *range(n_layer - count + 1, n_layer)]
+
+
 class Model(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab_size) float32."""
+    skip: tuple[int, int, int] | None = None    # (most, least, over) as in exit_points: finetune for SkipDecode with them
+    speculated: tuple[int, int] = (0, 0)        # proposals accepted and made in the last call of generate
 
     def __init__(self, config: Config):
         super().__init__()
@@ -348,13 +429,14 @@ class Model(nn.Module):
             return mask, mask
         return mask, kernels.interval_mask(low[:, past:], end, sparse, config.n_head, starts)
 
-    def hidden(self, tokens, documents=None, cache: Cache | None = None):
-        """Final normed states (B, T, d_model)."""
+    def hidden(self, tokens, documents=None, cache: Cache | None = None, skip=None):
+        """Final normed states (B, T, d_model). skip: how many layers run, one number, or with gradients (B, T) of each token's own."""
         config, device, past = self.config, tokens.device, 0 if cache is None else cache.length
         end, starts = past + tokens.shape[1], cache.starts if cache is not None and cache.padded else None
         if end > config.context and starts is None:
             raise ValueError(f"{end} tokens do not fit the context of {config.context}")
-        x = self.embed(tokens)                                                     # (B, T) -> (B, T, d_model)
+        embed = self.embed  # (B, T) -> (B, T, d_model)
+        x = embed(tokens) if isinstance(embed, nn.Embedding) else embed.embed(tokens).to(self.norm.weight.dtype)
         if torch.is_autocast_enabled(device.type):
             x = x.to(torch.get_autocast_dtype(device.type))
         scale = config.d_model ** 0.5 if config.family == "gemma" else config.embedding_scale
@@ -362,7 +444,7 @@ class Model(nn.Module):
         original = config.original_context or config.context
         cos, sin = self.rotary(end, end > original, device)
         if starts is None:
-            cos, sin = cos[past:end], sin[past:end]                                # (T, D)
+            cos, sin = cos[past:end], sin[past:end]                                # (T, R)
         else:
             positions = (torch.arange(past, end, device=device) - starts[:, None]).clamp(min=0)               # (B, T)
             if end > original:  # each row by its own length
@@ -370,47 +452,100 @@ class Model(nn.Module):
                 cos, sin = (torch.where(long, a[positions], b[positions]) for a, b in zip((cos, sin), self.rotary(end, False, device)))
             else:
                 cos, sin = cos[positions], sin[positions]
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                          # (B, 1, T, D)
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                          # (B, 1, T, R)
+        if cache is not None and tokens.numel() <= (16 if isinstance(self.layers[0].down, Quantized) else 4) and self.steps_natively(x, end):
+            x = self.step(x, cos, sin, cache, layers_run(config.n_layer, skip))
+            cache.length += tokens.shape[1]
+            return x / config.logit_divisor if config.logit_divisor != 1 else x
         masks = self.masks(past, end, device, documents, starts)
         if cache is None:
-            for block in self.layers:
-                x = block(x, cos, sin, masks[block.sparse is not None])
+            for i, block in enumerate(self.layers):
+                y = block(x, cos, sin, masks[block.sparse is not None])
+                x = y if skip is None or i == 0 else torch.where((skip > config.n_layer - i)[..., None], y, x)
         else:
-            for block, (keys, values) in zip(self.layers, cache.layers):  # block.forward: one compiled for training would recompile
+            for i in layers_run(config.n_layer, skip):  # block.forward: one compiled for training would recompile
+                block, (keys, values) = self.layers[i], cache.layers[i]
                 x = block.forward(x, cos, sin, masks[block.sparse is not None], (keys, values, past))
             cache.length += tokens.shape[1]
         x = self.norm(x)
         return x / config.logit_divisor if config.logit_divisor != 1 else x
 
+    def steps_natively(self, x, end: int) -> bool:
+        """Whether kernels.NATIVE serves: a few tokens on a CPU, without gradients, in float32 or bf16, no layer sparse yet."""
+        config = self.config
+        return (x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16) and config.head_dim <= 1024
+                and (config.dense_every == 1 or end <= config.sparse_block * config.sparse_local) and kernels.native() is not None)
+
+    def step(self, x, cos, sin, cache: Cache, run):
+        """The blocks and the final norm in one call: x (B, T, d_model), cos and sin as in kernels.rotary -> final normed states."""
+        config, (B, T, width), past = self.config, x.shape, cache.length
+        if cache.plan is None:
+            kept, rows = [], []
+            for block in self.layers:
+                parallel = block.mlp_norm is None
+                rows.append([*(n for linear in (block.qkv, block.out, block.gate_up, block.down) for n in linear.pointers(kept)), *block.attention_norm.pointers(kept),
+                             *((0, 0) if parallel else block.mlp_norm.pointers(kept)), 0, 0])
+            shape = [len(rows), B, T, past, width, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dims, config.d_ff,
+                     ("swiglu", "geglu", "geglu_clamped", "gelu").index(config.form.activation), 8 * cache.layers[0][0].itemsize, 0, 0, *self.norm.pointers(kept)]
+            cache.plan = torch.tensor(rows), torch.tensor(shape), kept
+        layers, shape, _ = cache.plan
+        layers[:, -2:] = torch.tensor([[keys.data_ptr(), values.data_ptr()] for keys, values in cache.layers])
+        layers = layers if len(run) == len(layers) else layers[run]
+        shape[:4], shape[12:14] = torch.tensor([len(run), B, T, past]), torch.tensor(cache.layers[0][0].stride()[:2])
+        end = torch.arange(past, past + T)
+        low = torch.maximum(cache.starts[:, None], end - config.window + 1 if config.window else end * 0).clamp(min=0)
+        low = torch.minimum(low, end).contiguous()                                 # (B, T); padding sees itself
+        cos, sin = (table.float().expand(B, 1, T, -1).contiguous() for table in (cos, sin))
+        y = x.float().contiguous() if x.dtype != torch.float32 else x.clone()
+        block = self.layers[0]
+        kernels.native_step(layers, shape, y, cos, sin, low, config.norm_eps, block.scale)
+        return y.to(x.dtype)
+
     def logits(self, x):
         """Final states (..., d_model) -> (..., vocab_size) float32."""
-        logits = self.head(x).float()
+        few = x.numel() <= 16 * self.config.d_model and self.steps_natively(x, 0)
+        logits = kernels.native_linear(x.float(), self.head) if few else self.head(x).float()
         return logits.index_fill(-1, torch.tensor(self.config.dummy_tokens, device=x.device), -math.inf) if self.config.dummy_tokens else logits
 
-    def forward(self, tokens, documents=None, targets=None, weights=None, cache: Cache | None = None):
+    def forward(self, tokens, documents=None, targets=None, weights=None, cache: Cache | None = None, skip=None):
         """Logits (B, T, V) float32, or with targets (B, T; -1 for none) the loss: (sum in nats, sum of weights).
 
         documents (B, T) int: tokens of different documents in a row do not see each other; weights (B, T): of each target.
+        skip: as in hidden; where self.skip is set and targets are given, follows from it, the heaviest targets being what is generated.
         """
-        x = self.hidden(tokens, documents, cache)
+        if skip is None and self.skip and targets is not None:
+            fresh = (targets >= 0 if weights is None else weights > 0.5 * weights.amax().clamp(min=1e-9))[:, :-1]
+            fresh = F.pad(fresh, (1, 0)) if documents is None else F.pad(fresh & (documents[:, 1:] == documents[:, :-1]), (1, 0))
+            count = fresh.cumsum(1)  # of generated tokens in the row; less those of earlier documents:
+            first = torch.ones_like(fresh) if documents is None else F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            before = torch.where(first, count - fresh.long(), 0).cummax(1).values if documents is not None else 0
+            skip = exit_points(torch.where(fresh, count - before - 1, 0), *self.skip)
+        x = self.hidden(tokens, documents, cache, skip)
         return self.logits(x) if targets is None else kernels.cross_entropy(x, self.head.weight, targets, weights, self.head.bias)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 stop=None, seed: int | None = None, stream=None) -> list[list[int]]:
+                 stop=None, seed: int | None = None, stream=None, draft: "Model | None" = None, lookup: int = 0, skip=None) -> list[list[int]]:
         """The new tokens of each prompt, up to and including one of `stop` (an id or several), max_new_tokens, or the context's end.
 
         temperature 0 takes the likeliest token; otherwise top_k > 0 draws from that many likeliest, top_p < 1 from the fewest that
         hold that much probability. stream(row, token) is called for each new token and ends its row by returning True. Prompts may
         differ in length; rows that have ended leave the batch.
+
+        draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words before; both one row
+        after another, with this model's distribution (_speculate). skip: SkipDecode's (most, least[, over = max_new_tokens]) as in exit_points.
         """
-        config, context, device = self.config, self.config.context, self.embed.weight.device
+        config, context, device, dtype = self.config, self.config.context, self.norm.weight.device, self.norm.weight.dtype
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         for row, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= context:
                 raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs at least one and the context holds {context}")
             if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
                 raise ValueError(f"prompt {row} has a token outside the vocabulary of {config.vocab_size}; was it made with another tokenizer?")
+        if draft is not None and draft.config.vocab_size != config.vocab_size:
+            raise ValueError(f"the draft's vocabulary has {draft.config.vocab_size} tokens and the model's {config.vocab_size}: take a draft with its tokenizer")
+        if skip and not (len(skip) in (2, 3) and 2 <= skip[1] <= skip[0] <= config.n_layer and skip[-1] > 0) or skip and (draft or lookup):
+            raise ValueError(f"skip {':'.join(map(str, skip))} must be MAX:MIN[:TOKENS] layers with 2 <= MIN <= MAX <= {config.n_layer}, without draft or lookup")
         stop = frozenset() if stop is None else frozenset([stop] if isinstance(stop, int) else stop)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         outputs = [[] for _ in prompts]
@@ -418,16 +553,22 @@ class Model(nn.Module):
         rows = [row for row, limit in enumerate(limits) if limit > 0]  # the prompt that each row of the batch continues
         if not rows:
             return outputs
+        if draft is not None or lookup:
+            self.speculated = (0, 0)
+            for row in rows:
+                outputs[row] = self._speculate(row, prompts[row], limits[row], (temperature, top_k, top_p), stop, generator, stream, draft, lookup or 5)
+            return outputs
+        most, least, over = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
         width = max(len(prompts[row]) for row in rows)
-        cache = Cache(config, [width - len(prompts[row]) for row in rows], width + max(limits), device, self.embed.weight.dtype)
+        cache = Cache(config, [width - len(prompts[row]) for row in rows], width + max(limits), device, dtype)
 
         def fill(begin, end, width):  # the whole texts so far of these slots, padded to width -> their last states
             texts = [prompts[row] + outputs[row] for row in rows[begin:end]]
             tokens = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=device)
-            return self.hidden(tokens, cache=cache.part(begin, end))[:, -1:]
+            return self.hidden(tokens, cache=cache.part(begin, end), skip=most)[:, -1:]
         few = max(1, 4096 // width)  # the prompts' scores and activations, not the cache, would take the most memory
         x = torch.cat([fill(i, i + few, width) for i in range(0, len(rows), few)])
-        cache.length, done = width, set()
+        cache.length, done, run, number = width, set(), most, 0
         while True:
             chosen = sample(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
             for row, token in zip(rows, chosen.tolist()):
@@ -443,10 +584,63 @@ class Model(nn.Module):
             if len(slots) <= 7 * len(rows) // 8:  # dropping rows copies the cache, so they leave in groups
                 cache.keep(slots)
                 rows, chosen = [rows[slot] for slot in slots], chosen[slots]
-            x = self.hidden(chosen[:, None], cache=cache)                          # (B,) -> (B, 1) -> (B, 1, d_model)
+            if skip:
+                before, run, number = run, int(exit_points(number, most, least, over)), number + 1
+                assert {*layers_run(config.n_layer, run)} <= {*layers_run(config.n_layer, before)}  # so no earlier key or value is missing
+            x = self.hidden(chosen[:, None], cache=cache, skip=run)                # (B,) -> (B, 1) -> (B, 1, d_model)
             for slot, row in enumerate(rows):
                 if config.original_context and len(prompts[row]) + len(outputs[row]) == config.original_context + 1 and row not in done:
                     x[slot:slot + 1] = fill(slot, slot + 1, cache.length)  # from here on the long factors hold, for the older keys too
+
+    def _speculate(self, row, prompt, limit, filters, stop, generator, stream, draft, most) -> list[int]:
+        """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): up to `most` tokens are proposed and read at once; each is kept
+        with probability min(1, p / q), p being this model's distribution and q the proposer's, and the first refused one is drawn anew from
+        max(0, p - q): so what comes out is distributed as p. Proposals are the draft's, or for q = 1 what followed the last two tokens before."""
+        text, followed, looked, device = [*prompt], {}, 2, self.norm.weight.device
+        models = (self,) if draft is None else (self, draft)
+        caches = [Cache(model.config, [0], min(len(prompt) + limit + most, model.config.context), device, model.norm.weight.dtype) for model in models]
+
+        def read(i, tokens, last):  # -> the distributions after the last tokens of a text
+            config, cache = models[i].config, caches[i]
+            if config.original_context and cache.length <= config.original_context < len(tokens):
+                cache.length = 0  # from here on the long factors hold, for the older keys too
+            x = models[i].hidden(torch.tensor([tokens[cache.length:]], device=device), cache=cache)
+            return distribution(models[i].logits(x[0, -last:]), *filters)
+
+        def draw(probabilities):
+            return int(torch.multinomial(probabilities, 1, generator=generator))
+        while True:
+            count = min(most, limit - (len(text) - len(prompt)) - 1, *(model.config.context - len(text) - 1 for model in models))
+            for original in (model.config.original_context for model in models):  # no round crosses it
+                count = min(count, original - len(text)) if original and len(text) <= original else count
+            proposals, q = [], []
+            if draft is None:
+                followed |= {(text[at - 2], text[at - 1]): at for at in range(looked, len(text))}  # each pair of tokens: what followed it last
+                looked, at = max(2, len(text)), followed.get(tuple(text[-2:]), len(text))
+                proposals = text[at:at + max(count, 0)]
+            elif count > 0:
+                for _ in range(count):
+                    q.append(read(1, text + proposals, 1)[0])
+                    proposals.append(draw(q[-1]))
+            p = read(0, text + proposals, len(proposals) + 1)
+            kept, chances = 0, torch.rand(len(proposals), generator=generator, device=device).tolist()
+            for token, chance in zip(proposals, chances):
+                if chance * (float(q[kept][token]) if q else 1.0) >= float(p[kept][token]):
+                    break
+                kept += 1
+            rest = p[kept]
+            if kept < len(proposals):
+                rest = (rest - q[kept]).clamp(min=0) if q else rest.index_fill(0, torch.tensor(proposals[kept], device=device), 0.0)
+                rest = rest if rest.sum() > 0 else p[kept]
+            new = [*proposals[:kept], draw(rest)]
+            self.speculated = self.speculated[0] + kept, self.speculated[1] + len(proposals)
+            for cache in caches:
+                cache.length = min(cache.length, len(text) + kept)
+            for token in new:
+                text.append(token)
+                ended = stream is not None and stream(row, token)
+                if ended or token in stop or len(text) == len(prompt) + limit:
+                    return text[len(prompt):]
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
@@ -457,10 +651,10 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
             raise ValueError(f"{name} must be {wanted}, not {value}")
 
 
-def sample(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator=None):
-    """(B, V) logits -> (B,) token ids."""
+def distribution(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0):
+    """(B, V) logits -> the probabilities (B, V) that tokens are drawn with; for temperature 0 the likeliest token's is 1."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
@@ -469,7 +663,14 @@ def sample(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         ordered, index = probabilities.sort(-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)    # (B, 1) -> (B,)
+    return probabilities / probabilities.sum(-1, keepdim=True) if top_p < 1 else probabilities
+
+
+def sample(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator=None):
+    """(B, V) logits -> (B,) token ids."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator).squeeze(-1)    # (B, 1) -> (B,)
 
 
 def default_device() -> str:
@@ -1045,7 +1246,7 @@ def to_hf(model: Model) -> dict[str, torch.Tensor]:
     """The model's weights under the names and in the order of its family's files."""
     config, tensors = model.config, {}
     for name, tensor in model.state_dict().items():
-        if not (config.tied and name == "head.weight"):
+        if not (config.tied and name.startswith("head.") and name != "head.bias"):
             names = hf_names(config, name)
             tensors |= zip(names, _parts(config, _rearrange(config, name, tensor, back=True), len(names)))
     return tensors
@@ -1067,12 +1268,17 @@ def save(model: Model, tokenizer: Tokenizer | None, path: str) -> None:
             rope |= {"short_mscale": config.rope_scale(False), "long_mscale": config.rope_scale(True)}
         elif config.long_scale is not None:
             rope["attention_factor"] = config.long_scale
+    quantized = [module for module in model.modules() if isinstance(module, Quantized)]
+    for module in quantized:
+        module.tile(False)
+    bits = min((module.bits for module in quantized), default=0)
+    quantization = {"quantization_config": {"quant_method": "minphi", "bits": bits}} if bits else {}  # so that nobody takes it for plain weights
     _write_json(os.path.join(path, "config.json"), {
         "architectures": [config.form.architecture], "model_type": config.family, **config.form.constants,
         **{theirs: getattr(config, ours) for ours, theirs in {**FIELDS, **config.form.fields}.items()},
         "original_max_position_embeddings": config.original_context or config.context, "rope_scaling": rope or None,
         "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02, "use_cache": True, **ids,
-        "head_dim": config.head_dim, "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")})
+        "head_dim": config.head_dim, "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."), **quantization})
     write_safetensors(os.path.join(path, "model.safetensors"), to_hf(model))
 
 
@@ -1131,6 +1337,14 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
         model = Model(config)
     if config.tied:
         stored.pop(hf_names(config, "head.weight")[0], None)  # a second copy of the embedding
+    with torch.device("meta"):
+        for name, module in [*model.named_modules()]:
+            if isinstance(module, (Linear, nn.Embedding)) and (packed := hf_names(config, f"{name}.packed")[0]) in stored:
+                width = module.weight.shape[1]
+                group = width // stored[packed.replace("packed", "scale")][packed.replace("packed", "scale")].shape[1]
+                model.set_submodule(name, Quantized(len(module.weight), width, 8 * stored[packed][packed].shape[1] // width, group, getattr(module, "bias", None)))
+        if config.tied and isinstance(model.embed, Quantized):
+            model.head = model.embed
     theirs = {name: tensor.shape for name, tensor in to_hf(model).items()}
     wrong = ([f"{name} is missing" for name in theirs if name not in stored] + [f"{name} is not part of the model" for name in stored if name not in theirs]
              + [f"{name} has shape {tuple(stored[name][name].shape)} instead of {tuple(shape)}" for name, shape in theirs.items()
@@ -1139,11 +1353,12 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
         raise ValueError(f"{path} does not hold the model its config.json describes: {'; '.join(wrong[:5])}"
                          + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
     device = device or default_device()
-    embed = hf_names(config, "embed.weight")[0]
-    dtype, weights = dtype or stored[embed][embed].dtype, {}
+    norm = hf_names(config, "norm.weight")[0]
+    dtype, weights = dtype or stored[norm][norm].dtype, {}
     for name, tensor in model.state_dict().items():
-        if not (config.tied and name == "head.weight"):
-            names, weights[name] = hf_names(config, name), torch.empty(tensor.shape, device=device, dtype=dtype)
+        if not (config.tied and name.startswith("head.") and name != "head.bias"):
+            own = tensor.dtype if name.endswith(("packed", "scale", "low")) else dtype  # a quantized layer's parts are what they are
+            names, weights[name] = hf_names(config, name), torch.empty(tensor.shape, device=device, dtype=own)
             for part, rows in zip(names, _parts(config, weights[name], len(names))):
                 source = _rearrange(config, name, stored[part][part])
                 few = max(1, (1 << 24) // max(1, source[0].numel()))  # rows at a time, so that no large tensor is in memory twice
@@ -1152,7 +1367,7 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
                     if isinstance(stored[part], SafeTensors):
                         stored[part].release()
     model.load_state_dict(weights, strict=False, assign=True)
-    if config.tied:
+    if config.tied and isinstance(model.embed, nn.Embedding):
         model.head.weight = model.embed.weight
     model.requires_grad_(True)
     names = {*os.listdir(path)}
@@ -1165,7 +1380,7 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
 # Training tokens and what the sources say of cost, to stand beside what we compute.
 SOURCES = {
     "phi-1": (50e9, ""), "phi-1.5": (150e9, ""), "phi-2": (1.4e12, ""),
-    "phi-3-mini": (3.3e12, "868 tokens/parameter, 7.6 GFLOPs, 7.6 GB, int4 2.4 GB"),
+    "phi-3-mini": (3.3e12, "868 tokens/parameter, 7.6 GFLOPs, 7.6 GB, int4 2.4 GB; 12 tokens/s on a phone, 180 on an A100"),
     "phi-3-small": (4.8e12, ""), "phi-3-medium": (4.8e12, ""),
     "phi-4": (10e12, "700 tokens/parameter"), "phi-4-mini": (5e12, ""),
     "llama-3-8b": (15e12, "1875 tokens/parameter, 16 GFLOPs, 16 GB, int4 5 GB"),
@@ -1213,19 +1428,26 @@ def show(name: str, gpu_gb: float) -> None:
         print(f"needs {math.ceil(states / room)} GPUs of {gpu_gb:g} GB that share weights, gradients and optimizer (train.py --shard)")
 
 
+def transformers_model(config: Config):
+    """(name, transformers' Phi3ForCausalLM of this shape with random weights), or None where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        print("transformers is not installed, so there is nothing to compare with")
+        return None
+    shape = {FIELDS[name]: getattr(config, name) for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "tied")}
+    return f"transformers {transformers.__version__}", transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0))
+
+
 def bench(config: Config, dtype: torch.dtype, rows: int = 16, steps: int = 8) -> None:
-    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' Phi3ForCausalLM where installed."""
+    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' where installed."""
     device = default_device()
     tokens = torch.randint(config.vocab_size, (rows, config.context + 1), device=device)
     ours = Model(config).to(device)
     runs = {"minphi": (ours, lambda: ours(tokens[:, :-1], targets=tokens[:, 1:])[0] / (rows * config.context))}
-    try:
-        import transformers
-        shape = {FIELDS[name]: getattr(config, name) for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "tied")}
-        theirs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0)).to(device)
-        runs[f"transformers {transformers.__version__}"] = theirs, lambda: theirs(tokens[:, :-1], labels=tokens[:, :-1]).loss
-    except ImportError:
-        print("transformers is not installed, so there is nothing to compare with")
+    if peer := transformers_model(config):
+        theirs = peer[1].to(device)
+        runs[peer[0]] = theirs, lambda: theirs(tokens[:, :-1], labels=tokens[:, :-1]).loss
     print(f"{config.parameters():,} parameters, {rows} rows of {config.context} tokens, {str(dtype)[6:]}, {device}; best of {steps} steps")
     for name, (module, loss) in runs.items():
         optimizer, best = torch.optim.AdamW(module.parameters(), fused=True), math.inf
@@ -1239,6 +1461,73 @@ def bench(config: Config, dtype: torch.dtype, rows: int = 16, steps: int = 8) ->
             value.item()
             best = min(best, time.perf_counter() - start)
         print(f"{name:24} {rows * config.context / best:10,.0f} tokens/s")
+
+
+def bandwidth(device) -> float:
+    """Bytes a second that summing 256 MB reads here."""
+    x, best = torch.ones(1 << 26, device=device), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        x.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 4 * len(x) / best
+
+
+def _open_for_bench(path_or_preset: str, device, precision: str) -> Model:
+    """A run, or a preset with random weights made at once in the wanted precision, which is all the memory that they take."""
+    bits = {"bf16": 16, "int8": 8, "int4": 4}[precision]
+    if path_or_preset not in PRESETS:
+        model = load(path_or_preset, device, torch.bfloat16)[0]
+        return quantize(model, bits) if bits < 16 else model
+    with torch.device("meta"):
+        model = Model(PRESETS[path_or_preset]).bfloat16()
+        model = quantize(model, bits) if bits < 16 else model
+    model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        tensor.random_() if tensor.dtype == torch.uint8 else tensor.fill_(1) if "norm" in name else tensor.fill_(-0.03) if name.endswith("low") \
+            else tensor.fill_(0.004) if name.endswith("scale") else tensor.normal_(0, 0.02)
+    return model.eval()
+
+
+def decode_bench(path: str, device=None, precisions=("bf16", "int8", "int4"), batches=(1, 4, 16), prompt: int = 512, new: int = 64) -> None:
+    """Print for a run, or a preset with random weights: tokens a second of prompts and of decoding, latency of a token, memory and the share of
+    this machine's bandwidth that reading the weights and the cache takes, by precision and batch size; and the sources' costs beside it."""
+    device, config = device or default_device(), PRESETS.get(path) or read_config(os.path.join(locate(path), "config.json"))
+    prompt, limit = min(prompt, config.context // 2), bandwidth(device)
+    print(f"{path}: {config.parameters():,} parameters, {device}, {torch.get_num_threads()} threads, {limit / 1e9:.1f} GB/s when reading; prompts of "
+          f"{prompt} tokens, then {new} new ones")
+    print(f"{'precision':22}{'batch':>6}{'weights GB':>11}{'cache GB':>9}{'prompt tok/s':>13}{'decode tok/s':>13}{'p50 ms':>8}{'p95 ms':>8}{'GB/s':>7}{'of limit':>9}")
+
+    def row(name, batch, size, first, steps):
+        steps = sorted(steps)
+        cache, middle = batch * config.cache_bytes() * (prompt + new), steps[len(steps) // 2]
+        moved = (size + cache) * len(steps) / sum(steps)
+        print(f"{name:22}{batch:6}{size / 1e9:11.2f}{cache / 1e9:9.2f}{batch * prompt / first:13,.0f}{batch * len(steps) / sum(steps):13,.1f}{1e3 * middle:8.2f}"
+              f"{1e3 * steps[int(0.95 * len(steps))]:8.2f}{moved / 1e9:7.1f}{moved / limit:9.0%}", flush=True)
+
+    def measure(name, batch, size, generate):
+        for warm in (True, False):
+            times, tokens = [time.perf_counter()], torch.randint(config.vocab_size, (batch, 32 if warm else prompt)).tolist()
+            generate(tokens, 2 if warm else new, lambda row, token: times.append(time.perf_counter()) if row == batch - 1 else None)
+        row(name, batch, size, times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:])])
+    for precision in precisions:
+        model = _open_for_bench(path, device, precision)
+        size = sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if not name.startswith("embed.") or config.tied and "head" not in name)
+        for batch in batches:
+            measure(precision, batch, size, lambda tokens, count, stream: model.generate(tokens, count, stream=stream))
+        del model
+    if path in PRESETS and config.family == "phi3" and (peer := transformers_model(config)):
+        theirs = peer[1].to(device, torch.bfloat16).eval()
+
+        class Streamer:
+            def __init__(self, stream):
+                self.put, self.end = lambda ids: stream(0, None) if ids.numel() == 1 else None, lambda: None
+        measure(f"{peer[0]} bf16", 1, 2 * config.parameters() - 2 * config.vocab_size * config.d_model, lambda tokens, count, stream: theirs.generate(
+            torch.tensor(tokens, device=device), max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=Streamer(stream)))
+    print(f"\n{'the sources':14}{'GFLOPs/token':>13}{'GB bf16':>9}{'GB int4':>9}{'most tok/s here at int4':>25}  they say")
+    for name in ("phi-3-mini", "llama-3-8b"):
+        cells = describe(name)
+        print(f"{name:14}{cells[2]:>13}{cells[5]:>9}{cells[7]:>9}{limit / 1e9 / float(cells[7]):25.1f}  {cells[9]}")
 
 
 def main() -> None:

@@ -4,10 +4,14 @@ Where transformers and tokenizers are installed, ours are compared with them; wh
 environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
 """
 import base64
+import collections
 import copy
 import dataclasses
 import gzip
 import hashlib
+import http.client
+import http.server
+import itertools
 import json
 import math
 import multiprocessing
@@ -15,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +32,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import torch
 import torch.distributed as dist
 
@@ -36,6 +42,7 @@ import grow
 import kernels
 import model
 import model as models
+import sample
 import synth
 import train
 from model import Config, Model, Tokenizer
@@ -255,9 +262,8 @@ def test_interpreted_quantized_products(dtype, bits):
     torch.manual_seed(0)
     weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
     packed, scale, low = kernels.quantize(weight, bits, 32)
-    ours, reference = getattr(kernels, f"int{bits}_matmul"), getattr(kernels, f"int{bits}_matmul_reference")
-    exact = reference(x.float(), packed, scale.float(), low.float())
-    error, allowed = ((function(x, packed, scale, low) - exact).abs().max() for function in (ours, reference))
+    exact = kernels.quantized_matmul_reference(x.float(), packed, scale, low, bits)
+    error, allowed = ((function(x, packed, scale, low, bits) - exact).abs().max() for function in (kernels.quantized_matmul, kernels.quantized_matmul_reference))
     assert error <= 2 * allowed + 3e-6 * exact.abs().max()
 
 
@@ -910,6 +916,852 @@ def test_pass_at_k_and_cut():
     assert result["passed"] == 8 and result["total"] == 16 and result["pass@1"] == 0.5 and abs(result["se"] - 0.2282) < 1e-3
 
 
+# ------------------------------------------------------------------ decoding: quantized weights, the C++ step, speculation, SkipDecode
+
+DECODED = {
+    "phi3": {}, "window": dict(window=9), "phi": dict(family="phi", rotary_share=0.5, n_kv_head=4),
+    "phi3small": dict(family="phi3small", tied=True, embedding_scale=10.0, attention_scale=1.0, logit_divisor=8.0),
+    "gemma": dict(family="gemma", tied=True, head_size=20),
+    "longrope": dict(original_context=32, short_factor=[1.0] * 6, long_factor=[1.0 + i for i in range(6)])}
+native = pytest.mark.skipif(kernels.native() is None, reason="no C++ compiler")
+
+
+def sharp(form="phi3", seed=0, **change):
+    """A model whose logits differ enough that rounding moves no choice."""
+    torch.manual_seed(seed)
+    m = models.Model(models.Config(**{**dict(vocab_size=97, context=96, n_layer=4, d_model=48, n_head=4, n_kv_head=2, d_ff=96), **DECODED[form], **change}))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.copy_(p * 6 if p.dim() == 2 else p + 0.3 * torch.randn_like(p))
+    return m.eval()
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+
+
+@native
+@pytest.mark.parametrize("form", DECODED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_in_cpp_equals_the_blocks(form, dtype, monkeypatch):
+    m = sharp(form).to(dtype)
+    tokens, outs, errors = torch.randint(97, (3, 29)), [], []
+    for available in (True, False):
+        if not available:
+            monkeypatch.setattr(kernels, "native", lambda: None)
+        with torch.no_grad():
+            cache = models.Cache(m.config, [0, 2, 5], 40, "cpu", dtype)  # the last rows are padded on the left
+            outs.append(torch.cat([m(tokens[:, a:b], cache=cache) for a, b in ((0, 20), (20, 24), *((i, i + 1) for i in range(24, 29)))], 1)[:, 5:])
+    m = m.float()
+    with torch.no_grad():
+        cache = models.Cache(m.config, [0, 2, 5], 40, "cpu", torch.float32)
+        exact = torch.cat([m(tokens[:, :20], cache=cache), m(tokens[:, 20:], cache=cache)], 1)[:, 5:]
+    errors = [(out - exact).abs().max() for out in outs]
+    assert exact.std() > 0.05 and errors[0] <= 2 * errors[1] + 1e-5 * exact.abs().max()
+
+
+@native
+@pytest.mark.parametrize("bits,shape", [(4, (50, 128, 64)), (8, (50, 128, 64)), (4, (16, 48, 16)), (8, (33, 24, 8))])
+def test_quantized_products_in_cpp(bits, shape):
+    rows, width, group = shape
+    torch.manual_seed(0)
+    weight = torch.randn(rows, width)
+    layer = models.Quantized(rows, width, bits, group, torch.randn(rows))
+    layer.packed, layer.scale, layer.low = kernels.quantize(weight, bits, group)
+    packed = layer.packed.clone()
+    exact = kernels.dequantize(layer.packed, layer.scale, layer.low, bits)
+    assert (exact - weight).abs().max() <= {4: 1.2, 8: 0.6}[bits] * layer.scale.float().max()
+    for count in (1, 3, 4, 21):
+        x = torch.randn(count, 2, width)
+        wanted, got = x @ exact.T + layer.bias, layer(x)
+        assert (got - wanted).norm() < 0.01 * wanted.norm() and layer.is_tiled  # activations have 8 bits
+        assert torch.equal(got[:1, :1], layer(x[:1, :1]))                        # a row's result does not hang on the others
+    assert torch.equal(layer.embed(torch.tensor([[3, 0]])), exact[[3, 0]][None])
+    layer.tile(False)
+    assert torch.equal(layer.packed, packed) and torch.equal(layer.embed(torch.tensor([5])), exact[5:6])
+
+
+@pytest.mark.parametrize("form", ["phi3", "phi", "phi3small", "gemma"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_directory(tmp_path, form, bits):
+    m = sharp(form)
+    tokens = torch.randint(97, (2, 30))
+    with torch.no_grad():
+        plain = m(tokens)
+        q = models.quantize(copy.deepcopy(m), bits)
+        small = q(tokens)
+    assert (small - plain).norm() < {8: 0.05, 4: 0.3}[bits] * plain.norm()
+    models.save(q, None, tmp_path)
+    again, _ = models.load(tmp_path, "cpu")
+    with torch.no_grad():
+        assert torch.equal(again(tokens), small)
+    assert os.path.getsize(tmp_path / "model.safetensors") < (0.5 if bits == 8 else 0.4) * 4 * m.config.parameters()
+    models.save(again, None, tmp_path / "second")
+    assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    together = again.generate(PROMPTS, 20)
+    assert together == [again.generate([p], 20)[0] for p in PROMPTS]
+    with pytest.raises(ValueError, match="quantized already"):
+        models.quantize(again, 4)
+
+
+def test_quantized_weights_without_a_compiler(monkeypatch):
+    m = models.quantize(sharp(), 4)
+    with torch.no_grad():
+        wanted = m(torch.arange(20)[None])
+        monkeypatch.setattr(kernels, "native", lambda: None)
+        got = m(torch.arange(20)[None])
+    assert 0 < (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("form", ["phi3", "longrope", "phi"])
+def test_speculation_is_token_for_token_when_greedy(form):
+    m, draft = sharp(form), sharp(form, n_layer=2)
+    prompts = [*PROMPTS, [1, 2] * 12]
+    wanted = m.generate(prompts, 50)
+    assert m.generate(prompts, 50, draft=m) == wanted and m.speculated[0] == m.speculated[1] > 50
+    assert m.generate(prompts, 50, draft=draft) == wanted and m.speculated[0] < m.speculated[1]
+    assert m.generate(prompts, 50, lookup=6) == wanted and m.speculated[1] > 0
+    seen, stop = [], wanted[2][9]
+    assert m.generate(prompts[2:3], 50, stop=stop, lookup=3, stream=lambda row, token: seen.append(token)) == m.generate(prompts[2:3], 50, stop=stop) == [seen]
+
+
+@pytest.mark.parametrize("how", ["draft", "lookup"])
+@pytest.mark.parametrize("filters", [dict(temperature=1.0), dict(temperature=0.7, top_k=3, top_p=0.9)])
+def test_speculation_keeps_the_distribution(how, filters):
+    """Chi-square of 3 tokens after the prompt on a vocabulary of 4 against the exact probabilities."""
+    m, draft = sharp(vocab_size=4, n_layer=1), sharp(vocab_size=4, n_layer=1, seed=1)
+    prompt, n = [1, 2, 1, 2], 400
+    with torch.no_grad():
+        exact = {}
+        for a in range(4):
+            for b in range(4):
+                for c in range(4):
+                    p = models.distribution(m(torch.tensor([[*prompt, a, b, c]]))[0], **filters)
+                    exact[a, b, c] = float(p[3, a] * p[4, b] * p[5, c])
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-4)
+    counts, (kept, made) = dict.fromkeys(exact, 0), (0, 0)
+    for seed in range(n):
+        counts[tuple(m.generate([prompt], 3, seed=seed, **filters, **{how: draft if how == "draft" else 2})[0])] += 1
+        kept, made = kept + m.speculated[0], made + m.speculated[1]
+    assert 0 < kept < made
+    common = [key for key in exact if n * exact[key] >= 5]
+    rest = n - sum(n * exact[key] for key in common), n - sum(counts[key] for key in common)
+    pairs = [(n * exact[key], counts[key]) for key in common] + ([rest] if rest[0] >= 1 else [])
+    chi, freedom = sum((seen - wanted) ** 2 / wanted for wanted, seen in pairs), len(pairs) - 1
+    assert freedom > 4 and chi < freedom + 4 * math.sqrt(2 * freedom)
+    assert all(counts[key] == 0 for key in exact if exact[key] == 0)
+
+
+@pytest.mark.parametrize("form", ["phi3", "window", "phi"])
+def test_skip_decoding(form):
+    m = sharp(form, n_layer=8)
+    assert m.generate(PROMPTS, 12, skip=(8, 8)) == m.generate(PROMPTS, 12)
+    together = m.generate(PROMPTS, 12, skip=(7, 3))
+    assert together == [m.generate([p], 12, skip=(7, 3))[0] for p in PROMPTS] != m.generate(PROMPTS, 12)
+    # the same layers, chosen token by token in one pass over the whole text, as in finetuning
+    text = PROMPTS[0] + together[0]
+    exits = models.exit_points(torch.tensor([-1, -1, -1, *range(12)]).clamp(min=0), 7, 3, 12)
+    with torch.no_grad():
+        logits = m(torch.tensor([text]), skip=exits[None])
+    assert logits[0, 2:-1].argmax(-1).tolist() == together[0]
+    assert [models.layers_run(8, e) for e in (8, 3, 2)] == [[*range(8)], [0, 6, 7], [0, 7]]
+    assert models.exit_points(torch.arange(6), 8, 2, 4).tolist() == [8, 6, 5, 4, 2, 2]
+    with pytest.raises(ValueError, match="skip 9:3 must be"):
+        m.generate(PROMPTS, 5, skip=(9, 3))
+
+
+def test_finetuning_for_skip_decoding_follows_the_marks():
+    """Two packed documents with prompts of 3 and 2 tokens: the loss is that of the exit points written down by hand."""
+    m = sharp(n_layer=8)
+    tokens, documents = torch.randint(97, (1, 12)), torch.tensor([[0] * 7 + [1] * 5])
+    weights = torch.tensor([[0.05, 0.05, 1, 1, 1, 1, 1, 0.05, 1, 1, 1, 1]])  # of targets: the answers' tokens are inputs 3 to 6 and 9 to 11
+    targets = torch.randint(97, (1, 12))
+    exits = models.exit_points(torch.tensor([[0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 1, 2]]), 8, 2, 3)
+    wanted = m(tokens, documents, targets, weights, skip=exits)[0]
+    plain = m(tokens, documents, targets, weights)[0]
+    m.skip = (8, 2, 3)
+    loss = m(tokens, documents, targets, weights)[0]
+    loss.backward()
+    assert torch.equal(loss, wanted) and not torch.equal(loss, plain)
+    assert all(p.grad.abs().sum() > 0 for name, p in m.named_parameters() if name.endswith("weight"))
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocabulary"):
+        sharp().generate(PROMPTS, 5, draft=sharp(vocab_size=50))
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py: serving, evaluating, talking
+
+ROPED = dict(original_context=24, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+
+
+def engine_of(m, rows=4, queue_size=64, cache_tokens=1 << 20):
+    engine = sample.Engine(m, Tokenizer.load("bytes"), rows, queue_size, cache_tokens)
+    engine.start()
+    return engine
+
+
+def told(request):
+    """All that a request is told: (text, scores, why it ended)."""
+    text, scores = "", []
+    while True:
+        event = request.events.get(timeout=60)
+        if isinstance(event, Exception):
+            raise event
+        text, scores = text + event[1], scores + event[2]
+        if event[3]:
+            return text, scores, event[3]
+
+
+@pytest.mark.parametrize("change", [{}, ROPED, dict(family="phi", rotary_share=0.5), dict(window=11)])
+def test_requests_that_come_and_go_get_what_they_get_alone(change):
+    m, rng = tiny(**change), random.Random(0)
+    engine, tokenizer = engine_of(m), Tokenizer.load("bytes")
+    prompts = [[rng.randrange(256) for _ in range(rng.choice([1, 5, 17, 30, 50]))] for _ in range(24)]
+    limits = [rng.choice([1, 3, 14, 40]) for _ in prompts]
+    asked = []
+    for prompt, limit in zip(prompts, limits):
+        asked.append(sample.Request([*prompt], min(limit, 64 - len(prompt)), stream=True))
+        engine.submit(asked[-1:])
+        time.sleep(rng.choice([0, 0, 0.01]))
+    for prompt, limit, request in zip(prompts, limits, asked):
+        text, _, finish = told(request)
+        (want,) = m.generate([prompt], limit, stop=tokenizer.stops)
+        assert request.ids[len(prompt):] == want and text == tokenizer.decode([i for i in want if i not in tokenizer.stops])
+        assert finish == ("stop" if want[-1] in tokenizer.stops else "length")
+    engine.close(0)
+
+
+def test_seeded_answers_do_not_depend_on_the_company():
+    m = tiny()
+    ask = lambda seed, temperature=1.0: sample.Request([1, 2, 3], 20, temperature, 0.9, 50, seed)
+    alone = []
+    for seed in range(4):
+        engine = engine_of(m)
+        engine.submit([request := ask(seed)])
+        told(request)
+        alone.append(request.ids)
+    engine = engine_of(m, rows=8)
+    engine.submit(together := [ask(seed) for seed in range(4)] + [ask(9, 0.0)])
+    for request in together:
+        told(request)
+    assert [request.ids for request in together[:4]] == alone and len({*map(tuple, alone)}) > 1
+    assert together[4].ids[3:] == m.generate([[1, 2, 3]], 20, stop=Tokenizer.load("bytes").stops)[0]
+
+
+def test_choosing_follows_each_rows_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]]).repeat(6000, 1)
+    settings = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.0, top_k=2), dict(temperature=1.0, top_p=0.8)]
+    requests_ = [sample.Request([0], 1, seed=i, **settings[i % 4]) for i in range(6000)]
+    chosen = sample.choose(logits, requests_)
+    for i, want in enumerate([logits[0].softmax(0), (logits[0] / 0.5).softmax(0), torch.tensor([2.0, 1.0]).softmax(0), torch.tensor([2.0, 1.0]).softmax(0)]):
+        counts = torch.bincount(chosen[i::4], minlength=5)[:5].float()
+        want = torch.cat((want, torch.zeros(5 - len(want)))) * 1500
+        assert counts[want == 0].sum() == 0 and ((counts - want)[want > 1] ** 2 / want[want > 1]).sum() < 20  # chi-square
+
+
+def test_text_is_held_back_until_it_is_certain():
+    tokenizer = Tokenizer.load("bytes")
+    request = sample.Request([0], 100, stop=("END", "né"), stream=True, skip="\n  ")
+    told = []
+    for i in "\n  aéxEN ENDmore".encode():
+        if request.take(i, tokenizer):
+            break
+    while not request.events.empty():
+        told.append(request.events.get()[1])
+    assert "".join(told) == "aéxEN " and all("E" not in text or text == "EN " for text in told)
+    request = sample.Request([0], 3, stop=("xyz",))
+    assert [request.take(i, tokenizer) for i in b"axy"] == [False, False, True] and request.events.get()[1] == "axy"
+    request = sample.Request([0], 2, stream=True)
+    assert [request.take(i, tokenizer) for i in "é€".encode()[:2]] == [False, True] and request.events.get()[1] == "é"
+    request = sample.Request([0], 9)
+    assert request.take(tokenizer.eot, tokenizer) and request.events.get()[1:] == ("", [], "stop")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    run, m, tokenizer = str(folder / "talk"), tiny(context=512, vocab_size=261), Tokenizer.load("bytes")
+    models.save(m, tokenizer, run)
+    with open(folder / "talk" / "log.jsonl", "w") as file:
+        file.writelines(json.dumps({"step": i, "tokens": 10 * i, "loss": 5 / (i + 1)}) + "\n" for i in range(2000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MINPHI_API_KEY", raising=False)
+        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--queue", "4", "--max-tokens", "20", "--max-body-mb", "0.1"])
+        server = sample.Server(args, m, tokenizer)
+    server.engine.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}", port=server.server_address[1], model=m, tokenizer=tokenizer, server=server)
+    server.shutdown()
+    server.engine.close(5)
+    server.server_close()
+
+
+def events_of(answer):
+    lines = [line[6:] for line in answer.iter_lines() if line.startswith(b"data: ")]
+    assert lines[-1] == b"[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+HELLO = [{"role": "user", "content": "hello <|end|>"}]
+
+
+def test_served_equals_local(served):
+    tokenizer = served.tokenizer
+    (want,) = served.model.generate([tokenizer.render(HELLO)], 20, stop=tokenizer.stops)
+    text = tokenizer.decode([i for i in want if i not in tokenizer.stops])
+    body = {"model": "talk", "messages": HELLO, "temperature": 0}
+    plain = requests.post(served.url + "/v1/chat/completions", json=body).json()
+    assert plain["object"] == "chat.completion" and plain["choices"][0]["message"] == {"role": "assistant", "content": text}
+    assert plain["usage"] == {"prompt_tokens": len(tokenizer.render(HELLO)), "completion_tokens": len(want), "total_tokens": len(tokenizer.render(HELLO)) + len(want)}
+    with requests.post(served.url + "/v1/chat/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}, stream=True) as answer:
+        assert answer.headers["Content-Type"] == "text/event-stream"
+        chunks = events_of(answer)
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and chunks[-1]["usage"] == plain["usage"]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == text
+    assert chunks[-2]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"] and len(chunks) > 4
+    prompts = ["def f(x):\n", "a"]
+    answer = requests.post(served.url + "/v1/completions", json={"prompt": prompts, "temperature": 0, "max_tokens": 7, "n": 2, "logprobs": 3}).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3] and answer["usage"]["prompt_tokens"] == 9 + 1
+    for n, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt.rstrip())
+        (want,) = served.model.generate([ids], 7)
+        scores = served.model(torch.tensor([ids + want]))[0, len(ids) - 1:-1].log_softmax(-1)
+        for choice in answer["choices"][2 * n:2 * n + 2]:
+            assert choice["text"] == tokenizer.decode(want)
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
+            assert [len(others) <= 3 for others in choice["logprobs"]["top_logprobs"]] == [True] * 7
+
+
+@pytest.mark.parametrize("path,body,status,field", [
+    ("/v1/chat/completions", {"messages": HELLO, "temperature": "hot"}, 400, "temperature"), ("/v1/chat/completions", {"messages": HELLO, "top_p": 0}, 400, "top_p"),
+    ("/v1/chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"), ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"), ("/v1/chat/completions", {"messages": HELLO, "tools": [1]}, 400, "tools"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, None), ("/v1/completions", {"prompt": [1, 999]}, 400, "prompt"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
+    ("/v1/completions", {"prompt": "a", "n": 100}, 429, None), ("/v1/nothing", {}, 404, None), ("/v1/completions", [1], 400, None),
+    ("/v1/completions", b"{", 400, None), ("/v1/completions", b"[" * 90000, 400, None), ("/v1/completions", b"x" * 3_000_000, 413, None)])
+def test_bad_requests_get_openais_errors(served, path, body, status, field):
+    answer = requests.post(served.url + path, **({"data": body} if isinstance(body, bytes) else {"json": body}))
+    assert answer.status_code == status and {"message", "type", "param", "code"} == {*answer.json()["error"]} and answer.json()["error"]["param"] == field
+    assert ("Retry-After" in answer.headers) == (status == 429)
+
+
+def test_other_doors(served):
+    get = lambda path, **headers: requests.get(served.url + path, headers=headers)
+    assert get("/v1/models").json()["data"][0]["id"] == get("/v1/models/talk").json()["id"] == "talk"
+    page = get("/")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["Content-Security-Policy"] and "http" not in page.text.replace("http://www.w3.org/2000/svg", "")
+    (log,) = get("/runs").json()
+    assert log["name"] == "talk" and log["last"]["step"] == 1999 and "<polyline" in log["svg"] and len(log["svg"]) < 20000
+    assert get("/v1/models", Origin="http://evil.example").status_code == 403 and get("/v1/models", Host="evil.example").status_code == 403
+    assert get("/v1/models", Origin=served.url).status_code == 200
+    with socket.create_connection(("127.0.0.1", served.port)) as raw:
+        raw.sendall(b"nonsense\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 400")
+    with socket.create_connection(("127.0.0.1", served.port)) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 411")
+    served.server.key = "secret"
+    try:
+        assert get("/v1/models").status_code == get("/v1/models", Authorization="Bearer secre").status_code == 401
+        assert get("/v1/models", Authorization="Bearer secret").status_code == get("/").status_code == 200
+    finally:
+        served.server.key = ""
+
+
+def test_who_leaves_frees_the_place(served):
+    engine = served.server.engine
+    slow, hidden = threading.Event(), served.model.hidden
+
+    def wait_a_little(*args, **more):
+        slow.wait(0.05)
+        return hidden(*args, **more)
+    served.model.hidden = wait_a_little
+    try:
+        body = json.dumps({"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 1, "seed": 3}).encode()
+        connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
+        for n, connection in enumerate(connections):
+            connection.request("POST", "/v1/completions", body if n else body.replace(b'"ignored": 1', b'"stream": true'))
+        while len(engine.active) < 3:
+            time.sleep(0.01)
+        for connection in connections:
+            connection.sock.close()
+        end = time.monotonic() + 4
+        while engine.active and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not engine.active and all(len(r.ids) < 100 for r in engine.active)
+    finally:
+        slow.set()
+        del served.model.hidden
+
+
+def test_a_failed_step_is_told_and_survived(served):
+
+    def broken(*_, **__):
+        raise RuntimeError("no memory left")
+    served.model.hidden = broken
+    try:
+        answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
+    finally:
+        del served.model.hidden
+    assert answer.status_code == 500 and "no memory left" in answer.json()["error"]["message"]
+    assert requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
+def test_many_clients_some_leaving_some_malformed(served):
+    outcomes, expected = [], {}
+    for n in range(4):
+        ids = served.tokenizer.encode(f"prompt {n}")
+        expected[n] = served.tokenizer.decode([i for i in served.model.generate([ids], 12, stop=served.tokenizer.stops)[0] if i not in served.tokenizer.stops])
+    served.server.engine.queue_size = 1000
+
+    def client(n):
+        if n % 3 == 0:      # leaves midway
+            connection = http.client.HTTPConnection("127.0.0.1", served.port)
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": "b" * (n % 60 + 1), "max_tokens": 60, "temperature": 1, "stream": n % 2 == 0}))
+            time.sleep(0.02)
+            connection.close()
+        elif n % 7 == 0:
+            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code in (400, 413)
+        else:
+            answer = requests.post(served.url + "/v1/completions", json={"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}).json()
+            outcomes.append(answer["choices"][0]["text"] == expected[n % 4])
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(80)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    served.server.engine.queue_size = 4
+    assert outcomes and all(outcomes)
+
+
+def test_official_client(served):
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
+    assert client.models.list().data[0].id == "talk"
+    ask = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
+    whole_ = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True))
+    assert whole_.choices[0].message.content == text and len(whole_.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert client.completions.create(model="talk", prompt="a", max_tokens=3, stop=["\n"], seed=1).choices[0].finish_reason in ("stop", "length")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(**{**ask, "temperature": 3})
+
+
+def run_sample(*arguments, **more):
+    return subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), *arguments], capture_output=True, text=True, timeout=120, **more)
+
+
+def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
+    m, tokenizer = tiny(context=128), Tokenizer.load("bytes")
+    models.save(m, tokenizer, tmp_path / "run")
+    lines = ["/help", "hi", "/set temperature 2.5", "/set nonsense 1", "/retry", "/set temperature 0", "x" * 300, f"/save {tmp_path}/c.jsonl", "/new", "two\\", "lines", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    monkeypatch.setattr("builtins.input", lambda _: lines.pop(0))
+    sample.chat(sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--system", "be", "--device", "cpu"]))
+    told = capsys.readouterr()
+    assert lines == ["never"] and "/retry" in told.err and "takes" in told.err and "nonsense" in told.err
+    (saved,) = data.read_jsonl(tmp_path / "c.jsonl")
+    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"] and saved["messages"][1]["content"] == "hi"
+    (want,) = m.generate([tokenizer.render([{"role": "system", "content": "be"}, {"role": "user", "content": "two\nlines"}])], 10, stop=tokenizer.stops, seed=1)
+    assert told.out.rstrip("\n").endswith(tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n"))
+
+
+def test_long_chats_lose_their_oldest_turns():
+    tokenizer = Tokenizer.load("bytes")
+    messages = [{"role": "system", "content": "S"}] + [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][:-1]
+    ids = sample.fitting(tokenizer, messages, 60)
+    assert ids == tokenizer.render(messages[:1] + messages[-3:]) and len(ids) <= 60 < len(tokenizer.render(messages[:1] + messages[-5:]))
+    with pytest.raises(ValueError, match="shorter"):
+        sample.fitting(tokenizer, messages, 5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number,code", [(2, 130), (15, 143)])
+def test_server_stops_gracefully(tmp_path, number, code):
+    models.save(tiny(context=2048), Tokenizer.load("bytes"), tmp_path / "run")
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), "--run", str(tmp_path / "run"), "--serve", "--port", "0", "--device", "cpu"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = process.stdout.readline().split("page at ")[1].split(",")[0]
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(requests.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 300, "temperature": 1})))
+    thread.start()
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    thread.join()
+    assert process.returncode == code and "Traceback" not in err and answers[0].json()["usage"]["completion_tokens"] >= 1
+
+
+def test_serve_says_what_is_wrong(tmp_path, capsys):
+    models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run_sample("--run", str(tmp_path / "run"), "--serve", "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 2 and "choose another --port" in result.stderr and "Traceback" not in result.stderr
+    for arguments in (["--serve", "--chat"], ["--skip", "4"], ["--serve", "--lookup"], ["--port", "99999"]):
+        with pytest.raises(SystemExit, match="2"):
+            sample.options(arguments)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+class Browser:
+    """Headless Chromium, spoken to through its debugging pipe (messages end with a zero byte)."""
+
+    def __init__(self, program, folder, *flags):
+        import fcntl
+        theirs_in, self.write = os.pipe()
+        self.read, theirs_out = os.pipe()
+        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
+        self.process = subprocess.Popen([program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={folder}",
+                                         "--remote-debugging-pipe", *flags], pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                        preexec_fn=lambda: (os.dup2(moved[0], 3), os.dup2(moved[1], 4)))
+        for fd in (theirs_in, theirs_out, *moved):
+            os.close(fd)
+        self.buffer, self.count, self.session, self.log = b"", 0, None, []
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method, **parameters):
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters, **({"sessionId": self.session} if self.session else {})}
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.buffer:
+                chunk = os.read(self.read, 1 << 20)
+                assert chunk, "Chromium has ended"
+                self.buffer += chunk
+            text, self.buffer = self.buffer.split(b"\0", 1)
+            answer = json.loads(text)
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.log.append(answer)
+
+    def run(self, script):
+        result = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def until(self, script, seconds=20):
+        end = time.monotonic() + seconds
+        while not self.run(f"!!({script})"):
+            assert time.monotonic() < end, f"never came true: {script}"
+            time.sleep(0.05)
+
+    def picture(self, path, width, height, dark, phone=False):
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(self("Page.captureScreenshot")["data"]))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write)
+        os.close(self.read)
+
+
+HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>**é漢** "
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not program or os.name != "posix":
+        pytest.skip("Chromium is not installed")
+    browser = Browser(program, tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+def test_page_in_a_browser(served, browser, monkeypatch):
+    script = iter(HOSTILE.encode() * 100)
+    monkeypatch.setattr(sample, "choose", lambda logits, requests: torch.tensor([next(script) for _ in requests]))
+    pictures = os.environ.get("PICTURES")  # a directory to look at them
+    browser("Page.navigate", url=served.url)
+    browser.until("document.readyState == 'complete' && typeof model == 'string' && model == 'talk'")
+
+    def ask(text, tokens):
+        browser.run(f"$('[name=max_tokens]').value = {tokens}; $('textarea').value = {json.dumps(text)}; $('form').requestSubmit()")
+    ask("Say <b>something</b>", len(HOSTILE.encode()))
+    browser.until("!running && $('footer button')")
+    assert browser.run("$('article:last-of-type').textContent") == HOSTILE
+    assert browser.run("$('article.user').textContent") == "Say <b>something</b>" and browser.run("document.querySelectorAll('article *:not(span)').length") == 0
+    assert browser.run("document.title") == "minphi" and "a second" in browser.run("$('footer').textContent")
+    assert browser.run("turns.map(t => t.role).join()") == "user,assistant" and browser.run("turns[1].content") == HOSTILE
+    # alternatives, by pointer and by keys
+    browser.run("$('article:last-of-type span').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))")
+    assert browser.run("!tip.hidden && tip.childElementCount") == 5 and browser.run("tip.textContent").count("%") == 5
+    browser.run("point(null); $('article:last-of-type').focus(); for (const k of ['ArrowRight', 'ArrowRight', 'ArrowLeft'])"
+                " document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: k, bubbles: true}))")
+    assert browser.run("[...document.querySelectorAll('article span')].findIndex(s => s.className == 'on')") == 0 and not browser.run("tip.hidden")
+    if pictures:
+        for name, size in (("phone", (390, 800)), ("desktop", (1280, 800))):
+            for dark in (False, True):
+                browser.picture(f"{pictures}/chat-{name}-{'dark' if dark else 'light'}.png", *size, dark, name == "phone")
+    # retry replaces the answer; stop ends it and frees the place
+    browser.run("$('footer button').click()")
+    browser.until("!running && $('footer button') && document.querySelectorAll('article').length == 2")
+    assert browser.run("turns.length") == 2
+    hidden = served.model.hidden
+    monkeypatch.setattr(served.model, "hidden", lambda *a, **k: (time.sleep(0.05), hidden(*a, **k))[1])
+    ask("again", 40)
+    browser.until("running && document.querySelectorAll('article:last-of-type span').length > 2")
+    browser.run("$('form').requestSubmit()")
+    browser.until("!running && $('footer:last-of-type').textContent.includes('stopped')")
+    end = time.monotonic() + 5
+    while served.server.engine.active and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not served.server.engine.active
+    monkeypatch.undo()
+    browser.run("show('Complete')")
+    ask("def f(x):", 5)
+    browser.until("!running && $('article.code span')")
+    assert browser.run("$('article.code').textContent").startswith("def f(x):")
+    browser.run("$('#gear').click()")
+    if pictures:
+        browser.picture(f"{pictures}/settings-phone.png", 390, 800, False, True)
+    browser.run("show('Training')")
+    browser.until("$('img').naturalWidth")
+    assert browser.run("$('select').value") == "talk" and "Step 1,999" in browser.run("$('#training p').textContent")
+    if pictures:
+        browser.picture(f"{pictures}/training-desktop.png", 1280, 800, True)
+    asked = {entry["params"]["request"]["url"] for entry in browser.log if entry.get("method") == "Network.requestWillBeSent"}
+    assert asked and all(url.startswith((served.url, "data:")) for url in asked)
+    bad = [entry["params"] for entry in browser.log if entry.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    assert not [entry for entry in bad if "exceptionDetails" in entry or entry["entry"]["level"] == "error"], bad
+
+
+def test_a_hostile_page_could_not_run_a_script(served, browser):
+    """Even markup that got into the page would be stopped by its Content-Security-Policy."""
+    browser("Page.navigate", url=served.url)
+    browser.until("document.readyState == 'complete'")
+    browser.run(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(HOSTILE)}); document.body.append(Object.assign(document.createElement('script'),"
+                " {textContent: \"document.title = 'broken'\"}))")
+    time.sleep(0.3)
+    assert browser.run("document.title") == "minphi"
+    assert any("Content Security Policy" in json.dumps(entry) for entry in browser.log)
+
+
+# ------------------------------------------------------------------ sample.py --eval
+
+def evaluated(tmp_path, records, *arguments, m=None, name="bench.jsonl"):
+    """-> (summary, rows) of sample.py --eval on these records (or the text of a file) with a tiny model."""
+    file, run = tmp_path / name, tmp_path / "run"
+    if isinstance(records, str):
+        file.write_text(records)
+    else:
+        data.write_jsonl(file, records)
+    if not run.exists():
+        models.save(m or tiny(context=256), Tokenizer.load("bytes"), run)
+    sample.evaluate(sample.options(["--run", str(run), "--eval", str(file), "--device", "cpu", "--dtype", "fp32", "--json", str(tmp_path / "s.json"),
+                                    "--out", str(tmp_path / "o.jsonl"), *arguments]))
+    return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
+
+
+HELLASWAG = [dict(ind=n, activity_label="Sky", ctx_a="The sky [title] is.", ctx_b="it", ctx="", endings=["blue [x] now.", "a very long ending indeed", "é", "no"], label=n % 4)
+             for n in range(6)]
+ARC = [{"id": "a", "question": {"stem": "Which?", "choices": [{"text": "one", "label": "1"}, {"text": "two", "label": "2"}]}, "answerKey": "2"},
+       {"id": "b", "question": "Why?", "choices": {"text": ["so", "because"], "label": ["A", "B"]}, "answerKey": "A"}]
+GPQA = [{"Question": "Q?", "Correct Answer": "right\n", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2", "Incorrect Answer 3": "w3"}]
+
+
+def test_multiple_choice_equals_an_independent_computation(tmp_path):
+    m, tokenizer = tiny(context=256), Tokenizer.load("bytes")
+    summary, rows = evaluated(tmp_path, HELLASWAG, m=m)
+    right = right_by_length = 0
+    for record, row in zip(HELLASWAG, rows):
+        assert row["prompt"] == "Sky: The sky.  is. It".replace("  ", " ")
+        endings = ["blue  now.".replace("  ", " "), *record["endings"][1:]]
+        sums = []
+        for ending in endings:
+            ids, total = tokenizer.encode(row["prompt"]), 0.0
+            for token in tokenizer.encode(" " + ending):  # one token at a time, no cache, no batch
+                total += m(torch.tensor([ids]))[0, -1].log_softmax(-1)[token].item()
+                ids.append(token)
+            sums.append(total)
+        assert row["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
+        by_length = [total / len(ending) for total, ending in zip(sums, endings)]
+        right += sums.index(max(sums)) == record["label"]
+        right_by_length += by_length.index(max(by_length)) == record["label"]
+    assert summary["kind"] == "HellaSwag" and summary["accuracy"] == right / 6 and summary["by length"] == right_by_length / 6
+    assert summary["se"] == pytest.approx((summary["accuracy"] * (1 - summary["accuracy"]) / 5) ** 0.5)
+
+
+def test_texts_too_long_lose_their_beginning_and_shared_passes_change_nothing():
+    m, rng = tiny(), random.Random(0)
+    draw = lambda n: [rng.randrange(256) for _ in range(n)]
+    context = draw(20)
+    pairs = [(context, [1]), (context, [2]), (draw(90), draw(10)), (draw(3), draw(64)), (draw(1), draw(1)), (context, [1, 2])]
+    got = dict(sample.likelihoods(m, pairs)(range(len(pairs))))
+    for i, (before, after) in enumerate(pairs):
+        ids = (before + after)[-65:]
+        scores = m(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        assert got[i] == pytest.approx(sum(scores[t - 1, ids[t]].item() for t in range(len(ids) - len(after), len(ids))), abs=1e-3)
+
+
+def test_bits_per_byte_counts_each_token_once(tmp_path):
+    text = "It was — naïve.\n\n" * 40
+    summary, _ = evaluated(tmp_path, text, name="some.txt")
+    m, tokenizer = models.load(tmp_path / "run", "cpu")
+    ids, nats = [tokenizer.eot] + tokenizer.encode(text), 0.0
+    for begin in range(0, len(ids) - 1, 256):
+        end = min(begin + 256, len(ids) - 1)
+        window = ids[max(0, end - 256):end + 1]
+        scores = m(torch.tensor([window[:-1]]))[0].log_softmax(-1)
+        nats -= sum(scores[t - 1, window[t]].item() for t in range(len(window) - (end - begin), len(window)))
+    assert summary["bits per byte"] == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-5)
+    assert summary["word perplexity"] == pytest.approx(math.exp(min(700, nats / (40 * 4 + 1))), rel=1e-3) and summary["tokens"] == len(ids) - 1
+
+
+@pytest.mark.parametrize("records,kind,prompt,options,answer", [
+    (ARC, "ARC", "Question: Which?\nAnswer:", ["one", "two"], " two"),
+    ([{"question": " 1+1? ", "subject": "high_school", "choices": ["1", "2", "3", "4"], "answer": 1}], "MMLU",
+     "The following are multiple choice questions (with answers) about high school.\n\n1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", [*"ABCD"], " B"),
+    ([{"question": "How many?", "answer": "Two.\n#### 2"}], "GSM8K", "Question: How many?\nAnswer:", None, " Two.\n#### 2"),
+    ([{"problem": "P", "solution": "so $\\boxed{2}$", "level": "Level 1"}], "MATH", "Problem:\nP\n\nSolution:", None, " so $\\boxed{2}$"),
+    ([{"task_id": 11, "text": "Add.", "code": "def f(): pass", "test_list": ["assert f() == 1", "assert f()"]}], "MBPP",
+     "You are an expert Python programmer, and here is your task: Add. Your code should pass these tests:\n\nassert f() == 1\nassert f()\n[BEGIN]\n", None, "def f(): pass\n[DONE]")])
+def test_benchmarks_are_recognised(tmp_path, records, kind, prompt, options, answer):
+    data.write_jsonl(tmp_path / "b.jsonl", records)
+    found, read = sample.read_benchmark(str(tmp_path / "b.jsonl"))
+    question = sample.KINDS[found][0](read[0])
+    assert found == kind and question.intro + question.prompt == prompt and question.options == options and question.answer == answer
+
+
+def test_published_files_are_read(tmp_path):
+    (tmp_path / "law_test.csv").write_text('"Q, 1?",a,b,c,d,C\nQ2,a,b,c,d,A\n')
+    kind, records = sample.read_benchmark(str(tmp_path / "law_test.csv"))
+    assert kind == "MMLU" and [sample.ask_mmlu(r).right for r in records] == [2, 0] and "about law." in sample.ask_mmlu(records[0]).intro
+    (tmp_path / "gpqa.csv").write_text("Record ID," + ",".join(GPQA[0]) + "\n7,Q?,right,w1,w2,w3\n")
+    kind, (record,) = sample.read_benchmark(str(tmp_path / "gpqa.csv"))
+    question = sample.ask_gpqa(record)
+    assert kind == "GPQA" and f"({'ABCD'[question.right]}) right" in question.prompt and question.options == ["(A)", "(B)", "(C)", "(D)"]
+    os.makedirs(tmp_path / "MATH" / "algebra")
+    (tmp_path / "MATH" / "algebra" / "1.json").write_text(json.dumps({"problem": "P", "solution": "\\boxed{1}", "level": "Level 5", "type": "Algebra"}))
+    kind, (record,) = sample.read_benchmark(str(tmp_path / "MATH"))
+    assert kind == "MATH" and record["task_id"] == "algebra/1.json" and sample.ask_math(record).group == "Level 5"
+    for text, told in (('{"a": 1}', "fields a"), ('{"problem": "x", "solution": "y"}\n{"problem": "x"}', "record 2 lacks solution"), ("", "no problems")):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            sample.read_benchmark(str(tmp_path / "x.jsonl"))
+
+
+def test_gsm8k_grades():
+    grade = sample.ask_gsm8k({"question": "?", "answer": "So 1,200.\n#### 1,200"}).grade
+    assert grade(" it is 7, then\n#### 1200") == {"last number": True, "after ####": True}
+    assert grade("It is $1,200.00 or 1200.") == {"last number": True, "after ####": False}
+    assert grade("none") == {"last number": False, "after ####": False} and not any(grade("#### 12 and 1201").values())
+
+
+@pytest.mark.parametrize("a,b,same", [
+    ("\\frac{1}{2}", "\\tfrac12", True), ("0.5", "\\frac12", True), ("1/2", "\\dfrac{1}{2}", True), (".5", "0.5", True), ("\\sqrt3", "\\sqrt{3}", True),
+    ("x = 5", "5", True), ("10\\%", "10", True), ("90^\\circ", "90", True), ("\\left( 1, 2 \\right)", "(1,2)", True), ("5\\text{ cm}", "5", True),
+    ("\\frac1{72}", "\\frac{1}{72}", True), ("12", "13", False), ("x+y=5", "5", False), ("\\frac{1}{2}", "\\frac{2}{1}", False), ("-1", "1", False)])
+def test_math_answers_in_other_spellings(a, b, same):
+    question = sample.ask_math({"problem": "?", "solution": f"thus $\\boxed{{{a}}}$."})
+    assert question.grade(f"First \\boxed{{9}}, then \\boxed{{{b}}} follows.")["exact match"] == same
+    assert question.grade(f"Final Answer: The final answer is ${b}$. I hope it is correct.")["exact match"] == same
+    assert not question.grade("no answer")["exact match"]
+
+
+def test_examples_stand_before_a_question_and_are_not_itself(tmp_path):
+    records = [{"question": f"Q{n}?", "answer": f"A{n}\n#### {n}"} for n in range(4)]
+    _, rows = evaluated(tmp_path, records, "--shots", "2", "--max-tokens", "2")
+    assert [row["prompt"].count("Question:") for row in rows] == [3] * 4
+    assert rows[0]["prompt"] == "Question: Q1?\nAnswer: A1\n#### 1\n\nQuestion: Q2?\nAnswer: A2\n#### 2\n\nQuestion: Q0?\nAnswer:"
+    assert rows[3]["prompt"].startswith("Question: Q0?\nAnswer: A0\n#### 0\n\nQuestion: Q1?")
+
+
+def test_a_cut_evaluation_goes_on(tmp_path, monkeypatch):
+    records, m = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(7)], tiny(context=256)
+    arguments = ["--shots", "0", "--max-tokens", "6", "--batch-size", "2"]
+    told = evaluated(tmp_path, records, *arguments, m=m)
+    assert not list(tmp_path.glob("o.jsonl.part*"))
+    calls, generate = [], Model.generate
+
+    def counted(self, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *rest, **more)
+    monkeypatch.setattr(Model, "generate", counted)
+    (tmp_path / "o.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, records, *arguments)
+    (part,) = tmp_path.glob("o.jsonl.part*")
+    part.write_text(part.read_text() + '["cut')
+    assert evaluated(tmp_path, records, *arguments) == told and calls == [2, 2, 2, 2, 1]
+    evaluated(tmp_path, records, *arguments[:-2], "--max-tokens", "5")
+    assert sum(calls) - 9 == 7  # other settings, other answers
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    records = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
+    one = evaluated(tmp_path, records, "--shots", "0", "--max-tokens", "6"), evaluated(tmp_path, HELLASWAG, name="h.jsonl")
+    arguments = ["--run", str(tmp_path / "run"), "--eval", str(tmp_path / "bench.jsonl"), str(tmp_path / "h.jsonl"), "--device", "cpu", "--dtype", "fp32",
+                 "--shots", "0", "--max-tokens", "6", "--json", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.jsonl")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+             for rank in range(2)]
+    told = [rank.communicate(timeout=100) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    two, rows = json.loads((tmp_path / "two.json").read_text()), list(data.read_jsonl(tmp_path / "two.jsonl"))
+    assert two == [one[0][0], one[1][0]] and [row["task_id"] for row in rows] == [row["task_id"] for row in one[0][1] + one[1][1]]
+    assert "HellaSwag" not in told[1][0] and [row.get("completion") for row in rows[:5]] == [row["completion"] for row in one[0][1]]
+
+
+def test_benchmarks_from_a_url(tmp_path, monkeypatch, capsys):
+    import functools
+    import hashlib
+    import http.server
+    monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "g.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, digest = f"http://127.0.0.1:{server.server_address[1]}/g.jsonl", hashlib.sha256((tmp_path / "g.jsonl").read_bytes()).hexdigest()
+    assert sample.read_benchmark(f"{url}#sha256={digest}")[0] == "GSM8K"
+    monkeypatch.setattr(models.time, "sleep", lambda _: None)
+    with pytest.raises(ValueError, match="hash"):
+        sample.read_benchmark(f"{url}#sha256={'0' * 64}")
+    assert sample.read_benchmark(url)[0] == "GSM8K" and digest in capsys.readouterr().err
+    server.shutdown()
+    server.server_close()
+    assert sample.read_benchmark(f"{url}#sha256={digest}")[0] == "GSM8K"  # from the cache
+
+
+def test_mbpp_is_run(tmp_path, capsys):
+    record = {"task_id": 11, "text": "Add one.", "code": "def inc(x):\n    return x + 1", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"], "test_setup_code": ""}
+    (summary, rows) = evaluated(tmp_path, [record, {**record, "task_id": 12, "code": "def inc(x):\n    return x"}], "--solutions", "canonical")
+    assert summary["passed"] == 1 and rows[0]["passed"] and "wrong answer" in rows[1]["reason"]
+
+
+def test_a_judge_rates_conversations(tmp_path, served):
+    """Our own server plays the judge: synth.py's client works against it."""
+    records = [{"question_id": n, "category": "abc"[n % 3], "turns": [f"Q{n}", "And?"], "reference": ["R", "S"]} for n in range(4)]
+
+    def say(logits, requests_):
+        return torch.tensor([(list(b"Fine. RATING: 7") + [served.tokenizer.eot])[len(r.ids) - r.prompt_tokens] for r in requests_])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "choose", say)
+        patch.setattr(served.server.engine, "queue_size", 100)
+        arguments = ["--judge", f"{served.url}/v1#talk", "--max-tokens", "4"]
+        summary, rows = evaluated(tmp_path, records, *arguments)
+        assert summary["rating"] == 7 and summary["se"] == 0 and {*summary["levels"]} == {*"abc"} and [row["ratings"] for row in rows] == [[7, 7]] * 4
+        assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"] * 2 and rows[0]["messages"][2]["content"] == "And?"
+        patch.setattr(sample, "choose", None)  # a second time nobody is asked
+        assert evaluated(tmp_path, records, *arguments)[0]["rating"] == 7
+    assert len((tmp_path / "o.jsonl.paid.jsonl").read_text().splitlines()) == 8
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py
 
@@ -1002,16 +1854,18 @@ def test_minhash_estimates_jaccard():
     assert (together[1] == alone[0]).all() and not (together[0] == together[3]).any()
 
 
-def test_near_duplicates_keep_one_of_each_component():
+def test_near_duplicates_keep_one_of_each_group(tmp_path):
     rng = random.Random(1)
-    documents = []
+    texts = ["x", "y", "x y"]
     for i in range(40):
         text = page(rng)
-        documents += [{"text": text, "bytes": len(text)}, {"text": text + " the end", "bytes": len(text) + 8}]
-    documents += [{"text": t, "bytes": len(t)} for t in ("x", "y", "", "x y")]
-    assert data.near_duplicates(documents, 0.8, 2) == set(range(0, 80, 2))
-    assert data.near_duplicates(documents, 0.8, 1) == set(range(0, 80, 2))
-    assert data.near_duplicates([], 0.8, 2) == set()
+        texts += [text, text + " the end"]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    path = make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes")
+    dataset = data.open_dataset(path)
+    assert dataset.meta["funnel"][-1]["dropped"] == {"similar text": 40} and dataset.meta["funnel"][-1]["documents_out"] == 43
+    kept = sum(bytes(np.array(ids[ids < 256], np.uint8)).count(b" the end") for ids in (dataset.train, dataset.val))
+    assert kept == 40                                                 # the longer one of each pair
 
 
 def test_reading_survives_everything(tmp_path):
@@ -1052,7 +1906,8 @@ def test_rules():
     for reason, text in cases.items():
         assert data.code_rule(text, "x.py") == reason
     assert data.code_rule(good, "pkg/tests/x.py") == data.code_rule(good, "test_x.py") == "test"
-    prose = "It was the best of times, and the people that lived to see it have said to me that it was a good time to be. " * 3
+    prose = ("It was the best of times, and the people that lived to see it have said to me that it was a good time to be. Nobody was rich with "
+             "money, but everybody had bread, and music in the evening, and neighbours who came to sit at the door of the house to talk.")
     assert data.prose_rule(prose) is None
     assert data.prose_rule("the cats live of\n" * 40) == "repeated lines"
     assert data.prose_rule("short") == "fewer than 50 words"
@@ -1181,6 +2036,339 @@ def test_json_lines(tmp_path):
     with pytest.raises(ZeroDivisionError):
         data.write_jsonl(tmp_path / "a.jsonl", ({"n": 1 / n} for n in (1, 0)))
     assert list(data.read_jsonl(tmp_path / "a.jsonl")) == records and len(os.listdir(tmp_path)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: the engine
+
+
+def pages(n, seed=0):
+    rng = random.Random(seed)
+    words = "".join(chr(97 + rng.randrange(26)) for _ in range(6000))
+    words = [words[i:i + rng.randint(3, 8)] for i in range(0, 5900, 6)]
+    return [" ".join(rng.choices(words, k=rng.randint(60, 300))) + f". {i}\n" for i in range(n)]
+
+
+def test_forest_learns_what_a_line_cannot():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(3000, 12)).astype(np.float32)
+    y = (X[:, 0] * X[:, 1] > 0).astype(int)                           # no single feature and no sum of them says it
+    forest = data.RandomForest(40, workers=1).fit(X[:2000], y[:2000])
+    p = forest.predict_proba(X[2000:])
+    assert data.area_under_curve(y[2000:], p) > 0.85 and p.min() >= 0 and p.max() <= 1
+    assert set(forest.importance.argsort()[-2:]) == {0, 1} and abs(forest.importance.sum() - 1) < 1e-6
+    assert (data.RandomForest(40, workers=2).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) == p).all()
+    assert (data.RandomForest(40, seed=1, workers=1).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) != p).any()
+
+
+def test_forest_edge_cases_and_file(tmp_path):
+    forest = data.RandomForest(30, min_leaf=1, workers=1).fit(np.repeat(np.float32([[0], [1]]), 20, 0), np.repeat([0, 1], 20))
+    assert forest.predict_proba(np.float32([[0], [1], [-9], [9]])).round(3).tolist() == [0, 1, 0, 1]
+    assert data.RandomForest(3, workers=1).fit(np.zeros((5, 2), np.float32), np.ones(5)).predict_proba(np.zeros((2, 2))).tolist() == [1, 1]
+    forest.save(tmp_path / "f.npz", names=["a", "b"])
+    again, arrays = data.RandomForest.load(tmp_path / "f.npz")
+    X = np.random.default_rng(0).normal(size=(50, 1))
+    assert (again.predict_proba(X) == forest.predict_proba(X)).all() and arrays["names"].tolist() == ["a", "b"]
+    (tmp_path / "g.npz").write_bytes((tmp_path / "f.npz").read_bytes()[:300])
+    for name, error in (("g.npz", ValueError), ("h.npz", FileNotFoundError)):
+        with pytest.raises(error, match="--labels"):
+            data.RandomForest.load(tmp_path / name)
+    for X, y in ((np.zeros((2, 2)), [0, 2]), (np.full((2, 1), np.nan), [0, 1]), (np.zeros((2, 2)), [0])):
+        with pytest.raises(ValueError, match="forest learns"):
+            data.RandomForest().fit(X, y)
+
+
+def test_forest_is_as_good_as_scikit_learns():
+    ensemble = pytest.importorskip("sklearn.ensemble", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(3)
+    X = rng.normal(size=(6000, 16)).astype(np.float32)
+    y = (X[:, 0] * X[:, 1] + X[:, 2] + rng.normal(size=6000) > 0).astype(int)
+    ours = data.RandomForest(100).fit(X[:3000], y[:3000]).predict_proba(X[3000:])
+    theirs = ensemble.RandomForestClassifier(100, random_state=0).fit(X[:3000], y[:3000]).predict_proba(X[3000:])[:, 1]
+    assert data.area_under_curve(y[3000:], ours) > data.area_under_curve(y[3000:], theirs) - 0.003
+
+
+def test_area_under_curve_by_hand():
+    assert data.area_under_curve(np.array([0, 1, 0, 1]), np.array([0.1, 0.9, 0.5, 0.5])) == 0.875
+    assert math.isnan(data.area_under_curve(np.ones(3), np.ones(3)))
+
+
+def test_features_name_what_they_count():
+    text = '"""Doc."""\n\n\ndef f(x):\n    # because\n    return x\n'
+    row = dict(zip(data.FEATURES, data.features(text).tolist()))
+    assert len(row) == len(data.FEATURES) == len(data.features("")) and np.isfinite(data.features("")).all()
+    assert row["definitions"] == row["comments"] == row["exits"] == 0.25 and row["explanation"] > 0 and row["noise"] == 0
+
+
+def test_labels_by_text_and_id_choose_the_best(tmp_path, capsys):
+    rng = random.Random(0)
+    good = [f"def f{i}(x):\n    # because this explains why\n    return x + {i}\n" * rng.randint(1, 4) for i in range(60)]
+    bad = [f"x{i} = {{'a': {i}, 'b': [1, 2]}}\n" * rng.randint(1, 9) for i in range(60)]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(good + bad)])
+    labels = [{"id": str(i), "score": 5 if i < 60 else 0} | ({"text": (good + bad)[i]} if i % 2 else {}) for i in range(0, 120, 3)]
+    data.write_jsonl(tmp_path / "labels.jsonl", labels + [{"id": "nobody", "score": 1}, {"score": 2}, {"text": "x"}])
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--dedup-threshold", "1"]
+    path = data.main([*arguments, "--labels", str(tmp_path / "labels.jsonl"), "--keep", "0.5"])
+    meta = data.open_dataset(path).meta
+    assert meta["classifier"]["labels"] == 40 and meta["classifier"]["auc"] > 0.99 and len(meta["classifier"]["features"]) == 10
+    assert meta["classifier"]["left out"] == {"id not in the input": 1, "no score from 0 to 5": 1, "neither text nor id": 1}
+    kept = bytes(np.array(data.open_dataset(path).train, np.uint8)).decode(errors="replace")
+    assert kept.count("because") > 50 and "'a'" not in kept and meta["train"]["documents"] + meta["val"]["documents"] == 60
+    again = data.main([*arguments, "--classifier", str(path), "--min-score", "0.5", "--name", "again"])
+    assert data.open_dataset(again).meta["train"] == meta["train"]
+    with pytest.raises(SystemExit):
+        data.main([*arguments, "--keep", "0.5", "--name", "none"])
+    assert "--labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edit_distance_equals_the_textbook_table(seed):
+    rng = random.Random(seed)
+    for _ in range(100):
+        a, b = (rng.choices("abc", k=rng.randint(0, 12)) for _ in range(2))
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            old, row = row, [i]
+            for j, y in enumerate(b, 1):
+                row.append(min(old[j] + 1, row[-1] + 1, old[j - 1] + (x != y)))
+        assert data.edit_distance(a, b) == row[-1]
+
+
+PROBLEM = {"task_id": "P/1", "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in the list, longest first."""\n',
+           "canonical_solution": "    counts = {}\n    for word in words:\n        counts[word] = counts.get(word, 0) + 1\n    found = [w for w, n in counts.items() if n >= least]\n"
+                                 "    return sorted(found, key=len, reverse=True)\n"}
+
+
+def test_contamination_by_words_and_by_syntax(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    (tmp_path / "list.txt").write_text("The numbers are 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20")
+    check = data.Contamination([tmp_path / "p.jsonl", tmp_path / "list.txt"])
+    filler = " ".join(f"word{i} and" for i in range(3000))
+    planted = f"{filler}\n# RETURN every word, that occurs at least that many times (in the list): longest first\n{filler}"
+    found = check.find(["nothing here", planted, "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17", filler, "word that occurs at least"])
+    assert list(found) == [1] and found[1][0] == "13-gram" and check.problems[found[1][1]][0] == "P/1"
+    assert list(check.find(["return every word that occurs at least that many zebras"])) == [0]          # 7-grams that are most of a short text
+    renamed = ("class A:\n    def g(self):\n        return 1\n\n    def often(texts, k):\n        'Other words.'\n        c = {}\n        for t in texts:\n"
+               "            c[t] = c.get(t, 0) + 1\n        r = [a for a, b in c.items() if b >= k]\n        return sorted(r, key=len, reverse=True)\n")
+    rule, i, evidence = check.find_functions(renamed)
+    assert rule == "syntax tree" and i == 1 and "often: match rate 1.000" == evidence and not check.find([renamed])
+    assert check.find_functions("def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n") is None
+
+
+def test_contaminated_documents_are_written_out(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    text = PROBLEM["prompt"] + PROBLEM["canonical_solution"]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in [*pages(20), text]])
+    path = data.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--decontaminate", str(tmp_path / "p.jsonl")])
+    hit, = data.read_jsonl(path / "contaminated.jsonl")
+    assert hit["text"] == text and PROBLEM["prompt"] in hit["problem_text"] and hit["problem"] == "P/1"
+    assert data.open_dataset(path).meta["funnel"][2]["dropped"] == {"13-gram": 1}
+
+
+SPOKEN = {"en": "The committee will meet again on Thursday, and it is expected that the report about the new schools in the city will be published before the end of the month.",
+          "de": "Der Ausschuss trifft sich am Donnerstag wieder, und es wird erwartet, dass der Bericht über die neuen Schulen in der Stadt noch in diesem Monat erscheint.",
+          "fr": "Le comité se réunira de nouveau jeudi, et on s'attend à ce que le rapport sur les nouvelles écoles de la ville soit publié avant la fin du mois.",
+          "es": "El comité se reunirá de nuevo el jueves y se espera que el informe sobre las nuevas escuelas de la ciudad se publique antes de que termine el mes.",
+          "pt": "O comitê se reunirá novamente na quinta-feira e espera-se que o relatório sobre as novas escolas da cidade seja publicado antes do fim do mês.",
+          "it": "Il comitato si riunirà di nuovo giovedì e si prevede che il rapporto sulle nuove scuole della città sarà pubblicato prima della fine del mese.",
+          "nl": "De commissie komt donderdag weer bijeen en naar verwachting zal het rapport over de nieuwe scholen in de stad nog voor het einde van de maand verschijnen.",
+          "ru": "Комитет снова соберётся в четверг, и ожидается, что доклад о новых школах города будет опубликован до конца месяца.",
+          "zh": "委员会将于星期四再次开会，预计关于该市新学校的报告将在月底之前公布。", "ja": "委員会は木曜日に再び開かれ、市の新しい学校についての報告書は月末までに発表される見込みです。",
+          "ko": "위원회는 목요일에 다시 열리며, 시의 새 학교에 대한 보고서는 이달 말 이전에 발표될 것으로 예상된다.", "ar": "ستجتمع اللجنة مرة أخرى يوم الخميس ومن المتوقع أن ينشر التقرير عن المدارس الجديدة في المدينة قبل نهاية الشهر.",
+          "hi": "समिति की बैठक गुरुवार को फिर होगी और उम्मीद है कि शहर के नए स्कूलों पर रिपोर्ट महीने के अंत से पहले प्रकाशित होगी।", "?": "xq zzv qqk wrrt plmn vbx ghjk"}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_languages(name):
+    assert data.language(SPOKEN[name]) == name
+
+
+def test_language_option_and_personal_data(tmp_path):
+    mail = "Write to jane.doe@example.org or 81.2.69.142, not to 192.168.0.1 or version 1.2.3; api_key = 'abcdefghij0123456789' and ghp_" + "a" * 36 + ". "
+    code = "import os\n\n\ndef f(x):\n    return os.path.join(x, 'a')\n\n\nprint(f('b'))\n"
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in [*SPOKEN.values(), mail + SPOKEN["en"], code]])
+    path = data.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--language", "en", "--mask-personal", "all"])
+    meta, dataset = data.open_dataset(path).meta, data.open_dataset(path)
+    assert meta["funnel"][1]["dropped"] == {name: 1 for name in SPOKEN if name != "en"}
+    text = "".join(bytes(np.array(ids[ids < 256], np.uint8)).decode() for ids in (dataset.train, dataset.val))
+    assert "<EMAIL> or <IP>, not to 192.168.0.1 or version 1.2.3; api_key = '<KEY>' and <KEY>. " in text and "jane" not in text and "os.path" in text
+
+
+def test_prose_rules_of_gopher_and_the_line_filters():
+    sentence = "It was the best of times, and the people that lived to see it have said so to me many times with a smile"
+    fine = ("Bakers have been up since four, and the smell of their bread fills the whole street. A man with two dogs waits at the door of the shop "
+            "until it opens. He likes to be first. Later the children come, buy a roll each, and run to school. By noon most of what was made in the "
+            "night is gone. Then somebody sweeps the floor, writes down what is needed from the mill, and goes home to sleep while others work.")
+    assert data.prose_rule(fine) is None
+    cases = {"repeated phrases": fine + (" " + sentence) * 3, "one phrase again and again": fine[:400] + " so it goes" * 40, "lines that break off": "\n".join(
+        f"{word} and the rest of it that I have to say..." for word in fine.split()), "few finished lines": fine.replace(".", "\n").replace(", ", "\n") + "there",
+        "filler": fine + " Please enable JavaScript.", "bullet list": "\n".join("- " + row for row in fine.split(". "))}
+    for reason, text in cases.items():
+        assert data.prose_rule(text) == reason
+
+
+def wet(pages):
+    head = "WARC/1.0\r\nWARC-Type: {}\r\nWARC-Target-URI: {}\r\nContent-Length: {}\r\n\r\n"
+    return b"".join((head.format(kind, uri, len(body)).encode() + body + b"\r\n\r\n") for kind, uri, body in pages)
+
+
+def test_common_crawl_and_spans_of_lines(tmp_path):
+    whole = wet([("warcinfo", "-", b"software: x"), ("conversion", "http://a/", "één\n".encode()), ("conversion", "http://b/", b"x" * 5000), ("conversion", "http://c/", b"last")])
+    (tmp_path / "a.warc.wet.gz").write_bytes(gzip.compress(whole[:300]) + gzip.compress(whole[300:]))
+    (tmp_path / "cut.wet").write_bytes(whole[:-6])
+    drop = Counter()
+    documents = list(data.read_documents(data.find_files([tmp_path], drop), drop, max_document_bytes=1000))
+    assert [(d["id"], d["text"]) for d in documents] == [("http://a/", "één\n"), ("http://c/", "last"), ("http://a/", "één\n")] and documents[0]["web"]
+    assert drop == {"too large": 2, "damaged gzip": 1}
+    records = [{"text": "x" * (i % 7) + str(i)} for i in range(200)]
+    data.write_jsonl(tmp_path / "r.jsonl", records)
+    size = os.path.getsize(tmp_path / "r.jsonl")
+    for step in (1, 7, 1000, size):
+        spans = [(str(tmp_path / "r.jsonl"), "r", math.inf, at, at + step) for at in range(0, size, step)]
+        assert [d["text"] for d in data.read_documents(spans, drop)] == [r["text"] for r in records]
+
+
+def test_a_url_is_fetched_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body = b'{"text": "from afar"}\n'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MINPHI_CACHE", str(tmp_path))
+    for _ in range(2):
+        files = data.find_files([f"http://127.0.0.1:{server.server_port}/some/pages.jsonl?x=1"], Counter())
+        assert [d["text"] for d in data.read_documents(files, Counter())] == ["from afar"] and files[0][1] == "pages.jsonl"
+    server.shutdown()
+    assert asked == ["/some/pages.jsonl?x=1"]
+
+
+def test_parquet_where_pyarrow_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    drop = Counter()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert not list(data.read_documents(data.find_files([tmp_path], drop), drop)) and "pip install pyarrow" in next(iter(drop))
+    monkeypatch.undo()
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet")
+    assert [d["text"] for d in data.read_documents(data.find_files([tmp_path], Counter()), Counter())] == ["a", "b"]
+
+
+def test_kth_smallest_and_components():
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 2**64, n, dtype=np.uint64) >> np.uint64(s) for n, s in ((100, 0), (0, 0), (57, 40), (3, 63))]
+    flat = np.sort(np.concatenate(arrays))
+    assert all(data.kth_smallest(lambda: arrays, k) == flat[k - 1] for k in range(1, len(flat) + 1))
+    pairs = np.array([[i, i + 1] for i in range(0, 99) if i % 10 != 9] + [[200, 300]])
+    nodes, label = data.components(pairs[rng.permutation(len(pairs))])
+    groups = [nodes[label == one].tolist() for one in np.unique(label)]
+    assert groups == [list(range(i, i + 10)) for i in range(0, 100, 10)] + [[200, 300]]
+    assert len(data.components(np.zeros((0, 2), np.int64))[0]) == 0
+
+
+def corpus(folder, n=120):
+    texts = pages(n)
+    texts += [text + " the end" for text in texts[:20]] + texts[20:30]
+    for i in range(0, len(texts), 10):
+        data.write_jsonl(folder / f"{i:04}.jsonl", [{"text": text} for text in texts[i:i + 10]])
+    return ["--input", str(folder), "--rules", "none", "--tokenizer", "train:400", "--val-share", "0.1", "--seed", "3"]
+
+
+def files_of(path):
+    return {name: (path / name).read_bytes() for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json", "report.html")}
+
+
+def test_ranks_workers_and_ranges_of_hashes_change_nothing(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    arguments = corpus(tmp_path / "in")
+    monkeypatch.setattr(data, "split_files", lambda files: [[file] for file in files])
+    one = data.main([*arguments, "--workers", "1", "--out", str(tmp_path / "one")])
+    meta = data.open_dataset(one).meta
+    assert [row["dropped"] for row in meta["funnel"][2:]] == [{"same text": 10}, {"similar text": 20}]
+    monkeypatch.setattr(data.find_duplicates, "__defaults__", (7,))
+    several = data.main([*arguments, "--workers", "2", "--out", str(tmp_path / "several")])
+    program = ("import sys, data\ndata.split_files = lambda files: [[file] for file in files]\n"
+               f"data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'ranks')]!r})")
+    ranks = [subprocess.Popen([sys.executable, "-c", program], cwd=os.path.dirname(data.__file__), stdout=subprocess.PIPE,
+                              env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert files_of(one) | {"report.html": 0} == files_of(several) | {"report.html": 0} == files_of(tmp_path / "ranks" / "web") | {"report.html": 0}
+    assert os.listdir(tmp_path / "ranks") == ["web"]
+
+
+def test_a_killed_command_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    arguments = corpus(tmp_path / "in")
+    program = ("import os, sys, data\nload = data.Work.run\n"
+               "def run(self, stage, n, make):\n    if stage == sys.argv[1]:\n        load(self, stage, 1, make)\n        os.kill(os.getpid(), 9)\n    return load(self, stage, n, make)\n"
+               f"data.Work.run = run\ndata.split_files = lambda files: [[file] for file in files]\ndata.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})")
+    start = lambda stage: subprocess.run([sys.executable, "-c", program, stage], cwd=os.path.dirname(data.__file__), capture_output=True, text=True)
+    for stage in ("documents", "tokens"):
+        assert start(stage).returncode == -signal.SIGKILL
+    work, = (tmp_path / "out").iterdir()
+    made = (work / "documents" / "0" / "text.npy").stat().st_mtime_ns
+    done = start("never")
+    assert done.returncode == 0 and os.listdir(tmp_path / "out") == ["web"], done.stderr
+    assert made < time.time_ns() and data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
+
+
+def test_millions_of_signatures_are_compared_in_little_memory(tmp_path):
+    """50,000 here, in 8 parts and 10 ranges; MINPHI_SIGNATURES=5000000 is the simulation of the README, within 2 GB."""
+    n, n_parts, rows = int(os.environ.get("MINPHI_SIGNATURES", 50_000)), 8, 8
+    work, rng = data.Work(tmp_path / "work", 1), np.random.default_rng(0)
+    per = n // n_parts
+
+    def make(i):
+        signatures = np.random.default_rng(i).integers(0, 2**32, (per, 14 * rows), dtype=np.uint32)
+        twins = np.arange(0, per, 100)
+        if i % 2:                                                     # every hundredth is a near copy of the part before's
+            signatures[twins] = np.random.default_rng(i - 1).integers(0, 2**32, (per, 14 * rows), dtype=np.uint32)[twins]
+            signatures[twins, :11] += np.uint32(1)
+        keys = np.concatenate([rng.integers(0, 2**64, (1, per), dtype=np.uint64), data.band_keys(signatures, 14)])
+        return {"signatures": signatures, "keys": keys, "value": np.zeros(per, np.float32), "size": np.full(per, 10)}
+
+    parts = work.run("documents", n_parts, make)
+    options = SimpleNamespace(dedup_bands=14, dedup_threshold=0.8)
+    dropped, same, groups = data.find_duplicates(work, parts, np.arange(n_parts + 1) * per, options, max(5000, n // 5))
+    assert dropped.tolist() == [i * per + k for i in range(1, n_parts, 2) for k in range(0, per, 100)] and not same.any()
+    assert {int(k): v for k, v in groups.items()} == {2: len(dropped)}
+
+
+def test_similar_documents_are_found_and_others_left(tmp_path):
+    rng = random.Random(5)
+    texts, pairs = [], []
+    for base in pages(150, 7):
+        words = base.split()
+        other = words[:]
+        for i in rng.sample(range(len(words)), max(1, int(len(words) * rng.choice([0.004, 0.3])))):
+            other[i] = "changed"
+        grams = [{tuple(w[i:i + 5]) for i in range(len(w) - 4)} for w in (words, other)]
+        pairs.append(len(grams[0] & grams[1]) / len(grams[0] | grams[1]))
+        texts += [base, " ".join(other)]
+    keys = data.band_keys(data.minhash(texts), 14)
+    signatures = data.minhash(texts)
+    near = {tuple(pair) for key in keys for pair in data.candidates(key).tolist()}
+    near = {(a, b) for a, b in near if (signatures[a] == signatures[b]).mean() >= 0.8}
+    assert all(((2 * i, 2 * i + 1) in near) for i, truth in enumerate(pairs) if truth >= 0.9) and sum(truth >= 0.9 for truth in pairs) > 50
+    assert not any((2 * i, 2 * i + 1) in near for i, truth in enumerate(pairs) if truth < 0.6) and len(near) <= 150
+
+
+def test_report_is_one_page(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = data.main([*corpus(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    page = (path / "report.html").read_text()
+    assert "http" not in page and "similar text" in page and "near duplicates: 120" in page.replace(" 120", ": 120") and page.count("<pre>") >= 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1490,6 +2678,391 @@ def test_exercises_pass_their_own_tests_and_nothing_else_does():
     assert all(v.passed for v in good), [v.reason for v in good if not v.passed]
     for wrong in ("    return None\n", "    return 0\n", "    pass\n"):
         assert not any(v.passed for v in synth.judge_all([(p, wrong) for p in problems]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synth.py: teachers over an API
+
+
+@pytest.fixture
+def teacher():
+    """A loopback endpoint: `answer(question, n)` gives (status, headers, body as bytes, text, or a reply); None cuts the connection."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+            with server.lock:
+                server.seen.append((question, self.headers.get("Authorization"), self.path, body))
+                n = len(server.seen)
+            reply = server.answer(question, n)
+            if reply is None:
+                self.close_connection = True
+                return self.connection.close()
+            status, headers, content = reply if isinstance(reply, tuple) else (200, {}, reply)
+            if isinstance(content, str):
+                chosen = {"text": content} if self.path.endswith("/completions") and "prompt" in body else {"message": {"content": content}}
+                content = json.dumps({"choices": [{**chosen, "finish_reason": "stop"}], "usage": {"prompt_tokens": 100, "completion_tokens": 50}}).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 256, True
+
+        def handle_error(self, *args):
+            pass
+
+    server = Server(("127.0.0.1", 0), Handler)
+    server.seen, server.lock, server.answer = [], threading.Lock(), lambda question, n: f"answer {n}"
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1#tiny"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run_synth(folder, *arguments, code=0, env=()):
+    done = subprocess.run([sys.executable, os.path.join(HERE, "synth.py"), *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, **dict(env)}, timeout=120)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    return done.stdout + done.stderr
+
+
+def talk(n, words=40):
+    return f"### User\nQuestion {n}?\n### Assistant\n" + " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words)) + "\n"
+
+
+def records(path):
+    return list(data.read_jsonl(path))
+
+
+def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path):
+    def answer(question, n):
+        kinds = {0: (429, {"Retry-After": "0"}, b"{}"), 1: (500, {}, b"oops"), 2: None, 3: (200, {}, b'{"choices": [{"mess'), 4: "", 5: "I'm sorry.",
+                 6: (200, {}, json.dumps({"choices": [{"message": {"content": talk(n)}, "finish_reason": "length"}]}).encode()),
+                 7: (200, {"Content-Length": "999"}, b"{"), 8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b"")}
+        with teacher.lock:  # a quarter of all goes wrong, in every way
+            return kinds.get(n % 36 % 12 if n % 36 < 9 else 11, talk(n))
+    teacher.answer = answer
+    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 400, "--concurrency", 50, "--backoff", 0.01, "--timeout", 5, "--out", "o.jsonl")
+    found, paid = records(tmp_path / "o.jsonl"), records(tmp_path / "o.jsonl.paid.jsonl")
+    assert len(found) == 400 == len({r["messages"][1]["content"] for r in found}) and len({p["key"] for p in paid}) == len(paid)
+    reasons = Counter(p["reason"] for p in paid)
+    assert reasons[None] == 400 and min(reasons[r] for r in ("truncated", "broken JSON", "empty", "not a conversation by turns")) > 3, reasons
+    assert "broken JSON" in told and found[0]["teacher"] == teacher.url
+    before = len(teacher.seen)
+    again = (tmp_path / "o.jsonl").read_bytes()
+    run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 400, "--out", "o.jsonl")
+    assert len(teacher.seen) == before and (tmp_path / "o.jsonl").read_bytes() == again  # nothing is asked twice
+    run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 410, "--out", "o.jsonl")
+    assert len(records(tmp_path / "o.jsonl")) == 410 and len(teacher.seen) < before + 30
+
+
+def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
+    teacher.answer = lambda question, n: time.sleep(0.01) or talk(n)
+    command = [sys.executable, os.path.join(HERE, "synth.py"), "chat", "--teacher", teacher.url, "--count", "300", "--concurrency", "8", "--out", "o.jsonl"]
+    ledger = tmp_path / "o.jsonl.paid.jsonl"
+    for goal in (40, 120):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while not ledger.exists() or ledger.read_bytes().count(b"\n") < goal:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    with open(ledger, "ab") as file:
+        file.write(b'{"key": "half a li')
+    before = ledger.read_bytes()
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while ledger.read_bytes().count(b"\n") < 200:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)  # waits for what is under way
+    assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl")) >= 200
+    run_synth(tmp_path, *command[2:])
+    paid = records(ledger)
+    assert ledger.read_bytes().startswith(before[:before.rindex(b"\n") + 1]) and len({p["key"] for p in paid}) == len(paid) == 300
+    assert len(records(tmp_path / "o.jsonl")) == 300 and len(teacher.seen) <= 300 + 2 * 8  # what was under way at the two kills
+
+
+def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_path):
+    teacher.answer = lambda question, n: talk(n)
+    secret, port = "sk-very-secret", teacher.server_address[1]
+    broken = "http://127.0.0.1:1/v1#gone"
+    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, broken + "=3", "--count", 30, "--retries", 0, "--out", "o.jsonl", env={"SYNTH_KEY_127_0_0_1": secret})
+    assert told.count("is set aside") == 1 and broken in told and {r["teacher"] for r in records(tmp_path / "o.jsonl")} == {teacher.url}
+    assert {key for _, key, *_ in teacher.seen} == {f"Bearer {secret}"}
+    teacher.answer = lambda question, n: (401, {}, f"bad key {secret}".encode())
+    told += run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 50, "--out", "o.jsonl", code=2, env={"SYNTH_KEY_127_0_0_1": secret})
+    assert "HTTP 401: bad key ***" in told and "no teacher is left" in told and len(records(tmp_path / "o.jsonl")) > 0
+    for spec, env in (("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}), (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}), ("nonsense", {})):
+        told += run_synth(tmp_path, "chat", "--teacher", spec, code=2, env=env)
+    files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
+    assert secret not in told + files
+
+
+def test_weights_decide_who_is_asked(teacher, tmp_path):
+    teacher.answer = lambda question, n: talk(n)
+    run_synth(tmp_path, "chat", "--teacher", teacher.url + "=3", "builtin", "--count", 200, "--out", "o.jsonl")
+    share = Counter(r["teacher"] for r in records(tmp_path / "o.jsonl"))[teacher.url] / 200
+    assert 0.65 < share < 0.85
+
+
+def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
+    teacher.answer = lambda question, n: talk(n)
+    options = ("chat", "--teacher", teacher.url, "--count", 40, "--max-answer", 60, "--out", "o.jsonl")  # 150 tokens each, as the server says
+    told = run_synth(tmp_path, *options, "--max-tokens", 1500, code=2)
+    assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
+    told = run_synth(tmp_path, *options, "--max-usd", 0.003, "--price-in", 1, "--price-out", 2, code=2)  # 0.0002 each
+    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003 and f"{len(records(tmp_path / 'o.jsonl'))} chat" in told
+    run_synth(tmp_path, *options)
+    assert len(records(tmp_path / "o.jsonl")) == 40 == len(teacher.seen)
+    assert "--max-usd needs" in run_synth(tmp_path, *options, "--max-usd", 1, code=2)
+    teacher.seen.clear()
+    told = run_synth(tmp_path, *options, "--dry-run", "--price-in", 1, "--price-out", 1)
+    assert "### User" in told and "about 40 questions" in told and not teacher.seen
+
+
+def test_rate_limit_is_shared_by_threads():
+    args = collections.namedtuple("Args", "teacher judge dry_run max_tokens max_usd price_in price_out requests_per_minute tokens_per_minute max_answer")
+    desk, asked = synth.Desk(args([], [], False, 0, 0, 0, 0, 600, 60_000, 10), ""), synth.Teacher("builtin")
+    waits, desk.pause = [], lambda seconds: waits.append(seconds)
+    for size in (10, 10, 1000):
+        desk.admit(asked, size)
+    assert [round(w, 1) for w in waits] == [0.0, 0.1, 0.2] and round(asked.free_at - time.monotonic(), 1) == 1.2
+
+
+def test_a_question_at_fault_is_left_out(teacher, tmp_path):
+    teacher.answer = lambda question, n: (400, {}, b"too long") if "bad" in question else "SCORE 4: it explains\n"
+    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)])
+    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--out", "o.jsonl")
+    assert len(records(tmp_path / "o.jsonl")) == 5 and len(teacher.seen) == 10 and "HTTP 400" in told
+
+
+def test_repeated_labels_report_their_agreement(teacher, tmp_path):
+    teacher.answer = lambda question, n: f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because"
+    data.write_jsonl(tmp_path / "d.jsonl", [{"id": name, "text": f"{name} document" * 10} for name in ("alpha", "beta")])
+    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--repeat", 2, "--concurrency", 1, "--out", "o.jsonl")
+    assert "all 2 grades agree for 50.0%" in told and len(teacher.seen) == 4
+    assert sorted((r["id"], r["scores"], r["reason"]) for r in records(tmp_path / "o.jsonl"))[1] == ("beta", [2, 2], "because")
+
+
+GOOD = 'def double(x):\n    """Twice x.\n\n    >>> double(2)\n    4\n    """\n    return 2 * x\n'
+TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n    assert candidate(-1) == -2\n"
+
+
+def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
+    def block(code, tests=TESTS):
+        return f"Here:\n```python\n{code}```\nand\n```python\n{tests}```\n"
+    answers = [block(GOOD), block(GOOD.replace("2 * x", "3 * x").replace("double", "triple")), block(GOOD.replace("double", "twice"), "def check(candidate):\n" + "    assert True\n" * 3),
+               block(GOOD.replace("return 2 *", "return 2 *)")), block("def f(x):\n    return x\n"), "no code"]
+    teacher.answer = lambda question, n: answers[(n - 1) % len(answers)]
+    told = run_synth(tmp_path, "exercises", "--teacher", teacher.url, "--count", 1, "--concurrency", 1, "--out", "o.jsonl")
+    (kept,) = records(tmp_path / "o.jsonl")
+    assert kept["entry_point"] == "double" and judge(kept, kept["canonical_solution"]).passed and kept["prompt"] + kept["canonical_solution"] == GOOD
+    told = run_synth(tmp_path, "exercises", "--teacher", teacher.url, "--count", 100, "--asks", 1, "--out", "p.jsonl", code=2)
+    rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
+    assert len(records(tmp_path / "p.jsonl")) == 1 and "code does not parse" in told and "no function with a docstring" in told
+    entered, left = (int(rows["code runs"][k].replace(",", "").replace("->", "")) for k in (2, -2))
+    assert entered > 90 and abs(entered - 3 * left) <= 3, told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
+
+
+def test_gates_of_pages(tmp_path):
+    args = collections.namedtuple("Args", "teacher judge dry_run against workers min_chars")([], [], False, [], 1, 60)
+    gates = synth.Gates(synth.Desk(args, ""), "textbooks")
+    good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n    print({})\n```\nA common mistake is an endless loop.\n"
+    texts = {"good": good.format(1), "short": "Too short.", "chapter": good.format(2) + "See Chapter 4 for more about the topic.", "link": good.format(3) + "https://x.org",
+             "crash": good.format("1 / 0"), "syntax": good.format("("), "dull": "Words and words and nothing to say. " * 5, "twin": good.format(1) + "!"}
+    kept = gates([{"text": text} for text in texts.values()])
+    assert [r["text"] for r in kept] == [texts["good"]]
+    assert {name: count["entered"] - count["left"] for name, count in gates.counts.items()} == {
+        "long enough": 1, "stands alone": 2, "explains": 1, "shows": 0, "code runs": 2, "no near-duplicate": 1}
+
+
+def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
+    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n```\nA mistake is to forget the order {}.\n"
+    numbers = itertools.count()
+    secret = "given the weights of all whales in the northern sea return the weight of the lightest whale"
+    def answer(question, n):
+        if question.startswith("How much"):
+            return f"SCORE {5 if 'fine' in question else 1}"
+        n = next(numbers)
+        return page.format(" ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)), secret if n % 4 == 1 else "")
+    teacher.answer = answer
+    data.write_jsonl(tmp_path / "bench.jsonl", [{"prompt": secret, "task_id": "x"}])
+    run_synth(tmp_path, "textbooks", "--teacher", teacher.url, "--judge", teacher.url, "--count", 6, "--against", "bench.jsonl", "--min-chars", 50, "--out", "o.jsonl")
+    found = records(tmp_path / "o.jsonl")
+    assert len(found) == 6 and all(r["grade"] == 5 and "whale" not in r["text"] and "fine" in r["text"] for r in found)
+    assert len({(r["topic"], r["level"], r["audience"], r["style"]) for r in found}) > 3
+
+
+def test_preferences_by_tests_and_by_a_judge_asked_both_ways_round(teacher, tmp_path):
+    problems = [r for r in synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1)]
+    data.write_jsonl(tmp_path / "p.jsonl", problems)
+    solutions = {p["prompt"]: p["canonical_solution"] for p in problems}
+    teacher.answer = lambda question, n: (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
+    run_synth(tmp_path, "preferences", "p.jsonl", "--teacher", teacher.url, "--api", "completions", "--samples", 2, "--concurrency", 1, "--out", "o.jsonl")
+    found = records(tmp_path / "o.jsonl")
+    assert len(found) == 5 and all(set(r) >= {"prompt", "chosen", "rejected"} for r in found) and teacher.seen[0][2] == "/v1/completions"
+    for r in found:
+        problem = next(p for p in problems if p["prompt"] == r["prompt"])
+        assert judge(problem, r["chosen"]).passed and not judge(problem, r["rejected"]).passed and "more" not in r["chosen"]
+    blocks = lambda question, n: f"```python\n{question.split(chr(10), 2)[2]}{'    return None' if n % 2 else solutions[question.split(chr(10), 2)[2]]}\n```"  # noqa: E731
+    teacher.answer = blocks
+    run_synth(tmp_path, "preferences", "p.jsonl", "--teacher", teacher.url, "--concurrency", 1, "--out", "q.jsonl")
+    assert len(records(tmp_path / "q.jsonl")) == 5 and teacher.seen[-1][2] == "/v1/chat/completions"
+
+    data.write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")])
+    def answer(question, n):
+        if question.startswith("Which"):
+            return "A" if "biased" in question else "AB"["a good one" in question.split("Answer B")[1]]
+        return "a good one" if n % 2 else "a bad one"
+    teacher.answer = answer
+    teacher.seen.clear()
+    told = run_synth(tmp_path, "preferences", "chats.jsonl", "--teacher", teacher.url, "--concurrency", 1, "--min-chars", 1, "--out", "r.jsonl")
+    (pair,) = records(tmp_path / "r.jsonl")
+    assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == ("a good one", "a bad one", "fair?") and "prefers a place" in told
+
+
+def test_rewritings_keep_facts():
+    source = "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team of the Guidance software."
+    good = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
+    assert synth.read_rewrite(source, good) == good + "\n"
+    assert synth.why_not(lambda text: synth.read_rewrite(source, text), good + " It was 1972.") == "invents numbers"
+    assert synth.why_not(lambda text: synth.read_rewrite(source, text), "Somebody once built a machine.") == "loses facts"
+    for form in synth.FORMS:
+        text = synth.own_rewrite(source + " Click here to subscribe to our newsletter now.", form)
+        assert "Margaret Hamilton" in text and "Click" not in text and synth.read_rewrite(source, text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synth.py: the built-in teacher's other kinds
+
+
+def test_every_kind_runs_offline(tmp_path):
+    run_synth(tmp_path, "topics", "--count", 120, "--out", "t.txt")
+    run_synth(tmp_path, "textbooks", "--topics", "t.txt", "--count", 8, "--out", "pages.jsonl")
+    run_synth(tmp_path, "exercises", "--count", 8, "--k", "1-2", "--out", "problems.jsonl")
+    run_synth(tmp_path, "exercises", "--count", 8, "--judge", "builtin", "--min-grade", 0, "--out", "judged.jsonl")
+    run_synth(tmp_path, "label", "pages.jsonl", "--count", 5, "--out", "labels.jsonl")
+    run_synth(tmp_path, "rewrite", "pages.jsonl", "--out", "rewritten.jsonl")
+    run_synth(tmp_path, "chat", "--count", 30, "--out", "chats.jsonl")
+    run_synth(tmp_path, "preferences", "problems.jsonl", "--samples", 6, "--out", "pairs.jsonl")
+    topics, found = synth.leaves_of(tmp_path / "t.txt"), {name: records(tmp_path / f"{name}.jsonl") for name in
+                                                           "pages problems judged labels rewritten chats pairs".split()}
+    assert 120 <= len(topics) == len(set(topics)) and all(found.values()) and found["pages"][0]["topic"] in topics
+    assert set(found["labels"][0]) == {"id", "text", "score", "reason", "teacher"} and all(0 <= r["score"] <= 5 for r in found["labels"])
+    assert all(m["role"] == ("user", "assistant")[i % 2] for r in found["chats"] for i, m in enumerate(r["messages"]))
+    assert {"task", "reasoning", "refusal", "identity"} >= {r["theme"] for r in found["chats"]} and len({len(r["messages"]) for r in found["chats"]}) > 1
+    assert all(judge(r, r["canonical_solution"]).passed for r in found["judged"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    run_synth(tmp_path, "chat", "--count", 30, "--out", "chats.jsonl")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_topics_are_merged_and_survive_editing(tmp_path):
+    assert synth.key_of("Sorting of lists") == synth.key_of("List sorting") != synth.key_of("Lists")
+    (tmp_path / "t.txt").write_text("a\n    b\n    c\n        d\n\ne\n")
+    assert synth.leaves_of(tmp_path / "t.txt") == ["a > b", "a > c > d", "e"]
+    assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == ["Merge sort", "Quick sort", "Heaps"]
+    args = collections.namedtuple("Args", "teacher judge dry_run count concurrency seed asks temperature max_answer retries")([synth.Teacher("builtin")], [], False, 60, 1, 0, 1, 1.0, 9, 0)
+    rows = synth.grow_topics(synth.Desk(args, ""), ["numbers", "words"])
+    assert len({synth.key_of(row) for row in rows}) == len(rows) and rows[0] == "numbers" and rows[1].startswith("  ")
+    (tmp_path / "grown.txt").write_text("\n".join(rows))
+    assert len(synth.leaves_of(tmp_path / "grown.txt")) == 60
+
+
+def test_the_rubric_tells_lessons_from_glue():
+    lesson = ('"""Search in sorted lists: the idea is to halve the range, because each comparison rules out one half of it."""\n\n\n'
+              'def find(values, wanted):\n    """Return the index of wanted in the sorted list of values, or -1 if it is not there.\n\n'
+              '    >>> find([1, 3, 5], 3)\n    1\n    """\n    low, high = 0, len(values) - 1\n    while low <= high:  # otherwise nothing is left to look at\n'
+              '        middle = (low + high) // 2\n        if values[middle] == wanted:\n            return middle\n        if values[middle] < wanted:\n'
+              '            low = middle + 1\n        else:\n            high = middle - 1\n    return -1\n')
+    glue = "from company import api\n\n\nclass Handler(api.Base):\n    def run(self, request):\n        return api.respond(self.client.get(request.url), self.headers)\n" * 3
+    prose = ("A prime number is a whole number greater than one that has no divisors other than one and itself. For example, 7 is prime because no number "
+             "from 2 to 6 divides it, while 9 is not a prime number, since 3 times 3 equals 9. To check whether a number n is prime, we try each divisor up to "
+             "the square root of n. If the number had a larger divisor, then the matching divisor would be smaller, so we would have found it first. A common "
+             "mistake is to call one a prime number.")
+    cheap = "Buy now and get free shipping! Subscribe to our newsletter. Click here for more great deals. Log in to see your orders. All rights reserved. " * 3
+    scores = {name: synth.grade(text, name)[0] for name, text in {"lesson.py": lesson, "glue.py": glue, "prose.txt": prose, "cheap.txt": cheap, "data.py": "A = [1, 2]\nB = {}\n",
+              "test.py": "import unittest\n" + lesson.replace("def find", "def test_find"), "made.py": "# Generated by the compiler, do not edit\n" + lesson, "broken.py": "def ("}.items()}
+    assert min(scores["lesson.py"], scores["prose.txt"]) >= 4 and max(scores[n] for n in scores if n not in ("lesson.py", "prose.txt")) <= 2, scores
+    assert scores["data.py"] == scores["made.py"] == scores["broken.py"] == 0
+    assert synth.grade(lesson, "x.py") == (5, synth.grade(lesson, "x.py")[1]) and "\n" not in synth.grade(lesson, "x.py")[1]
+
+
+def test_samples_depend_on_the_seed_alone(tmp_path):
+    data.write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(50)])
+    data.write_jsonl(tmp_path / "b.jsonl", [{"text": f"document {i}"} for i in range(25, 75)][::-1])
+    one, two, other = (synth.sample_documents([str(tmp_path / n) for n in names], 20, seed) for names, seed in ((("a.jsonl", "b.jsonl"), 1), (("b.jsonl", "a.jsonl"), 1), (("a.jsonl",), 2)))
+    assert [d["text"] for d in one] == [d["text"] for d in two] and len({d["text"] for d in one}) == 20 and {d["text"] for d in one} != {d["text"] for d in other}
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["label"], "label needs documents"), (["textbooks", "x.jsonl"], "reads no file"), (["label", "missing.jsonl"], "missing.jsonl"), (["chat", "--teacher", "gpt"], "URL#MODEL"),
+    (["preferences", "empty.jsonl"], "needs a prompt"), (["label", "empty.jsonl"], "no document"), (["textbooks", "--topics", "empty.jsonl"], "has no topics"), (["chat", "--cuont", "3"], "--cuont")])
+def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    told = run_synth(tmp_path, *arguments, code=2)
+    assert message in told and "Traceback" not in told and os.listdir(tmp_path) == ["empty.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synth.py: the hardened sandbox
+
+GRANTED = synth.protections() if sys.platform == "linux" else ""
+INVADERS = {
+    "reads the home directory": "    import os; os.listdir(os.path.expanduser('~root'))\n",
+    "reads this checkout": f"    open({synth.__file__!r}).read()\n",
+    "lists /tmp": "    import os; os.listdir('/tmp')\n",
+    "writes beside": "    open('../x', 'w')\n",
+    "writes to /dev/shm": "    open('/dev/shm/x', 'w')\n",
+    "opens a socket": "    import socket; socket.socket()\n",
+    "opens a unix socket": "    import socket; socket.socket(socket.AF_UNIX)\n",
+    "signals its parent": "    import os; os.kill(SYNTH, 0)\n",
+    "reads its parent's environment": "    assert not open('/proc/SYNTH/environ').read()\n",
+    "traces": "    import ctypes; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0\nimport os\n",
+    "makes a namespace": "    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0\n",
+    "clones into a namespace": "    import ctypes; assert ctypes.CDLL(None).syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\nimport os\n",
+    "mounts": "    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n",
+    "sets up io_uring": "    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0\n",
+    "makes a device": "    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))\n",
+    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n",
+}
+
+
+def bare(scratch):
+    """Stands in for `confine`: no namespaces, no other user, as where the kernel grants neither."""
+    return []
+
+
+@pytest.mark.skipif("Landlock" not in GRANTED or "seccomp" not in GRANTED, reason="this kernel grants no Landlock or seccomp")
+@pytest.mark.parametrize("namespaces", [True, False])
+def test_hostile_programs_are_contained(namespaces, monkeypatch):
+    if not namespaces:
+        bare.__name__ = "confine"
+        monkeypatch.setattr(synth, "SERVER", tuple(f for f in synth.SERVER if f.__name__ != "confine"))
+        monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "def confine(scratch): return []\n")
+        source = synth.inspect.getsource
+        monkeypatch.setattr(synth.inspect, "getsource", lambda f: source(f).replace('contained = system("unshare", 0x20000000 | 0x00020000)', "contained = False"))
+    verdicts = synth.judge_all([(ADD, body.replace("SYNTH", str(os.getpid())) + "    return a + b\n" * (not body.count("\nimport"))) for body in INVADERS.values()])
+    for name, verdict in zip(INVADERS, verdicts):
+        assert not verdict.passed and verdict.reason.startswith("raised ") and "SyntaxError" not in verdict.reason, (name, verdict)
+    ways = ["    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n", "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
+            "    import subprocess; return a + b if subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout == b'x\\n' else 0\n",
+            "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
+            "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n"]
+    assert {v.reason for v in synth.judge_all([(ADD, way) for way in ways])} == {"passed"}  # honest programs notice nothing
+
+
+def test_says_which_protections_are_on(tmp_path, monkeypatch):
+    assert run_synth(tmp_path, "sandbox").startswith("on: ")
+    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "sys.platform = 'none'\n")
+    assert "docker run" in synth.protections() or os.geteuid() == 0 and "nobody" in synth.protections()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2866,19 +4439,23 @@ LAPTOP, ROWS, RATES = models.PRESETS["laptop"], "--context 384 --batch-tokens 23
 
 
 def together(*commands):
-    """Run [(product, command)] side by side. A product that is there is kept, but training decides itself whether it is at its end."""
+    """Run [(product, command)] side by side. What a command printed lies beside its product, and says that this was done already."""
     def run(entry):
-        product, command = entry
-        if os.path.exists(product) and not command.startswith(("train.py", "align.py sft", "align.py dpo", "align.py grpo")):
-            return
+        (product, command), words = entry, entry[1].split()
+        if os.path.exists(product) and os.path.exists(f"{product}.out"):
+            with open(f"{product}.out") as file:
+                if file.readline().rstrip() == command:
+                    return
         os.makedirs(os.path.dirname(product) or ".", exist_ok=True)
-        begun, words = time.time(), command.split()
-        with open(f"{product}.out", "w") as log:
+        begun = time.time()
+        with open(f"{product}.err", "w") as log:
+            print(command, file=log, flush=True)
             code = subprocess.run([sys.executable, os.path.join(HERE, words[0]), *words[1:]], stdout=log, stderr=subprocess.STDOUT,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-        print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.out)" * bool(code), flush=True)
+        print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.err)" * bool(code), flush=True)
         if code:
             raise SystemExit(code)
+        os.replace(f"{product}.err", f"{product}.out")
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else data.n_cores()) as pool:
         list(pool.map(run, commands))
 
@@ -2994,7 +4571,7 @@ def alignment():
         data.write_jsonl(f"{name('pairs', s)}.jsonl", pairs)
     together(*((name('dpo', s), f"align.py dpo --init {name('sft', s)} --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
                 f"--batch 16 --seed {s} --out {name('dpo', s)}") for s in SEEDS))
-    together(*((name(f'{start}-grpo', s), f"align.py grpo --init {name(start, s)} --data data/hard.jsonl --steps 60 --prompts 8 --max-tokens 320 "
+    together(*((name(f'{start}-grpo', s), f"align.py grpo --init {name(start, s)} --data data/hard.jsonl --steps 40 --prompts 8 --max-tokens 320 "
                 f"--lr 2e-4 --seed {s} --out {name(f'{start}-grpo', s)}") for start in ("sft", "dpo") for s in SEEDS))
     stages = {"SFT": "sft", "SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "sft-grpo"}
     together(*(solved(name(stage, s), "data/aligned.jsonl") for stage in stages.values() for s in SEEDS))
@@ -3008,7 +4585,7 @@ def alignment():
     curves = {title: averaged([[(r["step"], 100 * r["pass@1"]) for r in records_of(name(stages[title], s)) if "pass@1" in r] for s in SEEDS])
               for title in ("SFT, GRPO", "SFT, DPO, GRPO")}
     save_chart("alignment", curves, "GRPO: problems solved while learning (%), at temperature 1; mean and range of three seeds",
-               {step: str(step) for step in (10, 20, 30, 40, 50, 60)}, "steps", log_y=False)
+               {step: str(step) for step in (10, 20, 30, 40)}, "steps", log_y=False)
 
 
 def context(times=(2, 4, 8, 16), original=128):
@@ -3048,7 +4625,69 @@ def context(times=(2, 4, 8, 16), original=128):
                {m: f"{m} x" for m in (1, *times)}, "window / trained length", log_x=True)
 
 
-EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context}
+def quality(pretraining=200, finetuning=400):
+    """phi-1's ablation: pretraining on all code, on the best-scored shares of it, with textbooks; then the same finetuning on few exercises."""
+    recipe_products("data/textbooks.jsonl", "data/textbooks")
+    source = "data.py --input python --max-bytes 60000000 --rules none --tokenizer data/textbooks --name"
+    together(("data/labels.jsonl", "synth.py label python --teacher builtin --count 2000 --out data/labels.jsonl"), ("data/raw", f"{source} raw"),
+             problems_of("data/few.jsonl", "--k 1-2 --count 10000"), problems_of("data/quality.jsonl", "--split test --k 2 --count 300"))
+    shares = {"keep50": 0.5, "keep20": 0.2, "keep5": 0.05}
+    together(*((f"data/{name}", f"{source} {name} --labels data/labels.jsonl --keep {share}") for name, share in shares.items()),
+             *((f"data/few{n}", f"data.py --input data/few.jsonl --name few{n} --max-documents {n} --rules none --dedup-threshold 1 --tokenizer data/textbooks") for n in (3000, 10000)))
+    mixtures = {"all code": "raw", "best 50 %": "keep50", "best 20 %": "keep20", "best 5 %": "keep5", "best 20 % + textbooks": "keep20:0.2 textbooks:0.8"}
+    run, rows = "runs/quality/{}-{}".format, "--context 192 --batch-tokens 1536"
+    base = {title: data_of.replace(" ", "-").replace(":", "") for title, data_of in mixtures.items()}
+    together(*((run(base[title], s), f"train.py --data {mixtures[title]} {RATES} --context 384 --batch-tokens 3072 --steps {pretraining} --val-every 1000 --seed {s} "
+                f"--out {run(base[title], s)}") for title in mixtures for s in SEEDS))
+    starts = {"nothing": ("new", finetuning), "nothing, equal compute": ("new-long", finetuning + 2 * pretraining), **{title: (base[title], finetuning) for title in mixtures}}
+    jobs = {(title, n, s): (run(f"{start}-few{n}", s), f"train.py --data few{n} {RATES} {rows} --prompt-weight 0 --steps {steps} --val-every 1000 --seed {s} "
+                            f"--out {run(f'{start}-few{n}', s)}" + f" --init {run(start, s)}" * (not start.startswith("new")))
+            for title, (start, steps) in starts.items() for n in (3000, 10000) for s in SEEDS}
+    together(*jobs.values())
+    together(*(solved(where, "data/quality.jsonl") for where, _ in jobs.values()))
+
+    def epochs(name, tokens):
+        return f"{tokens / data.open_dataset(f'data/{name}').meta['train']['tokens']:.2f}"
+    table = [[title, epochs(mixtures[title].split(":")[0], pretraining * 3072 * (0.2 if ":" in mixtures[title] else 1)) if title in mixtures else "",
+              *(cell for n in (3000, 10000) for cell in (epochs(f"few{n}", starts[title][1] * 1536), spread([validation(jobs[title, n, s][0]) for s in SEEDS], "{:.3f}"),
+                                                         spread([pass_at_1(jobs[title, n, s][0]) for s in SEEDS])))] for title in starts]
+    print_table(["pretrained on", "epochs of the code", *(f"{n:,} exercises: {what}" for n in (3000, 10000) for what in ("epochs", "validation loss", "pass@1, %"))], table, "quality")
+    save_chart("quality", {title: averaged([[(r["tokens"], r["loss"]) for r in records_of(jobs[title, 3000, s][0]) if "loss" in r][1::2] for s in SEEDS]) for title in starts},
+               "Finetuning on 3,000 exercises after different pretraining: training loss, mean and range of three seeds",
+               {finetuning * 1536 * i / 4: f"{finetuning * 1536 * i / 4e6:.2g} M" for i in range(0, 9)}, "tokens")
+
+
+def contamination(steps=900):
+    """Half of a benchmark's problems are planted among the exercises, four times each under other names; then they are taken out again."""
+    recipe_products("data/textbooks.jsonl", "data/textbooks")
+    together(problems_of("data/clean.jsonl", "--k 1-2 --count 6000"), problems_of("data/benchmark.jsonl", "--split test --k 3-4 --count 300"))
+    benchmark = list(data.read_jsonl("data/benchmark.jsonl"))
+    data.write_jsonl("data/leaked.jsonl", benchmark[::2]), data.write_jsonl("data/unleaked.jsonl", benchmark[1::2])
+    copies = [{name: problem[name].replace(problem["entry_point"], f"{problem['entry_point']}_{i}") for name in ("prompt", "canonical_solution")}
+              for problem in benchmark[::2] for i in range(4)]
+    data.write_jsonl("data/planted.jsonl", [*data.read_jsonl("data/clean.jsonl"), *copies])
+    build = "data.py --rules none --dedup-threshold 1 --tokenizer data/textbooks"
+    together(("data/exercises-clean", f"{build} --input data/clean.jsonl --name exercises-clean"), ("data/exercises-planted", f"{build} --input data/planted.jsonl --name exercises-planted"),
+             ("data/exercises-taken", f"{build} --input data/planted.jsonl --name exercises-taken --decontaminate data/benchmark.jsonl"))
+    kinds, run = ("clean", "planted", "taken"), "runs/contamination/{}-{}".format
+    together(*((run(kind, s), f"train.py --data exercises-{kind} {RATES} --context 256 --batch-tokens 2048 --prompt-weight 0 --steps {steps} --seed {s} --out {run(kind, s)}")
+               for kind in kinds for s in SEEDS))
+    together(*((f"{run(kind, s)}/{half}.json", f"sample.py --run {run(kind, s)} --eval data/{half}.jsonl --json {run(kind, s)}/{half}.json --max-tokens 300 --show 0")
+               for kind in kinds for s in SEEDS for half in ("leaked", "unleaked")))
+
+    def score(kind, half, s):
+        with open(f"{run(kind, s)}/{half}.json") as file:
+            return 100 * json.load(file)["pass@1"]
+    table = [[title, f"{sum(data.open_dataset(f'data/exercises-{kind}').meta[split]['documents'] for split in ('train', 'val')):,}",
+              *(spread([score(kind, half, s) for s in SEEDS]) for half in ("leaked", "unleaked"))]
+             for kind, title in zip(kinds, ("clean", "with 150 problems planted, 4 copies each", "the same, decontaminated"))]
+    print_table(["exercises", "documents", "pass@1 on the planted half, %", "on the other half, %"], table, "contamination")
+    save_chart("contamination", {half: [(i, *(f([score(kind, half, s) for s in SEEDS]) for f in (np.mean, min, max))) for i, kind in enumerate(kinds)] for half in ("leaked", "unleaked")},
+               "pass@1 (%) on a benchmark of which half was planted in the exercises; mean and range of three seeds",
+               {0: "clean", 1: "planted", 2: "decontaminated"}, log_y=False)
+
+
+EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:

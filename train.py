@@ -20,7 +20,6 @@ if os.path.basename(sys.argv[0]) in ("train.py", "align.py") and sys.platform ==
     # glibc gives freed activations back to the system and faults them in again each step; it reads this only when a process starts
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": ALLOCATOR})
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -421,13 +420,13 @@ def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
 
     def y(value):
         return f"{20 + 300 * (high - (max(forward(value), low) if value > 0 or not log_y else low)) / (high - low):.1f}"
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 400" font-family="sans-serif" font-size="12">',
-             '<rect width="700" height="400" fill="white"/>', f'<text x="60" y="14">{title}</text>', f'<text x="660" y="352" text-anchor="end">{unit}</text>']
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" font-size="12">',
+             '<rect width="700" height="410" fill="white"/>', f'<text x="60" y="14">{title}</text>', f'<text x="660" y="352" text-anchor="end">{unit}</text>']
     for i in range(5):
         value = low + (high - low) * i / 4
         parts.append(f'<text x="8" y="{324 - 75 * i}">{math.exp(value) if log_y else value:.3g}</text><path d="M60 {320 - 75 * i}h600" stroke="#ddd"/>')
     parts += [f'<text x="{x(at)}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
-    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214")))):
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214", "#111111", "#17becf")))):
         if band := [p for p in curve if len(p) == 4]:
             corners = [f"{x(at)},{y(bottom)}" for at, _, bottom, _ in band] + [f"{x(at)},{y(top)}" for at, _, _, top in band[::-1]]
             parts.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(corners)}"/>')
@@ -451,11 +450,6 @@ def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
 # Training
 
 
-def fail(message, code=2):
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 def open_mixture(entries):
     """["web:0.4", "textbooks"] -> (datasets, weights, tokenizer); names stand for data/NAME; all must share one tokenizer."""
     datasets, shares = [], []
@@ -466,13 +460,13 @@ def open_mixture(entries):
         except ValueError:
             shares.append(-1)
         if not 0 < shares[-1] < math.inf:
-            fail(f"--data {entry}: write NAME or NAME:WEIGHT with a weight above 0, such as web:0.4")
+            data.fail(f"--data {entry}: write NAME or NAME:WEIGHT with a weight above 0, such as web:0.4")
         datasets.append(data.open_dataset(name if os.path.isdir(name) else os.path.join("data", name)))
         datasets[-1].name = datasets[-1].path.name
     first = datasets[0]
     for other in datasets[1:]:
         if other.meta["tokenizer"] != first.meta["tokenizer"]:
-            fail(f"{other.path} was made with another tokenizer than {first.path}; make it again with data.py --tokenizer {first.path}")
+            data.fail(f"{other.path} was made with another tokenizer than {first.path}; make it again with data.py --tokenizer {first.path}")
     return datasets, shares, models.Tokenizer.load(first.path)
 
 
@@ -488,19 +482,19 @@ def choose_config(args, tokenizer):
         config = dataclasses.replace(base, vocab_size=vocab, dummy_tokens=[], **shape)
     else:
         if args.init and args.after:
-            fail("--init takes a run's weights, --after its optimizer state too; give one of them")
+            data.fail("--init takes a run's weights, --after its optimizer state too; give one of them")
         if shape or args.preset:
-            fail(f"{option} {start} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
+            data.fail(f"{option} {start} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
         folder = models.locate(start)
         if not os.path.isfile(os.path.join(folder, "config.json")):
-            fail(f"{option} {start}: no model there (config.json is missing); give a run directory, a Hugging Face directory or a hub name")
+            data.fail(f"{option} {start}: no model there (config.json is missing); give a run directory, a Hugging Face directory or a hub name")
         config = models.read_config(os.path.join(folder, "config.json"))
         args.context = args.context or config.context
         if args.context > config.context and not args.rope_theta:
-            fail(f"--context {args.context} is longer than the {config.context} tokens of {start}; lower it, or give a larger --rope-theta "
+            data.fail(f"--context {args.context} is longer than the {config.context} tokens of {start}; lower it, or give a larger --rope-theta "
                  f"than its {config.rope_theta:g} as well")
         if tokenizer and models.Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-            fail(f"{option} {start} has another tokenizer than the data; make the data again with data.py --tokenizer {start}")
+            data.fail(f"{option} {start} has another tokenizer than the data; make the data again with data.py --tokenizer {start}")
     return dataclasses.replace(config, context=max(args.context, config.context), rope_theta=args.rope_theta or config.rope_theta)
 
 
@@ -508,7 +502,7 @@ def split_batch(args, world):
     """Settle args.micro_batch, in rows -> (rows a step, of which each process takes so many)."""
     n_rows = args.batch_tokens // args.context
     if n_rows < world or n_rows % world:
-        fail(f"--batch-tokens {args.batch_tokens} makes {n_rows} rows of --context {args.context}; it must be a multiple of "
+        data.fail(f"--batch-tokens {args.batch_tokens} makes {n_rows} rows of --context {args.context}; it must be a multiple of "
              f"{args.context} x {world} processes, such as {max(1, round(n_rows / world)) * world * args.context}")
     mine = n_rows // world
     args.micro_batch = max(n for n in range(1, mine + 1) if mine % n == 0 and (n == 1 or n * args.context <= args.micro_tokens))
@@ -599,7 +593,7 @@ def read_state(run):
                 if newest is None or state["step"] > newest["step"]:
                     newest = state | {"file": file}
             except Exception as error:
-                fail(f"{file} cannot be read ({type(error).__name__}); delete {run} to start again")
+                data.fail(f"{file} cannot be read ({type(error).__name__}); delete {run} to start again")
     if newest and "tensors" in newest:
         newest["tensors"] = {name: [tensor] for name, tensor in newest["tensors"].items()}
     elif newest:
@@ -607,7 +601,7 @@ def read_state(run):
         files = [os.path.join(folder, f"rank-{rank:05d}.safetensors") for rank in range(newest["world"])]
         for file in files:
             if not os.path.exists(file):
-                fail(f"{file} is missing; --out must lie where the processes of all machines see it")
+                data.fail(f"{file} is missing; --out must lie where the processes of all machines see it")
             for name, tensor in models.read_safetensors(file).items():
                 newest["tensors"].setdefault(name, []).append(tensor)
     return newest
@@ -653,7 +647,7 @@ def write_weights(run, model, tokenizer, step, sharded):
         keep = {"model.safetensors"}
     else:
         def part(tensors):  # as model.py sees a model that has these weights alone
-            return types.SimpleNamespace(config=model.config, embed=model.embed, state_dict=lambda: tensors)
+            return types.SimpleNamespace(config=model.config, norm=model.norm, modules=list, state_dict=lambda: tensors)
         files, room, weight_map, sizes = [], 0, {}, {name: 4 * p.numel() for name, p in model.named_parameters()}
         for name, size in sizes.items():
             if room < size:
@@ -793,19 +787,19 @@ def train(args, kind=Pretraining):
         changed = [name for name in recipe if recipe[name] != state["recipe"].get(name)]
         if changed:
             name = changed[0]
-            fail(f"{out} was made with --{name.replace('_', '-')} {state['recipe'].get(name)}, not {recipe[name]}; give that, or another --out")
+            data.fail(f"{out} was made with --{name.replace('_', '-')} {state['recipe'].get(name)}, not {recipe[name]}; give that, or another --out")
         step, records = state["step"], state["records"]
         if step >= args.steps:
             say(f"{out} is trained already ({step:,} steps); give another --out, or delete it, to train again")
             return
         say(f"going on from step {step:,} of {args.steps:,} in {out}")
     elif glob.glob(os.path.join(glob.escape(out), "model*.safetensors*")):
-        fail(f"{out} holds a model without a training state; give another --out, or delete it")
+        data.fail(f"{out} holds a model without a training state; give another --out, or delete it")
     before = None
     if args.after and not state:
-        before = read_state(args.after) or fail(f"--after {args.after} has no training state; give --init for its weights alone")
+        before = read_state(args.after) or data.fail(f"--after {args.after} has no training state; give --init for its weights alone")
         if before["recipe"]["optimizer"] != args.optimizer:
-            fail(f"--after {args.after} was trained with --optimizer {before['recipe']['optimizer']}; give the same")
+            data.fail(f"--after {args.after} was trained with --optimizer {before['recipe']['optimizer']}; give the same")
         say(f"weights and optimizer state of step {before['step']:,} of {args.after}")
 
     if device.type == "cuda":
@@ -891,7 +885,7 @@ def train(args, kind=Pretraining):
         loss, asked, *sums = flags.tolist()
         if not math.isfinite(loss):
             saved = f"the last good checkpoint is {out}" if saved_step is not None else "nothing was saved yet"
-            fail(f"the loss is {loss} at step {step:,} ({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
+            data.fail(f"the loss is {loss} at step {step:,} ({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
         for optimizer in found:
@@ -930,7 +924,9 @@ def train(args, kind=Pretraining):
     say(f"saved    {out}: {args.steps:,} steps, {task.tokens:,} tokens in {seconds:.1f} s of stepping "
         f"({task.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
     if world > 1:
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # without the interpreter's shutdown, in which a thread of the process group aborted once in some hundred runs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1072,21 +1068,15 @@ def one_line_errors(args):
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        data.fail(" ".join(str(error).split()))
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            fail(f"out of memory; {advice(args)}", 1)
+            data.fail(f"out of memory; {advice(args)}", 1)
         if "RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
-            fail(f"rank {os.environ['RANK']} lost another one, whose error is the one to read ({text[:100]}); "
+            data.fail(f"rank {os.environ['RANK']} lost another one, whose error is the one to read ({text[:100]}); "
                  "give the same command to go on from the last save", 1)
         raise
-
-
-def option_of(parser):
-    """A function that declares an option: name, default, help, and what add_argument takes besides."""
-    return lambda name, default, text, **more: parser.add_argument(
-        name, default=default, help=text + (" (default: %(default)s)" if default is not None else ""), **more)
 
 
 def loop_options(option):
@@ -1114,9 +1104,10 @@ def loop_options(option):
     option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
 
 
+@data.command()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    option = option_of(parser)
+    parser = data.Parser(prog="train.py", description=__doc__)
+    option = parser.option
     parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
                         "without this option the whole recipe runs")
     parser.add_argument("--quick", action="store_true", help="the recipe on chains of one and two operations, in a third of "
@@ -1149,7 +1140,7 @@ def main():
         if given:
             parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own settings (each stage prints its command)")
         if "RANK" in os.environ:
-            fail("the recipe starts torchrun itself where it helps; run python train.py")
+            data.fail("the recipe starts torchrun itself where it helps; run python train.py")
         recipe(args.quick)
         return
     if paper and os.environ.get("RANK", "0") == "0":
@@ -1164,9 +1155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    main()
