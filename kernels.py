@@ -34,6 +34,12 @@ except ImportError:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on CPU tensors, slowly, to check their numbers
 jit = triton.jit if triton else lambda function: function
 LOG2E = math.log2(math.e)
+ACTIVATIONS = ("swiglu", "geglu", "geglu_clamped", "gelu")  # their numbers in the kernels
+
+
+def cache_folder() -> str:
+    """Where downloads and the compiled C++ step stay: MINPHI_CACHE, or ~/.cache/minphi."""
+    return os.environ.get("MINPHI_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minphi")
 
 
 def fused(device_type: str) -> bool:
@@ -1172,7 +1178,7 @@ def native():
     processor = platform.processor()
     with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as file:
         processor = re.search("flags.*", file.read())[0]
-    folder = os.environ.get("MINPHI_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minphi")
+    folder = cache_folder()
     openmp = glob.glob(os.path.join(torch.__path__[0], "lib", "libgomp*"))  # torch's own, since two pools of threads would fight for the cores
     command = [compiler, "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
                "-fassociative-math", "-fno-signed-zeros", "-x", "c++", "-", "-x", "none", "-Wl,--as-needed", *openmp]

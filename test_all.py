@@ -4625,7 +4625,7 @@ def context(times=(2, 4, 8, 16), original=128):
                {m: f"{m} x" for m in (1, *times)}, "window / trained length", log_x=True)
 
 
-def quality(pretraining=200, finetuning=400):
+def quality(pretraining=200, finetuning=300):
     """phi-1's ablation: pretraining on all code, on the best-scored shares of it, with textbooks; then the same finetuning on few exercises."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
     source = "data.py --input python --max-bytes 60000000 --rules none --tokenizer data/textbooks --name"
@@ -4687,7 +4687,43 @@ def contamination(steps=900):
                {0: "clean", 1: "planted", 2: "decontaminated"}, log_y=False)
 
 
-EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination}
+def skip(layers=12, over=80, steps=500):
+    """SkipDecode at nominal speeds, without and with finetuning for it: pass@1, and the speed measured when decoding 64 problems together, or one."""
+    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base", "runs/phi")
+    nominal = {1: None, 1.5: (12, 4, over), 2: (10, 2, over), 3: (6, 2, over), 4.8: (3, 2, over)}
+    run, rates = "runs/skip/{}".format, "--lr 0.005 --muon-lr 0.002"
+
+    def option(times):
+        return f"--skip {':'.join(map(str, nominal[times]))}" if nominal[times] else ""
+    together(problems_of("data/skip.jsonl", "--split test --k 2-4 --count 300"), (run("deep"), f"grow.py runs/phi {run('deep')} --n-layer {layers}"))
+    together(*(finetuned(run(times), steps, f"--init {run('deep')} {option(times)}", 0, rates) for times in nominal))
+    places = {(tuned, times): f"{run('tuned' if tuned else 'plain')}-{times}.json" for tuned in (False, True) for times in nominal}
+    together(*((place, f"sample.py --run {run(times if tuned else 1)} --eval data/skip.jsonl --json {place} --max-tokens 400 --show 0 {option(times)}")
+               for (tuned, times), place in places.items()))
+    torch.set_num_threads(1)
+    m, tokenizer = models.load(run(1), "cpu", torch.float32)
+    prompts = [tokenizer.encode(problem["prompt"]) for problem in data.read_jsonl("data/skip.jsonl")][:64]
+
+    def rate(texts, times):  # tokens a second of the better of two
+        seconds = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            m.generate(texts, over, skip=nominal[times])
+            seconds.append(time.perf_counter() - begun)
+        return len(texts) * over / min(seconds)
+    rates = {(rows, times): rate(prompts[:rows], times) for rows in (64, 1) for times in nominal}
+    score = {}
+    for key, place in places.items():
+        with open(place) as file:
+            score[key] = 100 * json.load(file)["pass@1"]
+    print_table(["nominal speed", "layers", "measured, 64 rows", "measured, 1 row", "pass@1 without finetuning, %", "with, %"],
+                [[f"{times} x", "{}:{}".format(*nominal[times]) if nominal[times] else layers, *(f"{rates[rows, times] / rates[rows, 1]:.2f} x" for rows in (64, 1)),
+                  *(f"{score[tuned, times]:.1f}" for tuned in (False, True))] for times in nominal], "skip")
+    save_chart("skip", {name: [(rates[64, times] / rates[64, 1], *[score[tuned, times]] * 3) for times in nominal] for tuned, name in ((False, "without finetuning"), (True, "finetuned"))},
+               "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
+
+
+EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
