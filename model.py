@@ -18,7 +18,6 @@ import os
 import pickle
 import re
 import time
-from types import SimpleNamespace
 
 import tiktoken
 import torch
@@ -34,7 +33,7 @@ import kernels
 class Family:
     """What the checkpoints of one family share: the form of the block, and the names that Hugging Face's files use."""
     architecture: str              # the class in transformers
-    tensors: dict                  # our module -> theirs, or theirs whose rows follow one another in ours; N is the layer
+    tensors: dict                  # our module -> theirs, or several whose rows follow one another in ours
     fields: dict                   # our Config field -> their key in config.json, where it is not the one in FIELDS
     constants: dict                # what config.json has to say besides; another value there is another model
     activation: str = "swiglu"     # a function of kernels
@@ -53,30 +52,21 @@ FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings", "n_l
           "short_scale": "attention_factor", "long_scale": "attention_factor"}
 LONGROPE = ("short_factor", "long_factor", "short_scale", "long_scale")  # those that stand in rope_scaling
 LLAMA_TENSORS = {
-    "embed": "model.embed_tokens",
-    "layers.N.attention_norm": "model.layers.N.input_layernorm",
-    "layers.N.qkv": ("model.layers.N.self_attn.q_proj", "model.layers.N.self_attn.k_proj", "model.layers.N.self_attn.v_proj"),
-    "layers.N.out": "model.layers.N.self_attn.o_proj",
-    "layers.N.mlp_norm": "model.layers.N.post_attention_layernorm",
-    "layers.N.gate_up": ("model.layers.N.mlp.gate_proj", "model.layers.N.mlp.up_proj"),
-    "layers.N.down": "model.layers.N.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head"}
+    "embed": "model.embed_tokens", "attention_norm": "input_layernorm", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate_up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj",
+    "norm": "model.norm", "head": "lm_head"}
 FAMILIES = {  # by config.json's model_type
     "phi3": Family(  # phi-3-mini, 3.5-mini, 3-medium, 4, 4-mini
-        "Phi3ForCausalLM",
-        {**LLAMA_TENSORS, "layers.N.qkv": "model.layers.N.self_attn.qkv_proj", "layers.N.gate_up": "model.layers.N.mlp.gate_up_proj"},
+        "Phi3ForCausalLM", {**LLAMA_TENSORS, "qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
         {"window": "sliding_window"}, {"hidden_act": "silu", "attention_bias": False}),
     "phi": Family(  # phi-1, 1.5, 2
         "PhiForCausalLM",
-        {**LLAMA_TENSORS, "layers.N.out": "model.layers.N.self_attn.dense", "layers.N.gate_up": "model.layers.N.mlp.fc1",
-         "layers.N.down": "model.layers.N.mlp.fc2", "norm": "model.final_layernorm"},
+        {**LLAMA_TENSORS, "out": "self_attn.dense", "gate_up": "mlp.fc1", "down": "mlp.fc2", "norm": "model.final_layernorm"},
         {"norm_eps": "layer_norm_eps"}, {"hidden_act": "gelu_new", "qk_layernorm": False}, activation="gelu", parallel=True,
         layer_norm=True, bias=True, head_bias=True, defaults={"rotary_share": 0.5}),
     "phi3small": Family(  # its rows of qkv and of gate and up have an order of their own (_row_order)
-        "Phi3SmallForCausalLM",
-        {**LLAMA_TENSORS, "layers.N.qkv": "model.layers.N.self_attn.query_key_value", "layers.N.out": "model.layers.N.self_attn.dense",
-         "layers.N.gate_up": "model.layers.N.mlp.up_proj", "norm": "model.final_layernorm"},
+        "Phi3SmallForCausalLM", {**LLAMA_TENSORS, "qkv": "self_attn.query_key_value", "out": "self_attn.dense",
+                                 "gate_up": "mlp.up_proj", "norm": "model.final_layernorm"},
         {"norm_eps": "layer_norm_epsilon", "d_ff": "ff_intermediate_size", "rope_theta": "rope_embedding_base",
          "short_scale": "short_mscale", "long_scale": "long_mscale", "embedding_scale": "mup_embedding_multiplier",
          "attention_scale": "mup_attn_multiplier", "logit_divisor": "mup_width_multiplier", "sparse_block": "blocksparse_block_size",
@@ -378,11 +368,16 @@ def layers_run(n_layer: int, count: int | None) -> list[int]:
     return [*range(n_layer)] if count is None else [0, *range(n_layer - count + 1, n_layer)]
 
 
+class SkipError(ValueError, argparse.ArgumentTypeError):
+    """As argparse shows it: of other ValueErrors it hides the words."""
+
+
 def parse_skip(text: str) -> tuple[int, ...]:
     """MAX:MIN or MAX:MIN:TOKENS -> numbers, as `Model.generate` and, with TOKENS, `Model.skip` take them."""
-    if not re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text):
-        raise ValueError(f"{text!r} is not MAX:MIN or MAX:MIN:TOKENS: the layers of the first and of the last new token, such as 24:8")
-    return tuple(map(int, text.split(":")))
+    numbers = tuple(map(int, text.split(":"))) if re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text) else (0, 0)
+    if not 2 <= numbers[1] <= numbers[0]:
+        raise SkipError(f"{text!r}: give MAX:MIN or MAX:MIN:TOKENS, the layers of the first and of the last new token, 2 or more, such as 24:8")
+    return numbers
 
 
 class Model(nn.Module):
@@ -398,8 +393,8 @@ class Model(nn.Module):
         self.norm = Norm(config)
         self.head = Linear(config.d_model, config.vocab_size, bias=config.form.head_bias)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2 and not weight.is_meta:  # what writes into the residual stream starts smaller, so that its variance
-                deep = name.endswith(("out.weight", "down.weight"))                                      # does not grow with depth
+            if weight.dim() == 2 and not weight.is_meta:
+                deep = name.endswith(("out.weight", "down.weight"))  # they write into the residual stream, whose variance must not grow with depth
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if deep else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -433,16 +428,12 @@ class Model(nn.Module):
             low = torch.maximum(low, torch.where(first, columns, 0).cummax(1).values)
         if starts is not None:     # padding sees itself, since a softmax over nothing is not a number
             low = torch.maximum(low, torch.minimum(starts[:, None], columns))
-        mask = None
         plain = documents is None and starts is None and window == end
-        if kernels.fused(device.type) and not (sparse and (past or starts is not None)):  # of sparse layers they do whole unpadded texts
-            if not plain:
-                high = torch.searchsorted(low, columns.expand_as(low).contiguous(), right=True)
-                mask = torch.stack((low, high)).int()
-            return mask, mask
-        if not plain:
-            mask = kernels.interval_mask(low[:, past:], end)
-        if not sparse or end <= config.sparse_block * config.sparse_local:
+        if whole := kernels.fused(device.type) and not (sparse and (past or starts is not None)):  # of sparse layers they do unpadded texts
+            mask = None if plain else torch.stack((low, torch.searchsorted(low, columns.expand_as(low).contiguous(), right=True))).int()
+        else:
+            mask = None if plain else kernels.interval_mask(low[:, past:], end)
+        if whole or not sparse or end <= config.sparse_block * config.sparse_local:
             return mask, mask
         return mask, kernels.interval_mask(low[:, past:], end, sparse, config.n_head, starts)
 
@@ -495,8 +486,8 @@ class Model(nn.Module):
         config, (B, T, width), past, first = self.config, x.shape, cache.length, cache.layers[0][0]
         if cache.plan is None:
             kept = []
-            layers = [[n for part in (block.qkv, block.out, block.gate_up, block.down, block.attention_norm, block.mlp_norm) if part
-                       for n in part.pointers(kept)] + [0] * (2 if block.mlp_norm else 4) for block in self.layers]
+            parts = [(block.qkv, block.out, block.gate_up, block.down, block.attention_norm, block.mlp_norm) for block in self.layers]
+            layers = [[n for part in row for n in (part.pointers(kept) if part else (0, 0))] + [0, 0] for row in parts]
             shape = [len(layers), B, T, past, width, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dims, config.d_ff,
                      kernels.ACTIVATIONS.index(config.form.activation), 8 * first.itemsize, 0, 0, *self.norm.pointers(kept)]
             cache.plan = torch.tensor(layers), torch.tensor(shape), kept
@@ -508,7 +499,7 @@ class Model(nn.Module):
         low = torch.maximum(cache.starts[:, None], end - config.window + 1 if config.window else end * 0)
         low = torch.minimum(low, end).contiguous()                                 # (B, T); padding sees itself
         cos, sin = (table.float().expand(B, 1, T, -1).contiguous() for table in (cos, sin))
-        y = x.float().contiguous() if x.dtype != torch.float32 else x.clone()
+        y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         kernels.native_step(layers, shape, y, cos, sin, low, config.norm_eps, self.layers[0].scale)
         return y.to(x.dtype)
 
@@ -543,21 +534,16 @@ class Model(nn.Module):
 
         temperature 0 takes the likeliest token; otherwise top_k > 0 draws from that many likeliest, top_p < 1 from the fewest that
         hold that much probability. stream(row, token) is called for each new token and ends its row by returning True. Prompts may
-        differ in length; rows that have ended leave the batch.
-
-        draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words before; both one row
-        after another, with this model's distribution (_speculate). skip: SkipDecode's (most, least[, over = max_new_tokens]) as in exit_points.
+        differ in length. draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words
+        before; with this model's distribution (_speculate). skip: SkipDecode's (most, least[, over = max_new_tokens]) as in exit_points.
         """
         config, context, device, dtype = self.config, self.config.context, self.norm.weight.device, self.norm.weight.dtype
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         for row, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= context:
-                raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs at least one and the context holds {context}")
-            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-                raise ValueError(f"prompt {row} has a token outside the vocabulary of {config.vocab_size}; was it made with another tokenizer?")
+            if not 0 < len(prompt) <= context or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+                raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to {context}, all in the vocabulary of {config.vocab_size}")
         if draft is not None and draft.config.vocab_size != config.vocab_size:
-            raise ValueError(f"the draft's vocabulary has {draft.config.vocab_size} tokens and the model's {config.vocab_size}: "
-                             "take a draft with its tokenizer")
+            raise ValueError(f"the draft's vocabulary has {draft.config.vocab_size} tokens, not {config.vocab_size}: take one with its tokenizer")
         if skip and (draft or lookup or not 2 <= skip[1] <= skip[0] <= config.n_layer):
             raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= {config.n_layer}, without draft or lookup")
         stop = {stop} if isinstance(stop, int) else {*(stop or ())}
@@ -570,8 +556,7 @@ class Model(nn.Module):
 
         def told(row, token) -> bool:  # -> whether the row has ended
             outputs[row].append(token)
-            ended = stream is not None and stream(row, token)
-            return bool(ended or token in stop or len(outputs[row]) == limits[row])
+            return bool(stream and stream(row, token)) or token in stop or len(outputs[row]) == limits[row]
         if draft is not None or lookup:
             for row in rows:
                 self._speculate(prompts[row], limits[row], (temperature, top_k, top_p), generator, functools.partial(told, row), draft, lookup or 5)
@@ -584,14 +569,12 @@ class Model(nn.Module):
             texts = [prompts[row] + outputs[row] for row in rows[begin:end]]
             tokens = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=device)
             return self.hidden(tokens, cache=cache.part(begin, end), skip=most)[:, -1:]
-        few = max(1, 4096 // width)  # the prompts' scores and activations, not the cache, would take the most memory
+        few = max(1, 4096 // width)  # at once: the prompts' scores and activations, not the cache, would take the most memory
         x = torch.cat([fill(i, i + few, width) for i in range(0, len(rows), few)])
         cache.length, done, run, number = width, set(), most, 0
         while True:
             chosen = sample(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
-            for row, token in zip(rows, chosen.tolist()):
-                if row not in done and told(row, token):
-                    done.add(row)
+            done |= {row for row, token in zip(rows, chosen.tolist()) if row not in done and told(row, token)}
             slots = [slot for slot, row in enumerate(rows) if row not in done]
             if not slots:
                 return outputs
@@ -612,7 +595,7 @@ class Model(nn.Module):
         max(0, p - q): so what comes out is distributed as p. Proposals are the draft's, or for q = 1 what followed the last two tokens before."""
         models, device, text = [self] if draft is None else [self, draft], self.norm.weight.device, [*prompt]
         ends = [len(prompt) + limit, *(model.config.context for model in models)]
-        changes = [model.config.original_context for model in models if model.config.original_context]  # no round crosses these
+        changes = [model.config.original_context or 0 for model in models]  # no round crosses these
         caches = [Cache(model.config, [0], min(ends[0] + most, model.config.context), device, model.norm.weight.dtype) for model in models]
         followed = {pair: at + 2 for at, pair in enumerate(zip(prompt, prompt[1:-1]))}  # each pair of tokens: what followed it last
 
@@ -653,11 +636,10 @@ class Model(nn.Module):
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
-    for name, value, fine, wanted in (("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-                                      ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
-                                      ("top_k", top_k, top_k >= 0, "0 (off) or more"), ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
-        if not fine:
-            raise ValueError(f"{name} must be {wanted}, not {value}")
+    for name, value, least, most in (("max_new_tokens", max_new_tokens, 1, math.inf), ("temperature", temperature, 0, 1e9),
+                                     ("top_k", top_k, 0, math.inf), ("top_p", top_p, 1e-12, 1)):
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, not {value}")
 
 
 def distribution(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0):
@@ -668,11 +650,11 @@ def distribution(logits, temperature: float = 0.0, top_k: int = 0, top_p: float 
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probabilities = logits.softmax(-1)
-    if top_p < 1:  # drop a token when those likelier than it already hold top_p; the likeliest always stays
-        ordered, index = probabilities.sort(-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
-    return probabilities / probabilities.sum(-1, keepdim=True) if top_p < 1 else probabilities
+    if top_p == 1:
+        return probabilities
+    ordered, index = probabilities.sort(-1, descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)  # those likelier hold top_p already; the likeliest stays
+    return torch.zeros_like(probabilities).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
 
 
 def sample(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator=None):
@@ -731,18 +713,14 @@ class Tokenizer:
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special: dict[str, int] | None = None, eot="<|endoftext|>",
-                 added: dict[str, int] | None = None):
+                 added: dict[str, int] | None = None, token_bytes: dict[int, bytes] | None = None):
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)} if special is None else dict(special)
+        added, token_bytes = added or {}, token_bytes or {i: token for token, i in ranks.items()}
         if lacking := [b for b in range(256) if bytes([b]) not in ranks]:
             raise ValueError(f"tokenizer lacks {len(lacking)} of the 256 single bytes (first: {lacking[0]}), so it cannot encode every text")
-        self._set(ranks, pattern, special, eot, added or {}, {i: token for token, i in ranks.items()})
-
-    def _set(self, ranks, pattern, special, eot, added, token_bytes) -> None:
         ids = [*token_bytes, *special.values(), *added.values()]
-        if len({*ids}) != len(ids):
-            raise ValueError("tokenizer gives one id to two tokens; ids must be distinct")
-        if eot not in special:
-            raise ValueError(f"tokenizer has no end-of-text token {eot!r} among its special tokens {sorted(special)}")
+        if len({*ids}) != len(ids) or eot not in special:
+            raise ValueError(f"a tokenizer needs distinct ids and its end-of-text token {eot!r} among the special ones {sorted(special)}")
         self.ranks, self.pattern, self.special, self.eot_token, self.added = ranks, pattern, special, eot, added
         self.eot, self.vocab_size = special[eot], max(ids) + 1
         self.stops = {self.eot, *(special[name] for name in TURN_ENDS if name in special)}  # what ends an answer
@@ -759,9 +737,6 @@ class Tokenizer:
             ids += [*self._bpe.encode_ordinary(text[end:match.start()]), self.added[match[0]]]
             end = match.end()
         return ids + self._bpe.encode_ordinary(text[end:])
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts] if self._added else self._bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids) -> bytes:
         """Ids without a token (a model's vocabulary may be padded) give nothing."""
@@ -825,12 +800,10 @@ class Tokenizer:
     def save(self, path: str) -> None:
         """Write tokenizer.json and tokenizer_config.json (with the chat template) into the directory `path`."""
         vocab = {"".join(BYTE_TO_CHAR[b] for b in t): i for t, i in sorted(self.ranks.items(), key=lambda item: item[1])}
-        for name, content in (self.source or {
-                "tokenizer.json": _hf_json(vocab, list(self._merges()), self.special, self.pattern),
-                "tokenizer_config.json": {
-                    "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eot_token, "bos_token": self.eot_token,
-                    "pad_token": self.eot_token, "clean_up_tokenization_spaces": False, "add_prefix_space": False,
-                    "chat_template": CHAT_TEMPLATE}}).items():
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.eot_token),
+                  "clean_up_tokenization_spaces": False, "add_prefix_space": False, "chat_template": CHAT_TEMPLATE}
+        for name, content in (self.source or {"tokenizer.json": _hf_json(vocab, list(self._merges()), self.special, self.pattern),
+                                              "tokenizer_config.json": config}).items():
             _write_json(os.path.join(path, name), content)
 
     @staticmethod
@@ -862,7 +835,7 @@ class Tokenizer:
             with open(ranks[0], "rb") as lines:
                 return Tokenizer({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}, GPT4_PATTERN, PHI_3_SMALL_SPECIAL)
         else:
-            raise FileNotFoundError(f"no tokenizer at {file}: give a directory with tokenizer.json, that file, or bytes, gpt2, cl100k_base, o200k_base")
+            raise FileNotFoundError(f"no tokenizer at {file}: give a directory with tokenizer.json, or bytes, gpt2, cl100k_base, o200k_base")
         if os.path.isfile(config := os.path.join(folder, "tokenizer_config.json")):
             source["tokenizer_config.json"] = _read_json(config)
         try:
@@ -903,7 +876,7 @@ class SentencePiece(Tokenizer):
         plain = re.compile(r"▁*[^▁\n]*|\n+")
         pattern = r"▁*[^▁\n]+|▁+|\n+" if all(plain.fullmatch(piece) for piece in pieces) else r"[\s\S]+"
         token_bytes = {i: piece.replace("▁", " ").encode() for piece, i in pieces.items()} | {i: bytes([b]) for b, i in enumerate(fallback)}
-        self._set(ranks, pattern, special, eot, {}, token_bytes)
+        super().__init__(ranks, pattern, special, eot, token_bytes=token_bytes)
         self.prepend = prepend
 
     def encode(self, text: str) -> list[int]:
@@ -914,9 +887,6 @@ class SentencePiece(Tokenizer):
         if text and (self.prepend == "force" or not text.startswith("▁") and (self.prepend == "always" or self.prepend == "first" and not special)):
             text = "▁" + text
         return [i for rank in self._bpe.encode_ordinary(text) for i in self._ids[rank]]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
         text = super().decode(ids)
@@ -1131,57 +1101,50 @@ def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
     write_atomically(path, write)
 
 
-class SafeTensors(dict):
-    """name -> tensor that maps the file: nothing is read before it is used, and writing to one leaves the file as it is."""
-
-    def __init__(self, path: str):
-        try:
-            with open(path, "rb") as file:
-                self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            data = 8 + int.from_bytes(self.memory[:8], "little")
-            for name, entry in json.loads(self.memory[8:data]).items():
-                if name != "__metadata__":
-                    (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-                    if not 0 <= begin <= end <= len(self.memory) - data or end - begin != math.prod(shape) * dtype.itemsize:
-                        raise ValueError(f"{name} reaches beyond its end")
-                    self[name] = (torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=data + begin).view(shape)
-                                  if end > begin else torch.empty(shape, dtype=dtype))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated: restore it or make it again") from error
-
-    def release(self) -> None:
-        """Give back the memory of the pages read so far; they are read again when they are used again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED)
+def read_safetensors(path: str, maps: list | None = None) -> dict[str, torch.Tensor]:
+    """Tensors that map the file (the mapping is added to `maps`): nothing is read before it is used, and writing leaves the file as it is."""
+    try:
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data, tensors = 8 + int.from_bytes(memory[:8], "little"), {}
+        for name, entry in json.loads(memory[8:data]).items():
+            if name != "__metadata__":
+                (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
+                if not 0 <= begin <= end <= len(memory) - data or end - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name} reaches beyond its end")
+                tensors[name] = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=data + begin).view(shape) if end > begin \
+                    else torch.empty(shape, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated: restore it or make it again") from error
+    if maps is not None:
+        maps.append(memory)
+    return tensors
 
 
-read_safetensors = SafeTensors
+def _read_bin(path: str, maps: list) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]})") from None
 
 
-def _open_weights(folder: str) -> list[dict[str, torch.Tensor]]:
-    """The files of a directory's weights, each name -> tensor."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        files, index = [stem], os.path.join(folder, f"{stem}.index.json")
-        if not os.path.isfile(os.path.join(folder, stem)):
-            files = sorted({*_read_json(index)["weight_map"].values()}) if os.path.isfile(index) else []
-        paths = [os.path.join(folder, file) for file in files]
-        for path in paths:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"{path}, a part of the model, is missing")
-        try:
-            if paths:
-                return [SafeTensors(path) if "safetensors" in stem else torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{folder}/{stem} cannot be read as plain weights ({str(error).splitlines()[0]})") from None
+def _open_weights(folder: str, maps: list) -> dict[str, torch.Tensor]:
+    """All tensors of a directory's weights."""
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_bin)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return read(path, maps)
+        if os.path.isfile(index := f"{path}.index.json"):
+            files = sorted({*_read_json(index)["weight_map"].values()})
+            return {name: tensor for file in files for name, tensor in read(os.path.join(folder, file), maps).items()}
     raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, single or in shards")
 
 
 def hf_names(config: Config, name: str) -> list[str]:
     """The tensors of the family's files that make ours up, rows one after another. Example: layers.3.qkv.weight -> q, k and v of layer 3."""
-    module, kind = name.rsplit(".", 1)
-    layer = module.split(".")[1] if module.startswith("layers.") else ""
-    theirs = config.form.tensors[module.replace(f".{layer}.", ".N.") if layer else module]
-    return [f"{part.replace('.N.', f'.{layer}.')}.{kind}" for part in (theirs if isinstance(theirs, tuple) else (theirs,))]
+    *layer, module, kind = name.split(".")
+    prefix = f"model.layers.{layer[1]}." if layer else ""
+    return [f"{prefix}{theirs}.{kind}" for theirs in config.form.tensors[module].split()]
 
 
 def _parts(config: Config, tensor, count: int):
@@ -1221,9 +1184,10 @@ def save(model: Model, tokenizer: Tokenizer | None, path: str) -> None:
     config, path, ids = model.config, str(path), dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {config.vocab_size}; make the model larger")
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is {config.vocab_size}: make it larger")
         ids = {"bos_token_id": (tokenizer.bos or [tokenizer.eot])[0], "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
-        _write_json(os.path.join(path, "generation_config.json"), {**ids, "eos_token_id": [tokenizer.eot, *sorted(tokenizer.stops - {tokenizer.eot})]})
+        ends = [tokenizer.eot, *sorted(tokenizer.stops - {tokenizer.eot})]
+        _write_json(os.path.join(path, "generation_config.json"), {**ids, "eos_token_id": ends})
         tokenizer.save(path)
     if config.family == "phi3small" and config.original_context:  # its code wants the scales spelled out
         config = dataclasses.replace(config, short_scale=config.rope_scale(False), long_scale=config.rope_scale(True))
@@ -1279,23 +1243,23 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
     if not os.path.isfile(file := os.path.join(path, "config.json")):
         if path in PRESETS:
             raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub name such as microsoft/phi-1_5")
-        raise FileNotFoundError(f"no model at {path} (config.json is missing): train one with python train.py, or give a Hugging Face directory or hub name")
+        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with python train.py, or give a hub name")
     config, quantization = read_config(file), _read_json(file).get("quantization_config") or {}
     with torch.device("meta"):
         model = Model(config)
         if quantization.get("quant_method") == "minphi":
             quantize(model, quantization.get("bits"))
-    files = _open_weights(path)
-    stored = {name: tensor for file in files for name, tensor in file.items() if not name.endswith("rotary_emb.inv_freq")}
+    maps = []
+    stored = {name: tensor for name, tensor in _open_weights(path, maps).items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tied:
         stored.pop(hf_names(config, "head.weight")[0], None)  # a second copy of the embedding
     theirs = to_hf(model)
-    wrong = ([f"{name} is missing" for name in theirs if name not in stored] + [f"{name} is not part of the model" for name in stored if name not in theirs]
-             + [f"{name} has shape {tuple(stored[name].shape)} instead of {tuple(tensor.shape)}" for name, tensor in theirs.items()
-                if name in stored and stored[name].shape != tensor.shape])
+    wrong = [f"{name} is missing" for name in theirs.keys() - stored.keys()]
+    wrong += [f"{name} is not part of the model" for name in stored.keys() - theirs.keys()]
+    wrong += [f"{name} has shape {tuple(stored[name].shape)} instead of {tuple(tensor.shape)}" for name, tensor in theirs.items()
+              if name in stored and stored[name].shape != tensor.shape]
     if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{path} does not hold the model its config.json describes: {'; '.join(wrong[:5])}{more}")
+        raise ValueError(f"{path} does not hold the model its config.json describes: {'; '.join(sorted(wrong)[:5])} ({len(wrong)} in all)")
     dtype, weights = dtype or stored[hf_names(config, "norm.weight")[0]].dtype, {}
     for name, tensor in _stored(model).items():
         own = tensor.dtype if name.endswith(("packed", "scale", "low")) else dtype  # a quantized layer's parts are what they are
@@ -1306,9 +1270,8 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tu
             few = max(1, (1 << 24) // max(1, source[0].numel()))  # rows at a time, so that no large tensor is in memory twice
             for to, what in zip(rows.split(few), source.split(few)):
                 to.copy_(what)
-                for file in files:
-                    if isinstance(file, SafeTensors):
-                        file.release()
+                for memory in maps:  # the pages read so far are given back
+                    memory.madvise(mmap.MADV_DONTNEED)
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tied and isinstance(model.embed, nn.Embedding):
         model.head.weight = model.embed.weight
@@ -1328,8 +1291,8 @@ SOURCES = {
     "phi-4": (10e12, "700 tokens/parameter"), "phi-4-mini": (5e12, ""),
     "llama-3-8b": (15e12, "1875 tokens/parameter, 16 GFLOPs, 16 GB, int4 5 GB"),
 }
-TITLES = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16", "GB int8", "GB int4", "tokens/parameter",
-          "the sources say"]
+TITLES = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16", "GB int8", "GB int4",
+          "tokens/parameter", "the sources say"]
 
 
 def describe(name: str) -> list[str]:
@@ -1365,44 +1328,29 @@ def show(name: str, gpu_gb: float) -> None:
           f"activations alone overflow a GPU of {gpu_gb:g} GB: shorter micro-batches or recomputation are needed")
 
 
-def transformers_model(config: Config) -> dict:
-    """{name: transformers' Phi3ForCausalLM of this shape with random weights}, or nothing where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        print("transformers is not installed, so there is nothing to compare with")
-        return {}
-    shape = {FIELDS[name]: getattr(config, name) for name in ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "tied")}
-    return {f"transformers {transformers.__version__}": transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0))}
-
-
-def fastest(function) -> float:
-    """Seconds of the quickest of eight calls."""
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def bench(config: Config, dtype: torch.dtype, rows: int = 16) -> None:
-    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' where installed."""
-    device = default_device()
+    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
+    device, models = default_device(), {"minphi": Model(config)}
+    with contextlib.suppress(ImportError):
+        from transformers import Phi3Config, Phi3ForCausalLM, __version__
+        names = ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "tied")
+        shape = {FIELDS[name]: getattr(config, name) for name in names}
+        models[f"transformers {__version__}"] = Phi3ForCausalLM(Phi3Config(**shape, pad_token_id=0))
     tokens = torch.randint(config.vocab_size, (rows, config.context + 1), device=device)
     print(f"{config.parameters():,} parameters, {rows} rows of {config.context} tokens, {str(dtype)[6:]}, {device}; best of 8 steps")
-    for name, model in {"minphi": Model(config), **transformers_model(config)}.items():
-        optimizer = torch.optim.AdamW(model.to(device).parameters(), fused=True)
-
-        def step():
+    for name, model in models.items():
+        optimizer, seconds = torch.optim.AdamW(model.to(device).parameters(), fused=True), []
+        for _ in range(8):
+            start = time.perf_counter()
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 loss = model(tokens[:, :-1], targets=tokens[:, 1:])[0] / tokens.numel() if name == "minphi" else \
                     model(tokens[:, :-1], labels=tokens[:, :-1]).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            loss.item()
-        print(f"{name:24} {rows * config.context / fastest(step):10,.0f} tokens/s")
+            loss.item()  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+        print(f"{name:24} {rows * config.context / min(seconds):10,.0f} tokens/s")
 
 
 def _open_for_bench(path_or_preset: str, device, precision: str) -> Model:
@@ -1420,34 +1368,29 @@ def decode_bench(path: str, device=None, precisions=("bf16", "int8", "int4"), ba
     """Print for a run, or a preset with random weights: tokens a second of prompts and of decoding, latency of a token, memory and the share of
     this machine's bandwidth that reading the weights and the cache takes, by precision and batch size; and the sources' costs beside it."""
     device, config = device or default_device(), PRESETS.get(path) or read_config(os.path.join(locate(path), "config.json"))
-    ones = torch.ones(1 << 26, device=device)
-    prompt, limit = min(prompt, config.context // 2), 4 * len(ones) / fastest(lambda: ones.sum().item())
+    ones, seconds = torch.ones(1 << 26, device=device), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        ones.sum().item()
+        seconds = min(seconds, time.perf_counter() - start)
+    prompt, limit = min(prompt, config.context // 2), 4 * len(ones) / seconds  # bytes a second
     print(f"{path}: {config.parameters():,} parameters, {device}, {torch.get_num_threads()} threads, {limit / 1e9:.1f} GB/s when reading; prompts of "
           f"{prompt} tokens, then {new} new ones")
-    print(f"{'precision':22}{'batch':>6}{'weights GB':>11}{'cache GB':>9}{'prompt tok/s':>13}{'decode tok/s':>13}{'p50 ms':>8}{'p95 ms':>8}{'GB/s':>7}{'of limit':>9}")
+    print("precision batch weights GB cache GB prompt tok/s decode tok/s  p50 ms  p95 ms   GB/s of limit")
 
-    def measure(name, batch, size, generate):
-        for warm in (True, False):
-            times, tokens = [time.perf_counter()], torch.randint(config.vocab_size, (batch, 32 if warm else prompt)).tolist()
-            generate(tokens, 2 if warm else new, lambda row, token: times.append(time.perf_counter()) if row == batch - 1 else None)
-        steps = sorted(b - a for a, b in zip(times[1:], times[2:]))
-        cache, rate = batch * config.cache_bytes() * (prompt + new), len(steps) / sum(steps)
-        print(f"{name:22}{batch:6}{size / 1e9:11.2f}{cache / 1e9:9.2f}{batch * prompt / (times[1] - times[0]):13,.0f}{batch * rate:13,.1f}"
-              f"{1e3 * steps[len(steps) // 2]:8.2f}{1e3 * steps[int(0.95 * len(steps))]:8.2f}{(size + cache) * rate / 1e9:7.1f}{(size + cache) * rate / limit:9.0%}",
-              flush=True)
     for precision in precisions:
         model = _open_for_bench(path, device, precision)
         size = sum(t.numel() * t.element_size() for name, t in _stored(model).items() if config.tied or not name.startswith("embed."))
         for batch in batches:
-            measure(precision, batch, size, lambda tokens, count, stream: model.generate(tokens, count, stream=stream))
+            for length, count in ((32, 2), (prompt, new)):  # the first to warm up
+                times, tokens = [time.perf_counter()], torch.randint(config.vocab_size, (batch, length)).tolist()
+                model.generate(tokens, count, stream=lambda row, token: times.append(time.perf_counter()) if row == batch - 1 else None)
+            steps = sorted(b - a for a, b in zip(times[1:], times[2:]))
+            cache, rate = batch * config.cache_bytes() * (prompt + new), len(steps) / sum(steps)
+            print(f"{precision:9}{batch:6}{size / 1e9:11.2f}{cache / 1e9:9.2f}{batch * prompt / (times[1] - times[0]):13,.0f}{batch * rate:13,.1f}"
+                  f"{1e3 * steps[len(steps) // 2]:8.2f}{1e3 * steps[int(0.95 * len(steps))]:8.2f}{(size + cache) * rate / 1e9:7.1f}"
+                  f"{(size + cache) * rate / limit:9.0%}", flush=True)
         del model
-    for name, model in (transformers_model(config) if path in PRESETS and config.family == "phi3" else {}).items():
-        model = model.to(device, torch.bfloat16).eval()
-
-        def generate(tokens, count, stream):
-            streamer = SimpleNamespace(put=lambda ids: stream(0, None) if ids.numel() == 1 else None, end=lambda: None)
-            model.generate(torch.tensor(tokens, device=device), max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=streamer)
-        measure(f"{name} bf16", 1, 2 * config.parameters() - 2 * config.vocab_size * config.d_model, generate)
     print(f"\n{'the sources':14}{'GFLOPs/token':>13}{'GB bf16':>9}{'GB int4':>9}{'most tok/s here at int4':>25}  they say")
     for name in ("phi-3-mini", "llama-3-8b"):
         cells = describe(name)
@@ -1465,8 +1408,7 @@ def main() -> None:
     if args.preset:
         return show(args.preset, args.gpu_gb)
     if args.bench:
-        config = PRESETS[args.bench]
-        config = dataclasses.replace(config, vocab_size=args.vocab_size or config.vocab_size)
+        config = dataclasses.replace(PRESETS[args.bench], **({"vocab_size": args.vocab_size} if args.vocab_size else {}))
         return bench(config, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
     rows = [TITLES, *map(describe, PRESETS)]
     for row in rows:

@@ -24,10 +24,8 @@ import os
 import queue
 import random
 import re
-import secrets
 import socket
 import socketserver
-import statistics
 import sys
 import threading
 import time
@@ -45,119 +43,114 @@ SETTINGS = {"temperature": data.number(float, 0), "top-p": data.number(float, 1e
             "max-tokens": data.number(int, 1), "seed": data.number(int, 0)}  # options that --chat can change
 
 
-def skipping(text):
-    """MAX:MIN or MAX:MIN:OVER as numbers."""
-    if not re.fullmatch(r"\d+:\d+(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: write the layers of the first and of the last new token, such as 24:8")
-    return tuple(map(int, text.split(":")))
+def layers(text):
+    """MAX:MIN or MAX:MIN:TOKENS as numbers."""
+    most, least, *over = map(int, text.split(":"))
+    return (most, least, *over)
 
 
 def options(arguments=None):
     parser = data.Parser(prog="sample.py", description=__doc__)
-    add = parser.add_argument
-    add("--run", default="runs/phi", help="run directory, Hugging Face directory of a phi, Llama or Gemma, or hub name such as microsoft/phi-1_5 "
-        "(default %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto for the best there is (default auto)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights; auto is bf16 on CUDA, else fp32 (default auto)")
-    add("--seed", type=SETTINGS["seed"], default=0, help="of the sampling (default 0)")
-    add("--batch-size", type=data.number(int, 1), default=128, help="texts that --eval and --serve write at once (default %(default)s)")
-    add = parser.add_argument_group("writing").add_argument
-    add("--prompt", default="-", help="text to complete, or - for standard input (default -)")
-    add("--max-tokens", type=SETTINGS["max-tokens"], default=256, help="new tokens at most; of requests, where they do not say (default %(default)s)")
-    add("--temperature", type=SETTINGS["temperature"], default=0.0, help="0 takes the likeliest token, 1 samples plainly (default 0)")
-    add("--top-k", type=SETTINGS["top-k"], default=0, help="sample among this many likeliest tokens, 0 for all (default 0)")
-    add("--top-p", type=SETTINGS["top-p"], default=1.0, help="sample among the fewest tokens holding this probability (default 1)")
-    add("--chat", action="store_true", help="talk to the model in the terminal")
-    add("--system", help="the system message that --chat begins with")
-    add = parser.add_argument_group("speed").add_argument
-    add("--quantize", choices=["int8", "int4"], help="hold the weights in so many bits; with --out DIR write them there as a run like any other")
-    add("--draft", metavar="RUN", help="a smaller model of the same vocabulary proposes tokens; what is written keeps its distribution")
-    add("--lookup", type=data.number(int, 1), nargs="?", const=8, metavar="N", help="propose N tokens (default 8) from where the text repeats itself")
-    add("--skip", type=skipping, metavar="MAX:MIN", help="SkipDecode: the layers run fall from MAX at the first new token to MIN at the last")
-    add("--bench", metavar="RUN", help="print speed, memory and latency of this run, or of a preset's shape, by precision and batch size")
-    add = parser.add_argument_group("serving").add_argument
-    add("--serve", action="store_true", help="OpenAI's interface at /v1 and a page at /; asks for the key MINPHI_API_KEY if the environment has it")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in (default %(default)s)")
-    add("--port", type=data.number(int, 0, 65535), default=8000, help="port to listen at, 0 for any free one (default %(default)s)")
-    add("--queue", type=data.number(int, 0), default=256, help="texts that may wait for a place; more are refused (default %(default)s)")
-    add("--request-seconds", type=data.number(float, 0.1), default=300.0, help="a request may take so long, waiting included (default %(default)s)")
-    add("--max-body-mb", type=data.number(float, 0.001), default=4.0, help="largest request, megabytes (default %(default)s)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", metavar="FILE", nargs="+", help="HumanEval, MBPP, exercises, GSM8K, MATH, HellaSwag, ARC, GPQA, MMLU, questions for a judge, in their "
-        "published files, or any text (bits per byte); also URLs, of which #sha256=... is checked")
-    add("--solutions", choices=["model", "canonical"], default="model", help="whose solutions to judge (default model)")
-    add("--shots", type=data.number(int, 0), help="solved examples before a question (default: MMLU and GSM8K 5, MATH 4, MBPP 3, else 0)")
-    add("--shots-file", metavar="FILE", help="the benchmark's training part to take examples from (default: the file's other questions)")
-    add("--judge", type=synth.Teacher, metavar="URL#MODEL", help="who rates the answers to MT-bench's questions; the key from SYNTH_KEY_HOST, as for synth.py")
-    add("--samples", type=data.number(int, 1), default=1, help="completions a problem, for pass@k; above 1 needs a --temperature (default 1)")
-    add("--limit", type=data.number(int, 1), help="take only this many problems from a file's start")
-    add("--timeout", type=data.number(float, 0.1), default=5.0, help="seconds a problem's tests may take (default %(default)s)")
-    add("--memory-mb", type=data.number(int, 64), default=512, help="megabytes a problem's tests may use (default %(default)s)")
-    add("--show", type=data.number(int, 0), default=2, help="solved and failed examples to print, each (default %(default)s)")
-    add("--out", metavar="FILE.jsonl", help="write every question, answer and verdict here; a cut evaluation then goes on where it stopped")
-    add("--json", metavar="FILE", help="write the summary here")
+    option, count, some = parser.option, data.number(int, 0), data.number(int, 1)
+    option("--run", "runs/phi", "run directory, Hugging Face directory of a phi, Llama or Gemma, or hub name such as microsoft/phi-1_5")
+    option("--device", "auto", "cpu, cuda, cuda:1, mps, or auto for the best there is")
+    option("--dtype", "auto", "of the weights; auto is bf16 on CUDA, else fp32", choices=["auto", *DTYPES])
+    option("--seed", 0, "of the sampling", type=SETTINGS["seed"])
+    option("--batch-size", 128, "texts that --eval and --serve write at once", type=some)
+    option("--prompt", "-", "text to complete, or - for standard input")
+    option("--max-tokens", 256, "new tokens at most; of requests, where they do not say", type=SETTINGS["max-tokens"])
+    option("--temperature", 0.0, "0 takes the likeliest token, 1 samples plainly", type=SETTINGS["temperature"])
+    option("--top-k", 0, "sample among this many likeliest tokens, 0 for all", type=SETTINGS["top-k"])
+    option("--top-p", 1.0, "sample among the fewest tokens holding this probability", type=SETTINGS["top-p"])
+    option("--quantize", None, "hold the weights in so many bits; with --out DIR write them there as a run like any other", choices=["int8", "int4"])
+    option("--draft", None, "a smaller model of the same vocabulary proposes tokens; what is written keeps its distribution", metavar="RUN")
+    option("--lookup", 0, "propose N tokens (8) from where the text repeats itself", type=some, nargs="?", const=8, metavar="N")
+    option("--skip", None, "SkipDecode: the layers run fall from MAX at the first new token to MIN at the last", type=layers, metavar="MAX:MIN")
+    option("--bench", None, "print speed, memory and latency of this run, or of a preset's shape, by precision and batch size", metavar="RUN")
+    option("--chat", False, "talk to the model in the terminal", action="store_true")
+    option("--serve", False, "OpenAI's interface at /v1 and a page at /; asks for the key MINPHI_API_KEY if that is set", action="store_true")
+    option("--host", "127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
+    option("--port", 8000, "port to listen at, 0 for any free one", type=data.number(int, 0, 65535))
+    option("--queue", 256, "texts that may wait for a place; more are refused", type=count)
+    option("--eval", None, "HumanEval, MBPP, exercises, GSM8K, MATH, HellaSwag, ARC, GPQA, MMLU, questions for a judge, in their published files, or "
+           "any text (bits per byte); also URLs, of which #sha256=... is checked", metavar="FILE", nargs="+")
+    option("--solutions", "model", "whose solutions to judge", choices=["model", "canonical"])
+    option("--shots", None, "solved examples before a question (default: MMLU and GSM8K 5, MATH 4, MBPP 3, else 0)", type=count)
+    option("--shots-file", None, "the benchmark's training part to take examples from (default: the file's other questions)", metavar="FILE")
+    option("--judge", None, "who rates the answers to MT-bench's questions; the key as for synth.py", type=synth.Teacher, metavar="URL#MODEL")
+    option("--samples", 1, "completions a problem, for pass@k; above 1 needs a --temperature", type=some)
+    option("--limit", None, "take only this many problems from a file's start", type=some)
+    option("--timeout", 5.0, "seconds a problem's tests may take", type=data.number(float, 0.1))
+    option("--show", 2, "solved and failed examples to print, each", type=count)
+    option("--out", None, "write every question, answer and verdict here; a cut evaluation then goes on where it stopped", metavar="FILE.jsonl")
+    option("--json", None, "write the summary here", metavar="FILE")
     args = parser.parse_args(arguments)
     if args.samples > 1 and (args.temperature == 0 or args.solutions == "canonical"):
         parser.error("--samples above 1 needs the model's solutions and a --temperature above 0, such as 0.8")
     if not args.eval and (args.solutions == "canonical" or args.out and not args.quantize or args.json or args.limit):
         parser.error("--solutions, --limit, --out and --json belong to --eval FILE")
-    if sum(map(bool, (args.draft, args.lookup, args.skip, args.serve))) > 1:
-        parser.error("--draft, --lookup and --skip exclude one another, and --serve, which decodes many texts together, has none of them")
-    if sum(map(bool, (args.chat, args.serve, args.eval, args.bench))) > 1:
-        parser.error("--chat, --serve, --eval and --bench are different things to do; choose one")
+    for names in (("chat", "serve", "eval", "bench"), ("draft", "lookup", "skip", "serve")):  # a server decodes many texts together
+        if sum(bool(getattr(args, name)) for name in names) > 1:
+            parser.error(f"--{', --'.join(names)} exclude one another; choose one")
     return args
 
 
 def open_model(args):
+    """-> the model as the options want it, its tokenizer, and what `Model.generate` needs for --draft, --lookup and --skip."""
     device = models.default_device() if args.device == "auto" else args.device
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
-    model, tokenizer = models.load(args.run, device, DTYPES.get(args.dtype) or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32))
+    dtype = DTYPES.get(args.dtype) or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    model, tokenizer = models.load(args.run, device, dtype)
     if tokenizer is None:
         raise ValueError(f"--run {args.run} has no tokenizer.json; copy the one its model was trained with into it")
     if args.quantize:
         models.quantize(model, int(args.quantize[3:]))
-    return model, tokenizer, tokenizer.stops
+    draft = models.load(args.draft, device, dtype)[0] if args.draft else None
+    return model, tokenizer, dict(draft=draft, lookup=args.lookup, skip=args.skip)
 
 
-def speedups(args, model) -> dict:
-    """What of --draft, --lookup and --skip was asked for, as `Model.generate` wants it."""
-    draft = models.load(args.draft, model.norm.weight.device, model.norm.weight.dtype)[0] if args.draft else None
-    return {name: value for name, value in (("draft", draft), ("lookup", args.lookup), ("skip", args.skip)) if value}
+def write(args, opened, prompts, stream, more_seed=0):
+    """The new tokens of each prompt, by the command line's settings."""
+    model, tokenizer, faster = opened
+    settings = args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, args.seed + more_seed
+    return model.generate(prompts, *settings, stream, **faster)
 
 
-class Writer:
-    """`stream` for Model.generate: prints a text as it comes. A character may be spread over tokens."""
+def prompt_ids(tokenizer, text):
+    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one token, so a prompt that ends
+    between them would have to be continued by a token never seen there."""
+    return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.decoder = tokenizer, [], codecs.getincrementaldecoder("utf-8")("replace")
-        self.start = time.perf_counter()
 
-    def __call__(self, _, token):
-        self.ids.append(token)
-        if token not in self.tokenizer.stops:
-            print(self.decoder.decode(self.tokenizer.decode_bytes([token])), end="", flush=True)
+def write_aloud(args, opened, ids) -> str:
+    """Print the answer as it comes, and tokens a second on stderr -> the answer, which Ctrl-C ends in a chat."""
+    (model, tokenizer, _), decoder, parts, start = opened, codecs.getincrementaldecoder("utf-8")("replace"), [], time.perf_counter()
 
-    def end(self, model) -> None:
-        seconds, (accepted, proposed) = time.perf_counter() - self.start, model.speculated
-        print(self.decoder.decode(b"", final=True), flush=True)
-        print(f"{len(self.ids)} tokens, {len(self.ids) / seconds:,.0f} a second" + f"; {accepted} of {proposed} proposed were right" * bool(proposed),
-              file=sys.stderr)
+    def tell(_, token):
+        parts.append(decoder.decode(b"" if token in tokenizer.stops else tokenizer.decode_bytes([token])))  # a character may be spread over tokens
+        print(parts[-1], end="", flush=True)
+    try:
+        write(args, opened, [ids], tell)
+    except KeyboardInterrupt:
+        if not args.chat:
+            raise
+    (right, proposed), seconds = model.speculated, time.perf_counter() - start
+    print(decoder.decode(b"", final=True), flush=True)
+    proposals = f"; {right} of {proposed} proposed were right" if proposed else ""
+    print(f"{len(parts)} tokens, {len(parts) / seconds:,.0f} a second{proposals}", file=sys.stderr)
+    return "".join(parts)
 
 
 def complete(args) -> None:
-    """Stream one completion to standard output. Trailing whitespace of the prompt is dropped: a line break and the indentation
-    after it are one token, so a prompt that ends between them would have to be continued by a token never seen there."""
-    model, tokenizer, stop = open_model(args)
+    """Stream one completion to standard output."""
+    opened = open_model(args)
     if args.prompt == "-" and sys.stdin.isatty():
         print("Type a prompt and end it with Ctrl-D.", file=sys.stderr)
-    ids = tokenizer.bos + tokenizer.encode((sys.stdin.read() if args.prompt == "-" else args.prompt).rstrip()) or [tokenizer.eot]
-    faster, writer = speedups(args, model), Writer(tokenizer)
-    model.generate([ids], args.max_tokens, args.temperature, args.top_k, args.top_p, stop, args.seed, writer, **faster)
-    writer.end(model)
+    write_aloud(args, opened, prompt_ids(opened[1], sys.stdin.read() if args.prompt == "-" else args.prompt))
 
 
 # ---------------------------------------------------------------- chat
@@ -178,78 +171,61 @@ def fitting(tokenizer, messages, room):
 
 
 def read_message():
-    """A message from the terminal or standard input; None at its end. The first Ctrl-C is answered with how to leave."""
-    prompt = ("\n> ", "  ") if sys.stdin.isatty() else ("", "")
-    for told in (False, True):
-        try:
-            text = input(prompt[0])
-            while text.endswith("\\"):
-                text = text[:-1] + "\n" + input(prompt[1])
-            return text
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            if told:
-                raise
-            print("\nCtrl-C once more, or /quit, leaves", file=sys.stderr)
+    """A message from the terminal or standard input; Ctrl-C asks for help."""
+    try:
+        text = input("\n> " * sys.stdin.isatty())
+        while text.endswith("\\"):
+            text = text[:-1] + "\n" + input("  " * sys.stdin.isatty())
+        return text
+    except (EOFError, KeyboardInterrupt) as end:
+        return "/quit" if isinstance(end, EOFError) else "/help"
 
 
 def chat(args) -> None:
     """A conversation in the terminal, or a message a line from standard input. Ctrl-C ends an answer and keeps what there is of it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() its history and editing
-    model, tokenizer, stop = open_model(args)
-    faster, orders = speedups(args, model), [{"role": "system", "content": args.system}] if args.system else []
-    messages = [*orders]
+    model, tokenizer, _ = opened = open_model(args)
+    orders, turns, room = [], [], model.config.context
     print("Write a message, or /help.", file=sys.stderr)
-    while (text := read_message()) is not None:
+    while (text := read_message()) != "/quit":
         command, _, rest = text.strip().partition(" ")
-        if command == "/quit":
-            return
-        if command in ("/new", "/system"):
-            orders = orders if command == "/new" else [{"role": "system", "content": rest}] * bool(rest)
-            messages = [*orders]
-        elif command in ("/set", "/save"):
-            try:
-                if command == "/save":
-                    data.write_jsonl(rest or "chat.jsonl", [{"messages": messages}])
-                else:
-                    name, value = rest.split()
-                    setattr(args, name.replace("-", "_"), SETTINGS[name](value))
-            except (KeyError, ValueError, OSError, argparse.ArgumentTypeError) as error:
-                print(f"{command} {rest}: {error}; such as /set temperature 0.7 or /save chat.jsonl", file=sys.stderr)
-        elif not command or command[0] == "/" and not (command == "/retry" and messages[len(orders):]):
-            print(CHAT_HELP, file=sys.stderr)
-        else:
-            messages = messages[:-1] if command == "/retry" else [*messages, {"role": "user", "content": text}]
-            args.seed += command == "/retry"
-            writer = Writer(tokenizer)
-            try:
-                ids = fitting(tokenizer, messages, model.config.context - min(args.max_tokens, model.config.context // 2))
-                model.generate([ids], args.max_tokens, args.temperature, args.top_k, args.top_p, stop, args.seed, writer, **faster)
-            except KeyboardInterrupt:
-                print(" ...", end="")
-            except ValueError as error:
-                messages.pop()
-                print(error, file=sys.stderr)
-                continue
-            writer.end(model)
-            messages.append({"role": "assistant", "content": tokenizer.decode([token for token in writer.ids if token not in stop]).strip()})
+        try:
+            if command in ("/new", "/system"):
+                orders, turns = orders if command == "/new" else [{"role": "system", "content": rest}] * bool(rest), []
+            elif command == "/save":
+                data.write_jsonl(rest or "chat.jsonl", [{"messages": orders + turns}])
+            elif command == "/set":
+                name, value = rest.split()
+                setattr(args, name.replace("-", "_"), SETTINGS[name](value))
+            elif not command or command[0] == "/" and not (command == "/retry" and turns):
+                print(CHAT_HELP, file=sys.stderr)
+            else:
+                args.seed += command == "/retry"
+                asked = turns[:-1] if command == "/retry" else [*turns, {"role": "user", "content": text}]
+                answer = write_aloud(args, opened, fitting(tokenizer, orders + asked, room - min(args.max_tokens, room // 2)))
+                turns = [*asked, {"role": "assistant", "content": answer.strip()}]
+        except (KeyError, ValueError, OSError, argparse.ArgumentTypeError) as error:
+            print(f"{error}; see /help", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- decoding for many
 
 class Refusal(Exception):
-    """What a client is told instead of an answer: an HTTP status, a message, and OpenAI's words for the field and the kind."""
+    """What a client is told instead of an answer: an HTTP status, a message, and OpenAI's names of field and kind."""
 
     def __init__(self, status: int, message: str, field: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.field, self.code = status, field, code
 
+    def told(self) -> dict:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.code}}
+
 
 @dataclass(eq=False)
 class Request:
-    """A text to go on with. `events` receives (index, new text, its tokens' log-probabilities, why it has ended or None), or a Refusal."""
+    """A text to go on with. `events` receives (new text, its tokens' log-probabilities, why it has ended or None), or a Refusal."""
     ids: list                     # the prompt's tokens, then the new ones too
     limit: int                    # new tokens at most
     temperature: float = 0.0
@@ -260,9 +236,8 @@ class Request:
     logprobs: int | None = None   # how many alternatives to tell of each token
     stream: bool = False          # tell each token at once
     skip: str = ""                # what the answer is expected to begin with and the client already has
-    index: int = 0
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     left: bool = False            # the client has gone
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self):
         self.prompt_tokens, self.random, self.scores = len(self.ids), random.Random(self.seed), []
@@ -285,7 +260,7 @@ class Request:
         certain = len(self.pending) - held
         self.text, self.pending = self.text + self.pending[:certain], self.pending[certain:]
         if finish or self.stream and not held and (self.text or self.scores):
-            self.events.put((self.index, self.text, self.scores, finish))
+            self.events.put((self.text, self.scores, finish))
             self.text, self.scores = "", []
         return finish is not None
 
@@ -301,16 +276,16 @@ class Engine(threading.Thread):
     def __init__(self, model, tokenizer, rows: int, queue_size: int, cache_tokens: int):
         super().__init__(daemon=True)
         self.model, self.tokenizer, self.rows, self.queue_size, self.cache_tokens = model, tokenizer, rows, queue_size, cache_tokens
-        self.device, self.waiting, self.active, self.closed = model.norm.weight.device, collections.deque(), [], False
+        self.waiting, self.active, self.closed = collections.deque(), [], False
         self.cache, self.view, self.changed = None, None, threading.Condition()  # view: the cache's rows in use
 
-    def submit(self, requests: list[Request]) -> None:
+    def submit(self, request: Request) -> None:
         with self.changed:
             if self.closed:
                 raise Refusal(503, "the server is stopping")
-            if len(self.waiting) + len(requests) > self.queue_size + max(0, self.rows - len(self.active)):
+            if len(self.waiting) >= self.queue_size + max(0, self.rows - len(self.active)):
                 raise Refusal(429, f"{len(self.waiting)} texts wait already and at most {self.queue_size} may; try later", code="rate_limit_exceeded")
-            self.waiting.extend(requests)
+            self.waiting.append(request)
             self.changed.notify()
 
     def close(self, seconds: float) -> None:
@@ -333,7 +308,7 @@ class Engine(threading.Thread):
                 with torch.inference_mode():
                     self.step(new)
             except Exception as error:  # a lack of memory, most likely: these texts are lost, but not the server
-                text = f"decoding failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                text = f"decoding failed ({type(error).__name__}: {str(error)[:200]})"
                 print(f"sample.py: {text}", file=sys.stderr)
                 for request in {*self.active, *new}:
                     request.events.put(Refusal(500, text))
@@ -368,12 +343,16 @@ class Engine(threading.Thread):
         if self.view is None:
             self.view = self.cache.part(0, len(self.active))
             self.view.length = self.cache.length
-        x = self.model.hidden(torch.tensor([[request.ids[-1]] for request in self.active], device=self.device), cache=self.view)[:, -1]
+        x = self.model.hidden(torch.tensor([[request.ids[-1]] for request in self.active], device=self.cache.starts.device), cache=self.view)[:, -1]
         self.cache.length += 1
         outgrown = (self.model.config.original_context or 0) + 1  # from here on LongRoPE's long factors hold, for the older keys too
         if outgrown > 1 and (slots := [slot for slot, request in enumerate(self.active) if len(request.ids) == outgrown]):
             x[slots] = self.fill(slots)
         self.advance(list(range(len(self.active))), x)
+
+    def new_cache(self, starts: list[int], columns: int) -> models.Cache:
+        weight = self.model.norm.weight
+        return models.Cache(self.model.config, starts, columns, weight.device, weight.dtype)
 
     def make_room(self, joined: int) -> None:
         """A cache with a row for each text, long enough for the prompts of those after the first `joined`, and with a free column."""
@@ -384,25 +363,23 @@ class Engine(threading.Thread):
             return
         columns = min(max(256, 2 * end), max(request.prompt_tokens + request.limit for request in self.active)) + 1
         rows = len(old.starts) if old and rows <= len(old.starts) else max(rows, min(2 * rows, self.rows, self.cache_tokens // columns))
-        self.cache, self.view = models.Cache(self.model.config, [0] * rows, columns, self.device, self.model.norm.weight.dtype), None
+        self.cache, self.view = self.new_cache([0] * rows, columns), None
         self.cache.length = end
+        for part in itertools.chain(*self.cache.layers):
+            part.zero_()  # what a row does not see must still be finite
         if joined:
             self.cache.starts[:joined] = old.starts[:joined] + end - old.length
-        for to, source in zip(self.cache.layers, old.layers if old else self.cache.layers):
-            for a, b in zip(to, source):
-                a.zero_()  # what a row does not see must still be finite
-                if joined:
-                    a[:joined, :, end - used:end] = b[:joined, :, old.length - used:old.length]
+            for a, b in zip(itertools.chain(*self.cache.layers), itertools.chain(*old.layers)):
+                a[:joined, :, end - used:end] = b[:joined, :, old.length - used:old.length]
 
     def fill(self, slots: list[int]):
         """The whole texts of these slots into the cache, up to column `length` -> their last states."""
         texts, end = [self.active[slot].ids for slot in slots], self.cache.length
         width = max(map(len, texts))
-        part = models.Cache(self.model.config, [width - len(text) for text in texts], width, self.device, self.model.norm.weight.dtype)
-        x = self.model.hidden(torch.tensor([[0] * (width - len(text)) + text for text in texts], device=self.device), cache=part)[:, -1]
-        for to, source in zip(self.cache.layers, part.layers):
-            for a, b in zip(to, source):
-                a[slots, :, end - width:end] = b
+        part = self.new_cache([width - len(text) for text in texts], width)
+        x = self.model.hidden(torch.tensor([[0] * (width - len(text)) + text for text in texts], device=part.starts.device), cache=part)[:, -1]
+        for a, b in zip(itertools.chain(*self.cache.layers), itertools.chain(*part.layers)):
+            a[slots, :, end - width:end] = b
         self.cache.starts[slots], self.view = part.starts + end - width, None
         return x
 
@@ -411,60 +388,58 @@ class Engine(threading.Thread):
         moved = self.active.pop()
         last, end, self.view = len(self.active), self.cache.length, None
         if slot < last:
-            for part in itertools.chain.from_iterable(self.cache.layers):
+            for part in itertools.chain(*self.cache.layers):
                 part[slot, :, end - len(moved.ids) + 1:end] = part[last, :, end - len(moved.ids) + 1:end]
             self.cache.starts[slot], self.active[slot] = self.cache.starts[last], moved
 
     def advance(self, slots: list[int], x) -> None:
         """Choose the next token of these slots from their last states; those whose text has ended leave."""
         requests, logits = [self.active[slot] for slot in slots], self.model.logits(x)
-        chosen, scores = choose(logits, requests), [None] * len(requests)
-        if told := [i for i, request in enumerate(requests) if request.logprobs is not None]:
-            every = logits[told].log_softmax(-1)
-            best, own = every.topk(min(logits.shape[-1], max(requests[i].logprobs for i in told))), every.gather(1, chosen[told][:, None])
-            for i, score, values, tokens in zip(told, own[:, 0].tolist(), best.values.tolist(), best.indices.tolist()):
-                scores[i] = (int(chosen[i]), score, list(zip(tokens, values))[:requests[i].logprobs])
-        ended = [request.take(token, self.tokenizer, score) for request, token, score in zip(requests, chosen.tolist(), scores)]
-        for slot in reversed([slot for slot, over in zip(slots, ended) if over]):
+        ended = []
+        for slot, request, row, token in zip(slots, requests, logits, choose(logits, requests).tolist()):
+            score = None
+            if request.logprobs is not None:
+                every = row.log_softmax(-1)
+                best = every.topk(min(len(every), request.logprobs))
+                score = token, every[token].item(), list(zip(best.indices.tolist(), best.values.tolist()))
+            ended += [slot] * request.take(token, self.tokenizer, score)
+        for slot in reversed(ended):
             self.leave(slot)
 
 
 def choose(logits, requests: list[Request]):
     """(n, V) logits -> (n,) tokens: as model.sample, but each row by its own request's settings and random numbers."""
-    def column(values):
-        return torch.tensor(values, device=logits.device)[:, None]
-    chosen, drawn = logits.argmax(-1), [i for i, request in enumerate(requests) if request.temperature > 0]
-    if not drawn:
-        return chosen
-    requests = [requests[i] for i in drawn]
-    logits = logits[drawn] / column([request.temperature for request in requests])
-    if narrow := [i for i, request in enumerate(requests) if request.top_p < 1 or request.top_k]:
-        ordered, index = logits[narrow].sort(-1, descending=True)
-        ranks = torch.arange(ordered.shape[1], device=logits.device)
-        ordered = ordered.masked_fill(ranks >= column([requests[i].top_k or ordered.shape[1] for i in narrow]), -math.inf)
-        shares = ordered.softmax(-1)
-        ordered = ordered.masked_fill(shares.cumsum(-1) - shares >= column([requests[i].top_p for i in narrow]), -math.inf)
-        logits[narrow] = torch.empty_like(ordered).scatter_(-1, index, ordered)
-    total = logits.softmax(-1).cumsum(-1)
-    point = column([min(request.random.random(), 1 - 2 ** -24) for request in requests]) * total[:, -1:]
-    chosen[drawn] = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    chosen, alike = logits.argmax(-1), collections.defaultdict(list)
+    for row, request in enumerate(requests):
+        if request.temperature > 0:
+            alike[request.temperature, request.top_k, request.top_p].append(row)
+    for settings, rows in alike.items():
+        total = models.distribution(logits[rows], *settings).cumsum(-1)
+        points = torch.tensor([[min(requests[row].random.random(), 1 - 2 ** -24)] for row in rows], device=logits.device)
+        chosen[rows] = torch.searchsorted(total, points * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return chosen
 
 
 # ---------------------------------------------------------------- server
+
+MAX_BODY, MAX_SECONDS, MOST = 4_000_000, 600, 1 << 62  # of a request, waiting included; of any number in it
+FIELDS = {"temperature": (float, 0, 2, 1.0), "top_p": (float, 1e-9, 1, 1.0), "top_k": (int, 0, MOST, 0), "seed": (int, -MOST, MOST, None),
+          "max_tokens": (int, 1, MOST, None), "max_completion_tokens": (int, 1, MOST, None), "stream": (bool, 0, 1, False),
+          "top_logprobs": (int, 0, 20, 0), "logprobs": (int, 0, 20, None), "n": (int, 1, 1, 1)}  # of a request: kind, least, most, default
+UNSUPPORTED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty", "suffix", "echo", "response_format")
+
 
 class Server(socketserver.ThreadingTCPServer):
     """One thread a connection; `engine` decodes for all of them."""
     daemon_threads, allow_reuse_address, request_queue_size = True, True, 512
 
     def __init__(self, args, model, tokenizer):
-        self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        self.args, self.tokenizer, self.context, self.started, self.answering = args, tokenizer, model.config.context, int(time.time()), set()
+        self.args, self.tokenizer, self.context, self.answering = args, tokenizer, model.config.context, set()
         self.name, self.key = os.path.basename(os.path.normpath(args.run)), os.environ.get("MINPHI_API_KEY", "")
-        self.local = args.host in ("127.0.0.1", "localhost", "::1")
-        weight = model.norm.weight
-        room = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else free_memory()  # 0.4: moving to a larger cache holds both
-        self.engine = Engine(model, tokenizer, args.batch_size, args.queue, int(0.4 * room / (model.config.cache_bytes() * weight.element_size() / 2)))
+        self.local, weight = args.host in ("127.0.0.1", "localhost"), model.norm.weight
+        room = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        tokens = int(0.4 * room / (model.config.cache_bytes() * weight.element_size() / 2))  # 0.4: moving to a larger cache holds both
+        self.engine = Engine(model, tokenizer, args.batch_size, args.queue, tokens)
         super().__init__((args.host, args.port), Handler)
 
     def verify_request(self, request, address):
@@ -475,233 +450,188 @@ class Server(socketserver.ThreadingTCPServer):
             print(f"sample.py: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def free_memory() -> int:
-    """Bytes that the system can still give; 4 GB where it does not say."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    return 4 << 30
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
+    """One request a connection."""
     protocol_version, default_request_version, server_version, sys_version = "HTTP/1.1", "HTTP/1.0", "minphi", ""
     timeout, disable_nagle_algorithm, wbufsize, unread = 30, True, -1, 0  # seconds a client may keep us waiting; buffered writes; bytes of the body
 
     def log_message(self, *_):
         pass
 
-    def send_error(self, code, message=None, explain=None):  # what the standard library finds wrong with a request
-        self.refuse(Refusal(code, message or self.responses[code][0]))
-
-    def send(self, kind: str, body: bytes = b"", status: int = 200, **headers) -> None:
+    def send(self, content, status=200, kind="application/json") -> None:
+        """What is neither bytes nor None as JSON; of None the beginning alone."""
+        body = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+        headers = {"Content-Type": kind, "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+                   "Connection": "close", **({"Content-Length": len(body)} if body else {}), **({"Retry-After": 2} if status in (429, 503) else {})}
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
 
-    def send_json(self, value, status=200, **headers) -> None:
-        body = json.dumps(value).encode()
-        self.send("application/json", body, status, Content_Length=str(len(body)), **headers)
-
     def refuse(self, error: Refusal) -> None:
-        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            error.status, "invalid_request_error" if error.status < 500 else "server_error")
-        self.close_connection = True
-        self.send_json({"error": {"message": str(error), "type": kind, "param": error.field, "code": error.code}}, error.status, Connection="close",
-                       **({"Retry_After": "2"} if error.status in (429, 503) else {}))
+        self.send(error.told(), error.status)
         with contextlib.suppress(OSError):  # a client that is still sending hears us only when it may finish
             self.connection.settimeout(1)
             while 0 < self.unread < 1 << 26 and (chunk := self.rfile.read1(min(self.unread, 1 << 16))):
                 self.unread -= len(chunk)
 
     def do_GET(self):
-        about = {"id": self.server.name, "object": "model", "created": self.server.started, "owned_by": "minphi", "context": self.server.context}
-        self.reply({"/v1/models": lambda: self.send_json({"object": "list", "data": [about]}), f"/v1/models/{self.server.name}": lambda: self.send_json(about),
-                    "/runs": lambda: self.send_json(training_logs(self.server.args.run)), "/health": lambda: self.send_json({}),
-                    "/": lambda: self.send("text/html; charset=utf-8", PAGE, Content_Length=str(len(PAGE)), Content_Security_Policy=POLICY)})
-
-    def do_POST(self):
-        self.reply({"/v1/chat/completions": lambda: self.answer(True), "/v1/completions": lambda: self.answer(False)})
-
-    def reply(self, routes: dict) -> None:
-        """Answer by the path's route, or refuse."""
-        length, path, host = self.headers.get("Content-Length", ""), self.path.split("?")[0], self.headers.get("Host", "")
-        self.unread = int(length) if length.isdigit() else 0
+        """Answer any request, or refuse."""
+        server, path = self.server, self.path.split("?")[0]
+        about = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
+        doors = {"GET /": lambda: self.send(PAGE.replace("MODEL", html.escape(server.name), 1).encode(), kind="text/html; charset=utf-8"),
+                 "GET /v1/models": lambda: self.send({"object": "list", "data": [about]}),
+                 "GET /training": lambda: self.send(training_log(server.args.run)),
+                 "POST /v1/chat/completions": lambda: self.answer(True), "POST /v1/completions": lambda: self.answer(False)}
+        length, host, origin, key = (self.headers.get(name, "") for name in ("Content-Length", "Host", "Origin", "Authorization"))
+        self.unread, door = int(length) if length.isdigit() else 0, f"{self.command} {path[:100]}"
         try:
-            foreign = "Origin" in self.headers and self.headers["Origin"].split("://")[-1] != host
-            if foreign or self.server.local and re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", "[::1]", ""):
+            if origin and origin.split("://")[-1] != host or server.local and re.sub(r":\d+$", "", host) not in ("127.0.0.1", "localhost", ""):
                 raise Refusal(403, "other web sites may not use this server")  # nor reach it by a name of theirs that leads here
-            key = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if self.server.key and path != "/" and not hmac.compare_digest(key.encode(), self.server.key.encode()):
+            if server.key and path != "/" and not hmac.compare_digest(key.removeprefix("Bearer ").encode(), server.key.encode()):
                 raise Refusal(401, "no API key, or a wrong one: send MINPHI_API_KEY's as Authorization: Bearer ...", code="invalid_api_key")
-            if path not in routes:
-                raise Refusal(404, f"nothing answers {self.command} {path[:100]} here")
-            routes[path]()
+            if door not in doors:
+                raise Refusal(404, f"nothing answers {door} here")
+            doors[door]()
         except Refusal as error:
             self.refuse(error)
-        except OSError:  # the client has gone, or does not read
-            self.close_connection = True
+        except OSError:
+            pass  # the client has gone, or does not read
+
+    do_POST = do_GET
 
     def body(self) -> dict:
-        if not self.headers.get("Content-Length", "").isdigit():
-            raise Refusal(411, "the request needs a Content-Length")
-        if self.unread > (limit := int(self.server.args.max_body_mb * 1e6)):
-            raise Refusal(413, f"the request has {self.unread:,} bytes and may have {limit:,} (--max-body-mb)")
+        if not 0 < self.unread <= MAX_BODY:
+            status = 413 if self.unread else 411
+            raise Refusal(status, f"the request needs a Content-Length of at most {MAX_BODY:,}")
         text, self.unread = self.rfile.read(self.unread), 0
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(body := json.loads(text), dict):
                 return body
         raise Refusal(400, "the request must be a JSON object")
 
-    def requests(self, body: dict, chat: bool) -> list[Request]:
-        """The texts to decode for a request: n for each prompt."""
-        def value(name, kind, low, high, default):
-            if (given := body.get(name)) is None:
-                return default
-            if not isinstance(given, (int, float) if kind is float else kind) or isinstance(given, bool) != (kind is bool) or not low <= given <= high:
+    def wanted(self, body: dict, chat: bool) -> Request:
+        server, given = self.server, {}
+        if body.get("model") not in (None, server.name, server.args.run):
+            raise Refusal(404, f"the model {str(body['model'])[:100]!r} is not here; {server.name!r} is", "model", "model_not_found")
+        for name, (kind, low, high, default) in {**FIELDS, **({"logprobs": (bool, 0, 1, False)} if chat else {})}.items():
+            given[name] = value = default if body.get(name) is None else body[name]
+            if value is not None and not (type(value) in ((int, float) if kind is float else (kind,)) and low <= value <= high):
                 raise Refusal(400, f"{name} must be {'true or false' if kind is bool else f'a number from {low} to {high}'}", name)
-            return given
-        context, most = self.server.context, 1 << 62
-        if body.get("model") not in (None, self.server.name, self.server.args.run):
-            raise Refusal(404, f"the model {str(body['model'])[:100]!r} is not here; {self.server.name!r} is", "model", "model_not_found")
-        for name in ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty", "suffix", "echo", "response_format"):
-            if body.get(name) and body[name] != {"type": "text"}:
-                raise Refusal(400, f"{name} is not supported", name)
+        if unsupported := [name for name in UNSUPPORTED if body.get(name) and body[name] != {"type": "text"}]:
+            raise Refusal(400, f"{unsupported[0]} is not supported", unsupported[0])
         stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
         if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(text, str) and 0 < len(text) <= 1000 for text in stop):
             raise Refusal(400, "stop must be a text or up to 16 of them", "stop")
-        told = value("top_logprobs", int, 0, 20, 0) if chat and value("logprobs", bool, False, True, False) else \
-            None if chat else value("logprobs", int, 0, 20, None)
-        limit = value("max_completion_tokens", int, 1, most, None) or value("max_tokens", int, 1, most, self.server.args.max_tokens)
-        settings = dict(temperature=value("temperature", float, 0, 2, 1.0), top_p=value("top_p", float, 1e-9, 1, 1.0), top_k=value("top_k", int, 0, most, 0),
-                        stop=tuple(stop), logprobs=told, stream=value("stream", bool, False, True, False), events=queue.SimpleQueue())
-        seed, n = value("seed", int, -most, most, None), value("n", int, 1, 128, 1)
+        ids, skip = self.chat_ids(body.get("messages")) if chat else self.prompt_ids(body.get("prompt"))
+        if len(ids) >= server.context:
+            raise Refusal(400, f"the prompt has {len(ids):,} tokens; with an answer at most {server.context:,} fit", code="context_length_exceeded")
+        limit = given["max_completion_tokens"] or given["max_tokens"] or server.args.max_tokens
+        told = given["logprobs"] if not chat else given["top_logprobs"] if given["logprobs"] else None
+        return Request(ids, min(limit, server.context - len(ids)), given["temperature"], given["top_p"], given["top_k"], given["seed"], tuple(stop),
+                       told, given["stream"], skip)
+
+    def chat_ids(self, messages):
+        """-> a conversation's tokens, and the space that some formats make an answer begin with."""
         try:
-            prompts = [self.conversation(body.get("messages"))] if chat else self.prompts(body.get("prompt"))
-        except ValueError as error:
-            raise Refusal(400, str(error), "messages" if chat else "prompt") from None
-        if (longest := max(len(ids) for ids, _ in prompts)) >= context:
-            raise Refusal(400, f"the prompt has {longest:,} tokens; with an answer at most {context:,} fit", code="context_length_exceeded")
-        return [Request([*ids], min(limit, context - len(ids)), seed=None if seed is None else seed + i, skip=skip, index=index * n + i, **settings)
-                for index, (ids, skip) in enumerate(prompts) for i in range(n)]
+            if not messages:
+                raise ValueError("none is there")
+            parts = [m["content"] if isinstance(m["content"], list) else [{"text": m["content"]}] for m in messages]
+            return self.server.tokenizer.render([{**m, "content": "".join(part["text"] for part in of)} for m, of in zip(messages, parts)]), " "
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Refusal(400, f"messages must be a list of objects with role and content: {error}", "messages") from None
 
-    def conversation(self, messages):
-        """Chat -> its tokens, and a space that some formats make answers begin with."""
-        if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-            raise ValueError("messages must be a list of objects with role and content")
-        plain = []
-        for message in messages:
-            content, role = message.get("content"), message.get("role")
-            if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-                content = "".join(part["text"] for part in content)
-            plain.append({"role": "system" if role == "developer" else role, "content": content})
-        return self.server.tokenizer.render(plain), " "
+    def prompt_ids(self, prompt):
+        """A text or tokens -> its tokens, and the whitespace at its end, which is left to the model and then not sent a second time."""
+        tokenizer = self.server.tokenizer
+        if isinstance(prompt, str):
+            return prompt_ids(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+        if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt):
+            return prompt, ""
+        raise Refusal(400, "prompt must be a text, or a list of the model's tokens; of several send each by itself", "prompt")
 
-    def prompts(self, given):
-        """A text, tokens, or a list of either -> of each its tokens, and the whitespace at its end, which is left to the model as in
-        `complete` and then not sent a second time."""
-        tokenizer, several = self.server.tokenizer, isinstance(given, list) and given and not isinstance(given[0], int)
-        prompts = []
-        for prompt in given if several else [given]:
-            if isinstance(prompt, str):
-                prompts.append((tokenizer.bos + tokenizer.encode(prompt.rstrip()) or [tokenizer.eot], prompt[len(prompt.rstrip()):]))
-            elif isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt):
-                prompts.append((prompt, ""))
-            else:
-                raise ValueError("prompt must be a text, a list of texts, or lists of the model's tokens")
-        return prompts
-
-    def events(self, requests: list[Request]):
-        """Lists of events as they come, until all have ended. OSError when the client has gone."""
-        args, going, deadline = self.server.args, len(requests), time.monotonic() + self.server.args.request_seconds
-        while going:
-            batch = []
+    def events(self, request: Request):
+        """(new text, its tokens' scores, why it has ended or None) as they come. OSError when the client has gone."""
+        deadline = time.monotonic() + MAX_SECONDS
+        while True:
             with contextlib.suppress(queue.Empty):
-                batch.append(requests[0].events.get(timeout=1))
-                while True:
-                    batch.append(requests[0].events.get_nowait())
+                news = [request.events.get(timeout=1)]
+                while not request.events.empty():
+                    news.append(request.events.get())
+                if isinstance(news[-1], Refusal):
+                    raise news[-1]
+                yield "".join(text for text, _, _ in news), [score for _, scores, _ in news for score in scores], news[-1][2]
+                if news[-1][2]:
+                    return
             self.connection.settimeout(0)
             with contextlib.suppress(BlockingIOError):
                 if not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionAbortedError
             self.connection.settimeout(self.timeout)
-            for event in batch:
-                if isinstance(event, Refusal):
-                    raise event
-                going -= event[3] is not None
-            if going and time.monotonic() > deadline:
-                raise Refusal(503, f"the answer took longer than {args.request_seconds:g} seconds (--request-seconds)", code="timeout")
-            yield batch
-            if going:
-                time.sleep(0.001 * len(self.server.engine.active))  # so all clients together are written to a thousand times a second at most
+            if time.monotonic() > deadline:
+                raise Refusal(503, f"the answer took longer than {MAX_SECONDS} seconds", code="timeout")
+            time.sleep(0.001 * len(self.server.engine.active))  # so all clients together are written to a thousand times a second at most
 
     def answer(self, chat: bool) -> None:
         """Decode and send what a request asks for: at once, or as server-sent events, in which errors after the first are events too."""
         body = self.body()
-        requests, begun = self.requests(body, chat), False
-        told = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "object": "chat.completion" if chat else "text_completion",
+        request, begun = self.wanted(body, chat), False
+        told = {"id": ("chatcmpl-" if chat else "cmpl-") + os.urandom(12).hex(), "object": "chat.completion" if chat else "text_completion",
                 "created": int(time.time()), "model": self.server.name}
 
-        def usage():
-            prompt, new = sum(r.prompt_tokens for r in requests) // (body.get("n") or 1), sum(len(r.ids) - r.prompt_tokens for r in requests)
-            return {"usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}}
-
-        def write(value):
+        def tell(value):
             self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
-        self.server.answering.add(told["id"])
+            self.wfile.flush()
+        self.server.answering.add(request)
         try:
-            self.server.engine.submit(requests)
-            if not requests[0].stream:
-                events = sorted((event for batch in self.events(requests) for event in batch), key=lambda event: event[0])
-                return self.send_json({**told, "choices": [self.choice(*event, chat, "message") for event in events], **usage()})
-            told["object"] += ".chunk" if chat else ""
-            for batch in self.events(requests):
+            self.server.engine.submit(request)
+            for text, scores, finish in self.events(request):
+                content = {"role": "assistant", "content": text} if not begun else {"content": text}
+                content = {"delta" if request.stream else "message": content} if chat else {"text": text}
+                choices = [{"index": 0, **content, "logprobs": self.logprobs(scores, chat), "finish_reason": finish}]
+                prompt, new = request.prompt_tokens, len(request.ids) - request.prompt_tokens
+                usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+                if not request.stream:
+                    return self.send({**told, "choices": choices, "usage": usage})
                 if not begun:
-                    self.send("text/event-stream", Connection="close")
-                    self.close_connection = begun = True
-                    for request in requests if chat else ():
-                        write({**told, "choices": [{"index": request.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
-                for event in batch:
-                    write({**told, "choices": [self.choice(*event, chat, "delta")]})
-                self.wfile.flush()
+                    self.send(None, kind="text/event-stream")
+                    told["object"], begun = told["object"] + ".chunk" * chat, True
+                tell({**told, "choices": choices})
             if isinstance(body.get("stream_options"), dict) and body["stream_options"].get("include_usage"):
-                write({**told, "choices": [], **usage()})
+                tell({**told, "choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
         except Refusal as error:
             if not begun:
                 raise
-            write({"error": {"message": str(error), "type": "server_error", "param": None, "code": error.code}})
+            tell(error.told())
         finally:
-            for request in requests:
-                request.left = True
-            self.server.answering.discard(told["id"])
+            request.left = True
+            self.server.answering.discard(request)
 
-    def choice(self, index, text, scores, finish, chat: bool, name: str) -> dict:
-        """An event in OpenAI's words."""
+    def logprobs(self, scores, chat: bool) -> dict | None:
+        """In OpenAI's words; for completions in the older ones as well."""
         def told(token, score):
             raw = self.server.tokenizer.decode_bytes([token])
             return {"token": raw.decode("utf-8", errors="replace"), "logprob": max(score, -9999.0), "bytes": list(raw)}
-        content = {name: {"content": text, **({"role": "assistant"} if name == "message" else {})}} if chat else {"text": text}
-        entries, logprobs = [{**told(token, score), "top_logprobs": [told(*other) for other in others]} for token, score, others in scores], None
-        if entries:
-            logprobs = {"content": entries} if chat else {
-                "tokens": [entry["token"] for entry in entries], "token_logprobs": [entry["logprob"] for entry in entries], "text_offset": [],
-                "top_logprobs": [{other["token"]: other["logprob"] for other in entry["top_logprobs"]} for entry in entries]}
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        entries = [{**told(token, score), "top_logprobs": [told(*other) for other in others]} for token, score, others in scores]
+        older = {} if chat else {
+            "tokens": [entry["token"] for entry in entries], "token_logprobs": [entry["logprob"] for entry in entries], "text_offset": [],
+            "top_logprobs": [{other["token"]: other["logprob"] for other in entry["top_logprobs"]} for entry in entries]}
+        return {"content": entries, **older} if entries else None
 
 
-def training_logs(run: str) -> list[dict]:
-    """The logs of this run and of those beside it, the latest first: the last record, and the curves as a picture."""
+def training_log(run: str) -> dict | None:
+    """Of this run and those beside it the one whose log was written last: its last record, and its curves as a picture."""
     import train
-    logs = []
-    for path in glob.glob(f"{glob.escape(os.path.dirname(os.path.abspath(run)))}/*/log.jsonl"):
-        with contextlib.suppress(OSError, ValueError, LookupError):  # its last line may be half written
-            records, name = [record for record in data.read_jsonl(path) if "step" in record], os.path.basename(os.path.dirname(path))
-            if last := next((record for record in reversed(records) if "loss" in record), None):
-                thin = [record for n, record in enumerate(records) if "val" in record or n % (1 + len(records) // 400) == 0]
-                logs.append({"name": name, "seconds_ago": time.time() - os.path.getmtime(path), "last": last, "svg": train.loss_svg(thin, html.escape(name))})
-    return sorted(logs, key=lambda log: log["seconds_ago"])
+    with contextlib.suppress(OSError, ValueError, LookupError):  # no log; its last line is half written; nothing learned yet
+        path = max(glob.glob(f"{glob.escape(os.path.dirname(os.path.abspath(run)))}/*/log.jsonl"), key=os.path.getmtime)
+        records, name = [record for record in data.read_jsonl(path) if "step" in record], os.path.basename(os.path.dirname(path))
+        last = [record for record in records if "loss" in record][-1]
+        thin = [record for n, record in enumerate(records) if "val" in record or n % (1 + len(records) // 400) == 0]
+        svg = train.loss_svg(thin, html.escape(name))
+        return {"name": name, "seconds_ago": time.time() - os.path.getmtime(path), "last": last, "svg": svg}
 
 
 def serve(args) -> None:
@@ -712,9 +642,9 @@ def serve(args) -> None:
         raise OSError(f"cannot listen at {args.host} port {args.port} ({error.strerror}); choose another --port") from None
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{server.server_address[1]}"
+    address = f"http://{args.host}:{server.server_address[1]}"
     print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts at once, {args.queue} may wait, "
-          f"{server.engine.cache_tokens:,} tokens of cache at most (40 % of the free memory); Ctrl-C stops", flush=True)
+          f"{server.engine.cache_tokens:,} tokens of cache at most; Ctrl-C stops", flush=True)
     if not server.local and not server.key:
         print("anybody who reaches this machine may use it: set MINPHI_API_KEY to ask for a key", file=sys.stderr)
     try:
@@ -732,208 +662,153 @@ def serve(args) -> None:
 # ---------------------------------------------------------------- the page at /
 
 PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>minphi</title><link rel="icon" href="data:,">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>minphi</title><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --back: #fbfaf7; --card: #fff; --ink: #1d1d1f; --soft: #66666c; --line: #e3e1da; --accent: #3657c9; --tint: 54, 87, 201 }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #131417; --card: #1c1e22; --ink: #ececef; --soft: #9a9aa3; --line: #2e3137; --accent: #8fa6ff; --tint: 240, 150, 70 } }
+:root { color-scheme: light dark; --back: light-dark(#fbfaf7, #131417); --card: light-dark(#fff, #1c1e22); --ink: light-dark(#1d1d1f, #ececef);
+  --soft: light-dark(#66666c, #9a9aa3); --line: light-dark(#e3e1da, #2e3137); --accent: light-dark(#3657c9, #8fa6ff) }
 * { box-sizing: border-box; margin: 0 }
-[hidden] { display: none !important }
 body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
-header, main > *, form { width: 100%; max-width: 46rem; margin: 0 auto; padding: 0 1rem }
-header { display: flex; flex-wrap: wrap; align-items: center; padding: .6rem .5rem .6rem 1rem }
-h1 { font-size: 1rem; margin-right: auto; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+header, main > *, form { width: 100%; max-width: 46rem; margin: 0 auto; padding: .5rem 1rem }
+header, form { display: flex; gap: .5rem; align-items: center }
+h1 { font-size: 1rem; margin-right: auto }
 main { flex: 1; overflow-y: auto }
-button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .35rem .7rem }
-header button { border-color: transparent; background: none; padding: .35rem .5rem; cursor: pointer }
-[aria-selected=true], [aria-expanded=true] { color: var(--accent); font-weight: 600 }
-@media (max-width: 34rem) { h1 { flex: 1 0 100% } header { justify-content: space-between } header button { padding: .35rem .3rem } }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-#settings { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem; padding-bottom: .8rem; color: var(--soft); font-size: .85rem }
-#settings input:not([type=checkbox]) { width: 100%; color: var(--ink) }
-.wide { grid-column: 1 / -1 }
-article { padding: .3rem 0; margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
-.user { margin: .5rem 0 .5rem auto; width: fit-content; max-width: 85%; background: var(--card); border: 1px solid var(--line); border-radius: 1rem; padding: .5rem .9rem }
-.code { font: .9rem/1.5 ui-monospace, monospace }
-.shaded span { background: rgba(var(--tint), calc(.4 * (1 - var(--p)))) }
-span.on { outline: 2px solid var(--accent); border-radius: .2rem }
-footer { color: var(--soft); font-size: .8rem; padding-bottom: .5rem }
-footer button { padding: 0 .5rem; margin-left: .6rem }
-.error { color: #d0402f }
-#hint { color: var(--soft); padding-top: 18vh; text-align: center }
-form { display: flex; gap: .5rem; align-items: end; padding-top: .6rem; padding-bottom: max(.8rem, env(safe-area-inset-bottom)) }
-textarea { flex: 1; resize: none; max-height: 40vh; min-width: 0 }
-form button { background: var(--accent); border-color: var(--accent); color: var(--back); font-weight: 600 }
-#tip { position: fixed; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .4rem .6rem; pointer-events: none; white-space: pre;
-  box-shadow: 0 4px 18px #0003; font: .8rem ui-monospace, monospace }
-#tip i { display: inline-block; height: .55em; margin-right: .5em; background: var(--accent); border-radius: 2px }
-img { display: block; width: 100%; margin: .6rem 0; border-radius: .6rem }
+button, input, textarea, .user, span::after { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .35rem .7rem }
+button, input, textarea { font: inherit; color: inherit }
+details, footer, #hint { color: var(--soft); font-size: .85rem }
+label { display: inline-block; width: 50%; padding: .3rem }
+label input:not([type=checkbox]) { width: 100%; color: var(--ink) }
+article { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+.user { margin-left: auto; width: fit-content; max-width: 85% }
+.plain { font: .9rem/1.5 ui-monospace, monospace }
+main:has([name=shade]:checked) article span { background: color-mix(in srgb, var(--accent) calc(40% * (1 - var(--p))), transparent) }
+article span:is(:hover, :focus) { outline: 2px solid var(--accent); border-radius: .2rem }
+article span:is(:hover, :focus)::after { content: attr(data-others); position: fixed; right: max(1rem, 50vw - 22rem); bottom: 5rem; white-space: pre;
+  font: .8rem/1.5 ui-monospace, monospace; pointer-events: none }
+#hint { padding-top: 15vh; text-align: center }
+#log:not(:empty) + #hint { display: none }
+textarea { flex: 1; resize: none; max-height: 40vh; min-width: 0; field-sizing: content }
+form button { background: var(--accent); color: var(--back) }
+img { display: block; width: 100% }
 @media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg) } }
 </style>
-<header><h1>minphi</h1><div role="tablist"><button role="tab" aria-selected="true">Chat</button><button role="tab">Complete</button><button role="tab">Training</button></div>
-  <button id="new" title="Forget the conversation">New</button><button id="gear" aria-expanded="false" aria-controls="settings">Settings</button></header>
+<header><h1>MODEL</h1><button id="new">New</button></header>
 <main>
-  <section id="settings" hidden>
-    <label>Temperature <input name="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
-    <label>Top p <input name="top_p" type="number" min="0.01" max="1" step="0.01" value="1"></label>
-    <label>Tokens at most <input name="max_tokens" type="number" min="1" value="256"></label>
-    <label>Seed <input name="seed" type="number" min="0" placeholder="any"></label>
-    <label class="wide">System message <input name="system"></label>
-    <label class="wide">API key <input name="key" type="password" autocomplete="off" placeholder="where the server asks for one"></label>
-    <label class="wide"><input name="shade" type="checkbox" checked> Shade each token by how unsure the model was</label>
-  </section>
+  <details><summary>Settings</summary>
+    <label>Temperature <input name="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label><label>Top p
+    <input name="top_p" type="number" min="0.01" max="1" step="0.01" value="1"></label><label>Tokens at most
+    <input name="max_tokens" type="number" min="1" value="256"></label><label>Seed
+    <input name="seed" type="number" min="0" placeholder="any"></label><label>System message
+    <input name="system"></label><label>API key
+    <input name="key" type="password" autocomplete="off" placeholder="where the server asks for one"></label>
+    <label><input name="shade" type="checkbox" checked> Shade unlikely tokens</label><label>
+    <input name="plain" type="checkbox"> Complete, not chat</label>
+  </details>
+  <details id="training"><summary>Training</summary><img alt=""><p></p></details>
   <section id="log" aria-live="polite"></section>
-  <section id="training" hidden><select aria-label="Run"></select><img alt="Loss over tokens"><p></p></section>
-  <p id="hint">Enter sends, Shift+Enter breaks the line, Esc stops.<br>Point at a word, or focus an answer and use the arrow keys, to see what else might have been said.</p>
+  <p id="hint">Enter sends, Shift+Enter breaks the line, Esc stops.<br>
+    Point at a word, or focus an answer and use the arrow keys, to see what else might have been said.</p>
 </main>
-<form><textarea rows="1" aria-label="Message" autofocus></textarea><button>Send</button></form><div id="tip" role="status" hidden></div>
+<form><textarea rows="1" aria-label="Message" placeholder="Message" autofocus></textarea><button>Send</button></form>
 <script>
 "use strict"
-const $ = selector => document.querySelector(selector), all = selector => [...document.querySelectorAll(selector)]
-const log = $("#log"), box = $("textarea"), send = $("form button"), tip = $("#tip"), main = $("main"), setting = name => $(`[name=${name}]`).value
-const make = (tag, parent, text, name) => { const e = parent.appendChild(document.createElement(tag)); e.textContent = text || ""; if (name) e.className = name; return e }
+const $ = selector => document.querySelector(selector), setting = name => $(`[name=${name}]`).value
+const log = $("#log"), box = $("textarea"), send = $("form button"), main = $("main")
 const headers = () => ({"Content-Type": "application/json", ...(setting("key") && {Authorization: "Bearer " + setting("key")})})
-const get = async path => { const reply = await fetch(path, {headers: headers()}).catch(() => null); return reply && reply.ok ? reply.json() : null }
-let turns = [], mode = "Chat", running = null, model = ""
+let turns = [], running = null
 
-for (const field of all("#settings input")) {  // they stay in this browser; the key only as long as the tab
-  const store = field.name == "key" ? sessionStorage : localStorage, what = field.type == "checkbox" ? "checked" : "value"
-  const known = store.getItem("minphi." + field.name)
-  if (known !== null) field[what] = what == "value" ? known : known == "true"
-  field.onchange = () => { store.setItem("minphi." + field.name, field[what]); begin() }
-}
-async function begin() {
-  log.classList.toggle("shaded", $("[name=shade]").checked)
-  model = (await get("/v1/models"))?.data[0].id || ""
-  $("h1").textContent = model || "minphi"
+function make(tag, parent, text, name = "") {
+  const element = parent.appendChild(document.createElement(tag))
+  element.textContent = text
+  element.className = name
+  element.tabIndex = tag == "span" ? -1 : 0
+  return element
 }
 
-function show(name) {
-  mode = name
-  point(null)
-  all("[role=tab]").forEach(tab => tab.setAttribute("aria-selected", tab.textContent == name))
-  log.hidden = $("form").hidden = name == "Training"
-  $("#training").hidden = !log.hidden
-  $("#hint").hidden = log.hidden || log.childElementCount
-  box.placeholder = name == "Chat" ? "Message" : "Text to go on with"
-  if (log.hidden) train(); else box.focus()
+function add(place, token, decoder) {  // a span, whose shade and alternatives tell how sure the model was
+  const span = make("span", place, decoder.decode(new Uint8Array(token.bytes), {stream: true})), share = token => 100 * Math.exp(token.logprob)
+  span.style.setProperty("--p", share(token) / 100)
+  span.dataset.others = token.top_logprobs.map(other => `${share(other).toFixed(1).padStart(5)} %  ${JSON.stringify(other.token)}`).join("\n")
 }
 
-async function answer(prompt, chat) {  // streamed; each token is a span, whose shade and alternatives come with it
-  const body = {model, stream: true, ...(chat ? {logprobs: true, top_logprobs: 5} : {logprobs: 5, prompt})}
+async function answer(prompt, chat) {
+  const body = {stream: true, ...(chat ? {logprobs: true, top_logprobs: 5} : {logprobs: 5, prompt})}
   for (const name of ["temperature", "top_p", "max_tokens", "seed"]) if (setting(name)) body[name] = Number(setting(name))
   if (chat) body.messages = [...(setting("system") ? [{role: "system", content: setting("system")}] : []), ...turns]
-  const place = make("article", log, chat ? "" : prompt, chat ? "" : "code"), foot = make("footer", log, "…"), decoder = new TextDecoder()
+  const place = make("article", log, chat ? "" : prompt, chat ? "" : "plain"), foot = make("footer", log, "…"), decoder = new TextDecoder()
+  const before = turns.length, path = chat ? "/v1/chat/completions" : "/v1/completions"
   let text = "", count = 0, first = 0, rest = ""
-  place.tabIndex = 0
   running = new AbortController()
   send.textContent = "Stop"
-  main.scrollTop = main.scrollHeight
   try {
-    const reply = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal})
+    const reply = await fetch(path, {method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal})
     if (!reply.ok) throw Error((await reply.json()).error.message)
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
     for (let part; !(part = await reader.read()).done;) {
-      const lines = (rest + part.value).split("\n\n"), follow = main.scrollHeight - main.scrollTop - main.clientHeight < 60
+      const lines = (rest + part.value).split("\n\n"), follow = main.scrollHeight - main.scrollTop - main.clientHeight < 200
       rest = lines.pop()
       for (const event of lines.filter(line => line != "data: [DONE]").map(line => JSON.parse(line.slice(6)))) {
         if (event.error) throw Error(event.error.message)
-        const choice = event.choices[0]
-        text += (chat ? choice.delta.content : choice.text) || ""
-        for (const token of scores(choice.logprobs)) {
-          const span = make("span", place, token.bytes ? decoder.decode(new Uint8Array(token.bytes), {stream: true}) : token.token)
-          span.style.setProperty("--p", Math.exp(token.logprob))
-          span.others = token.top_logprobs
-          first ||= performance.now()
-          count++
-        }
+        const choice = event.choices[0], tokens = choice.logprobs?.content || []
+        text += chat ? choice.delta.content : choice.text
+        tokens.forEach(token => add(place, token, decoder))
+        count += tokens.length
+        first ||= performance.now()
       }
-      foot.textContent = `${count} tokens, ${Math.round((count - 1) / Math.max(1e-3, (performance.now() - first) / 1000))} a second`
+      foot.textContent = `${count} tokens, ${Math.round(1000 * (count - 1) / Math.max(1, performance.now() - first))} a second `
       if (follow) main.scrollTop = main.scrollHeight
     }
   } catch (error) {
-    if (error.name != "AbortError") make("p", place, error.message, "error")
-    foot.textContent = count ? `${count} tokens, then stopped` : "no answer"
+    foot.textContent = error.name == "AbortError" ? `${count} tokens, then stopped ` : error.message + " "
   }
   running = null
   send.textContent = "Send"
   if (chat && place.isConnected) turns.push({role: "assistant", content: text})  // it is not when all has been forgotten meanwhile
-  const before = turns.length - 1
   make("button", foot, "Retry").onclick = () => {
     if (running) return
-    if (chat) { while (log.lastChild != foot) log.lastChild.remove(); turns.length = before }
-    foot.remove()
+    while (log.lastChild != place) log.lastChild.remove()
     place.remove()
+    turns.length = Math.min(turns.length, before)
     answer(prompt, chat)
   }
 }
-const scores = told => !told ? [] : told.content || told.tokens.map((token, i) => ({token, logprob: told.token_logprobs[i],
-  top_logprobs: Object.entries(told.top_logprobs[i]).map(([token, logprob]) => ({token, logprob}))}))
 
-function point(span) {  // shows the alternatives of a token
-  all(".on").forEach(other => other.classList.remove("on"))
-  tip.hidden = !span?.others
-  if (tip.hidden) return
-  span.classList.add("on")
-  tip.textContent = ""
-  for (const {token, logprob} of span.others) {
-    const line = make("div", tip), share = Math.exp(logprob)
-    make("i", line).style.width = 5 * share + "rem"
-    line.append(`${(100 * share).toFixed(1).padStart(5)} %  ${JSON.stringify(token)}`)
-  }
-  const at = span.getBoundingClientRect(), size = tip.getBoundingClientRect()
-  tip.style.left = Math.max(8, Math.min(at.left, innerWidth - size.width - 8)) + "px"
-  tip.style.top = (at.bottom + size.height + 8 < innerHeight ? at.bottom + 6 : at.top - size.height - 6) + "px"
-}
-log.onpointerover = event => point(event.target)
-log.onpointerleave = log.onfocusout = main.onscroll = () => point(null)
-log.onkeydown = event => {
-  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key], spans = event.target.tagName == "ARTICLE" ? [...event.target.querySelectorAll("span")] : []
-  if (!step || !spans.length) return
-  event.preventDefault()
-  point(spans[Math.min(spans.length - 1, Math.max(0, spans.findIndex(span => span.classList.contains("on")) + step))])
-}
-
-async function train() {  // the loss curves of log.jsonl, drawn by the server
-  if (mode != "Training") return
-  const runs = await get("/runs") || [], pick = $("select")
-  if (runs.map(run => run.name).join() != [...pick.options].map(option => option.value).join()) pick.replaceChildren(...runs.map(run => new Option(run.name)))
-  const run = runs.find(run => run.name == pick.value), last = run?.last
-  pick.hidden = $("img").hidden = !run
-  if (run) $("img").src = "data:image/svg+xml," + encodeURIComponent(run.svg)
-  $("#training p").textContent = !run ? "No log.jsonl of a training run beside this model." : `Step ${last.step.toLocaleString()}, loss ${last.loss.toFixed(3)}, ` +
-    `${(last.tokens_per_second || 0).toLocaleString()} tokens a second; written ${Math.round(run.seconds_ago)} s ago.`
-  clearTimeout(train.next)
-  train.next = setTimeout(train, 3000)
+async function train() {  // the loss curve of the latest log.jsonl, drawn by the server
+  if (!$("#training").open) return
+  const run = await fetch("/training", {headers: headers()}).then(reply => reply.json()).catch(() => null), last = run?.last
+  if (last) $("img").src = "data:image/svg+xml," + encodeURIComponent(run.svg)
+  $("#training p").textContent = !last ? "No log.jsonl of a training run beside this model." :
+    `${run.name}: step ${last.step.toLocaleString()}, loss ${last.loss.toFixed(3)}; written ${Math.round(run.seconds_ago)} s ago.`
+  setTimeout(train, 3000)
 }
 
 $("form").onsubmit = event => {
   event.preventDefault()
-  const text = box.value, chat = mode == "Chat"
+  const text = box.value, chat = !$("[name=plain]").checked
   if (running) return running.abort()
   if (!text.trim()) return
-  $("#hint").hidden = true
   if (chat) { make("article", log, text, "user"); turns.push({role: "user", content: text}) }
   box.value = ""
-  box.oninput()
   answer(text, chat)
 }
-box.oninput = () => { box.style.height = "auto"; box.style.height = box.scrollHeight + 2 + "px" }
-box.onkeydown = event => { if (event.key == "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("form").requestSubmit() } }
-document.onkeydown = event => { if (event.key == "Escape") { point(null); running?.abort() } }
-all("[role=tab]").forEach(tab => tab.onclick = () => show(tab.textContent))
-$("select").onchange = train
-$("#gear").onclick = () => $("#gear").setAttribute("aria-expanded", !($("#settings").hidden = !$("#settings").hidden))
-$("#new").onclick = () => { running?.abort(); turns = []; log.textContent = ""; show(mode == "Training" ? "Chat" : mode) }
-show("Chat")
-begin()
+box.onkeydown = event => {
+  if (event.key != "Enter" || event.shiftKey || event.isComposing) return
+  event.preventDefault()
+  $("form").requestSubmit()
+}
+document.onkeydown = event => { if (event.key == "Escape") running?.abort() }
+log.onkeydown = ({key, target}) => {
+  const step = {ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling"}[key]
+  if (step) target[target.tagName == "ARTICLE" ? "firstElementChild" : step]?.focus()
+}
+$("#training").ontoggle = train
+$("#new").onclick = () => { running?.abort(); turns = []; log.textContent = "" }
 </script>
 </html>
 """
-HASH = {tag: base64.b64encode(hashlib.sha256(PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0].encode()).digest()).decode() for tag in ("script", "style")}
-PAGE = PAGE.encode()  # nothing but this very script and style may run, and nothing but this server be asked, whatever a text contains
-POLICY = (f"default-src 'none'; script-src 'sha256-{HASH['script']}'; style-src 'sha256-{HASH['style']}'; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HASH = [base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", PAGE, re.S)[1].encode()).digest()).decode() for tag in ("script", "style")]
+POLICY = (f"default-src 'none'; script-src 'sha256-{HASH[0]}'; style-src 'sha256-{HASH[1]}'; connect-src 'self'; img-src data:; "
+          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # only this script and style run, whatever a text contains
 
 
 # ---------------------------------------------------------------- evaluation: what is asked
@@ -943,40 +818,63 @@ LINE_AT_MARGIN = re.compile(r"\n(?=[^\s])")  # where a function's body is over: 
 
 def cut(completion: str) -> str:
     """The completion up to the first later line that starts at column 0. Example: cut("\\n    return 1\\n\\nprint(2)") == "\\n    return 1\\n" """
-    end = LINE_AT_MARGIN.search(completion)
-    return completion[:end.start()] if end else completion
+    return LINE_AT_MARGIN.split(completion, maxsplit=1)[0]
 
 
 @dataclass
 class Question:
-    """What a benchmark's record asks, in the words of lm-evaluation-harness, so that numbers compare."""
+    """What a record asks, in the words of lm-evaluation-harness, so that numbers compare."""
     prompt: str
     answer: str = ""             # the right one as it stands after the prompt, where this question is an example for another
-    until: str = ""              # regular expression of what comes after an answer
-    grade: object = None         # text -> {metric: right or not}, the first of them deciding; None: run the tests
     options: list | None = None  # texts of which the likeliest is chosen
     right: int = 0               # which of the options
-    group: str = ""              # a level or subject with figures of its own
     intro: str = ""              # stands before the examples
 
 
-def ask_code(record) -> Question:
-    return Question(record["prompt"].rstrip(), record.get("canonical_solution", ""), LINE_AT_MARGIN.pattern, group=str(record.get("k", "")))
+def choice(prompt, options, right, intro="") -> Question:
+    return Question(prompt, f" {options[right]}", options, right, intro)
 
 
-def ask_mbpp(record) -> Question:
-    task = f"You are an expert Python programmer, and here is your task: {record.get('text') or record['prompt']} Your code should pass these tests:"
-    return Question("\n".join([f"{task}\n", *record["test_list"], "[BEGIN]\n"]), f"{record['code']}\n[DONE]", r"\[DONE\]")
+def hellaswag(record) -> Question:
+    def clean(text):
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    prompt = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    return choice(clean(prompt), [clean(ending) for ending in record["endings"]], int(record["label"]))
 
 
-def ask_gsm8k(record) -> Question:
+def arc(record) -> Question:
+    """AI2's own file or the hub's."""
+    question = record["question"] if isinstance(record["question"], dict) else {"stem": record["question"], **record["choices"]}
+    texts, labels = ([option[name] for option in question["choices"]] if "choices" in question else question[name] for name in ("text", "label"))
+    return choice(f"Question: {question['stem']}\nAnswer:", texts, labels.index(record["answerKey"]))
+
+
+def gpqa(record) -> Question:
+    answers, order = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))], random.Random(record["Question"]).sample(range(4), 4)
+    listed = "\n".join(f"({letter}) {record[answers[n]].strip()}" for letter, n in zip("ABCD", order))
+    prompt = f"What is the correct answer to this question:{record['Question']}\nChoices:\n{listed}\nAnswer:"
+    return choice(prompt, ["(A)", "(B)", "(C)", "(D)"], order.index(0))
+
+
+def mmlu(record) -> Question:
+    listed = "\n".join([record["question"].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", record["choices"]))])
+    right, subject = str(record["answer"]), record.get("subject", "").replace("_", " ")
+    return choice(f"{listed}\nAnswer:", [*"ABCD"], int(right) if right.isdigit() else "ABCD".index(right),
+                  f"The following are multiple choice questions (with answers) about {subject}.\n\n")
+
+
+def mbpp(record) -> Question:
+    task = f"You are an expert Python programmer, and here is your task: {record.get('text') or record['prompt']}"
+    return Question("\n".join([f"{task} Your code should pass these tests:\n", *record["test_list"], "[BEGIN]\n"]), f"{record['code']}\n[DONE]")
+
+
+def gsm8k_grade(record, text) -> dict:
     def number(text, pattern, which):
         found = re.findall(pattern, text)
         return re.sub(r"[$,]|\.$", "", found[which]) if found else None
-    strict, loose = r"#### (-?[0-9.,]+)", r"-?[$0-9.,]{2,}|-?[0-9]+"
+    strict = r"#### (-?[0-9.,]+)"
     right = number(record["answer"], strict, 0)
-    return Question(f"Question: {record['question']}\nAnswer:", f" {record['answer']}", "Question:|</s>|<\\|im_end\\|>",
-                    lambda text: {"last number": number(text, loose, -1) == right, "after ####": number(text, strict, 0) == right})
+    return {"pass@1": number(text, r"-?[$0-9.,]{2,}|-?[0-9]+", -1) == right, "after ####": number(text, strict, 0) == right}
 
 
 def boxed(text: str) -> str | None:
@@ -990,116 +888,82 @@ def boxed(text: str) -> str | None:
     return said[-1] if said else None
 
 
-MATH_SPELLINGS = [(r"\n|\\!|\\left|\\right|\^\{?\\circ\}?|\\?\$|\\?%|\\text\{ .*", ""), (r"\\\\", r"\\"), (r"[td]frac", "frac"), (r"(^|[ {])\.", r"\g<1>0."),
-                  (r"^\s*\w{1,2}\s*=(?=[^=]*$)", ""), (r"\\sqrt\s*([^\s{])", r"\\sqrt{\1}"), (r"\s", ""), (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"),
+MATH_SPELLINGS = [(r"\n|\\!|\\left|\\right|\^\{?\\circ\}?|\\?\$|\\?%|\\text\{ .*", ""), (r"\\\\", r"\\"), (r"[td]frac", "frac"),
+                  (r"(^|[ {])\.", r"\g<1>0."), (r"^\s*\w{1,2}\s*=(?=[^=]*$)", ""), (r"\\sqrt\s*([^\s{])", r"\\sqrt{\1}"),
+                  (r"\s", ""), (r"\\frac([^{])([^{])", r"\\frac{\1}{\2}"),
                   (r"\\frac([^{])\{", r"\\frac{\1}{"), (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}")]
 
 
-def plain_math(text: str | None) -> str | None:
-    """Spellings that mean the same made one, by the rules of MATH (arXiv 2103.03874). Example: plain_math("x = \\\\tfrac12") == "\\\\frac{1}{2}" """
-    for pattern, instead in MATH_SPELLINGS if text is not None else ():
-        text = re.sub(pattern, instead, text)
-    return text
+def math_grade(record, text) -> dict:
+    """Spellings that mean the same are made one, by the rules of MATH (arXiv 2103.03874)."""
+    said, right = boxed(text), boxed(record["solution"])
+    for pattern, instead in MATH_SPELLINGS if said and right else ():
+        said, right = re.sub(pattern, instead, said), re.sub(pattern, instead, right)
+    return {"pass@1": said is not None and said == right}
 
 
-def ask_math(record) -> Question:
-    right = plain_math(boxed(record["solution"]))
-    return Question(f"Problem:\n{record['problem']}\n\nSolution:", f" {record['solution']}", "Problem:",
-                    lambda text: {"exact match": right is not None and plain_math(boxed(text)) == right}, group=str(record.get("level", "")))
+# fields that give a record away; record -> Question; the usual number of examples before a question; what comes after an answer;
+# (record, answer) -> {metric: right or not}, None to run the tests; a field with a level or subject that has figures of its own
+Benchmark = collections.namedtuple("Benchmark", "fields ask shots until grade group", defaults=(None, 0, "(?!)", None, ""))
+BENCHMARKS = {
+    "code": Benchmark(["prompt", "entry_point", "test"], lambda r: Question(r["prompt"].rstrip(), r.get("canonical_solution", "")),
+                      until=LINE_AT_MARGIN.pattern, group="k"),
+    "MBPP": Benchmark(["code", "test_list"], mbpp, 3, r"\[DONE\]"),
+    "HellaSwag": Benchmark(["ctx_a", "ctx_b", "endings", "label", "activity_label"], hellaswag),
+    "ARC": Benchmark(["question", "answerKey"], arc),
+    "GPQA": Benchmark(["Question", "Correct Answer", "Incorrect Answer 1"], gpqa),
+    "MMLU": Benchmark(["question", "choices", "answer"], mmlu, 5, group="subject"),
+    "GSM8K": Benchmark(["question", "answer"], lambda r: Question(f"Question: {r['question']}\nAnswer:", f" {r['answer']}"), 5,
+                       "Question:|</s>|<\\|im_end\\|>", gsm8k_grade),
+    "MATH": Benchmark(["problem", "solution"], lambda r: Question(f"Problem:\n{r['problem']}\n\nSolution:", f" {r['solution']}"), 4, "Problem:",
+                      math_grade, "level"),
+    "chat": Benchmark(["turns"], lambda r: Question(r["turns"][0]), group="category"),
+    "text": Benchmark(["text"], lambda r: Question(r["text"]))}
 
 
-def choice(prompt, options, right, **more) -> Question:
-    return Question(prompt, f" {options[right]}", options=options, right=right, **more)
-
-
-def ask_hellaswag(record) -> Question:
-    def clean(text):
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-    prompt = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return choice(clean(prompt), [clean(ending) for ending in record["endings"]], int(record["label"]))
-
-
-def ask_arc(record) -> Question:
-    """AI2's own file or the hub's."""
-    question = record["question"] if isinstance(record["question"], dict) else {"stem": record["question"], **record["choices"]}
-    texts, labels = ([choice[name] for choice in question["choices"]] if "choices" in question else question[name] for name in ("text", "label"))
-    return choice(f"Question: {question['stem']}\nAnswer:", texts, labels.index(record["answerKey"]))
-
-
-def ask_gpqa(record) -> Question:
-    answers, order = ["Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))], random.Random(record["Question"]).sample(range(4), 4)
-    listed = "\n".join(f"({letter}) {record[answers[n]].strip()}" for letter, n in zip("ABCD", order))
-    return choice(f"What is the correct answer to this question:{record['Question']}\nChoices:\n{listed}\nAnswer:",
-                  ["(A)", "(B)", "(C)", "(D)"], order.index(0))
-
-
-def ask_mmlu(record) -> Question:
-    subject = record.get("subject", "").replace("_", " ")
-    listed = "\n".join([record["question"].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", record["choices"]))])
-    return choice(f"{listed}\nAnswer:", [*"ABCD"], int(record["answer"]) if str(record["answer"]).isdigit() else "ABCD".index(record["answer"]), group=subject,
-                  intro=f"The following are multiple choice questions (with answers) about {subject}.\n\n")
-
-
-def ask_chat(record) -> Question:
-    return Question(record["turns"][0], group=str(record.get("category", "")))
-
-
-KINDS = {  # name: what it asks, the usual number of examples before a question, the fields that give a record away
-    "code": (ask_code, 0, "prompt", "entry_point", "test"), "MBPP": (ask_mbpp, 3, "code", "test_list"),
-    "HellaSwag": (ask_hellaswag, 0, "ctx_a", "ctx_b", "endings", "label", "activity_label"), "ARC": (ask_arc, 0, "question", "answerKey"),
-    "GPQA": (ask_gpqa, 0, "Question", "Correct Answer", "Incorrect Answer 1"), "MMLU": (ask_mmlu, 5, "question", "choices", "answer"),
-    "GSM8K": (ask_gsm8k, 5, "question", "answer"), "MATH": (ask_math, 4, "problem", "solution"), "chat": (ask_chat, 0, "turns"),
-    "text": (None, 0, "text")}
-
-
-def fetch(name: str) -> str:
-    """A file's path as it is; a URL's file in the cache. URL#sha256=DIGITS is checked; without it, the digits are told."""
-    if not name.startswith(("http://", "https://")):
-        return name
-    url, _, digest = name.partition("#sha256=")
-    folder = os.path.join(os.environ.get("MINPHI_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minphi"), "eval")
-    path = os.path.join(folder, f"{hashlib.sha256(name.encode()).hexdigest()[:12]}-{os.path.basename(url.split('?')[0])}")
-    if not os.path.isfile(path):
-        models.download(url, path, digest=digest or None)
+def fetch(url: str, digest: str) -> str:
+    """The path of a URL's file in the cache, checked by SHA-256 where a digest is given."""
+    path = data.fetch(url)
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest:
-        with open(path, "rb") as file:
-            print(f"unchecked: to have it checked, write {url}#sha256={hashlib.file_digest(file, 'sha256').hexdigest()}", file=sys.stderr)
+        print(f"unchecked: to have it checked, write {url}#sha256={found}", file=sys.stderr)
+    elif found != digest:
+        os.remove(path)
+        raise ValueError(f"{url}: its hash is {found}, not {digest}")
     return path
-
-
-def read_csv(path: str):
-    """GPQA's file has a header; MMLU's have none, and their subject in their names."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if rows and "Question" in rows[0]:
-        return [dict(zip(rows[0], row)) for row in rows[1:]]
-    subject = re.sub(r"(_(test|val|dev))?\.csv$", "", os.path.basename(path))
-    return [{"question": row[0], "choices": row[1:-1], "answer": row[-1], "subject": subject} for row in rows]
 
 
 def read_benchmark(name: str, limit: int | None = None) -> tuple[str, list[dict]]:
     """The kind of a benchmark and its records: JSON Lines, JSON, CSV, a directory of JSON files (MATH's), or any text."""
-    path = fetch(name)
+    path = fetch(*name.partition("#sha256=")[::2]) if name.startswith(("http://", "https://")) else name
     if not os.path.exists(path):
         raise FileNotFoundError(f"--eval {path}: no such file; make problems with python synth.py exercises, or fetch HumanEval.jsonl.gz")
     if os.path.isdir(path):
         files = sorted(glob.glob(f"{glob.escape(path)}/**/*.json", recursive=True))
         records = ({**models._read_json(file), "task_id": os.path.relpath(file, path)} for file in files)
-    elif re.search(r"\.jsonl(\.gz)?$", path):
+    elif path.endswith((".jsonl", ".jsonl.gz")):
         records = data.read_jsonl(path)
-    elif path.endswith((".json", ".csv")):
-        records = models._read_json(path) if path.endswith(".json") else read_csv(path)
+    elif path.endswith(".json"):
+        records = models._read_json(path)
+    elif path.endswith(".csv"):
+        with open(path, newline="", encoding="utf-8") as file:
+            records = [row for row in csv.reader(file) if row]
+        if records and "Question" in records[0]:  # GPQA's file has a header; MMLU's have none, and their subject in their names
+            records = [dict(zip(records[0], row)) for row in records[1:]]
+        else:
+            subject = re.sub(r"(_(test|val|dev))?\.csv$", "", os.path.basename(path))
+            records = [dict(question=question, choices=choices, answer=answer, subject=subject) for question, *choices, answer in records]
     else:
         with open(path, encoding="utf-8", errors="replace") as file:
             records = [{"text": file.read()}]
-    records = list(itertools.islice(records if not isinstance(records, dict) else [records], limit))
-    if not records:
+    if not (records := list(itertools.islice(records, limit))):
         raise ValueError(f"{path} holds no problems; make some with python synth.py exercises")
-    kind = next((kind for kind, (_, _, *fields) in KINDS.items() if {*fields} <= {*records[0]}), None)
+    kind = next((kind for kind, bench in BENCHMARKS.items() if {*bench.fields} <= {*records[0]}), None)
     if kind is None:
-        raise ValueError(f"{path}: what has the fields {', '.join(records[0])} is no benchmark that is known here: {', '.join(KINDS)}")
+        raise ValueError(f"{path}: no benchmark that is known here has the fields {', '.join(records[0])}; known are {', '.join(BENCHMARKS)}")
     for n, record in enumerate(records, 1):
-        if lacking := [field for field in KINDS[kind][2:] if record.get(field) is None]:
+        if lacking := [field for field in BENCHMARKS[kind].fields if record.get(field) is None]:
             raise ValueError(f"{path}: record {n} lacks {', '.join(lacking)}; it was taken for {kind}")
     return kind, [{"task_id": record.get("id", record.get("question_id", f"record {n}")), **record} for n, record in enumerate(records, 1)]
 
@@ -1110,9 +974,11 @@ class Answers:
     """The model's answers by a key of model, settings and question: shared among the processes of torchrun, and kept in OUT.part.RANK
     until OUT is written, so that an evaluation that was cut goes on where it stopped."""
 
-    def __init__(self, out: str | None):
-        self.rank, self.world, self.out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), out
-        self.known, self.file = {}, None
+    def __init__(self, args):
+        self.rank, self.world, self.out, self.known = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.out, {}
+        names = ("run", "dtype", "quantize", "draft", "lookup", "skip", "max_tokens", "temperature", "top_k", "top_p", "seed")
+        times = [os.path.getmtime(path) for path in sorted(glob.glob(f"{glob.escape(args.run)}/*.safetensors"))]
+        self.stamp = [*times, *(getattr(args, name) for name in names)]
         for path in self.parts():
             with open(path, encoding="utf-8") as file:
                 for line in file:
@@ -1121,55 +987,48 @@ class Answers:
         if self.world > 1:
             torch.distributed.init_process_group("gloo")
             torch.distributed.barrier()  # nobody writes before all have read
-        if out:
-            os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-            self.file = open(f"{out}.part.{self.rank}", "a", encoding="utf-8")
-            self.file.write("\n")
 
     def parts(self) -> list[str]:
         return glob.glob(f"{glob.escape(self.out)}.part.*") if self.out else []
 
-    def collect(self, keys: list[str], answer) -> list:
-        """The answer to each key. answer(indices) yields (index, answer) for those that are not known yet."""
-        todo, new = [i for i, key in enumerate(keys) if key not in self.known], {}
-        for i, value in answer(todo[self.rank::self.world]):
-            new[keys[i]] = value
-            if self.file:
-                self.file.write(json.dumps([keys[i], value]) + "\n")
-                self.file.flush()
-        shares = [new]
+    def collect(self, questions: list, answer) -> list:
+        """The answer to each question. answer(indices) yields (index, answer) for those that are not known yet."""
+        keys, path = [hashlib.sha256(json.dumps([self.stamp, q]).encode()).hexdigest()[:24] for q in questions], os.devnull
+        todo, shares = [i for i, key in enumerate(keys) if key not in self.known], [{}]
+        if self.out:
+            os.makedirs(os.path.dirname(self.out) or ".", exist_ok=True)
+            path = f"{self.out}.part.{self.rank}"
+        with open(path, "a", encoding="utf-8") as file:
+            for i, value in answer(todo[self.rank::self.world]):
+                shares[0][keys[i]] = value
+                file.write(f"\n{json.dumps([keys[i], value])}\n")  # on a line of its own, whatever was cut before
+                file.flush()
         if self.world > 1:
-            torch.distributed.all_gather_object(shares := [None] * self.world, new)
+            new, shares = shares[0], [None] * self.world
+            torch.distributed.all_gather_object(shares, new)
         for share in shares:
             self.known.update(share)
         return [self.known[key] for key in keys]
 
 
-def write_texts(opened, args, prompts: list[list[int]], until: str):
-    """A function for Answers.collect: the model's continuation of each prompt up to `until`; None where the prompt does not fit."""
-    model, tokenizer, stop = opened
-    faster, over = speedups(args, model), re.compile(until.encode())
+def write_texts(args, opened, prompts: list[list[int]], until: str):
+    """A function for Answers.collect: the model's continuation of each prompt up to `until`; of one that is too long the beginning is left out."""
+    model, tokenizer, _ = opened
+    over, room = re.compile(until.encode()), max(model.config.context // 2, model.config.context - args.max_tokens)
 
     def answer(todo):
-        yield from ((i, None) for i in todo if len(prompts[i]) >= model.config.context)
-        jobs = sorted((i for i in todo if len(prompts[i]) < model.config.context), key=lambda i: -len(prompts[i]))  # alike together waste least,
-        started, tokens = time.perf_counter(), 0                                                          # and a lack of memory shows at once
-        with tqdm(total=len(jobs), desc="solving", unit="completion", disable=None) as progress:
-            for begin in range(0, len(jobs), args.batch_size):
-                batch = jobs[begin:begin + args.batch_size]
-                texts = [b""] * len(batch)
+        todo = sorted(todo, key=lambda i: -len(prompts[i]))  # alike together waste least, and a lack of memory shows at once
+        for begin in tqdm(range(0, len(todo), args.batch_size), desc="solving", unit="batch", disable=None):
+            batch = todo[begin:begin + args.batch_size]
+            texts = [b""] * len(batch)
 
-                def ended(row, token):
-                    texts[row] += b"" if token in stop else tokenizer.decode_bytes([token])
-                    return bool(over.search(texts[row], max(0, len(texts[row]) - len(tokenizer.decode_bytes([token])) - 12)))
-                new = model.generate([prompts[i] for i in batch], args.max_tokens, args.temperature, args.top_k, args.top_p, stop, args.seed + begin,
-                                     ended, **faster)
-                tokens += sum(map(len, new))
-                for i, text in zip(batch, texts):
-                    yield i, re.split(until, text.decode("utf-8", errors="replace"), maxsplit=1)[0]
-                progress.update(len(batch))
-        seconds = time.perf_counter() - started
-        print(f"{len(jobs):,} completions, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)") if jobs else None
+            def ended(row, token):
+                new = b"" if token in tokenizer.stops else tokenizer.decode_bytes([token])
+                texts[row] += new
+                return bool(over.search(texts[row], max(0, len(texts[row]) - len(new) - 12)))
+            write(args, opened, [prompts[i][-room:] for i in batch], ended, begin)
+            for i, text in zip(batch, texts):
+                yield i, re.split(until, text.decode("utf-8", errors="replace"), maxsplit=1)[0]
     return answer
 
 
@@ -1180,29 +1039,18 @@ def likelihoods(model, pairs: list[tuple[list[int], list[int]]]):
         rows, device = {}, model.norm.weight.device
         for i in todo:
             rows.setdefault(tuple((pairs[i][0] + pairs[i][1])[-model.config.context - 1:-1]), []).append(i)
-        waiting = sorted(rows, key=len, reverse=True)
-        with tqdm(total=len(waiting), desc="reading", unit="text", disable=None) as progress:
-            while waiting:
-                width = len(waiting[0])
-                batch, waiting = waiting[:max(1, 4096 // width)], waiting[max(1, 4096 // width):]
-                with torch.inference_mode():
-                    x = model.hidden(torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in batch], device=device))
-                    for row, ids in enumerate(batch):
-                        for i in rows[ids]:
-                            after = torch.tensor(pairs[i][1], device=device)
-                            states = x[row, len(ids) - len(after):len(ids)].split(512)
-                            yield i, sum(model.logits(part).log_softmax(-1).gather(1, targets[:, None]).sum().item()
-                                         for part, targets in zip(states, after.split(512)))
-                progress.update(len(batch))
+        rows = sorted(rows.items(), key=lambda row: -len(row[0]))
+        few = max(1, 4096 // len(rows[0][0])) if rows else 1
+        for begin in tqdm(range(0, len(rows), few), desc="reading", unit="batch", disable=None):
+            batch = rows[begin:begin + few]
+            with torch.inference_mode():
+                x = model.hidden(torch.tensor([[*ids, *[0] * (len(batch[0][0]) - len(ids))] for ids, _ in batch], device=device))
+                for states, (ids, members) in zip(x, batch):
+                    for i in members:
+                        after = torch.tensor(pairs[i][1], device=device)
+                        parts = zip(states[len(ids) - len(after):len(ids)].split(512), after.split(512))
+                        yield i, sum(model.logits(part).log_softmax(-1).gather(1, targets[:, None]).sum().item() for part, targets in parts)
     return answer
-
-
-def pair(tokenizer, context: str, after: str) -> tuple[list[int], list[int]]:
-    """Two texts that follow one another as tokens, split where the first one's end; spaces between them belong to the second."""
-    after, context = context[len(context.rstrip()):] + after, context.rstrip()
-    whole, begin = tokenizer.encode(context + after), len(tokenizer.encode(context))
-    begin = min(begin, len(whole) - 1)
-    return tokenizer.bos + whole[:begin] or [tokenizer.eot], whole[begin:]
 
 
 # ---------------------------------------------------------------- evaluation: what comes out
@@ -1212,28 +1060,28 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def score(passed: list[int], samples: int, name: str | None = None, more=None) -> dict:
-    """Summary of problems of which `passed` samples each succeeded, as pass@k or under a `name`, and of `more` {metric: a value for
-    each problem}. Standard errors are over problems: `se` of the first metric, `se METRIC` of the others."""
-    estimates = {name: passed} if name else {f"pass@{k}": [pass_at_k(samples, n, k) for n in passed] for k in (1, 10, 100) if k <= samples}
-    result = {"passed": sum(passed), "total": len(passed) * samples, "problems": len(passed)}
-    for n, (metric, values) in enumerate({**estimates, **(more or {})}.items()):
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        result |= {metric: statistics.fmean(values), f"se {metric}" if n else "se": error}
+def ratio(values, weights) -> tuple[float, float]:
+    """sum(values) / sum(weights), and its standard error over what the pairs were drawn from."""
+    total, mean = sum(weights), sum(values) / sum(weights)
+    spread = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights)) * len(values) / max(1, len(values) - 1)
+    return mean, math.sqrt(spread) / total
+
+
+def score(problems: list[list[dict]]) -> dict:
+    """Summary of problems, of each the {metric: value} of its samples. The first metric says whether a sample passed and has the
+    standard error `se`, over problems; each other METRIC has `se METRIC`."""
+    first, *more = problems[0][0]
+    samples, passed = len(problems[0]), [sum(sample[first] for sample in problem) for problem in problems]
+    values = {metric: [sum(sample[metric] for sample in problem) / samples for problem in problems] for metric in (first, *more)}
+    values |= {f"pass@{k}": [pass_at_k(samples, n, k) for n in passed] for k in (10, 100) if k <= samples}
+    result = {"problems": len(problems), "passed": sum(passed), "total": len(problems) * samples}
+    for metric, each in values.items():
+        result[metric], result["se" if metric == first else f"se {metric}"] = ratio(each, [1] * len(each))
     return result
 
 
-def text_scores(records: list[dict], totals: list[float], tokens: int) -> dict:
-    """Bits per byte and perplexities per byte, word and token of documents with these log-likelihoods; the error is over documents."""
-    sizes, words = [len(record["text"].encode()) for record in records], sum(len(re.split(r"\s+", record["text"])) for record in records)
-    size, nats = sum(sizes), -sum(totals)
-    spread = sum((nats / size * each + total) ** 2 for each, total in zip(sizes, totals)) * len(sizes) / max(1, len(sizes) - 1)
-    return {"problems": len(records), "bytes": size, "tokens": tokens, "bits per byte": nats / size / math.log(2), "se": math.sqrt(spread) / size / math.log(2),
-            **{f"{unit} perplexity": math.exp(min(700, nats / n)) for unit, n in (("byte", size), ("word", words), ("token", tokens))}}
-
-
-def read_text(keys, opened, answers: Answers, records):
-    """-> scores and rows of documents: each token is predicted once, in disjoint windows, from all that fits before them."""
+def read_texts(opened, answers: Answers, records) -> tuple[dict, list[dict]]:
+    """-> bits per byte, and perplexities; and rows. Each token is predicted once, in disjoint windows, from all that fits before them."""
     model, tokenizer, _ = opened
     pairs, owner, context = [], [], model.config.context
     for n, record in enumerate(records):
@@ -1242,173 +1090,139 @@ def read_text(keys, opened, answers: Answers, records):
             end = min(begin + context, len(ids))
             pairs.append((ids[max(0, end - 1 - context):begin], ids[begin:end]))
             owner.append(n)
-    rows = [{"task_id": record["task_id"], "text": record["text"], "log_likelihood": 0.0} for record in records]
-    for n, value in zip(owner, answers.collect(keys(pairs), likelihoods(model, pairs))):
-        rows[n]["log_likelihood"] += value
-    return text_scores(records, [row["log_likelihood"] for row in rows], sum(len(after) for _, after in pairs)), rows
+    rows = [{"bits": 0.0, "bytes": len(record["text"].encode()), "words": len(re.split(r"\s+", record["text"])), "tokens": 0} for record in records]
+    for n, (_, after), value in zip(owner, pairs, answers.collect(pairs, likelihoods(model, pairs))):
+        rows[n]["bits"] -= value / math.log(2)
+        rows[n]["tokens"] += len(after)
+    result = {name: sum(row[name] for row in rows) for name in rows[0]}
+    result["bits per byte"], result["se"] = ratio([row["bits"] for row in rows], [row["bytes"] for row in rows])
+    for unit in ("token", "word", "byte"):
+        result[f"{unit} perplexity"] = 2 ** min(999, result["bits"] / result[f"{unit}s"])
+    if answers.rank:
+        return {}, []
+    return {"": {"problems": len(rows), **result}}, [{"task_id": record["task_id"], **row} for record, row in zip(records, rows)]
 
 
-def choose_options(keys, opened, answers: Answers, questions, prompts) -> list[dict]:
+def choose_options(opened, answers: Answers, questions, prompts) -> list[dict]:
     """Rows of questions answered by the likeliest option, and by the likeliest a character (acc and acc_norm of lm-evaluation-harness)."""
     model, tokenizer, _ = opened
-    pairs = [pair(tokenizer, prompt, f" {option}") for question, prompt in zip(questions, prompts) for option in question.options]
-    values, rows = iter(answers.collect(keys(pairs), likelihoods(model, pairs))), []
+    pairs, rows = [], []
+    for question, prompt in zip(questions, prompts):
+        for option in question.options:  # split where the tokens of the prompt end; spaces after it belong to the option
+            whole = tokenizer.encode(f"{prompt} {option}")
+            begin = min(len(tokenizer.encode(prompt.rstrip())), len(whole) - 1)
+            pairs.append((tokenizer.bos + whole[:begin] or [tokenizer.eot], whole[begin:]))
+    values = iter(answers.collect(pairs, likelihoods(model, pairs)))
     for question in questions:
         each = [next(values) for _ in question.options]
-        chosen = max(range(len(each)), key=lambda n: each[n])
-        by_length = max(range(len(each)), key=lambda n: each[n] / max(1, len(question.options[n])))
-        rows.append({"options": question.options, "log_likelihoods": each, "right": question.right, "chosen": chosen, "chosen_by_length": by_length,
-                     "passed": chosen == question.right, "scores": {"by length": float(by_length == question.right)}})
+        by_length = [value / max(1, len(option)) for value, option in zip(each, question.options)]
+        right = {name: values.index(max(values)) == question.right for name, values in (("accuracy", each), ("by length", by_length))}
+        rows.append({"options": question.options, "log_likelihoods": each, "right": question.right, "scores": right})
     return rows
 
 
-def judge_texts(args, questions, records, texts) -> list[dict]:
-    """Rows of written answers: graded by the benchmark's own rule, or by running its tests."""
-    problems = [record if args.solutions == "canonical" else {**record, "prompt": question.prompt} for record, question in zip(records, questions)]
-    run = [(problems[i // args.samples], text) for i, text in enumerate(texts) if text is not None] if questions[0].grade is None else []
-    verdicts, rows = iter(synth.judge_all(run, timeout=args.timeout, memory_mb=args.memory_mb) if run else []), []
-    for i, text in enumerate(texts):
-        question, record, scores = questions[i // args.samples], records[i // args.samples], {}
-        if question.grade:
-            (reason, passed), *scores = question.grade(text or "").items()
-        elif text is not None:
-            passed, reason = next(verdicts)
-        if text is None:
-            passed, reason = False, "the prompt does not fit the context"
-        rows.append({**({"k": record["k"]} if "k" in record else {}), "completion": text, "passed": passed, "reason": reason,
-                     "scores": {name: float(value) for name, value in dict(scores).items()}})
-    return rows
+def judge_texts(args, grade, problems, texts) -> list[dict]:
+    """Rows of written answers to problems: graded by the benchmark's own rule, or by running its tests."""
+    if grade:
+        return [{"completion": text, "reason": "wrong answer", "scores": grade(problem, text)} for problem, text in zip(problems, texts)]
+    verdicts = synth.judge_all(list(zip(problems, texts)), timeout=args.timeout)
+    return [{"completion": text, "reason": verdict.reason, "scores": {"pass@1": verdict.passed}} for text, verdict in zip(texts, verdicts)]
 
 
-RATING = ("Rate from 1 to 10 how helpful, right, relevant and thorough the assistant's last answer is. First give your reasons in two sentences, then one line: "
-          "RATING: and the number.{reference}\n\n{chat}")
+RATING = ("Rate from 1 to 10 how helpful, right, relevant and thorough the assistant's last answer is. First give your reasons in two "
+          "sentences, then one line: RATING: and the number.{reference}\n\n{chat}")
 
 
-def read_rating(text: str) -> int:
-    if not (found := re.findall(r"RATING\W*(10|[1-9])\b", text, re.I)):
-        raise synth.Refused("no rating")
-    return int(found[-1])
-
-
-def rate_chats(args, keys, opened, answers: Answers, records) -> list[dict]:
+def rate_chats(args, opened, answers: Answers, records) -> list[dict]:
     """Rows of conversations, each of whose answers --judge rates (MT-bench, arXiv 2306.05685, section 3.1, single answers)."""
     if not args.judge or not args.out:
         raise ValueError("these questions are for a judge: give --judge URL#MODEL, and --out FILE.jsonl, beside which its ratings are kept")
-    chats, tokenizer = [[] for _ in records], opened[1]
+    chats, jobs, tokenizer = [[] for _ in records], [], opened[1]
     for turn in range(max(len(record["turns"]) for record in records)):
         going = [i for i, record in enumerate(records) if turn < len(record["turns"])]
         for i in going:
             chats[i].append({"role": "user", "content": records[i]["turns"][turn]})
         ids = [tokenizer.render(chats[i]) for i in going]
-        for i, text in zip(going, answers.collect(keys(ids), write_texts(opened, args, ids, "(?!)"))):
-            chats[i].append({"role": "assistant", "content": (text or "").strip()})
+        for i, text in zip(going, answers.collect(ids, write_texts(args, opened, ids, "(?!)"))):
+            chats[i].append({"role": "assistant", "content": text.strip()})
+            reference = "".join(f" A right answer: {told}" for told in (records[i].get("reference") or [])[turn:turn + 1])
+            jobs.append((i, RATING.format(reference=reference, chat="\n\n".join(f"### {m['role']}\n{m['content']}" for m in chats[i]))))
     if answers.rank:
         return []
-    desk = synth.Desk(argparse.Namespace(teacher=[args.judge], judge=[], dry_run=False, temperature=0.0, max_answer=1024, concurrency=32, asks=3, retries=6,
-                                         backoff=1.0, timeout=300.0, requests_per_minute=0, tokens_per_minute=0, max_tokens=0, max_usd=0, price_in=0,
-                                         price_out=0), f"{args.out}.paid.jsonl")
+    settings = dict(dry_run=False, temperature=0.0, max_answer=1024, concurrency=32, asks=3, retries=6, backoff=1.0, timeout=300.0,
+                    requests_per_minute=0, tokens_per_minute=0, max_tokens=0, max_usd=0, price_in=0, price_out=0)
+    desk = synth.Desk(argparse.Namespace(teacher=[args.judge], judge=[], **settings), f"{args.out}.paid.jsonl")
 
-    def rate(job):
-        i, end = job
-        told = records[i].get("reference") or []
-        reference = f" A right answer: {told[end // 2 - 1]}" if len(told) >= end // 2 else ""
-        return desk.ask(RATING.format(reference=reference, chat="\n\n".join(f"### {m['role']}\n{m['content']}" for m in chats[i][:end])), read_rating)[0]
-    jobs = [(i, end) for i, chat in enumerate(chats) for end in range(2, len(chat) + 1, 2)]
-    ratings = dict(zip(jobs, desk.run(rate, jobs)))
-    if lacking := [value for value in ratings.values() if not isinstance(value, int)]:
+    def rating(text):
+        if not (found := re.findall(r"RATING\W*(10|[1-9])\b", text, re.I)):
+            raise synth.Refused("no rating")
+        return int(found[-1])
+    ratings = desk.run(lambda job: desk.ask(job[1], rating)[0], jobs)
+    if lacking := [given for given in ratings if not isinstance(given, int)]:
         raise ValueError(f"{len(lacking)} answers were not rated ({lacking[0] or desk.stopped}); the same command goes on from here")
-    each = [[value for (i, _), value in ratings.items() if i == n] for n in range(len(chats))]
-    return [{"messages": chat, "ratings": values, "passed": statistics.fmean(values), "scores": {}} for chat, values in zip(chats, each)]
+    each = [[given for (i, _), given in zip(jobs, ratings) if i == n] for n in range(len(chats))]
+    return [{"messages": chat, "ratings": own, "scores": {"rating": sum(own) / len(own)}} for chat, own in zip(chats, each)]
 
 
-def evaluate_file(args, name: str, opened, answers: Answers) -> tuple[dict, list[dict]]:
-    """-> the summary of one benchmark, and its rows: question, answer and verdict."""
-    kind, records = read_benchmark(name, args.limit)
-    make, usual = KINDS[kind][:2]
-    summary = {"file": name, "kind": kind, "run": args.run if args.solutions == "model" else None, "samples": args.samples, "temperature": args.temperature}
-    stamp = [os.path.abspath(args.run), *(os.stat(path)[6:9:2] for path in sorted(glob.glob(f"{glob.escape(args.run)}/*.safetensors"))),
-             *(getattr(args, key) for key in ("dtype", "quantize", "draft", "lookup", "skip", "max_tokens", "temperature", "top_k", "top_p", "seed"))]
-
-    def keys(parts):
-        return [hashlib.sha256(json.dumps([stamp, kind, part]).encode()).hexdigest()[:24] for part in parts]
+def evaluate_file(args, kind: str, records, opened, answers: Answers) -> tuple[dict, list[dict]]:
+    """-> {level: summary} of one benchmark, "" for all of it, and its rows: question, answer and verdict. Nothing on ranks above 0."""
     if kind == "text":
-        result, rows = read_text(keys, opened, answers, records)
-        return summary | result, rows
-    questions = [make(record) for record in records]
-    count, pool = usual if args.shots is None else args.shots, [make(record) for record in read_benchmark(args.shots_file)[1]] if args.shots_file else questions
+        return read_texts(opened, answers, records)
+    bench, samples = BENCHMARKS[kind], args.samples
+    questions, count = [bench.ask(record) for record in records], bench.shots if args.shots is None else args.shots
+    pool = [bench.ask(record) for record in read_benchmark(args.shots_file)[1]] if args.shots_file else questions
     prompts = []
     for question in questions:
         shots = [other for other in pool[:count + 1] if other.prompt != question.prompt][:count]
         prompts.append(question.intro + "".join(f"{shot.prompt}{shot.answer}\n\n" for shot in shots) + question.prompt)
-    if questions[0].options:
-        rows = choose_options(keys, opened, answers, questions, prompts)
-    elif kind == "chat":
-        rows = rate_chats(args, keys, opened, answers, records)
+    if kind == "chat":
+        rows = rate_chats(args, opened, answers, records)
+    elif questions[0].options:
+        rows = choose_options(opened, answers, questions, prompts)
     elif args.solutions == "canonical":
-        texts = [record.get("canonical_solution") or record.get("code") or question.answer for record, question in zip(records, questions)]
-        if not all(texts):
-            raise ValueError(f"{name}: record {texts.index('') + 1} has no solution to judge")
-        rows = judge_texts(args, questions, records, texts)
+        rows = judge_texts(args, bench.grade, records, [record.get("code") or question.answer for record, question in zip(records, questions)])
     else:
-        tokenizer, jobs = opened[1], [(i, n) for i in range(len(questions)) for n in range(args.samples)]
-        ids = [tokenizer.bos + tokenizer.encode(prompt.rstrip()) or [tokenizer.eot] for prompt in prompts]
-        texts = answers.collect(keys([(ids[i], n) for i, n in jobs]), write_texts(opened, args, [ids[i] for i, _ in jobs], questions[0].until))
-        rows = judge_texts(args, questions, records, texts) if not answers.rank else []
-    if not rows:  # the first process has them
-        return summary, []
-    rows = [{"task_id": records[i // args.samples]["task_id"], "prompt": prompts[i // args.samples], **row} for i, row in enumerate(rows)]
-    groups, each = {"": [*range(len(questions))]}, [rows[i:i + args.samples] for i in range(0, len(rows), args.samples)]
-    for i, question in enumerate(questions):
-        groups.setdefault(question.group, []).append(i) if question.group else None
-
-    def scored(members):
-        more = {metric: [statistics.fmean(row["scores"][metric] for row in each[i]) for i in members] for metric in rows[0]["scores"]}
-        return score([sum(row["passed"] for row in each[i]) for i in members], args.samples, {"chat": "rating"}.get(kind, "accuracy" if questions[0].options else None), more)
-    levels = {group: scored(members) for group, members in sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))}  # 2 before 10
-    return {**summary, **levels.pop(""), "levels": levels}, rows
-
-
-def print_summary(args, summary: dict, rows: list[dict]) -> None:
-    for solved in (True, False):
-        for row in [row for row in rows[::args.samples] if row.get("passed") == solved and row.get("completion") is not None][:args.show]:
-            print(f"\n--- {row['task_id']}: {'solved' if solved else 'failed: ' + row['reason']}\n{row['prompt']}{row['completion']}")
-    if "bits per byte" in summary:
-        print(f"{summary['problems']:,} documents, {summary['bytes']:,} bytes, {summary['tokens']:,} tokens: {summary['bits per byte']:.4f} ± {summary['se']:.4f} bits "
-              "a byte; perplexity " + ", ".join(f"{summary[f'{unit} perplexity']:.4g} a {unit}" for unit in ("token", "word", "byte")))
-        return
-    before = [*summary]
-    metrics = [before[n - 1] for n, name in enumerate(before) if name == "se" or name.startswith("se ")]
-    width = max(5, *map(len, summary["levels"]), 5)
-    form = ".2f" if "rating" in summary else ".1%"
-    print(f"\n{'level':>{width}} {'problems':>9}" + "".join(f"{f'{metric} ± se':>19}" for metric in metrics))
-    for level, result in [*summary["levels"].items(), ("all", summary)]:
-        print(f"{level:>{width}} {result['problems']:>9,}" + "".join(
-            f"{result[metric]:>11{form}} ± {result[f'se {metric}' if n else 'se']:5{form}}" for n, metric in enumerate(metrics)))
-    if unfit := sum(row.get("completion", "") is None for row in rows[::args.samples]):
-        print(f"{unfit} of the problems count as failed because the prompt does not fit the context of {args.run}")
-    if "rating" not in summary:
-        print(f"{summary['passed']:,} of {summary['total']:,} passed")
+        asked = [(prompt_ids(opened[1], prompt), n) for prompt in prompts for n in range(samples)]
+        texts = answers.collect(asked, write_texts(args, opened, [ids for ids, _ in asked], bench.until))
+        problems = [{**record, "prompt": question.prompt} for record, question in zip(records, questions) for _ in range(samples)]
+        rows = judge_texts(args, bench.grade, problems, texts) if not answers.rank else []
+    if answers.rank:
+        return {}, []
+    rows = [{"task_id": records[i // samples]["task_id"], "prompt": prompts[i // samples], "passed": [*row["scores"].values()][0], **row}
+            for i, row in enumerate(rows)]
+    groups = collections.defaultdict(list)
+    for i, record in enumerate(records):
+        for group in {"", str(record.get(bench.group, ""))}:
+            groups[group].append([row["scores"] for row in rows[i * samples:(i + 1) * samples]])
+    return {group: score(groups[group]) for group in sorted(groups, key=lambda group: (len(group), group))}, rows  # level 2 before 10
 
 
 def evaluate(args) -> None:
-    opened, answers = None if args.solutions == "canonical" else open_model(args), Answers(args.out)
+    opened, answers = None if args.solutions == "canonical" else open_model(args), Answers(args)
     summaries, written = [], []
     for name in args.eval:
-        summary, rows = evaluate_file(args, name, opened, answers)
-        if not answers.rank:
-            print(f"\n{name}" if len(args.eval) > 1 else "", end="\n" if len(args.eval) > 1 else "")
-            print_summary(args, summary, rows)
-        summaries.append(summary)
-        written += [{"file": name, **row} for row in rows] if len(args.eval) > 1 else rows
+        kind, records = read_benchmark(name, args.limit)
+        levels, rows = evaluate_file(args, kind, records, opened, answers)
+        for solved in (True, False):
+            for row in [row for row in rows[::args.samples] if "completion" in row and row["passed"] == solved][:args.show]:
+                print(f"\n--- {row['task_id']}: {'solved' if solved else 'failed: ' + row['reason']}\n{row['prompt']}{row['completion']}")
+        for level, result in levels.items():
+            told = ", ".join(f"{name} {value:,.4g}" for name, value in result.items())
+            print(f"{name}{level and f', {level}'}: {told}")
+        if levels:
+            about = {"file": name, "kind": kind, "run": args.run, "solutions": args.solutions, "temperature": args.temperature}
+            summaries.append({**about, **levels.pop(""), "levels": levels})
+        written += [{"file": name, **row} for row in rows]
     if not answers.rank and args.out:
         data.write_jsonl(args.out, written)
         for path in answers.parts():
             os.remove(path)
     if not answers.rank and args.json:
-        content = summaries if len(summaries) > 1 else summaries[0]
-        models.write_atomically(args.json, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+        models._write_json(args.json, summaries if len(summaries) > 1 else summaries[0])
     if answers.world > 1:
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # without the interpreter's shutdown, in which a thread of the process group aborted once in some hundred runs
 
 
 @data.command("interrupted; with --eval and --out the same command goes on from here")

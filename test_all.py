@@ -311,21 +311,21 @@ def test_kernels_under_the_interpreter():
 
 
 def compile_one(chip, n):
-    label, kernel, constants, warps, stages = kernels.compile_cases(chip)[n]
-    return label, kernel.fn.__name__, kernels.compile_for(chip, kernel, constants, warps, stages)
+    label, kernel, constants = kernels.compile_cases(chip, every=False)[n]
+    return label, kernels.compile_for(chip, kernel, constants)
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted kernels are not compiled")
 def test_kernels_compile_for_every_chip():
-    jobs = [(chip, n) for chip in kernels.CHIPS for n in range(len(kernels.compile_cases(chip)))]
+    jobs = [(chip, n) for n in range(len(kernels.compile_cases("sm_90", every=False))) for chip in kernels.CHIPS]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        made = list(pool.map(compile_one, *zip(*jobs, strict=True), chunksize=8))
-    for (chip, _), (label, kernel, result) in zip(jobs, made, strict=True):
+        made = list(pool.map(compile_one, *zip(*jobs, strict=True)))
+    for (chip, _), (label, result) in zip(jobs, made, strict=True):
         assert result["shared"] <= kernels.CHIPS[chip][3] * 1024, (chip, label, result)
-        if chip == "sm_90" and "backward" not in kernel:
+        if chip == "sm_90" and not label.startswith(("attention dQ", "attention dKV")) and "backward" not in label:
             assert result["spills"] == 0, (chip, label, result)
-        if kernel in ("_attention_forward", "_attention_backward_q", "_attention_backward_kv"):
+        if label.startswith("attention"):
             assert result["matrix"], (chip, label, result)
 
 
@@ -424,7 +424,7 @@ def test_tokenizer_round_trip(tmp_path):
     tok.save(str(tmp_path))
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         again = Tokenizer.load(where)
-        assert again.fingerprint == tok.fingerprint and [again.encode(t) for t in HARD] == [tok.encode(t) for t in HARD] == tok.encode_batch(HARD)
+        assert again.fingerprint == tok.fingerprint and [again.encode(t) for t in HARD] == [tok.encode(t) for t in HARD]
     assert Tokenizer.load("bytes").fingerprint != tok.fingerprint
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
     with pytest.raises(ValueError, match="tokenizer.json"):
@@ -691,7 +691,6 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
         assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
         if spaces in ("force", "never") and "▁" not in text:
             assert tok.decode(tok.encode(text)) == text
-    assert tok.encode_batch(["a b", ""]) == [tok.encode("a b"), []]
     assert not {*tok.encode("<s> </s><|end|><|user|><unk>")} & {*tok.special.values()}
     chat = [{"role": "user", "content": "  two  words\n"}, {"role": "assistant", "content": "x<|end|>"}, {"role": "user", "content": "é"}]
     plain = [{**m, "content": m["content"].replace("<|end|>", "y")} for m in chat]
@@ -912,24 +911,24 @@ def test_pass_at_k_and_cut():
     assert sample.cut("\n    return 1\n\nprint(2)") == "\n    return 1\n" and sample.cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
     assert [sample.cut("\n    x" + end) for end in ("\ndef f", "\nclass A", "\nif __name__", "\n@d", "\n# c", "\n```")] == ["\n    x"] * 6
     assert sample.cut("  # comment\n    x") == "  # comment\n    x"
-    result = sample.score([3, 0, 1, 4], 4)
+    result = sample.score([[{"pass@1": i < n} for i in range(4)] for n in (3, 0, 1, 4)])
     assert result["passed"] == 8 and result["total"] == 16 and result["pass@1"] == 0.5 and abs(result["se"] - 0.2282) < 1e-3
 
 
 # ------------------------------------------------------------------ decoding: quantized weights, the C++ step, speculation, SkipDecode
 
 DECODED = {
-    "phi3": {}, "window": dict(window=9), "phi": dict(family="phi", rotary_share=0.5, n_kv_head=4),
+    "phi3": {}, "window": dict(window=9, d_model=96, n_head=6, n_kv_head=2), "phi": dict(family="phi", rotary_share=0.5, n_kv_head=3),
     "phi3small": dict(family="phi3small", tied=True, embedding_scale=10.0, attention_scale=1.0, logit_divisor=8.0),
-    "gemma": dict(family="gemma", tied=True, head_size=20),
-    "longrope": dict(original_context=32, short_factor=[1.0] * 6, long_factor=[1.0 + i for i in range(6)])}
+    "gemma": dict(family="gemma", tied=True, head_size=80),
+    "longrope": dict(original_context=32, short_factor=[1.0] * 8, long_factor=[1.0 + i for i in range(8)])}
 native = pytest.mark.skipif(kernels.native() is None, reason="no C++ compiler")
 
 
 def sharp(form="phi3", seed=0, **change):
     """A model whose logits differ enough that rounding moves no choice."""
     torch.manual_seed(seed)
-    m = models.Model(models.Config(**{**dict(vocab_size=97, context=96, n_layer=4, d_model=48, n_head=4, n_kv_head=2, d_ff=96), **DECODED[form], **change}))
+    m = models.Model(models.Config(**{**dict(vocab_size=97, context=96, n_layer=4, d_model=48, n_head=3, n_kv_head=1, d_ff=96), **DECODED[form], **change}))
     with torch.no_grad():
         for p in m.parameters():
             p.copy_(p * 6 if p.dim() == 2 else p + 0.3 * torch.randn_like(p))
@@ -1110,9 +1109,9 @@ def told(request):
         event = request.events.get(timeout=60)
         if isinstance(event, Exception):
             raise event
-        text, scores = text + event[1], scores + event[2]
-        if event[3]:
-            return text, scores, event[3]
+        text, scores = text + event[0], scores + event[1]
+        if event[2]:
+            return text, scores, event[2]
 
 
 @pytest.mark.parametrize("change", [{}, ROPED, dict(family="phi", rotary_share=0.5), dict(window=11)])
@@ -1124,7 +1123,7 @@ def test_requests_that_come_and_go_get_what_they_get_alone(change):
     asked = []
     for prompt, limit in zip(prompts, limits):
         asked.append(sample.Request([*prompt], min(limit, 64 - len(prompt)), stream=True))
-        engine.submit(asked[-1:])
+        engine.submit(asked[-1])
         time.sleep(rng.choice([0, 0, 0.01]))
     for prompt, limit, request in zip(prompts, limits, asked):
         text, _, finish = told(request)
@@ -1140,11 +1139,13 @@ def test_seeded_answers_do_not_depend_on_the_company():
     alone = []
     for seed in range(4):
         engine = engine_of(m)
-        engine.submit([request := ask(seed)])
+        engine.submit(request := ask(seed))
         told(request)
         alone.append(request.ids)
     engine = engine_of(m, rows=8)
-    engine.submit(together := [ask(seed) for seed in range(4)] + [ask(9, 0.0)])
+    together = [ask(seed) for seed in range(4)] + [ask(9, 0.0)]
+    for request in together:
+        engine.submit(request)
     for request in together:
         told(request)
     assert [request.ids for request in together[:4]] == alone and len({*map(tuple, alone)}) > 1
@@ -1170,14 +1171,14 @@ def test_text_is_held_back_until_it_is_certain():
         if request.take(i, tokenizer):
             break
     while not request.events.empty():
-        told.append(request.events.get()[1])
+        told.append(request.events.get()[0])
     assert "".join(told) == "aéxEN " and all("E" not in text or text == "EN " for text in told)
     request = sample.Request([0], 3, stop=("xyz",))
-    assert [request.take(i, tokenizer) for i in b"axy"] == [False, False, True] and request.events.get()[1] == "axy"
+    assert [request.take(i, tokenizer) for i in b"axy"] == [False, False, True] and request.events.get()[0] == "axy"
     request = sample.Request([0], 2, stream=True)
-    assert [request.take(i, tokenizer) for i in "é€".encode()[:2]] == [False, True] and request.events.get()[1] == "é"
+    assert [request.take(i, tokenizer) for i in "é€".encode()[:2]] == [False, True] and request.events.get()[0] == "é"
     request = sample.Request([0], 9)
-    assert request.take(tokenizer.eot, tokenizer) and request.events.get()[1:] == ("", [], "stop")
+    assert request.take(tokenizer.eot, tokenizer) and request.events.get() == ("", [], "stop")
 
 
 @pytest.fixture(scope="module")
@@ -1189,7 +1190,7 @@ def served(tmp_path_factory):
         file.writelines(json.dumps({"step": i, "tokens": 10 * i, "loss": 5 / (i + 1)}) + "\n" for i in range(2000))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MINPHI_API_KEY", raising=False)
-        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--queue", "4", "--max-tokens", "20", "--max-body-mb", "0.1"])
+        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--queue", "4", "--max-tokens", "20"])
         server = sample.Server(args, m, tokenizer)
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1222,17 +1223,15 @@ def test_served_equals_local(served):
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and chunks[-1]["usage"] == plain["usage"]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == text
     assert chunks[-2]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"] and len(chunks) > 4
-    prompts = ["def f(x):\n", "a"]
-    answer = requests.post(served.url + "/v1/completions", json={"prompt": prompts, "temperature": 0, "max_tokens": 7, "n": 2, "logprobs": 3}).json()
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3] and answer["usage"]["prompt_tokens"] == 9 + 1
-    for n, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt.rstrip())
+    for prompt in ("def f(x):\n", tokenizer.encode("a")):
+        answer = requests.post(served.url + "/v1/completions", json={"prompt": prompt, "temperature": 0, "max_tokens": 7, "logprobs": 3}).json()
+        ids = tokenizer.encode(prompt.rstrip()) if isinstance(prompt, str) else prompt
         (want,) = served.model.generate([ids], 7)
         scores = served.model(torch.tensor([ids + want]))[0, len(ids) - 1:-1].log_softmax(-1)
-        for choice in answer["choices"][2 * n:2 * n + 2]:
-            assert choice["text"] == tokenizer.decode(want)
-            assert choice["logprobs"]["token_logprobs"] == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
-            assert [len(others) <= 3 for others in choice["logprobs"]["top_logprobs"]] == [True] * 7
+        (choice,) = answer["choices"]
+        assert answer["usage"]["prompt_tokens"] == len(ids) and choice["index"] == 0 and choice["text"] == tokenizer.decode(want)
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
+        assert [len(others) <= 3 for others in choice["logprobs"]["top_logprobs"]] == [True] * 7
 
 
 @pytest.mark.parametrize("path,body,status,field", [
@@ -1241,20 +1240,26 @@ def test_served_equals_local(served):
     ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"), ("/v1/chat/completions", {"messages": HELLO, "tools": [1]}, 400, "tools"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, None), ("/v1/completions", {"prompt": [1, 999]}, 400, "prompt"),
     ("/v1/completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
-    ("/v1/completions", {"prompt": "a", "n": 100}, 429, None), ("/v1/nothing", {}, 404, None), ("/v1/completions", [1], 400, None),
-    ("/v1/completions", b"{", 400, None), ("/v1/completions", b"[" * 90000, 400, None), ("/v1/completions", b"x" * 3_000_000, 413, None)])
+    ("/v1/completions", {"prompt": "a", "n": 2}, 400, "n"), ("/v1/nothing", {}, 404, None), ("/v1/completions", [1], 400, None),
+    ("/v1/completions", b"{", 400, None), ("/v1/completions", b"[" * 90000, 400, None), ("/v1/completions", b"x" * 6_000_000, 413, None)])
 def test_bad_requests_get_openais_errors(served, path, body, status, field):
     answer = requests.post(served.url + path, **({"data": body} if isinstance(body, bytes) else {"json": body}))
     assert answer.status_code == status and {"message", "type", "param", "code"} == {*answer.json()["error"]} and answer.json()["error"]["param"] == field
-    assert ("Retry-After" in answer.headers) == (status == 429)
+    assert "Retry-After" not in answer.headers
+
+
+def test_a_full_queue_asks_to_come_again(served, monkeypatch):
+    monkeypatch.setattr(served.server.engine, "queue_size", -served.server.engine.rows)
+    answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0 and answer.json()["error"]["code"] == "rate_limit_exceeded"
 
 
 def test_other_doors(served):
     get = lambda path, **headers: requests.get(served.url + path, headers=headers)
-    assert get("/v1/models").json()["data"][0]["id"] == get("/v1/models/talk").json()["id"] == "talk"
+    assert get("/v1/models").json()["data"][0]["id"] == "talk"
     page = get("/")
     assert page.status_code == 200 and "default-src 'none'" in page.headers["Content-Security-Policy"] and "http" not in page.text.replace("http://www.w3.org/2000/svg", "")
-    (log,) = get("/runs").json()
+    log = get("/training").json()
     assert log["name"] == "talk" and log["last"]["step"] == 1999 and "<polyline" in log["svg"] and len(log["svg"]) < 20000
     assert get("/v1/models", Origin="http://evil.example").status_code == 403 and get("/v1/models", Host="evil.example").status_code == 403
     assert get("/v1/models", Origin=served.url).status_code == 200
@@ -1358,10 +1363,10 @@ def run_sample(*arguments, **more):
 def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
     m, tokenizer = tiny(context=128), Tokenizer.load("bytes")
     models.save(m, tokenizer, tmp_path / "run")
-    lines = ["/help", "hi", "/set temperature 2.5", "/set nonsense 1", "/retry", "/set temperature 0", "x" * 300, f"/save {tmp_path}/c.jsonl", "/new", "two\\", "lines", "/quit", "never"]
+    lines = ["/help", "/system be", "hi", "/set temperature 2.5", "/set nonsense 1", "/retry", "/set temperature 0", "x" * 300, f"/save {tmp_path}/c.jsonl", "/new", "two\\", "lines", "/quit", "never"]
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
     monkeypatch.setattr("builtins.input", lambda _: lines.pop(0))
-    sample.chat(sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--system", "be", "--device", "cpu"]))
+    sample.chat(sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--device", "cpu"]))
     told = capsys.readouterr()
     assert lines == ["never"] and "/retry" in told.err and "takes" in told.err and "nonsense" in told.err
     (saved,) = data.read_jsonl(tmp_path / "c.jsonl")
@@ -1484,7 +1489,7 @@ def test_page_in_a_browser(served, browser, monkeypatch):
     monkeypatch.setattr(sample, "choose", lambda logits, requests: torch.tensor([next(script) for _ in requests]))
     pictures = os.environ.get("PICTURES")  # a directory to look at them
     browser("Page.navigate", url=served.url)
-    browser.until("document.readyState == 'complete' && typeof model == 'string' && model == 'talk'")
+    browser.until("document.readyState == 'complete' && $('h1').textContent == 'talk'")
 
     def ask(text, tokens):
         browser.run(f"$('[name=max_tokens]').value = {tokens}; $('textarea').value = {json.dumps(text)}; $('form').requestSubmit()")
@@ -1495,11 +1500,15 @@ def test_page_in_a_browser(served, browser, monkeypatch):
     assert browser.run("document.title") == "minphi" and "a second" in browser.run("$('footer').textContent")
     assert browser.run("turns.map(t => t.role).join()") == "user,assistant" and browser.run("turns[1].content") == HOSTILE
     # alternatives, by pointer and by keys
-    browser.run("$('article:last-of-type span').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))")
-    assert browser.run("!tip.hidden && tip.childElementCount") == 5 and browser.run("tip.textContent").count("%") == 5
-    browser.run("point(null); $('article:last-of-type').focus(); for (const k of ['ArrowRight', 'ArrowRight', 'ArrowLeft'])"
+    shown = "getComputedStyle([...document.querySelectorAll('article span')][{}], '::after').content".format
+    at = browser.run("(r => [r.x + r.width / 2, r.y + r.height / 2])($('article:last-of-type span').getBoundingClientRect())")
+    assert browser.run(shown(0)) == "none"
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
+    browser.until(shown(0) + ".split('%').length == 6")
+    browser("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    browser.run("$('article:last-of-type').focus(); for (const k of ['ArrowRight', 'ArrowRight', 'ArrowRight', 'ArrowLeft'])"
                 " document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: k, bubbles: true}))")
-    assert browser.run("[...document.querySelectorAll('article span')].findIndex(s => s.className == 'on')") == 0 and not browser.run("tip.hidden")
+    assert browser.run(shown(0)) == "none" and browser.run(shown(1)).count("%") == 5
     if pictures:
         for name, size in (("phone", (390, 800)), ("desktop", (1280, 800))):
             for dark in (False, True):
@@ -1519,16 +1528,16 @@ def test_page_in_a_browser(served, browser, monkeypatch):
         time.sleep(0.02)
     assert not served.server.engine.active
     monkeypatch.undo()
-    browser.run("show('Complete')")
+    browser.run("$('#new').click(); $('summary').click(); $('[name=plain]').click()")
+    assert browser.run("turns.length + log.childElementCount") == 0
     ask("def f(x):", 5)
-    browser.until("!running && $('article.code span')")
-    assert browser.run("$('article.code').textContent").startswith("def f(x):")
-    browser.run("$('#gear').click()")
+    browser.until("!running && $('article.plain span')")
+    assert browser.run("$('article.plain').textContent").startswith("def f(x):")
     if pictures:
         browser.picture(f"{pictures}/settings-phone.png", 390, 800, False, True)
-    browser.run("show('Training')")
+    browser.run("$('summary').click(); $('#training summary').click()")
     browser.until("$('img').naturalWidth")
-    assert browser.run("$('select').value") == "talk" and "Step 1,999" in browser.run("$('#training p').textContent")
+    assert "talk: step 1,999" in browser.run("$('#training p').textContent")
     if pictures:
         browser.picture(f"{pictures}/training-desktop.png", 1280, 800, True)
     asked = {entry["params"]["request"]["url"] for entry in browser.log if entry.get("method") == "Network.requestWillBeSent"}
@@ -1630,22 +1639,22 @@ def test_bits_per_byte_counts_each_token_once(tmp_path):
 def test_benchmarks_are_recognised(tmp_path, records, kind, prompt, options, answer):
     data.write_jsonl(tmp_path / "b.jsonl", records)
     found, read = sample.read_benchmark(str(tmp_path / "b.jsonl"))
-    question = sample.KINDS[found][0](read[0])
+    question = sample.BENCHMARKS[found].ask(read[0])
     assert found == kind and question.intro + question.prompt == prompt and question.options == options and question.answer == answer
 
 
 def test_published_files_are_read(tmp_path):
     (tmp_path / "law_test.csv").write_text('"Q, 1?",a,b,c,d,C\nQ2,a,b,c,d,A\n')
     kind, records = sample.read_benchmark(str(tmp_path / "law_test.csv"))
-    assert kind == "MMLU" and [sample.ask_mmlu(r).right for r in records] == [2, 0] and "about law." in sample.ask_mmlu(records[0]).intro
+    assert kind == "MMLU" and [sample.mmlu(r).right for r in records] == [2, 0] and "about law." in sample.mmlu(records[0]).intro
     (tmp_path / "gpqa.csv").write_text("Record ID," + ",".join(GPQA[0]) + "\n7,Q?,right,w1,w2,w3\n")
     kind, (record,) = sample.read_benchmark(str(tmp_path / "gpqa.csv"))
-    question = sample.ask_gpqa(record)
+    question = sample.gpqa(record)
     assert kind == "GPQA" and f"({'ABCD'[question.right]}) right" in question.prompt and question.options == ["(A)", "(B)", "(C)", "(D)"]
     os.makedirs(tmp_path / "MATH" / "algebra")
     (tmp_path / "MATH" / "algebra" / "1.json").write_text(json.dumps({"problem": "P", "solution": "\\boxed{1}", "level": "Level 5", "type": "Algebra"}))
     kind, (record,) = sample.read_benchmark(str(tmp_path / "MATH"))
-    assert kind == "MATH" and record["task_id"] == "algebra/1.json" and sample.ask_math(record).group == "Level 5"
+    assert kind == "MATH" and record["task_id"] == "algebra/1.json" and record[sample.BENCHMARKS["MATH"].group] == "Level 5"
     for text, told in (('{"a": 1}', "fields a"), ('{"problem": "x", "solution": "y"}\n{"problem": "x"}', "record 2 lacks solution"), ("", "no problems")):
         (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(ValueError, match=told):
@@ -1653,10 +1662,10 @@ def test_published_files_are_read(tmp_path):
 
 
 def test_gsm8k_grades():
-    grade = sample.ask_gsm8k({"question": "?", "answer": "So 1,200.\n#### 1,200"}).grade
-    assert grade(" it is 7, then\n#### 1200") == {"last number": True, "after ####": True}
-    assert grade("It is $1,200.00 or 1200.") == {"last number": True, "after ####": False}
-    assert grade("none") == {"last number": False, "after ####": False} and not any(grade("#### 12 and 1201").values())
+    grade = lambda text: sample.gsm8k_grade({"question": "?", "answer": "So 1,200.\n#### 1,200"}, text)
+    assert grade(" it is 7, then\n#### 1200") == {"pass@1": True, "after ####": True}
+    assert grade("It is $1,200.00 or 1200.") == {"pass@1": True, "after ####": False}
+    assert grade("none") == {"pass@1": False, "after ####": False} and not any(grade("#### 12 and 1201").values())
 
 
 @pytest.mark.parametrize("a,b,same", [
@@ -1664,10 +1673,10 @@ def test_gsm8k_grades():
     ("x = 5", "5", True), ("10\\%", "10", True), ("90^\\circ", "90", True), ("\\left( 1, 2 \\right)", "(1,2)", True), ("5\\text{ cm}", "5", True),
     ("\\frac1{72}", "\\frac{1}{72}", True), ("12", "13", False), ("x+y=5", "5", False), ("\\frac{1}{2}", "\\frac{2}{1}", False), ("-1", "1", False)])
 def test_math_answers_in_other_spellings(a, b, same):
-    question = sample.ask_math({"problem": "?", "solution": f"thus $\\boxed{{{a}}}$."})
-    assert question.grade(f"First \\boxed{{9}}, then \\boxed{{{b}}} follows.")["exact match"] == same
-    assert question.grade(f"Final Answer: The final answer is ${b}$. I hope it is correct.")["exact match"] == same
-    assert not question.grade("no answer")["exact match"]
+    grade = lambda text: sample.math_grade({"problem": "?", "solution": f"thus $\\boxed{{{a}}}$."}, text)["pass@1"]
+    assert grade(f"First \\boxed{{9}}, then \\boxed{{{b}}} follows.") == same
+    assert grade(f"Final Answer: The final answer is ${b}$. I hope it is correct.") == same
+    assert not grade("no answer")
 
 
 def test_examples_stand_before_a_question_and_are_not_itself(tmp_path):
@@ -1802,7 +1811,7 @@ def test_bpe_merges_equal_reference(seed):
 
 def test_bpe_on_code_equals_reference_and_tiktoken():
     text = open(data.__file__).read()
-    counts = data.count_pretokens([text], model.PATTERN)
+    counts = data.count_pretokens([text])
     merges = data.learn_merges(counts, 150)
     assert merges == reference_merges(counts, 150) and len(merges) == 150
     tokenizer = data.train_bpe([text], 256 + 5 + 150)
@@ -1823,10 +1832,11 @@ def test_bpe_edge_cases():
 
 
 def test_split_pattern_agrees_with_tiktoken():
-    """tiktoken shows its splits when every piece that `re` finds is a token of its own and no merge leads there."""
-    for text in (HARD_TEXT, open(data.__file__).read()[:20000]):
-        counts = data.count_pretokens([text], model.PATTERN)
-        pieces = data.stdlib_pattern(model.PATTERN).findall(text)
+    """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads there."""
+    import regex
+    for text in (HARD_TEXT, open(data.__file__).read()[:20000], open(model.__file__).read().encode("ascii", "ignore").decode()[:20000]):
+        counts = data.count_pretokens([text])
+        pieces = regex.findall(model.PATTERN, text)
         assert "".join(pieces) == text and Counter(pieces) == counts
         ranks = {bytes([i]): i for i in range(256)}
         for piece in pieces:
@@ -1892,7 +1902,7 @@ def test_reading_survives_everything(tmp_path):
     assert sorted(d["text"] for d in documents) == ["def f():\n    return 1\n", "from gzip", "last", "one", "x = 1\ny = 2\n"]
     assert drop == {"invalid UTF-8": 2, "binary": 1, "empty": 1, "too large": 3, "not a text file": 1, "unreadable": 2,
                     "not a regular file": 1, "no text in record": 2, "invalid JSON": 1, "damaged gzip": 2}
-    problem = next(d for d in documents if "prompt_chars" in d)
+    problem = next(d for d in documents if d["prompt_chars"])
     assert problem["text"][:problem["prompt_chars"]] == "def f():" and problem["id"] == "t/0"
 
 
@@ -1901,7 +1911,7 @@ def test_rules():
     assert data.code_rule(good, "x.py") is None
     cases = {"does not parse": good + "def (:\n", "minified": good + "x = '" + "a" * 2000 + "'\n", "too short": "x = 1",
              "generated": "# Automatically generated, DO NOT EDIT\n" + good, "no documentation": "x = y + z\n" * 20,
-             "data table": '"""Table."""\nT = [' + "1, 2, 3,\n" * 99 + "]", "few letters and digits": "(((((((((\n" * 30,
+             "few letters and digits": "(((((((((\n" * 30,
              "no code": '"""' + "words and words\n" * 20 + '"""\n'}
     for reason, text in cases.items():
         assert data.code_rule(text, "x.py") == reason
@@ -2065,14 +2075,14 @@ def test_forest_edge_cases_and_file(tmp_path):
     forest = data.RandomForest(30, min_leaf=1, workers=1).fit(np.repeat(np.float32([[0], [1]]), 20, 0), np.repeat([0, 1], 20))
     assert forest.predict_proba(np.float32([[0], [1], [-9], [9]])).round(3).tolist() == [0, 1, 0, 1]
     assert data.RandomForest(3, workers=1).fit(np.zeros((5, 2), np.float32), np.ones(5)).predict_proba(np.zeros((2, 2))).tolist() == [1, 1]
-    forest.save(tmp_path / "f.npz", names=["a", "b"])
-    again, arrays = data.RandomForest.load(tmp_path / "f.npz")
+    forest.save(tmp_path / "f.npz", ["a", "b"])
+    again = data.RandomForest.load(tmp_path / "f.npz", ["a", "b"])
     X = np.random.default_rng(0).normal(size=(50, 1))
-    assert (again.predict_proba(X) == forest.predict_proba(X)).all() and arrays["names"].tolist() == ["a", "b"]
+    assert (again.predict_proba(X) == forest.predict_proba(X)).all()
     (tmp_path / "g.npz").write_bytes((tmp_path / "f.npz").read_bytes()[:300])
-    for name, error in (("g.npz", ValueError), ("h.npz", FileNotFoundError)):
-        with pytest.raises(error, match="--labels"):
-            data.RandomForest.load(tmp_path / name)
+    for name in ("f.npz", "g.npz", "h.npz"):
+        with pytest.raises(ValueError, match="--labels"):
+            data.RandomForest.load(tmp_path / name, ["a", "c"])
     for X, y in ((np.zeros((2, 2)), [0, 2]), (np.full((2, 1), np.nan), [0, 1]), (np.zeros((2, 2)), [0])):
         with pytest.raises(ValueError, match="forest learns"):
             data.RandomForest().fit(X, y)
@@ -2100,18 +2110,18 @@ def test_features_name_what_they_count():
     assert row["definitions"] == row["comments"] == row["exits"] == 0.25 and row["explanation"] > 0 and row["noise"] == 0
 
 
-def test_labels_by_text_and_id_choose_the_best(tmp_path, capsys):
+def test_labels_choose_the_best(tmp_path, capsys):
     rng = random.Random(0)
     good = [f"def f{i}(x):\n    # because this explains why\n    return x + {i}\n" * rng.randint(1, 4) for i in range(60)]
     bad = [f"x{i} = {{'a': {i}, 'b': [1, 2]}}\n" * rng.randint(1, 9) for i in range(60)]
     data.write_jsonl(tmp_path / "in.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(good + bad)])
-    labels = [{"id": str(i), "score": 5 if i < 60 else 0} | ({"text": (good + bad)[i]} if i % 2 else {}) for i in range(0, 120, 3)]
-    data.write_jsonl(tmp_path / "labels.jsonl", labels + [{"id": "nobody", "score": 1}, {"score": 2}, {"text": "x"}])
+    labels = [{"text": (good + bad)[i], "score": 5 if i < 60 else 0} for i in range(0, 120, 3)]
+    data.write_jsonl(tmp_path / "labels.jsonl", labels + [{"score": 2}, {"text": "x"}])
     arguments = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--dedup-threshold", "1"]
     path = data.main([*arguments, "--labels", str(tmp_path / "labels.jsonl"), "--keep", "0.5"])
     meta = data.open_dataset(path).meta
     assert meta["classifier"]["labels"] == 40 and meta["classifier"]["auc"] > 0.99 and len(meta["classifier"]["features"]) == 10
-    assert meta["classifier"]["left out"] == {"id not in the input": 1, "no score from 0 to 5": 1, "neither text nor id": 1}
+    assert meta["classifier"]["left out"] == {"no score from 0 to 5": 1, "no text": 1}
     kept = bytes(np.array(data.open_dataset(path).train, np.uint8)).decode(errors="replace")
     assert kept.count("because") > 50 and "'a'" not in kept and meta["train"]["documents"] + meta["val"]["documents"] == 60
     again = data.main([*arguments, "--classifier", str(path), "--min-score", "0.5", "--name", "again"])
@@ -2119,19 +2129,6 @@ def test_labels_by_text_and_id_choose_the_best(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.main([*arguments, "--keep", "0.5", "--name", "none"])
     assert "--labels" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_edit_distance_equals_the_textbook_table(seed):
-    rng = random.Random(seed)
-    for _ in range(100):
-        a, b = (rng.choices("abc", k=rng.randint(0, 12)) for _ in range(2))
-        row = list(range(len(b) + 1))
-        for i, x in enumerate(a, 1):
-            old, row = row, [i]
-            for j, y in enumerate(b, 1):
-                row.append(min(old[j] + 1, row[-1] + 1, old[j - 1] + (x != y)))
-        assert data.edit_distance(a, b) == row[-1]
 
 
 PROBLEM = {"task_id": "P/1", "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in the list, longest first."""\n',
@@ -2224,7 +2221,7 @@ def test_common_crawl_and_spans_of_lines(tmp_path):
     data.write_jsonl(tmp_path / "r.jsonl", records)
     size = os.path.getsize(tmp_path / "r.jsonl")
     for step in (1, 7, 1000, size):
-        spans = [(str(tmp_path / "r.jsonl"), "r", math.inf, at, at + step) for at in range(0, size, step)]
+        spans = [(str(tmp_path / "r.jsonl"), "r", at, at + step) for at in range(0, size, step)]
         assert [d["text"] for d in data.read_documents(spans, drop)] == [r["text"] for r in records]
 
 
@@ -2591,9 +2588,10 @@ def test_interrupted(how, scratch):
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
 def test_killed_worker_is_replaced(scratch):
     def kill():
-        time.sleep(0.6)
+        while len(processes(scratch)) < 6:  # both workers are up and run a problem
+            time.sleep(0.01)
         os.kill(min(processes(scratch)), signal.SIGKILL)
-    threading.Thread(target=kill).start()
+    threading.Thread(target=kill, daemon=True).start()
     assert all(v.passed for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2))
     assert gone(scratch) and not os.listdir(scratch)
 
@@ -3191,6 +3189,26 @@ def test_every_form_of_block_trains(mini, preset):
     assert m.config.family == models.PRESETS[preset].family and len(m.generate([tokenizer.encode("def f(")], 5)[0]) == 5
 
 
+def test_skipping_layers_is_trained_and_goes_on_exactly(mini):
+    options = ["--n-layer", "4", "--skip", "4:2:20", "--save-every", "2"]
+    assert run_train(mini, "--out", "runs/skip", *options).returncode == 0
+    process = subprocess.Popen(train_command("--out", "runs/skip-cut", *options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (mini / "runs/skip-cut/state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = run_train(mini, "--out", "runs/skip-cut", *options)
+    assert done.returncode == 0 and "going on from step" in done.stdout, done.stdout + done.stderr
+    found = losses(mini, "runs/skip")
+    assert found == losses(mini, "runs/skip-cut") and all(map(math.isfinite, found)) and found[-1] < found[0]
+    a, b = weights_of(mini, "runs/skip"), weights_of(mini, "runs/skip-cut")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for wrong in ("4:2:21", "5:2:20", "4:2", "4-2-20"):  # the first is another run's
+        done = run_train(mini, "--out", "runs/skip" if wrong == "4:2:21" else "runs/bad", "--n-layer", "4", "--skip", wrong)
+        assert done.returncode == 2 and "--skip" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
 def test_two_ranks_and_accumulation_equal_one_rank(mini):
     assert run_train(mini, "--out", "runs/one").returncode == 0
     assert run_train(mini, "--out", "runs/parts", "--micro-tokens", "128").returncode == 0
@@ -3401,7 +3419,7 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     model, _ = models.load(mini / "runs/phase2", device="cpu")
     assert model.config.context == 640 and model.config.rope_theta == 40000
     first = losses(mini, "runs/uncut")
-    assert losses(mini, "runs/phase2")[0] < 0.7 * first[0]
+    assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
     kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
     assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
     assert kept["phase2"]["embed.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
@@ -3716,8 +3734,8 @@ def test_rope_methods():
 def test_search_beats_its_seeds():
     m = tiny(context=32)
     documents = torch.randint(300, (2, 97), generator=torch.Generator().manual_seed(0))
-    found, losses = grow.search(m, 96, documents, population=12, mutations=5, crossovers=4, iterations=4)
-    again, _ = grow.search(m, 96, documents, population=12, mutations=5, crossovers=4, iterations=4)
+    found, losses = grow.search(m, 96, documents, population=12, iterations=4)
+    again, _ = grow.search(m, 96, documents, population=12, iterations=4)
     assert found == again == sorted(found) and 1 <= min(found) and max(found) <= 1.25 * 3
     assert losses["searched"] <= min(losses[name] for name in ("pi", "ntk", "yarn")) and len({*losses.values()}) > 2
     long = grow.set_context(m, 96, found)
@@ -3756,8 +3774,7 @@ def test_command(source, tmp_path, capsys):
     text = tmp_path / "long.txt"
     text.write_text(open(grow.__file__).read() * 2)
     for rope in grow.ROPES:
-        grow.main([str(source), str(tmp_path / rope), "--context", "128", "--rope", rope, "--data", str(text), "--population", "8", "--mutations", "3",
-                   "--crossovers", "2", "--iterations", "2", "--documents", "2"])
+        grow.main([str(source), str(tmp_path / rope), "--context", "128", "--rope", rope, "--data", str(text), "--population", "8", "--iterations", "2"])
         out = capsys.readouterr().out
         losses = {part.split()[0]: float(part.split()[1]) for part in out.split("loss on ")[1].split(": ", 1)[1].split("\n")[0].split(", ")}
         assert {"none", "pi", "ntk", "yarn"} <= set(losses)
@@ -3787,8 +3804,9 @@ def test_context_in_hugging_face(source, tmp_path, capsys):
 @pytest.mark.parametrize("arguments,word", [
     (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--to", "phi-2"), "family"), (("--bogus",), "--bogus"),
     (("--context", "32", "--rope", "pi"), "only enlarges"), (("--context", "128"), "--data"), (("--context", "128", "--data", "nowhere"), "nowhere"),
-    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "8"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "shrink"), (("--n-layer", "4", "--to", "phi-2"), "presets"), (("--context", "64", "--rope", "pi"), "already")])
-def test_command_errors(source, tmp_path, capsys, arguments, word):
+    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "3"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "shrink"), (("--n-layer", "4", "--to", "phi-2"), "presets"), (("--context", "64", "--rope", "pi"), "already")])
+def test_command_errors(source, tmp_path, capsys, monkeypatch, arguments, word):
+    monkeypatch.setattr(sys, "argv", ["grow.py"])
     with pytest.raises(SystemExit) as stop:
         grow.main([str(source), str(tmp_path / "out"), *arguments])
     error = capsys.readouterr().err
@@ -4320,7 +4338,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, caps
                 if len(saves) == (2 if kind == "dpo" else 1):  # after step 4, or in the middle of a round of --updates 2
                     raise KeyboardInterrupt
             patch.setattr(train, "write_weights", die)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit):
                 here(*cut, *["--save-every", "3"] * (kind == "grpo"))
     capsys.readouterr()
     here(*cut)
@@ -4571,7 +4589,7 @@ def alignment():
         data.write_jsonl(f"{name('pairs', s)}.jsonl", pairs)
     together(*((name('dpo', s), f"align.py dpo --init {name('sft', s)} --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
                 f"--batch 16 --seed {s} --out {name('dpo', s)}") for s in SEEDS))
-    together(*((name(f'{start}-grpo', s), f"align.py grpo --init {name(start, s)} --data data/hard.jsonl --steps 40 --prompts 8 --max-tokens 320 "
+    together(*((name(f'{start}-grpo', s), f"align.py grpo --init {name(start, s)} --data data/hard.jsonl --steps 24 --prompts 8 --max-tokens 320 "
                 f"--lr 2e-4 --seed {s} --out {name(f'{start}-grpo', s)}") for start in ("sft", "dpo") for s in SEEDS))
     stages = {"SFT": "sft", "SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "sft-grpo"}
     together(*(solved(name(stage, s), "data/aligned.jsonl") for stage in stages.values() for s in SEEDS))
@@ -4585,20 +4603,20 @@ def alignment():
     curves = {title: averaged([[(r["step"], 100 * r["pass@1"]) for r in records_of(name(stages[title], s)) if "pass@1" in r] for s in SEEDS])
               for title in ("SFT, GRPO", "SFT, DPO, GRPO")}
     save_chart("alignment", curves, "GRPO: problems solved while learning (%), at temperature 1; mean and range of three seeds",
-               {step: str(step) for step in (10, 20, 30, 40)}, "steps", log_y=False)
+               {step: str(step) for step in (8, 16, 24)}, "steps", log_y=False)
 
 
 def context(times=(2, 4, 8, 16), original=128):
     """A model of context 128 at 2 to 16 times that: the loss on the same tokens, cut into windows of each length."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
     together(("data/long", "data.py --input python --name long --max-bytes 24000000 --val-share 0.1 --tokenizer data/textbooks"))
-    name, search = "runs/context/{}-{}".format, "--data long --documents 5 --population 32 --mutations 8 --crossovers 8 --iterations 16"
-    together(*((name("base", s), f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 900 --val-every 900 --seed {s} "
+    name, search = "runs/context/{}-{}".format, "--data long --population 32 --iterations 16"
+    together(*((name("base", s), f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 600 --val-every 600 --seed {s} "
                 f"--out {name('base', s)}") for s in SEEDS))
     together(*((name(f"searched-{m}", s), f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} --context {m * original} --seed {s} {search}")
                for m in times[::-1] for s in SEEDS))
     together(*((name(f"tuned-{m}", s), f"train.py --data long --init {name(f'searched-{m}', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
-                f"--batch-tokens 4096 --steps 150 --val-every 900 --seed {s} --out {name(f'tuned-{m}', s)}") for m in times for s in SEEDS))
+                f"--batch-tokens 4096 --steps 100 --val-every 600 --seed {s} --out {name(f'tuned-{m}', s)}") for m in times for s in SEEDS))
     longest, found = max(times) * original, {}
     for s in SEEDS:
         base, tokenizer = models.load(name("base", s), "cpu", torch.float32)

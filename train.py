@@ -808,7 +808,10 @@ def train(args, kind=Pretraining):
     torch.manual_seed(args.seed)
     dtype, reason = choose_dtype(device, args.dtype)
     autocast = functools.partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext
+    if getattr(args, "skip", None) and not (len(args.skip) == 3 and args.skip[0] <= config.n_layer):
+        data.fail(f"--skip {':'.join(map(str, args.skip))} must be MAX:MIN:TOKENS with MAX at most the {config.n_layer} layers")
     model = build(config, args, device, dtype, fresh=not (state or before))
+    model.skip = getattr(args, "skip", None)
     model.train()
     found = optimizers(model, args, dtype)
     if state or before:
@@ -1043,7 +1046,7 @@ def print_report(stages, book):
 
 SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff")
 EXACT = ("data", "init", "after", "preset", *SHAPE, "rope_theta", "context", "batch_tokens", "steps", "optimizer", "lr", "muon_lr", "weight_decay",
-         "beta2", "schedule", "warmup", "decay", "final_lr", "clip", "prompt_weight", "seed")  # what a resumed run must share with its beginning
+         "beta2", "schedule", "warmup", "decay", "final_lr", "clip", "prompt_weight", "skip", "seed")  # what a resumed run must share with its beginning
 
 
 FILE_BYTES = 5_000_000_000  # of a file of sharded weights
@@ -1124,6 +1127,8 @@ def main():
     option("--batch-tokens", 4096, "tokens a step, over all processes", type=data.number(int, 2), metavar="N")
     option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=data.number(int, 1), metavar="N")
     option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1), metavar="WEIGHT")
+    option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of an answer, falling to MIN at the "
+           "TOKENS-th and later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
     option("--val-tokens", 65536, "validation tokens of each dataset", type=data.number(int, 2), metavar="N")
     loop_options(option)
     option("--dry-run", False, "print what training would take in memory and time, and stop", action="store_true")
