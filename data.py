@@ -662,8 +662,30 @@ FEATURES = ["length", "lines", "longest line", "blank lines", "indentation", "wo
             "paragraph length", "letters", "digits", "capitals", *WORDS, *STARTS, *MARKS]
 
 
-def features(text, at_most=20_000):
-    """What the classifier sees of a text (its first 20,000 characters): float32 (len(FEATURES),), shares or logarithms, named by FEATURES."""
+@functools.lru_cache
+def opened(run):
+    """(model, tokenizer, names of its states), once a process."""
+    import torch
+
+    import model as models
+    torch.set_num_threads(1)  # every core has a process of its own
+    model, tokenizer = models.load(run, "cpu", torch.float32)
+    return model, tokenizer, [f"state {i}" for i in range(model.config.d_model)]
+
+
+def states(text, run, n_tokens=256):
+    """The mean over a text's first tokens of a run's last states, float32 (d_model,): what phi-1's classifier saw (arXiv 2306.11644, section 2.1)."""
+    import torch
+    model, tokenizer, _ = opened(run)
+    ids = tokenizer.encode(text[:16 * n_tokens])[:min(n_tokens, model.config.context)] or [tokenizer.eot]
+    with torch.inference_mode():
+        return model.hidden(torch.tensor([ids]))[0].mean(0).numpy()
+
+
+def features(text, run=None, at_most=20_000):
+    """What the classifier sees of a text (its first 20,000 characters): float32, shares or logarithms, named by FEATURES; then a run's states."""
+    if run:
+        return np.concatenate([features(text), states(text, run)])
     size, text = len(text), text[:at_most]
     rows, raw = text.split("\n"), text.encode()
     full = [row.lstrip() for row in rows if row.strip()]
@@ -768,6 +790,10 @@ class RandomForest:
         return forest
 
 
+def names_of(run):
+    return FEATURES + opened(run)[2] if run else FEATURES
+
+
 def area_under_curve(y, p):
     """ROC AUC: how often a row of y = 1 has the larger p than one of y = 0, ties counting half."""
     _, place, counts = np.unique(p, return_inverse=True, return_counts=True)
@@ -775,7 +801,7 @@ def area_under_curve(y, p):
     return float((ranks[y == 1].sum() - n_one * (n_one + 1) / 2) / (n_one * (len(y) - n_one))) if 0 < n_one < len(y) else math.nan
 
 
-def learn_value(path, seed, workers):
+def learn_value(path, seed, workers, run=None):
     """(forest, report) from labels: JSON Lines with `text` and `score` from 0 to 5, good from 3 on."""
     drop, labels = Counter(), []
     for record in read_jsonl(path):
@@ -784,7 +810,7 @@ def learn_value(path, seed, workers):
             drop["no text" if not isinstance(text, str) else "no score from 0 to 5"] += 1
         else:
             labels.append((text, score >= 3))
-    X, y = np.array(parallel(features, [text for text, _ in labels], workers, "reading labels")), np.array([good for _, good in labels], int)
+    X, y = np.array(parallel(functools.partial(features, run=run), [text for text, _ in labels], workers, "reading labels")), np.array([good for _, good in labels], int)
     if not 5 <= y.sum() <= len(y) - 5 or len(y) < 20:
         raise ValueError(f"--labels {path}: {y.sum()} of {len(y)} usable labels have a score of 3 or more ({dict(drop)}); "
                          "give at least 5 of either side and 20 in all")
@@ -795,7 +821,7 @@ def learn_value(path, seed, workers):
     tenth = (p * 9.999).astype(int)
     report = {"labels": len(y), "good": int(y.sum()), "left out": dict(drop), "auc": area_under_curve(y, p), "brier": float(((p - y) ** 2).mean()),
               "calibration": {f"{k / 10 + 0.05:.2f}": round(float(y[tenth == k].mean()), 3) for k in range(10) if (tenth == k).any()},
-              "features": {FEATURES[i]: round(float(forest.importance[i]), 4) for i in (-forest.importance).argsort()[:10]}}
+              "features": {names_of(run)[i]: round(float(forest.importance[i]), 4) for i in (-forest.importance).argsort()[:10]}}
     print("educational value, 5-fold cross-validated:", json.dumps(report))
     return forest, report
 
@@ -984,7 +1010,7 @@ def prepare(task, options, contamination, forest):
     texts, n_bands = [document["text"] for document in kept], options.dedup_bands if options.dedup_threshold < 1 else 0
     raws, signatures = [text.encode() for text in texts], minhash(texts, n_bands * options.dedup_rows)
     hashes, size = np.array([int.from_bytes(digest(raw)[:8], "big") for raw in raws], np.uint64), np.array([len(raw) for raw in raws], np.int64)
-    value = (forest.predict_proba(np.array([features(text) for text in texts])) if forest and kept else np.zeros(len(kept))).astype(np.float32)
+    value = (forest.predict_proba(np.array([features(text, options.embed) for text in texts])) if forest and kept else np.zeros(len(kept))).astype(np.float32)
     return {"read": read, "unread": unread, "languages": languages, "masked": masked, "hits": hits, "lost": lost, "lost_bytes": lost_bytes,
             "examples": examples, "ids": [str(document["id"]) for document in kept], "text": np.frombuffer(b"".join(raws), np.uint8), "size": size,
             "end": np.cumsum(size), "prompt": np.array([document["prompt_chars"] for document in kept], np.int64), "signatures": signatures,
@@ -1070,9 +1096,11 @@ def build(options):
     if (options.keep < 1 or options.min_score) and not options.labels and not options.classifier:
         raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) or --classifier DATASET")
     others = [*(options.decontaminate or []), *([options.labels] if options.labels else [])]
+    if options.embed and os.path.exists(weights := os.path.join(options.embed, "model.safetensors")):
+        others.append(weights)
     if options.classifier and not options.labels:
         others.append(f"{options.classifier}/classifier.npz")
-        forest = RandomForest.load(others[-1], FEATURES)
+        forest = RandomForest.load(others[-1], names_of(options.embed))
     files = find_files(options.input, missing, options.seed, options.max_bytes, options.max_documents)
     states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, name in [*(file[:2] for file in files), *zip(others, others)]]
     made_by = {"options": {k: v for k, v in vars(options).items() if k not in ("workers", "out")},
@@ -1089,7 +1117,7 @@ def build(options):
         raise FileExistsError(f"{path} exists and is not a dataset; choose another --name or --out")
     contamination, tasks = Contamination(options.decontaminate) if options.decontaminate else None, split_files(files)
     if options.labels:
-        forest, value = learn_value(options.labels, options.seed, workers)
+        forest, value = learn_value(options.labels, options.seed, workers, options.embed)
 
     folder = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by)).hex()[:16]}")
     work = Work(folder, workers, rank, int(os.environ.get("WORLD_SIZE", 1)))
@@ -1196,7 +1224,7 @@ def build(options):
             write_atomically(str(new / name), lambda file: [file.write(np.ascontiguousarray(part(name)).data) for part in encoded])
         tokenizer.save(str(new))
         if forest:
-            forest.save(new / "classifier.npz", FEATURES)
+            forest.save(new / "classifier.npz", names_of(options.embed))
         if contamination:
             write_jsonl(new / "contaminated.jsonl", (hit for part in parts for hit in part("hits")))
         tables = {"languages": count["languages"], "personal data masked": count["masked"], "groups of duplicates, documents in each": groups}
@@ -1366,6 +1394,7 @@ def main(arguments=None):
     option("--dedup-rows", 8, "values in a band", type=number(int, 1, 64), metavar="N")
     option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns what is worth keeping", metavar="FILE")
     option("--classifier", None, "use the forest of this dataset instead of --labels", metavar="DATASET")
+    option("--embed", None, "let the forest see a run's mean last states of each text too, as phi-1 did", metavar="RUN")
     option("--keep", 1.0, "share of the documents to keep, the best-scored", type=share, metavar="SHARE")
     option("--min-score", 0.0, "least predicted probability of being good", type=share, metavar="P")
     option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", type=whole, metavar="BYTES")

@@ -2129,6 +2129,19 @@ def test_labels_choose_the_best(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.main([*arguments, "--keep", "0.5", "--name", "none"])
     assert "--labels" in capsys.readouterr().err
+    m, tokenizer = tiny(), Tokenizer.load("bytes")                    # and with a run's states, as phi-1 did
+    models.save(m, tokenizer, tmp_path / "run")
+    seen = data.features(good[0], str(tmp_path / "run"))
+    with torch.inference_mode():
+        want = m.hidden(torch.tensor([tokenizer.encode(good[0])[:64]]))[0].mean(0)
+    assert len(seen) == len(data.FEATURES) + 48 and np.allclose(seen[-48:], want, atol=1e-5)
+    arguments += ["--embed", str(tmp_path / "run"), "--keep", "0.5", "--name"]
+    made = [data.main([*arguments, name, "--workers", n, *more]) for name, n, *more in
+            (("one", "1", "--labels", str(tmp_path / "labels.jsonl")), ("two", "2", "--labels", str(tmp_path / "labels.jsonl")), ("three", "2", "--classifier", str(tmp_path / "one")))]
+    assert len({(path / "train.bin").read_bytes() for path in made}) == 1
+    with pytest.raises(SystemExit):
+        data.main([*arguments, "four", "--classifier", str(path)])
+    assert "other features" in capsys.readouterr().err
 
 
 PROBLEM = {"task_id": "P/1", "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in the list, longest first."""\n',
