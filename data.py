@@ -3,7 +3,7 @@
     find_files -> read_documents       directories, files, JSON Lines, WET, parquet, URLs; gzipped or not
     -> language, quality_rule          a verdict on each document, with its reason
     -> Contamination                   documents that contain a benchmark's problems
-    -> minhash, find_duplicates        exact and near duplicates, the best of each group kept
+    -> minhash, find_duplicates        exact and near duplicates, the best of each group kept; paragraphs too (without_repeats)
     -> RandomForest                    educational value, learned from labels (synth.py label)
     -> train_bpe -> data/NAME/         {train.bin, val.bin, tokenizer.json, meta.json, report.html}
 
@@ -1043,6 +1043,7 @@ def prepare(task, options, contamination, forest):
             "examples": examples, "ids": [str(document["id"]) for document in kept], "text": np.frombuffer(b"".join(raws), np.uint8), "size": size,
             "end": np.cumsum(size), "prompt": np.array([document["prompt_chars"] for document in kept], np.int64), "signatures": signatures,
             "keys": np.concatenate([hashes[None], band_keys(signatures, n_bands)]), "digest": hashes,
+            **paragraph_hashes(kept, options.dedup_paragraphs),
             "order": mix(hashes + mix(np.uint64([options.seed + 1]))), "value": value,  # and the best first, equal ones by their hash:
             "worth": (65535 - value * 65535).astype(np.uint64) << np.uint64(48) | hashes >> np.uint64(16)}
 
@@ -1109,6 +1110,52 @@ def find_duplicates(work, parts, base, options, per_range=8_000_000):
     dropped = np.sort(nodes[order[1:][np.diff(label[order]) == 0]])
     same = np.isin(dropped, np.concatenate([pair[:, 1] for pair in pairs[:n_ranges]]))
     return dropped, same, Counter(np.unique(label, return_counts=True)[1].tolist())
+
+
+# ---- paragraphs ----
+
+def paragraphs_of(text):
+    return re.split(r"\n\s*\n", text)
+
+
+def paragraph_hashes(documents, least):
+    """Hashes of the paragraphs of `least` characters and more in prose, uint64, whatever their case and spacing, and how many each document has."""
+    own = [[" ".join(paragraph.lower().split()) for paragraph in paragraphs_of(document["text"]) if len(paragraph) >= least]
+           if least and not document["prompt_chars"] and not is_code(document) else [] for document in documents]
+    return {"paragraphs": np.array([int.from_bytes(digest(paragraph)[:8], "big") for some in own for paragraph in some], np.uint64),
+            "has": np.array([len(some) for some in own], np.int64)}
+
+
+def without_repeats(work, parts, alive, least, per_range=8_000_000):
+    """The parts with only the first of equal paragraphs in the documents that are left; code stays, which would break.
+
+    As in find_duplicates a unit of work is a range of hashes; then each part's texts are written again, and take the old ones' place."""
+    base = np.cumsum([0] + [len(part("paragraphs")) for part in parts])
+    n_ranges = 1 + int(base[-1]) // per_range
+
+    def repeated(r):
+        keys, index = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+        for part, begin, own in zip(parts, base, alive):
+            inside = np.flatnonzero((range_of(part("paragraphs"), n_ranges) == r) & np.repeat(own, part("has")))
+            keys.append(part("paragraphs")[inside])
+            index.append(inside + begin)
+        index = np.concatenate(index)
+        return {"again": np.setdiff1d(index, index[np.unique(np.concatenate(keys), return_index=True)[1]])}
+
+    found = [part("again") for part in work.run("paragraphs", n_ranges, repeated)]
+
+    def cut(i):
+        part, gone, texts = parts[i], np.zeros(base[i + 1] - base[i], bool), []
+        for again in found:
+            gone[again[slice(*np.searchsorted(again, base[i:i + 2]))] - base[i]] = True
+        for d, own in enumerate(np.split(gone, np.cumsum(part("has"))[:-1]) if len(part("has")) else ()):
+            text, left = document_at(part, d)["text"], iter(own)
+            texts.append(("\n\n".join(p for p in paragraphs_of(text) if len(p) < least or not next(left)) if own.any() else text).encode())
+        size = np.array(list(map(len, texts)), np.int64)
+        return {"text": np.frombuffer(b"".join(texts), np.uint8), "size": size, "end": np.cumsum(size)}
+
+    return [lambda name, old=old, new=new: (new if name in ("text", "size", "end") else old)(name)
+            for old, new in zip(parts, work.run("without repeats", len(parts), cut))]
 
 
 def build(options):
@@ -1183,6 +1230,12 @@ def build(options):
     dropped, same, groups = find_duplicates(work, parts, base, options)
     for stage, reason, index in ("exact duplicates", "same text", dropped[same]), ("near duplicates", "similar text", dropped[~same]):
         drop(stage, reason, np.isin(np.arange(len(alive)), index))
+    if options.dedup_paragraphs:
+        before = sum(int(part("size")[own].sum()) for part, own in each(alive))
+        parts = without_repeats(work, parts, np.split(alive, base[1:-1]), options.dedup_paragraphs)
+        stage, why = "paragraphs", "nothing new in it"
+        drop(stage, why, np.concatenate([part("size") for part in parts]) == 0)
+        lost_bytes[f"{stage}: {why}"] = before - sum(int(part("size")[own].sum()) for part, own in each(alive))
     if forest and alive.any():
         good = np.concatenate([part("value") >= np.float32(options.min_score) for part in parts])
         drop("educational value", "low score", ~(good & least("worth", math.ceil(options.keep * alive.sum()))))
@@ -1195,9 +1248,9 @@ def build(options):
     for stage in examples:
         why = {reason[len(stage) + 2:]: n for reason, n in lost.most_common() if n and reason.startswith(stage + ": ")}
         n, size = rows[-1]["documents_out"], rows[-1]["bytes_out"]
-        if why or stage in ("rules", "exact duplicates", "near duplicates"):
+        if why or stage in ("rules", "exact duplicates", "near duplicates", "paragraphs"):
             rows.append({"stage": stage, "documents_in": n, "bytes_in": size, "documents_out": n - sum(why.values()),
-                         "bytes_out": size - sum(lost_bytes[f"{stage}: {reason}"] for reason in why), "dropped": why})
+                         "bytes_out": size - sum(lost_bytes[key] for key in lost if key.startswith(stage + ": ")), "dropped": why})
     say(f"{'stage':<18}{'documents in':>13}{'out':>9}{'MB in':>9}{'MB out':>9}  dropped")
     for row in rows:
         say("{stage:<18}{documents_in:>13,}{documents_out:>9,}{:>9.2f}{:>9.2f}  ".format(row["bytes_in"] / 1e6, row["bytes_out"] / 1e6, **row)
@@ -1420,6 +1473,7 @@ def main(arguments=None):
            type=share, metavar="SHARE")
     option("--dedup-bands", 14, "bands of a signature, any of which makes two documents candidates", type=number(int, 1, 256), metavar="N")
     option("--dedup-rows", 8, "values in a band", type=number(int, 1, 64), metavar="N")
+    option("--dedup-paragraphs", 0, "of prose, keep only the first of equal paragraphs of N characters and more, such as 80; 0: all", type=whole, metavar="N")
     option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns what is worth keeping", metavar="FILE")
     option("--classifier", None, "use the forest of this dataset instead of --labels", metavar="DATASET")
     option("--embed", None, "let the forest see a run's mean last states of each text too, as phi-1 did", metavar="RUN")

@@ -2374,6 +2374,28 @@ def test_similar_documents_are_found_and_others_left(tmp_path):
     assert not any((2 * i, 2 * i + 1) in near for i, truth in enumerate(pairs) if truth < 0.6) and len(near) <= 150
 
 
+def test_paragraphs_that_stand_elsewhere_are_cut_from_prose_and_not_from_code(tmp_path):
+    notice, short = "All rights  are reserved by the owners of this page, whoever they are.", "Read on."
+    texts = {"a.txt": f"The first page.\n\n{notice}\n\n{short}", "b.txt": f"{notice.upper()}\n \nThe second page.\n\n{short}\n\n{notice}",
+             "c.md": notice.replace("  ", " "), "d.py": f"x = 1\n\n# {notice}\n\ny = 2", "e.py": f"x = 3\n\n# {notice}\n\ny = 4", "f.txt": "No blank line."}
+    (tmp_path / "in").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "in" / name).write_text(text)
+    arguments = ["--input", str(tmp_path / "in"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--dedup-paragraphs", "40"]
+    made = [data.main([*arguments, "--workers", n, "--name", f"w{n}"]) for n in ("1", "2")]
+    assert (made[0] / "train.bin").read_bytes() == (made[1] / "train.bin").read_bytes()
+    dataset = data.open_dataset(made[0])
+    found = [*dataset.train, *dataset.val]
+    found = "".join("|" if i > 255 else chr(i) for i in found).split("|")[:-1]
+    assert sorted(found) == sorted([texts["a.txt"], f"The second page.\n\n{short}", texts["d.py"], texts["e.py"], texts["f.txt"]])
+    row = dataset.meta["funnel"][-1]
+    assert row["stage"] == "paragraphs" and row["dropped"] == {"nothing new in it": 1} and row["bytes_out"] == sum(map(len, found))
+    parts = [{"paragraphs": np.uint64([5, 7, 5, 2**63]), "has": np.array([1, 3]), "text": np.frombuffer(b"aaaa" + b"bbbb\n\ncccc\n\ndddd", np.uint8),
+              "size": np.array([4, 16]), "end": np.array([4, 20]), "prompt": np.zeros(2, int)}.get] * 2
+    cut = data.without_repeats(data.Work(tmp_path / "work", 1), parts, np.split(np.array([False, True, True, True]), 2), 1, per_range=2)  # several ranges
+    assert [bytes(part("text")) for part in cut] == [b"aaaabbbb\n\ncccc\n\ndddd", b""] and cut[1]("size").tolist() == [0, 0]
+
+
 def test_report_is_one_page(tmp_path):
     (tmp_path / "in").mkdir()
     path = data.main([*corpus(tmp_path / "in"), "--out", str(tmp_path / "out")])
