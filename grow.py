@@ -278,10 +278,9 @@ def set_context(model: models.Model, context: int, factors: list[float] | None, 
 def nats(model: models.Model, documents: torch.Tensor) -> float:
     """Loss a token of documents (n, length + 1), whose positions' losses are taken in pieces: a long document's logits are large."""
     total = 0.0
-    for row in documents.to(model.embed.weight.device):
-        hidden = model.hidden(row[None, :-1])
-        for x, y in zip(hidden.split(2048, 1), row[None, 1:].split(2048, 1)):
-            total += float(models.kernels.cross_entropy(x, model.head.weight, y, None, model.head.bias)[0])
+    for rows in documents.to(model.embed.weight.device).split(max(1, 2048 // documents.shape[1])):
+        for x, y in zip(model.hidden(rows[:, :-1]).flatten(0, 1).split(2048), rows[:, 1:].flatten().split(2048)):
+            total += float(models.kernels.cross_entropy(x[None], model.head.weight, y[None], None, model.head.bias)[0])
     return total / documents[:, 1:].numel()
 
 

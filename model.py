@@ -1328,14 +1328,18 @@ def show(name: str, gpu_gb: float) -> None:
           f"activations alone overflow a GPU of {gpu_gb:g} GB: shorter micro-batches or recomputation are needed")
 
 
-def bench(config: Config, dtype: torch.dtype, rows: int = 16) -> None:
-    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
-    device, models = default_device(), {"minphi": Model(config)}
+def _peer(config: Config) -> dict:
+    """{name: transformers' Phi-3 of this shape} where that is installed, else {}."""
     with contextlib.suppress(ImportError):
         from transformers import Phi3Config, Phi3ForCausalLM, __version__
         names = ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "tied")
-        shape = {FIELDS[name]: getattr(config, name) for name in names}
-        models[f"transformers {__version__}"] = Phi3ForCausalLM(Phi3Config(**shape, pad_token_id=0))
+        return {f"transformers {__version__}": Phi3ForCausalLM(Phi3Config(**{FIELDS[name]: getattr(config, name) for name in names}, pad_token_id=0, eos_token_id=0))}
+    return {}
+
+
+def bench(config: Config, dtype: torch.dtype, rows: int = 16) -> None:
+    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
+    device, models = default_device(), {"minphi": Model(config), **_peer(config)}
     tokens = torch.randint(config.vocab_size, (rows, config.context + 1), device=device)
     print(f"{config.parameters():,} parameters, {rows} rows of {config.context} tokens, {str(dtype)[6:]}, {device}; best of 8 steps")
     for name, model in models.items():
@@ -1391,6 +1395,13 @@ def decode_bench(path: str, device=None, precisions=("bf16", "int8", "int4"), ba
                   f"{1e3 * steps[len(steps) // 2]:8.2f}{1e3 * steps[int(0.95 * len(steps))]:8.2f}{(size + cache) * rate / 1e9:7.1f}"
                   f"{(size + cache) * rate / limit:9.0%}", flush=True)
         del model
+    for name, peer in _peer(config).items() if config.parameters() < 1e9 else ():
+        peer, seconds = peer.eval().to(device, torch.bfloat16), []
+        for length, count in ((32, 1), (prompt, 1), (prompt, new)):
+            tokens, start = torch.randint(config.vocab_size, (1, length), device=device), time.perf_counter()
+            peer.generate(tokens, attention_mask=torch.ones_like(tokens), min_new_tokens=count, max_new_tokens=count, do_sample=False)
+            seconds.append(time.perf_counter() - start)
+        print(f"bf16          1 by {name}: {prompt / seconds[1]:14,.0f}{(new - 1) / (seconds[2] - seconds[1]):13,.1f}")
     print(f"\n{'the sources':14}{'GFLOPs/token':>13}{'GB bf16':>9}{'GB int4':>9}{'most tok/s here at int4':>25}  they say")
     for name in ("phi-3-mini", "llama-3-8b"):
         cells = describe(name)
