@@ -4609,36 +4609,41 @@ def growth(steps=900):
 
 
 def alignment():
-    """SFT, then DPO on the model's own right and wrong answers, then GRPO; and GRPO right after SFT."""
-    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base")
+    """The recipe's model, then DPO on its own right and wrong answers, then GRPO on longer problems than it was finetuned on; and GRPO at once."""
+    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base", "runs/phi")
     name = "runs/alignment/{}-{}".format
-    together(problems_of("data/aligned.jsonl", "--split test --k 2-6 --count 300"), problems_of("data/hard.jsonl", "--k 3-4 --seed 7 --count 3000"))
-    together(*(finetuned(name("sft", s), 800, "--init runs/base --prompt-weight 0", s) for s in SEEDS))
-    together(*((f"{name('answers', s)}.jsonl", f"sample.py --run {name('sft', s)} --eval data/hard.jsonl --limit 1200 --samples 4 --temperature 1 "
-               f"--max-tokens 320 --show 0 --seed {s} --out {name('answers', s)}.jsonl") for s in SEEDS))
+    together(problems_of("data/aligned.jsonl", "--split test --k 4-7 --count 300"), problems_of("data/hard.jsonl", "--k 4-7 --seed 11 --count 3000"))
+    together(*((f"{name('answers', s)}.jsonl", f"sample.py --run runs/phi --eval data/hard.jsonl --limit 600 --samples 4 --temperature 1 "
+               f"--max-tokens 400 --show 0 --seed {s} --out {name('answers', s)}.jsonl") for s in SEEDS))
     for s in SEEDS:
         answers, pairs = {}, []
         for row in data.read_jsonl(f"{name('answers', s)}.jsonl"):
             answers.setdefault(row["prompt"], {}).setdefault(row["passed"], row["completion"])  # the first of each kind
         pairs = [{"prompt": prompt, "chosen": sides[True], "rejected": sides[False]} for prompt, sides in answers.items() if len(sides) == 2]
         data.write_jsonl(f"{name('pairs', s)}.jsonl", pairs)
-    together(*((name('dpo', s), f"align.py dpo --init {name('sft', s)} --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
+    together(*((name('dpo', s), f"align.py dpo --init runs/phi --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
                 f"--batch 16 --seed {s} --out {name('dpo', s)}") for s in SEEDS))
-    together(*((name(f'{start}-grpo', s), f"align.py grpo --init {name(start, s)} --data data/hard.jsonl --steps 24 --prompts 8 --max-tokens 320 "
-                f"--lr 2e-4 --seed {s} --out {name(f'{start}-grpo', s)}") for start in ("sft", "dpo") for s in SEEDS))
-    stages = {"SFT": "sft", "SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "sft-grpo"}
-    together(*(solved(name(stage, s), "data/aligned.jsonl") for stage in stages.values() for s in SEEDS))
+    together(*((name(stage, s), f"align.py grpo --init {init} --data data/hard.jsonl --steps 40 --prompts 16 --max-tokens 400 "
+                f"--lr 3e-4 --seed {s} --out {name(stage, s)}") for s in SEEDS for stage, init in (("grpo", "runs/phi"), ("dpo-grpo", name("dpo", s)))))
+    stages = {"SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "grpo"}
+    runs = {"SFT": ["runs/phi"]} | {title: [name(stage, s) for s in SEEDS] for title, stage in stages.items()}
+    places = {run: f"runs/alignment/{os.path.basename(run)}.json" for each in runs.values() for run in each}
+    together(*((place, f"sample.py --run {run} --eval data/aligned.jsonl --json {place} --max-tokens 500 --show 0") for run, place in places.items()))
 
-    scores = {title: [pass_at_1(name(stage, s)) for s in SEEDS] for title, stage in stages.items()}
+    def score(run, k=None):
+        with open(places[run]) as file:
+            found = json.load(file)
+        return 100 * (found["levels"][str(k)] if k else found)["pass@1"]
     ranked = [100 * next(iter(r["val"].values()))[1] for s in SEEDS for r in records_of(name("dpo", s))[-1:]]
-    seconds = {stage: [sum(r.get("seconds", 0) for r in records_of(name(stage, s))) for s in SEEDS] for stage in stages.values()}
-    print_table(["stage", "pass@1, %", "over SFT, points", "seconds of its stepping", "held-out pairs ranked right, %"],
-                [[title, spread(values), "" if title == "SFT" else spread(np.subtract(values, scores["SFT"]), "{:+.1f}"), spread(seconds[stages[title]], "{:.0f}"),
-                  spread(ranked) if title == "SFT, DPO" else ""] for title, values in scores.items()], "alignment")
-    curves = {title: averaged([[(r["step"], 100 * r["pass@1"]) for r in records_of(name(stages[title], s)) if "pass@1" in r] for s in SEEDS])
+    seconds = {title: spread([sum(r.get("seconds", 0) for r in records_of(run)) for run in each], "{:.0f}") for title, each in runs.items()}
+    print_table(["stage", *(f"k = {k}" for k in range(4, 8)), "pass@1, %", "over SFT, points", "seconds of its stepping", "held-out pairs ranked right, %"],
+                [[title, *(f"{np.mean([score(run, k) for run in each]):.0f}" for k in range(4, 8)), spread([score(run) for run in each]),
+                  "" if title == "SFT" else spread([score(run) - score("runs/phi") for run in each], "{:+.1f}"), "" if title == "SFT" else seconds[title],
+                  spread(ranked) if title == "SFT, DPO" else ""] for title, each in runs.items()], "alignment")
+    curves = {title: averaged([[(r["step"], 100 * r["pass@1"]) for r in records_of(run) if "pass@1" in r] for run in runs[title]])
               for title in ("SFT, GRPO", "SFT, DPO, GRPO")}
     save_chart("alignment", curves, "GRPO: problems solved while learning (%), at temperature 1; mean and range of three seeds",
-               {step: str(step) for step in (8, 16, 24)}, "steps", log_y=False)
+               {step: str(step) for step in (10, 20, 30, 40)}, "steps", log_y=False)
 
 
 def context(times=(2, 4, 8, 16), original=128):
@@ -4650,8 +4655,8 @@ def context(times=(2, 4, 8, 16), original=128):
                 f"--out {name('base', s)}") for s in SEEDS))
     together(*((name(f"searched-{m}", s), f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} --context {m * original} --seed {s} {search}")
                for m in times[::-1] for s in SEEDS))
-    together(*((name(f"tuned-{m}", s), f"train.py --data long --init {name(f'searched-{m}', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
-                f"--batch-tokens 4096 --steps 100 --val-every 600 --seed {s} --out {name(f'tuned-{m}', s)}") for m in times for s in SEEDS))
+    together(*((name(f"tuned-{m}", s), f"train.py --data long --init {name(f'searched-{m}' if m > 1 else 'base', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
+                f"--batch-tokens 4096 --steps 100 --val-every 600 --seed {s} --out {name(f'tuned-{m}', s)}") for m in (1, *times) for s in SEEDS))
     longest, found = max(times) * original, {}
     for s in SEEDS:
         base, tokenizer = models.load(name("base", s), "cpu", torch.float32)
@@ -4666,11 +4671,11 @@ def context(times=(2, 4, 8, 16), original=128):
             factors = grow.rope_factors(base.config, m)
             candidates = {method: grow.set_context(base, m * original, factors.get(method), scale) for method, scale in
                           (("none", None), ("pi", 1.0), ("ntk", 1.0), ("yarn", 0.1 * math.log(m) + 1))} if m > 1 else {"none": base}
-            for method, where in (("searched", f"searched-{m}"), ("searched + finetuned", f"tuned-{m}")):
-                candidates[method] = models.load(name(where, s), "cpu", torch.float32)[0] if m > 1 else base
+            candidates["searched"] = models.load(name(f"searched-{m}", s), "cpu", torch.float32)[0] if m > 1 else base
+            candidates["searched, then 100 steps"] = models.load(name(f"tuned-{m}", s), "cpu", torch.float32)[0]  # at 1 x the plain model's
             for method, candidate in candidates.items():
                 found.setdefault((method, m), []).append(perplexity(candidate, m * original))
-    methods = ("none", "pi", "ntk", "yarn", "searched", "searched + finetuned")
+    methods = ("none", "pi", "ntk", "yarn", "searched", "searched, then 100 steps")
     print_table([f"perplexity, {original} tokens x", *(str(m) for m in (1, *times))],
                 [[method, *(spread(found.get((method, m), found["none", 1]), "{:.2f}") for m in (1, *times))] for method in methods], "context")
     save_chart("context", {method: [(m, np.mean(v), min(v), max(v)) for m in (1, *times) for v in [found.get((method, m), found["none", 1])]] for method in methods},
