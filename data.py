@@ -355,6 +355,9 @@ FREQUENT = {  # words that are frequent in one language and rare in the others
     "pl": "w i na z do się nie że to jest o jak po co za od przez dla ale czy są lub może oraz przed aby",
     "tr": "ve bir bu da de için ile olarak çok daha gibi ne kadar sonra ise var değil veya her bunu olduğu",
     "id": "yang dan di dengan untuk dari ini itu pada adalah tidak dalam akan ke oleh atau juga anda dapat",
+    "sv": "och att det som en på är av för med den till inte har om ett men jag var sig så vi kan från",
+    "da": "og at det er en af til på som med for ikke den der har de et men jeg var sig så vi kan fra",
+    "fi": "ja on ei että se oli ovat hän mutta kun niin myös kuin tai joka jos mukaan olla sen siitä ole tämä voi vain",
     "vi": "của và là có không các được cho trong một người những với này đã khi để từ về như bạn cũng"}
 LANGUAGES_OF = {word: [name for name in FREQUENT if word in FREQUENT[name].split()] for word in " ".join(FREQUENT.values()).split()}
 PERSONAL = [(re.compile(pattern), mask) for pattern, mask in (
@@ -367,7 +370,7 @@ PERSONAL = [(re.compile(pattern), mask) for pattern, mask in (
 
 def language(text, threshold=0.08):
     """The language of prose by its script, or by the share of its words that are frequent in it (1 / k of k languages'); "?" below `threshold`."""
-    text = text[:5000].lower()
+    text = unicodedata.normalize("NFC", text[:5000].lower())  # Vietnamese often comes in pieces
     n_letters, scores = sum(map(str.isalpha, text)), Counter()
     for name, script in {} if text.isascii() else SCRIPTS.items():
         if len(re.findall(script, text)) > (0.1 if name == "ja" else 0.5) * n_letters:  # Japanese mixes in Chinese letters
