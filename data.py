@@ -542,12 +542,14 @@ def band_keys(signatures, n_bands):
     return keys
 
 
-def candidates(keys):
-    """Pairs (m, 2) of indices with equal keys: each with its neighbour and with its bucket's first, so a bucket of n gives 2n pairs, not n^2."""
+def candidates(keys, reach=4):
+    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones and with its bucket's first, so a bucket of n gives 5n pairs, not n^2."""
     order = keys.argsort(kind="stable")
-    _, first, counts = np.unique(keys[order], return_index=True, return_counts=True)
-    pairs = np.stack([np.append(order[:-1], np.repeat(order[first], counts)[1:]), np.append(order[1:], order[1:])], 1)
-    return np.unique(pairs[(keys[pairs[:, 0]] == keys[pairs[:, 1]]) & (pairs[:, 0] < pairs[:, 1])], axis=0)
+    keys = keys[order]
+    begins = np.maximum.accumulate(np.where(np.append(True, keys[1:] != keys[:-1])[:len(keys)], np.arange(len(keys)), 0))
+    ends = [np.flatnonzero(begins < np.arange(len(keys)))] + [step + np.flatnonzero(keys[step:] == keys[:-step]) for step in range(1, reach + 1)]
+    starts = [begins[ends[0]]] + [end - step for step, end in enumerate(ends[1:], 1)]
+    return np.unique(np.stack([order[np.concatenate(starts)], order[np.concatenate(ends)]], 1), axis=0)
 
 
 def components(pairs):

@@ -2357,6 +2357,12 @@ def test_millions_of_signatures_are_compared_in_little_memory(tmp_path):
     assert {int(k): v for k, v in groups.items()} == {2: len(dropped)}
 
 
+def test_candidates_share_a_key():
+    assert data.candidates(np.uint64([7, 7, 3, 7, 5])).tolist() == [[0, 1], [0, 3], [1, 3]] and data.candidates(np.uint64([])).shape == (0, 2)
+    many = data.candidates(np.zeros(100, np.uint64))  # of a large bucket not all pairs
+    assert len(many) < 500 and (many[:, 0] < many[:, 1]).all() and len(data.components(many)[0]) == 100
+
+
 def test_similar_documents_are_found_and_others_left(tmp_path):
     rng = random.Random(5)
     texts, pairs = [], []
