@@ -966,14 +966,10 @@ def tokenizer_of(merges):
 
 def encode(documents, tokenizer, dtype):
     """Documents -> (token ids, mask): an end-of-text after each; mask 0 on a problem's prompt, which is encoded apart, else 1."""
-    from model import Tokenizer
-    one = lambda text: np.array(tokenizer.encode(text), dtype)
-    if type(tokenizer) is Tokenizer and not tokenizer.added and hasattr(tokenizer._bpe, "encode_to_numpy"):  # no Python list between
-        one = lambda text: tokenizer._bpe.encode_to_numpy(text, disallowed_special=()).astype(dtype)
     ids, mask, end = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], np.array([tokenizer.eot], dtype)
     for document in documents:
         prompt, text = document.get("prompt_chars", 0), document["text"]
-        head, tail = one(text[:prompt]), one(text[prompt:])
+        head, tail = (np.array(tokenizer.encode(part), dtype) for part in (text[:prompt], text[prompt:]))
         ids += [head, tail, end]
         mask += [np.zeros(len(head), np.uint8), np.ones(len(tail) + 1, np.uint8)]
     return np.concatenate(ids), np.concatenate(mask)
