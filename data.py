@@ -612,7 +612,8 @@ class Contamination:
             self.trees += [(i, self.bag(source), tree[1]) for source, tree in trees if tree and len(tree[1]) >= smallest]
         self.index = {n: {gram: own for gram, own in owners.items() if len(own) <= 2} for n, owners in self.index.items()}
         self.n_grams = Counter(itertools.chain(*self.index[7].values()))
-        self.table[np.array([gram >> 44 for owners in self.index.values() for gram in owners], int)] = True  # by 20 bits: most need no other look
+        self.sorted = {n: np.sort(np.array([*owners, 2**64 - 1], np.uint64)) for n, owners in self.index.items()}
+        self.table[np.concatenate([*self.sorted.values()]) >> np.uint64(44)] = True  # by 20 bits: most need no other look
         self.bags = np.array([bag for _, bag, _ in self.trees])
 
     @staticmethod
@@ -634,6 +635,7 @@ class Contamination:
             grams, bounds = self.grams(raws)
             for n, owners in self.index.items():
                 maybe, shared = np.flatnonzero(self.table[grams[n] >> np.uint64(44)]), {}
+                maybe = maybe[self.sorted[n][np.searchsorted(self.sorted[n], grams[n][maybe])] == grams[n][maybe]]
                 for at, gram, d in zip(maybe, grams[n][maybe].tolist(), np.searchsorted(bounds, maybe, side="right") - 1):
                     for i in owners.get(gram, ()) if at + n <= bounds[d + 1] else ():
                         shared.setdefault((int(d), i), set()).add(gram)
