@@ -564,6 +564,12 @@ def components(pairs):
     return nodes, label
 
 
+def spanning(pairs):
+    """The fewest pairs that connect what these connect: each node, but the first of its component, with that one."""
+    nodes, label = components(pairs)
+    return np.stack([nodes[label], nodes], 1)[label != np.arange(len(nodes))]
+
+
 # ---- decontamination ----
 
 FUNCTION = re.compile(r"^(?=(([ \t]*)(?:async )?def [^\n]*\n(?:(?:\2[ \t)][^\n]*)?\n)*))", re.M)
@@ -1093,7 +1099,7 @@ def find_duplicates(work, parts, base, options, per_range=8_000_000):
 
     Documents that share the text or a band of the signature are compared by the share of equal values; of each group connected by a similarity >=
     the threshold the best-scored stays, the longest and then the first among equals. A unit of work is one band's keys within one range of
-    hashes; only pairs found similar are ever held together, 16 bytes each."""
+    hashes; held together is one pair for each document that has a copy, and those of one band more."""
     n_keys, n_ranges = (1 + options.dedup_bands if options.dedup_threshold < 1 else 1), 1 + int(base[-1]) // per_range
 
     def compare(unit):
@@ -1109,14 +1115,15 @@ def find_duplicates(work, parts, base, options, per_range=8_000_000):
         for k in range(0, len(pairs) if band else 0, 1 << 15):
             left, right = (rows_of(parts, base, "signatures", side) for side in pairs[k:k + (1 << 15)].T)
             alike[k:k + (1 << 15)] = (left == right).mean(1) >= options.dedup_threshold
-        return {"pairs": pairs[alike]}
+        return {"pairs": spanning(pairs[alike])}
 
-    pairs = [part("pairs") for part in work.run("compared", n_keys * n_ranges, compare)]
-
-    nodes, label = components(np.concatenate(pairs))
+    compared, pairs = work.run("compared", n_keys * n_ranges, compare), np.zeros((0, 2), np.int64)
+    for unit in range(0, len(compared), n_ranges):  # a band
+        pairs = spanning(np.concatenate([pairs, *(part("pairs") for part in compared[unit:unit + n_ranges])]))
+    nodes, label = components(pairs)
     order = np.lexsort((nodes, -rows_of(parts, base, "size", nodes), -rows_of(parts, base, "value", nodes), label))
     dropped = np.sort(nodes[order[1:][np.diff(label[order]) == 0]])
-    same = np.isin(dropped, np.concatenate([pair[:, 1] for pair in pairs[:n_ranges]]))
+    same = np.isin(dropped, np.concatenate([part("pairs")[:, 1] for part in compared[:n_ranges]]))
     return dropped, same, Counter(np.unique(label, return_counts=True)[1].tolist())
 
 

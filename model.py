@@ -1378,6 +1378,7 @@ def decode_bench(path: str, device=None, precisions=("bf16", "int8", "int4"), ba
         ones.sum().item()
         seconds = min(seconds, time.perf_counter() - start)
     prompt, limit = min(prompt, config.context // 2), 4 * len(ones) / seconds  # bytes a second
+    del ones
     print(f"{path}: {config.parameters():,} parameters, {device}, {torch.get_num_threads()} threads, {limit / 1e9:.1f} GB/s when reading; prompts of "
           f"{prompt} tokens, then {new} new ones")
     print("precision batch weights GB cache GB prompt tok/s decode tok/s  p50 ms  p95 ms   GB/s of limit")
