@@ -4753,7 +4753,7 @@ def contamination(steps=900):
                {0: "clean", 1: "planted", 2: "decontaminated"}, log_y=False)
 
 
-def skip(layers=12, over=80, steps=500):
+def skip(layers=12, over=80, steps=300):
     """SkipDecode at nominal speeds, without and with finetuning for it: pass@1, and the speed measured when decoding 64 problems together, or one."""
     recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base", "runs/phi")
     nominal = {1: None, 1.5: (12, 4, over), 2: (10, 2, over), 3: (6, 2, over), 4.8: (3, 2, over)}
