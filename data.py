@@ -500,7 +500,6 @@ def word_hashes(raws):
     before, last = np.flatnonzero(is_word[1:] != is_word[:-1]).reshape(-1, 2).T  # the byte before a word's first, and its last
     power, inverse = powers(max(17, len(joined).bit_length()))
     running = np.frombuffer(joined, np.uint8).astype(np.uint64)
-    running += np.uint64(1)
     running *= power[:len(joined)]
     np.cumsum(running, out=running)
     return mix((running[last] - running[before]) * inverse[before]), np.searchsorted(before, np.cumsum([0] + [len(raw) + 1 for raw in raws]))
