@@ -1080,6 +1080,16 @@ def range_of(keys, n):
     return (keys >> np.uint64(32)) * np.uint64(n) >> np.uint64(32)
 
 
+def of_range(arrays, base, r, n):
+    """The r-th range's keys, and their global indices, of all (keys of a part, mask of those that count)."""
+    keys, index = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for (own, counts), begin in zip(arrays, base):
+        inside = np.flatnonzero((range_of(own, n) == r) & counts)
+        keys.append(own[inside])
+        index.append(inside + begin)
+    return np.concatenate(keys), np.concatenate(index)
+
+
 def kth_smallest(arrays, k):
     """The k-th smallest (from 1) of all uint64 in arrays(), 16 bits at a time: a histogram in memory and never the numbers."""
     prefix = 0
@@ -1103,13 +1113,8 @@ def find_duplicates(work, parts, base, options, per_range=8_000_000):
 
     def compare(unit):
         band, r = divmod(unit, n_ranges)
-        keys, index = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for part, begin in zip(parts, base):
-            own = part("keys")[band]
-            inside = np.flatnonzero(range_of(own, n_ranges) == r)
-            keys.append(own[inside])
-            index.append(inside + begin)
-        pairs = np.concatenate(index)[candidates(np.concatenate(keys))]
+        keys, index = of_range(((part("keys")[band], True) for part in parts), base, r, n_ranges)
+        pairs = index[candidates(keys)]
         alike = np.ones(len(pairs), bool)
         for k in range(0, len(pairs) if band else 0, 1 << 15):
             left, right = (rows_of(parts, base, "signatures", side) for side in pairs[k:k + (1 << 15)].T)
@@ -1147,13 +1152,8 @@ def without_repeats(work, parts, alive, least, per_range=8_000_000):
     n_ranges = 1 + int(base[-1]) // per_range
 
     def repeated(r):
-        keys, index = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for part, begin, own in zip(parts, base, alive):
-            inside = np.flatnonzero((range_of(part("paragraphs"), n_ranges) == r) & np.repeat(own, part("has")))
-            keys.append(part("paragraphs")[inside])
-            index.append(inside + begin)
-        index = np.concatenate(index)
-        return {"again": np.setdiff1d(index, index[np.unique(np.concatenate(keys), return_index=True)[1]])}
+        keys, index = of_range(((part("paragraphs"), np.repeat(own, part("has"))) for part, own in zip(parts, alive)), base, r, n_ranges)
+        return {"again": np.setdiff1d(index, index[np.unique(keys, return_index=True)[1]])}
 
     found = [part("again") for part in work.run("paragraphs", n_ranges, repeated)]
 
