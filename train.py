@@ -941,7 +941,7 @@ def recipe_stages(quick):
     root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
     pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000) if quick else (6000, 22_000, 600, 6_000_000)
     learned, asked = ("1-2", "2-3") if quick else ("1-4", "2-6")
-    pretrain, finetune, rows = (40, 900, "--context 192 --batch-tokens 1536") if quick else (300, 1900, "--context 384 --batch-tokens 2304")
+    pretrain, finetune, rows = (40, 1200, "--context 192 --batch-tokens 1536") if quick else (300, 1900, "--context 384 --batch-tokens 2304")
     bpe, rates = f"--tokenizer {root}/textbooks --out {root}", "--lr 0.02 --muon-lr 0.008"
     test, solve = f"{root}/test.jsonl", "--max-tokens 400 --show"
     return [
