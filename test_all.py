@@ -4756,7 +4756,7 @@ def contamination(steps=900):
 def skip(layers=12, over=80, steps=600):
     """SkipDecode at nominal speeds, without and with finetuning for it: pass@1, and the speed measured when decoding 64 problems together, or one."""
     recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base", "runs/phi")
-    nominal = {1: None, 1.5: (9, 7, over), 2: (7, 5, over), 3: (5, 3, over), 4.8: (3, 2, over)}
+    nominal = {1: None, 1.5: (9, 7, over), 2: (7, 5, over), 2.4: (6, 4, over), 3: (5, 3, over), 4.8: (3, 2, over)}
     run, rates = "runs/skip/{}".format, "--lr 0.005 --muon-lr 0.002"
 
     def option(times):
