@@ -4505,7 +4505,7 @@ def together(*commands):
         (product, command), words = entry, entry[1].split()
         if os.path.exists(product) and os.path.exists(f"{product}.out"):
             with open(f"{product}.out") as file:
-                if file.readline().rstrip() == command:
+                if file.readline().split() == command.split():
                     return
         os.makedirs(os.path.dirname(product) or ".", exist_ok=True)
         begun = time.time()
