@@ -1095,7 +1095,7 @@ def cache_folder() -> str:
 
 def tiled(x, width: int = 1):
     """Rows (N, C · width) in the order that NATIVE reads them in: 16 rows side by side, `width` of each at a time; N is filled up to whole tiles."""
-    rows = F.pad(x, (0, 0, 0, -len(x) % 16))
+    rows = F.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x  # padding copies
     return rows.view(-1, 16, rows.shape[1] // width, width).transpose(1, 2).contiguous()
 
 
