@@ -4795,4 +4795,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
         EXPERIMENTS[sys.argv[1]]()
     else:
-        raise SystemExit(f"usage: python test_all.py {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
+        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
