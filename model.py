@@ -1,23 +1,24 @@
-"""The decoder of every phi (and of Llama 3 and Gemma), its presets, KV cache and generation, its tokenizers, and checkpoints.
+"""The decoder of every phi (and of Llama 3 and Gemma): shape, layers, cache, generation, tokenizers, checkpoints.
 
-One block serves all families; what tells them apart stands in the table FAMILIES. A run directory is a Hugging Face directory
-of its family, so there is no import or export step. `python model.py` prints the presets.
+Read it from top to bottom: Config -> Block -> Model.hidden -> KVCache -> Model.generate. One forward serves training,
+prefill and decoding. Modules and parameters carry the names of Hugging Face's Phi-3, and a run directory is a
+Hugging Face directory of its family, so there is no import or export step. `python model.py` prints the presets.
 """
 import argparse
-import base64
 import contextlib
+import copy
 import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
-import mmap
 import os
 import pickle
 import re
+import sys
 import time
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -27,69 +28,13 @@ from torch import nn
 import kernels
 
 
-# ---------------------------------------------------------------- families
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What the checkpoints of one family share: the form of the block, and the names that Hugging Face's files use."""
-    architecture: str              # the class in transformers
-    tensors: dict                  # our module -> theirs, or several whose rows follow one another in ours
-    fields: dict                   # our Config field -> their key in config.json, where it is not the one in FIELDS
-    constants: dict                # what config.json has to say besides; another value there is another model
-    activation: str = "swiglu"     # a function of kernels
-    parallel: bool = False         # attention and feed-forward read the same norm and are added together (GPT-J's block)
-    layer_norm: bool = False       # LayerNorm with bias instead of RMSNorm
-    bias: bool = False             # in all linear layers of the blocks
-    head_bias: bool = False        # in the output layer
-    norm_offset: float = 0.0       # Gemma stores its norms' weights less one
-    defaults: dict = dataclasses.field(default_factory=dict)  # Config fields that config.json may leave out
-
-
-FIELDS = {"vocab_size": "vocab_size", "context": "max_position_embeddings", "n_layer": "num_hidden_layers", "d_model": "hidden_size",
-          "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
-          "tied": "tie_word_embeddings", "rope_theta": "rope_theta", "rotary_share": "partial_rotary_factor",
-          "original_context": "original_max_position_embeddings", "short_factor": "short_factor", "long_factor": "long_factor",
-          "short_scale": "attention_factor", "long_scale": "attention_factor"}
-LONGROPE = ("short_factor", "long_factor", "short_scale", "long_scale")  # those that stand in rope_scaling
-LLAMA_TENSORS = {
-    "embed": "model.embed_tokens", "attention_norm": "input_layernorm", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate_up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj",
-    "norm": "model.norm", "head": "lm_head"}
-FAMILIES = {  # by config.json's model_type
-    "phi3": Family(  # phi-3-mini, 3.5-mini, 3-medium, 4, 4-mini
-        "Phi3ForCausalLM", {**LLAMA_TENSORS, "qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
-        {"window": "sliding_window"}, {"hidden_act": "silu", "attention_bias": False}),
-    "phi": Family(  # phi-1, 1.5, 2
-        "PhiForCausalLM",
-        {**LLAMA_TENSORS, "out": "self_attn.dense", "gate_up": "mlp.fc1", "down": "mlp.fc2", "norm": "model.final_layernorm"},
-        {"norm_eps": "layer_norm_eps"}, {"hidden_act": "gelu_new", "qk_layernorm": False}, activation="gelu", parallel=True,
-        layer_norm=True, bias=True, head_bias=True, defaults={"rotary_share": 0.5}),
-    "phi3small": Family(  # its rows of qkv and of gate and up have an order of their own (_row_order)
-        "Phi3SmallForCausalLM", {**LLAMA_TENSORS, "qkv": "self_attn.query_key_value", "out": "self_attn.dense",
-                                 "gate_up": "mlp.up_proj", "norm": "model.final_layernorm"},
-        {"norm_eps": "layer_norm_epsilon", "d_ff": "ff_intermediate_size", "rope_theta": "rope_embedding_base",
-         "short_scale": "short_mscale", "long_scale": "long_mscale", "embedding_scale": "mup_embedding_multiplier",
-         "attention_scale": "mup_attn_multiplier", "logit_divisor": "mup_width_multiplier", "sparse_block": "blocksparse_block_size",
-         "sparse_local": "blocksparse_num_local_blocks", "sparse_stride": "blocksparse_vert_stride",
-         "dense_every": "dense_attention_every_n_layers", "dummy_tokens": "dummy_token_indices"},
-        {"hidden_act": "gegelu", "gegelu_limit": 20.0, "mup_use_scaling": True, "attention_bias": False,
-         "blocksparse_homo_head_pattern": False, "rope_position_scale": 1.0},
-        activation="geglu_clamped", layer_norm=True, bias=True, defaults={"tied": True}),
-    "llama": Family("LlamaForCausalLM", LLAMA_TENSORS, {"head_size": "head_dim"},
-                    {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}),
-    "gemma": Family(  # scales the embedding by sqrt(d_model)
-        "GemmaForCausalLM", LLAMA_TENSORS, {"head_size": "head_dim"}, {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
-        activation="geglu", norm_offset=1.0, defaults={"tied": True}),
-}
-
-
 # ---------------------------------------------------------------- shape
 
 @dataclasses.dataclass
 class Config:
-    """The shape of a model. Sizes in tokens (vocab_size, contexts, window), layers, channels (d_model, d_ff, head_size) and heads."""
+    """The shape of a model. Lengths in tokens, widths in channels."""
     vocab_size: int
-    context: int
+    max_seq_len: int
     n_layer: int
     d_model: int
     n_head: int
@@ -97,43 +42,50 @@ class Config:
     d_ff: int
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
-    tied: bool = False                    # the output layer is the embedding
-    family: str = "phi3"
-    head_size: int | None = None          # channels of a head; d_model / n_head unless given
-    rotary_share: float = 1.0             # share of a head's channels that rotary positions turn
-    window: int | None = None             # a token sees so many, itself included; None for all
-    original_context: int | None = None   # LongRoPE (arXiv 2402.13753): sequences up to this length use the short factors, longer
-    short_factor: list | None = None      # ones the long factors, one for each rotated pair of channels
+    tie_embeddings: bool = False            # the output layer is the embedding
+    model_type: str = "phi3"                # the family, a key of FAMILIES
+    head_size: int | None = None            # channels of a head, where that is not d_model / n_head
+    partial_rotary_factor: float = 1.0      # share of a head's channels that rotary positions turn
+    window: int | None = None               # a token sees so many, itself included; None: all
+    # LongRoPE (arXiv 2402.13753): a sequence up to the original length uses the short factors, a longer one the
+    # long ones, one for each rotated pair of channels. cos and sin are multiplied by mscale (see rope_mscale).
+    original_max_seq_len: int | None = None
+    short_factor: list | None = None
     long_factor: list | None = None
-    short_scale: float | None = None      # of cos and sin; by the paper's formula unless given
-    long_scale: float | None = None
-    embedding_scale: float = 1.0          # muP (phi-3-small): embeddings times this,
-    attention_scale: float | None = None  # softmax of q·k times this / head_dim instead of 1 / sqrt(head_dim),
-    logit_divisor: float = 1.0            # logits divided by this
-    sparse_block: int = 64                # blocksparse attention: a block of so many tokens sees so many blocks back, itself included,
-    sparse_local: int = 16
-    sparse_stride: int = 8                # and of the older ones every so-manieth
-    dense_every: int = 1                  # every so-manieth layer is dense; 1 for no sparse layers
-    dummy_tokens: list = dataclasses.field(default_factory=list)  # ids that are never predicted
+    short_mscale: float | None = None
+    long_mscale: float | None = None
+    # phi-3-small: muP multipliers, blocksparse attention, ids that are never predicted
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None   # scores are q·k times this / head_dim instead of 1 / sqrt(head_dim)
+    logit_divisor: float = 1.0
+    sparse_block: int = 64                  # a block of so many tokens sees
+    sparse_local: int = 16                  # so many blocks back, itself included,
+    sparse_stride: int = 8                  # and of the older ones every so-manieth
+    dense_every: int = 1                    # every so-manieth layer is dense; 1: all are
+    dummy_tokens: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, whole = getattr(self, field.name), field.type in (int, int | None)
-            if (whole or field.type in (float, float | None)) and (value is not None or field.type in (int, float)) and (
-                    isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < math.inf):
-                raise ValueError(f"{field.name} must be a positive {'whole ' * whole}number, not {value!r}")
-        if self.family not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {self.family!r}")
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                _check_field(field, value)
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, not {self.model_type!r}")
         if not self.head_size and self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} must be a multiple of n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.rotary_dims % 2 or not 0 < self.rotary_dims <= self.head_dim:
-            raise ValueError(f"{self.rotary_dims} of {self.head_dim} channels of a head would be rotated: it must be an even number "
-                             f"(d_model {self.d_model})")
-        for name in ("short_factor", "long_factor") if self.original_context else ():
-            if len(getattr(self, name) or ()) != self.rotary_dims // 2 or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} must hold {self.rotary_dims // 2} positive numbers, one for each rotated pair of channels")
+            raise ValueError(f"{self.rotary_dims} of {self.head_dim} channels of a head would be rotated: "
+                             f"it must be an even number (d_model {self.d_model})")
+        if self.original_max_seq_len:
+            for name in ("short_factor", "long_factor"):
+                if len(getattr(self, name) or ()) != self.rotary_dims // 2:
+                    raise ValueError(f"{name} must hold {self.rotary_dims // 2} numbers, one for each rotated pair")
+
+    @property
+    def family(self) -> "Family":
+        return FAMILIES[self.model_type]
 
     @property
     def head_dim(self) -> int:
@@ -141,49 +93,153 @@ class Config:
 
     @property
     def rotary_dims(self) -> int:
-        return int(self.head_dim * self.rotary_share)
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def form(self) -> Family:
-        return FAMILIES[self.family]
+    def blocksparse(self) -> tuple[int, int, int]:
+        return self.sparse_block, self.sparse_local, self.sparse_stride
 
-    def rope_scale(self, long: bool) -> float:
-        """What cos and sin are multiplied by: sqrt(1 + ln(context / original) / ln(original)) for LongRoPE, short and long alike."""
-        given = self.long_scale if long else self.short_scale
-        if given is not None or not self.original_context or self.context <= self.original_context:
-            return 1.0 if given is None else given
-        return math.sqrt(1 + math.log(self.context / self.original_context) / math.log(self.original_context))
+    def rope_mscale(self, long: bool) -> float:
+        """LongRoPE's factor of cos and sin, by the paper's formula unless given."""
+        given = self.long_mscale if long else self.short_mscale
+        if given is not None:
+            return given
+        if not self.original_max_seq_len or self.max_seq_len <= self.original_max_seq_len:
+            return 1.0
+        stretch = self.max_seq_len / self.original_max_seq_len
+        return math.sqrt(1 + math.log(stretch) / math.log(self.original_max_seq_len))
 
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in Model(self).parameters())
 
     def attention_flops(self) -> int:
-        """Of the last token of a full context: two products with all the keys and values it sees, two operations each, per head."""
-        return 4 * self.n_layer * self.n_head * self.head_dim * min(self.context, self.window or self.context)
+        """Of the last token of a full context: q·k and weights·v, a multiplication and an addition each."""
+        visible = min(self.max_seq_len, self.window or self.max_seq_len)
+        return 4 * self.n_layer * self.n_head * self.head_dim * visible
 
-    def cache_bytes(self) -> int:
+    def kv_cache_bytes(self) -> int:
         """Keys and values of one token in 16 bits."""
         return 2 * 2 * self.n_layer * self.n_kv_head * self.head_dim
 
 
-def _phi(n_layer, d_model, head_dim) -> Config:
+def _check_field(field: dataclasses.Field, value) -> None:
+    """ValueError that names the field unless its value is a positive number, a flag, a name or a list of numbers."""
+    if field.type in (bool, str):
+        valid, wanted = isinstance(value, field.type), field.type.__name__
+    elif field.type in (list, list | None):
+        numbers = isinstance(value, (list, tuple)) and all(type(item) in (int, float) for item in value)
+        # factors are divided by; a token's id may be 0
+        valid, wanted = numbers and (not value or min(value) > 0 or field.type is list), "list of positive numbers"
+    else:
+        whole = field.type in (int, int | None)
+        valid = type(value) in ((int,) if whole else (int, float)) and 0 < value < math.inf
+        wanted = "positive whole number" if whole else "positive number"
+    if not valid:
+        raise ValueError(f"{field.name} must be a {wanted}, not {value!r}")
+
+
+# ---------------------------------------------------------------- families
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one family differ from Phi-3's, in the block and in the files of Hugging Face."""
+    architecture: str               # the class in transformers
+    names: dict                     # our module -> theirs, or several whose rows follow one another in ours
+    fields: dict                    # Config field -> key of config.json, where it is not the one in FIELDS
+    constants: dict                 # what config.json must say besides: another value there is another model
+    activation: str = "swiglu"      # a function of kernels
+    parallel: bool = False          # attention and MLP read the same norm and are added together (GPT-J's block)
+    layer_norm: bool = False        # LayerNorm with bias instead of RMSNorm
+    bias: bool = False              # in all linear layers of the blocks
+    head_bias: bool = False         # in the output layer
+    norm_offset: float = 0.0        # Gemma stores the weights of its norms less one
+    defaults: dict = dataclasses.field(default_factory=dict)   # Config fields that config.json may leave out
+
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "rope_theta": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+    "short_factor": "short_factor",
+    "long_factor": "long_factor",
+    "short_mscale": "attention_factor",
+    "long_mscale": "attention_factor",
+}
+ROPE_SCALING_FIELDS = ("short_factor", "long_factor", "short_mscale", "long_mscale")
+LLAMA_NAMES = {
+    "self_attn.qkv_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "mlp.gate_up_proj": "mlp.gate_proj mlp.up_proj",
+}
+FAMILIES = {    # by config.json's model_type
+    # phi-3-mini, 3.5-mini, 3-medium, 4, 4-mini
+    "phi3": Family(
+        "Phi3ForCausalLM", {}, {"window": "sliding_window"}, {"hidden_act": "silu", "attention_bias": False}),
+    # phi-1, 1.5, 2
+    "phi": Family(
+        "PhiForCausalLM",
+        {**LLAMA_NAMES, "self_attn.o_proj": "self_attn.dense", "mlp.gate_up_proj": "mlp.fc1",
+         "mlp.down_proj": "mlp.fc2", "model.norm": "model.final_layernorm"},
+        {"norm_eps": "layer_norm_eps"},
+        {"hidden_act": "gelu_new", "qk_layernorm": False},
+        activation="gelu", parallel=True, layer_norm=True, bias=True, head_bias=True,
+        defaults={"partial_rotary_factor": 0.5}),
+    # its files order the rows of qkv and of gate and up in their own way (_phi3small_rows)
+    "phi3small": Family(
+        "Phi3SmallForCausalLM",
+        {"self_attn.qkv_proj": "self_attn.query_key_value", "self_attn.o_proj": "self_attn.dense",
+         "mlp.gate_up_proj": "mlp.up_proj", "model.norm": "model.final_layernorm"},
+        {"norm_eps": "layer_norm_epsilon", "d_ff": "ff_intermediate_size", "rope_theta": "rope_embedding_base",
+         "short_mscale": "short_mscale", "long_mscale": "long_mscale",
+         "embedding_multiplier": "mup_embedding_multiplier", "attention_multiplier": "mup_attn_multiplier",
+         "logit_divisor": "mup_width_multiplier", "sparse_block": "blocksparse_block_size",
+         "sparse_local": "blocksparse_num_local_blocks", "sparse_stride": "blocksparse_vert_stride",
+         "dense_every": "dense_attention_every_n_layers", "dummy_tokens": "dummy_token_indices"},
+        {"hidden_act": "gegelu", "gegelu_limit": 20.0, "mup_use_scaling": True, "attention_bias": False,
+         "blocksparse_homo_head_pattern": False, "rope_position_scale": 1.0},
+        activation="geglu_clamped", layer_norm=True, bias=True, defaults={"tie_embeddings": True}),
+    "llama": Family(
+        "LlamaForCausalLM", LLAMA_NAMES, {"head_size": "head_dim"},
+        {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}),
+    # multiplies the embedding by sqrt(d_model)
+    "gemma": Family(
+        "GemmaForCausalLM", LLAMA_NAMES, {"head_size": "head_dim"},
+        {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False},
+        activation="geglu", norm_offset=1.0, defaults={"tie_embeddings": True}),
+}
+
+
+# ---------------------------------------------------------------- presets
+
+def _phi(n_layer: int, d_model: int, head_dim: int) -> Config:
+    """phi-1, 1.5 and 2: all heads have keys of their own, 32 channels of each are rotated."""
     heads = d_model // head_dim
-    return Config(51200, 2048, n_layer, d_model, heads, heads, 4 * d_model, family="phi", rotary_share=32 / head_dim)
+    return Config(51200, 2048, n_layer, d_model, heads, heads, 4 * d_model,
+                  model_type="phi", partial_rotary_factor=32 / head_dim)
 
 
-PHI_3_MINI = Config(vocab_size=32064, context=4096, n_layer=32, d_model=3072, n_head=32, n_kv_head=32, d_ff=8192, window=2047)
-PHI_3_MINI_128K = dataclasses.replace(PHI_3_MINI, context=131072, window=None)
-PHI_4 = Config(vocab_size=100352, context=16384, n_layer=40, d_model=5120, n_head=40, n_kv_head=10, d_ff=17920, rope_theta=2.5e5)
-PHI_3_SMALL = Config(vocab_size=100352, context=8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336, rope_theta=1e6,
-                     tied=True, family="phi3small", embedding_scale=10.0, attention_scale=1.0, logit_divisor=8.0, dense_every=2,
-                     dummy_tokens=[100256, *range(100258, 100261), 100264, 100265, *range(100267, 100352)])
-# The 128k shapes stand here with plain rotary positions: the factors of the released models come with their checkpoints, and
-# grow.py finds new ones.
+PHI_3_MINI = Config(32064, 4096, n_layer=32, d_model=3072, n_head=32, n_kv_head=32, d_ff=8192, window=2047)
+# The 128k shapes have plain rotary positions here: the factors of released models come with their checkpoints,
+# and grow.py searches new ones.
+PHI_3_MINI_128K = dataclasses.replace(PHI_3_MINI, max_seq_len=131072, window=None)
+PHI_3_SMALL = Config(
+    100352, 8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336, rope_theta=1e6, tie_embeddings=True,
+    model_type="phi3small", embedding_multiplier=10.0, attention_multiplier=1.0, logit_divisor=8.0, dense_every=2,
+    dummy_tokens=[100256, *range(100258, 100261), 100264, 100265, *range(100267, 100352)])
+PHI_4 = Config(100352, 16384, n_layer=40, d_model=5120, n_head=40, n_kv_head=10, d_ff=17920, rope_theta=2.5e5)
 PRESETS = {
-    "374m": Config(vocab_size=32064, context=2048, n_layer=24, d_model=1024, n_head=16, n_kv_head=16, d_ff=2816),  # to time decoding with
-    "laptop": Config(vocab_size=1024, context=512, n_layer=5, d_model=128, n_head=4, n_kv_head=2, d_ff=384),
-    "baby": Config(vocab_size=65, context=256, n_layer=6, d_model=384, n_head=6, n_kv_head=6, d_ff=1024),
+    "laptop": Config(1024, 512, n_layer=5, d_model=128, n_head=4, n_kv_head=2, d_ff=384),
+    "baby": Config(65, 256, n_layer=6, d_model=384, n_head=6, n_kv_head=6, d_ff=1024),
+    "374m": Config(32064, 2048, n_layer=24, d_model=1024, n_head=16, n_kv_head=16, d_ff=2816),  # to time decoding
     "phi-1-small": _phi(20, 1024, 64),
     "phi-1": _phi(24, 2048, 64),
     "phi-1.5": _phi(24, 2048, 64),
@@ -192,12 +248,15 @@ PRESETS = {
     "phi-3-mini-128k": PHI_3_MINI_128K,
     "phi-3.5-mini": PHI_3_MINI_128K,
     "phi-3-small": PHI_3_SMALL,
-    "phi-3-small-128k": dataclasses.replace(PHI_3_SMALL, context=131072),
-    "phi-3-medium": dataclasses.replace(PHI_4, vocab_size=32064, context=4096, rope_theta=1e4, window=2047),
+    "phi-3-small-128k": dataclasses.replace(PHI_3_SMALL, max_seq_len=131072),
+    "phi-3-medium": dataclasses.replace(PHI_4, vocab_size=32064, max_seq_len=4096, rope_theta=1e4, window=2047),
     "phi-4": PHI_4,
-    "phi-4-mini": dataclasses.replace(PHI_3_MINI_128K, vocab_size=200064, n_head=24, n_kv_head=8, tied=True, rotary_share=0.75),
-    "llama-3-8b": Config(128256, 8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336, rope_theta=5e5, family="llama"),
-    "gemma-2b": Config(256000, 8192, n_layer=18, d_model=2048, n_head=8, n_kv_head=1, d_ff=16384, norm_eps=1e-6, tied=True, family="gemma"),
+    "phi-4-mini": dataclasses.replace(PHI_3_MINI_128K, vocab_size=200064, n_head=24, n_kv_head=8,
+                                      tie_embeddings=True, partial_rotary_factor=0.75),
+    "llama-3-8b": Config(128256, 8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336,
+                         rope_theta=5e5, model_type="llama"),
+    "gemma-2b": Config(256000, 8192, n_layer=18, d_model=2048, n_head=8, n_kv_head=1, d_ff=16384, norm_eps=1e-6,
+                       tie_embeddings=True, model_type="gemma"),
 }
 
 
@@ -208,464 +267,567 @@ class Norm(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.eps, self.offset = config.norm_eps, config.form.norm_offset
+        self.eps = config.norm_eps
+        self.offset = config.family.norm_offset
         self.weight = nn.Parameter(torch.full((config.d_model,), 1.0 - self.offset))
-        self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.form.layer_norm else None
+        self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.family.layer_norm else None
 
-    def forward(self, x, add=None):
-        """norm(x), or with another summand (norm(x + add), x + add)."""
+    def forward(self, x, residual=None):
+        """norm(x), or with a residual (norm(x + residual), x + residual)."""
         if self.bias is not None:
-            return kernels.layer_norm(x, self.weight, self.bias, self.eps, add)
-        return kernels.rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps, add)
-
-    def pointers(self, kept: list) -> list[int]:
-        return [_float_pointer(self.weight + self.offset, kept), _float_pointer(self.bias, kept)]
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        return kernels.rms_norm(x, weight, self.eps, residual)
 
 
 class Linear(nn.Linear):
     def reset_parameters(self):
         """Model draws all weights; drawing them here as well would be work done twice."""
 
-    def pointers(self, kept: list) -> list[int]:
-        """What kernels.NATIVE's struct Linear holds; what it points to and nobody else owns goes into `kept`."""
-        return [self.weight.data_ptr(), 0, 0, _float_pointer(self.bias, kept), *self.weight.shape, 0, 8 * self.weight.itemsize]
+    def forward(self, x):
+        return kernels.linear(x, self.weight, self.bias)
 
 
-class Quantized(nn.Module):
-    """A linear layer, or an embedding, with weights of 4 or 8 bits (kernels.quantize) whose scales `group` weights of a row share.
-    On CPUs with a C++ compiler they lie tiled, as kernels.NATIVE reads them."""
+class Visible(NamedTuple):
+    """What the queries of one forward see of the keys, for all layers. The kernels take intervals, plain PyTorch masks."""
+    kv_ranges: torch.Tensor | None      # (2, B or 1, T): see kernels.attention
+    kv_len: torch.Tensor | None         # (B,) keys in the cache
+    mask: torch.Tensor | None           # (B or 1, 1, T, S)
+    sparse_mask: torch.Tensor | None    # of blocksparse layers, (B or 1, n_head, T, S)
 
-    def __init__(self, rows: int, width: int, bits: int, group: int, bias=None):
+
+class Attention(nn.Module):
+    """Grouped-query attention: n_head queries share n_kv_head keys and values."""
+
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.rows, self.width, self.bits, self.group, self.bias, self.is_tiled = rows, width, bits, group, bias, False
-        self.register_buffer("packed", torch.empty(rows, width * bits // 8, dtype=torch.uint8))
-        for name in ("scale", "low"):
-            self.register_buffer(name, torch.empty(rows, width // group, dtype=torch.bfloat16))
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.split = (config.n_head, config.n_kv_head, config.n_kv_head)
+        multiplier = config.attention_multiplier
+        self.scale = config.head_dim ** -0.5 if multiplier is None else multiplier / config.head_dim
+        self.blocksparse = config.blocksparse if (layer + 1) % config.dense_every else None
+        bias = config.family.bias
+        self.qkv_proj = Linear(config.d_model, sum(self.split) * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.d_model, bias=bias)
 
-    def tile(self, on: bool) -> None:
-        if self.is_tiled != on:
-            for name, width in (("packed", 4), ("scale", 1), ("low", 1)):
-                part = getattr(self, name)
-                setattr(self, name, kernels.tiled(part, width) if on else kernels.untiled(part, self.rows))
-            self.is_tiled = on
+    def forward(self, x, cos, sin, visible, cache=None):
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        q, k, v = qkv.split(self.split, dim=2)                  # (B, T, n_head or n_kv_head, head_dim)
+        q, k = kernels.rotary(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)               # (B, S, n_kv_head, head_dim)
+        y = kernels.attention(
+            q, k, v, self.scale, kv_ranges=visible.kv_ranges, kv_len=visible.kv_len, blocksparse=self.blocksparse,
+            mask=visible.sparse_mask if self.blocksparse else visible.mask)
+        return self.o_proj(y.reshape(B, T, -1))                 # (B, T, n_head * head_dim) -> (B, T, d_model)
 
-    def pointers(self, kept: list) -> list[int]:
-        self.tile(True)
-        weights = [part.data_ptr() for part in (self.packed, self.scale, self.low)]
-        return [*weights, _float_pointer(self.bias, kept), self.rows, self.width, self.group, self.bits]
 
-    def embed(self, tokens):
-        """The rows of these tokens, float32."""
-        parts = [part[tokens // 16, :, tokens % 16].flatten(-2) if self.is_tiled else part[tokens] for part in (self.packed, self.scale, self.low)]
-        return kernels.dequantize(*(part.flatten(0, -2) for part in parts), self.bits).view(*tokens.shape, self.width)
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.activation = getattr(kernels, config.family.activation)
+        gates = 1 if config.family.activation == "gelu" else 2
+        self.gate_up_proj = Linear(config.d_model, gates * config.d_ff, bias=config.family.bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.family.bias)
 
     def forward(self, x):
-        if x.device.type == "cpu" and kernels.native():
-            return kernels.native_linear(x, self)
-        self.tile(False)
-        y = kernels.quantized_matmul(x, self.packed, self.scale, self.low, self.bits)
-        return y if self.bias is None else y + self.bias
-
-
-@torch.no_grad()
-def quantize(model: "Model", bits: int) -> "Model":
-    """Hold the matrices of the blocks in 4 or 8 bits and the output layer (a tied embedding with it) in 8, in place; biases, norms and a
-    separate embedding stay as they are. Groups of 64 weights share a scale, or of the largest power of two that divides the row."""
-    if bits not in (4, 8):
-        raise ValueError(f"weights have 4 or 8 bits, not {bits}")
-    modules = [*model.named_modules()]
-    if any(isinstance(module, Quantized) for _, module in modules):
-        raise ValueError("this model is quantized already: start from the original weights")
-    for name, module in modules:
-        group = math.gcd(module.in_features, 64) if isinstance(module, Linear) else 0
-        if group >= 8 and not (name == "head" and model.config.tied and module.bias is not None):  # an embedding has no bias
-            small = Quantized(module.out_features, module.in_features, 8 if name == "head" else bits, group, module.bias)
-            if not module.weight.is_meta:
-                small.packed, small.scale, small.low = kernels.quantize(module.weight, small.bits, group)
-            model.set_submodule(name, small)
-    if model.config.tied and isinstance(model.head, Quantized):
-        model.embed = model.head
-    return model.eval()
-
-
-def _float_pointer(tensor, kept: list) -> int:
-    if tensor is None:
-        return 0
-    kept.append(tensor.detach().float().contiguous())
-    return kept[-1].data_ptr()
+        return self.down_proj(self.activation(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each read from a normed copy of the residual stream x and added to it."""
-
-    def __init__(self, config: Config, sparse: bool = False):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.scale = config.head_dim ** -0.5 if config.attention_scale is None else config.attention_scale / config.head_dim
-        self.sparse = (config.sparse_block, config.sparse_local, config.sparse_stride) if sparse else None
-        self.activation, bias = getattr(kernels, config.form.activation), config.form.bias
-        self.attention_norm = Norm(config)
-        self.qkv = Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=bias)
-        self.out = Linear(config.n_head * config.head_dim, config.d_model, bias=bias)
-        self.mlp_norm = None if config.form.parallel else Norm(config)
-        self.gate_up = Linear(config.d_model, config.d_ff * (1 if config.form.activation == "gelu" else 2), bias=bias)
-        self.down = Linear(config.d_ff, config.d_model, bias=bias)
+        self.input_layernorm = Norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = None if config.family.parallel else Norm(config)
+        self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        """x (B, T, d_model); cos, sin, mask as kernels.rotary and kernels.attention want them; without a mask attention is causal.
-
-        cache: (keys, values, past): the new columns are written in place from `past` on, and all columns so far are attended to.
-        """
-        B, T, _ = x.shape
-        h = self.attention_norm(x)
-        q, k, v = kernels.rotary(self.qkv(h), cos, sin, self.heads, self.kv_heads, self.head_dim)         # -> (B, H or Hkv, T, D)
-        if cache is not None:
-            keys, values, past = cache
-            keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
-            k, v = keys[:, :, :past + T], values[:, :, :past + T]                  # (B, Hkv, T, D) -> (B, Hkv, past + T, D)
-        y = kernels.attention(q, k, v, mask, self.scale, mask is None and T > 1, self.sparse)
-        y = self.out(y.transpose(1, 2).reshape(B, T, -1))                          # (B, H, T, D) -> (B, T, H·D) -> (B, T, d_model)
-        if self.mlp_norm is None:
-            return x + y + self.down(self.activation(self.gate_up(h)))
-        h, x = self.mlp_norm(x, y)
-        return x + self.down(self.activation(self.gate_up(h)))
+    def forward(self, x, cos, sin, visible, cache=None):
+        """x (B, T, d_model), the residual stream; cos and sin (B or 1, T, rotary_dims / 2)."""
+        h = self.input_layernorm(x)
+        y = self.self_attn(h, cos, sin, visible, cache)
+        if self.post_attention_layernorm is None:
+            return x + y + self.mlp(h)
+        h, x = self.post_attention_layernorm(y, residual=x)
+        return x + self.mlp(h)
 
 
-class Cache:
-    """Keys and values of all layers, preallocated and written in place; `length` columns are used.
+# ---------------------------------------------------------------- model
 
-    Prompts of different lengths are padded on the left: row b's text begins at column starts[b], and its positions count from there.
-    """
-
-    def __init__(self, config: Config, starts: list[int], capacity: int, device, dtype):
-        shape = (len(starts), config.n_kv_head, capacity, config.head_dim)
-        pairs = [tuple(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(config.n_layer)]
-        self._set(pairs, torch.tensor(starts, device=device), 0)
-
-    def _set(self, layers, starts, length: int) -> None:
-        self.layers, self.starts, self.length, self.padded, self.plan = layers, starts, length, bool(starts.any()), None
-
-    def part(self, begin: int, end: int) -> "Cache":
-        """An empty cache for rows begin to end that shares this one's memory."""
-        part = object.__new__(Cache)
-        part._set([(k[begin:end], v[begin:end]) for k, v in self.layers], self.starts[begin:end], 0)
-        return part
-
-    def keep(self, slots: list[int]) -> None:
-        """Drop the other rows, and the columns that were padding in all that stay."""
-        index = torch.tensor(slots, device=self.starts.device)
-        unused = int(self.starts[index].min())
-        self._set([(k[index, :, unused:], v[index, :, unused:]) for k, v in self.layers], self.starts[index] - unused, self.length - unused)
-
-
-def exit_points(n, most: int, least: int, over: int):
-    """SkipDecode's (arXiv 2307.02628): how many layers the n-th generated token runs, falling linearly from most to least over `over` tokens."""
-    return torch.as_tensor(most - (most - least) * n / over).round().clamp(least, most).long()
-
-
-def layers_run(n_layer: int, count: int | None) -> list[int]:
-    """The first layer and the last count - 1: so what a later, smaller count runs has run for every earlier token."""
-    return [*range(n_layer)] if count is None else [0, *range(n_layer - count + 1, n_layer)]
-
-
-class SkipError(ValueError, argparse.ArgumentTypeError):
-    """As argparse shows it: of other ValueErrors it hides the words."""
-
-
-def parse_skip(text: str) -> tuple[int, ...]:
-    """MAX:MIN or MAX:MIN:TOKENS -> numbers, as `Model.generate` and, with TOKENS, `Model.skip` take them."""
-    numbers = tuple(map(int, text.split(":"))) if re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text) else (0, 0)
-    if not 2 <= numbers[1] <= numbers[0]:
-        raise SkipError(f"{text!r}: give MAX:MIN or MAX:MIN:TOKENS, the layers of the first and of the last new token, 2 or more, such as 24:8")
-    return numbers
+@functools.lru_cache
+@torch.inference_mode(False)    # what is made while generating must serve training too
+def _inverse_frequencies(theta: float, dims: int, factors: tuple | None, device):
+    """(dims / 2,) float32: the angle that each rotated pair of channels turns by from one position to the next."""
+    exponents = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims
+    factor = torch.tensor(factors, device=device) if factors else 1.0
+    return 1.0 / (factor * theta ** exponents)
 
 
 class Model(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocab_size) float32."""
-    skip: tuple[int, int, int] | None = None    # (most, least, over) as in exit_points: finetune for SkipDecode with them
-    speculated: tuple[int, int] = (0, 0)        # proposals accepted and made in the last call of generate
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.tables = config, {}
-        self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=torch.empty(config.vocab_size, config.d_model))
-        self.layers = nn.ModuleList(Block(config, sparse=(i + 1) % config.dense_every != 0) for i in range(config.n_layer))
-        self.norm = Norm(config)
-        self.head = Linear(config.d_model, config.vocab_size, bias=config.form.head_bias)
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.d_model,
+                                      _weight=torch.empty(config.vocab_size, config.d_model)),
+            layers=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            norm=Norm(config)))
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=config.family.head_bias)
+        self.init_weights()
+        self.tie_embeddings()
+
+    @torch.no_grad()
+    def init_weights(self):
+        # 2 * n_layer projections write into the residual stream: its variance must not grow with depth
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2 and not weight.is_meta:
-                deep = name.endswith(("out.weight", "down.weight"))  # they write into the residual stream, whose variance must not grow with depth
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer) if deep else 0.02)
+            if weight.is_meta:
+                continue
+            if weight.dim() == 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=residual_std if is_residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
-        if config.tied:
-            self.head.weight = self.embed.weight
 
-    @torch.inference_mode(False)  # a table made while generating must serve training too
-    def rotary(self, end: int, long: bool, device):
-        """cos and sin of (at least) the first `end` positions, (n, rotary_dims) each; sin's first half is negated, as kernels.rotary
-        wants it. The tables double when they are outgrown, so that a context of 128k costs nothing before it is used."""
-        cos, sin = self.tables.get((long, device), (torch.empty(0),) * 2)
-        if len(cos) < end:
-            config, dims = self.config, self.config.rotary_dims
-            rows = min(max(end, 2 * len(cos), 512), max(end, config.context))
-            factor = torch.tensor((config.long_factor if long else config.short_factor) or [1.0] * (dims // 2), device=device, dtype=torch.float32)
-            frequency = 1.0 / (factor * config.rope_theta ** (torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims))
-            angle = torch.arange(rows, device=device, dtype=torch.float32)[:, None] * frequency        # (n, rotary_dims / 2)
-            cos, sin = angle.cos() * config.rope_scale(long), angle.sin() * config.rope_scale(long)
-            cos, sin = self.tables[long, device] = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return cos, sin
+    def tie_embeddings(self):
+        if self.config.tie_embeddings and isinstance(self.lm_head, QuantizedLinear):
+            self.model.embed_tokens = self.lm_head
+        elif self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
-    def masks(self, past: int, end: int, device, documents=None, starts=None):
-        """What the queries of the columns past to end may see beyond plain causal attention, as kernels.attention wants it: one mask for
-        dense layers, one for sparse ones; None where causality says it all. documents and starts as in hidden and Cache."""
-        config, columns = self.config, torch.arange(end, device=device)
-        window = config.window if config.window and end > config.window else end
-        sparse = (config.sparse_block, config.sparse_local, config.sparse_stride) if config.dense_every > 1 else None
-        low = (columns - window + 1).clamp(min=0)[None]  # the first key that each query sees
-        if documents is not None:  # a token sees earlier ones of its own document
-            first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-            low = torch.maximum(low, torch.where(first, columns, 0).cummax(1).values)
-        if starts is not None:     # padding sees itself, since a softmax over nothing is not a number
-            low = torch.maximum(low, torch.minimum(starts[:, None], columns))
-        plain = documents is None and starts is None and window == end
-        if whole := kernels.fused(device.type) and not (sparse and (past or starts is not None)):  # of sparse layers they do unpadded texts
-            mask = None if plain else torch.stack((low, torch.searchsorted(low, columns.expand_as(low).contiguous(), right=True))).int()
-        else:
-            mask = None if plain else kernels.interval_mask(low[:, past:], end)
-        if whole or not sparse or end <= config.sparse_block * config.sparse_local:
-            return mask, mask
-        return mask, kernels.interval_mask(low[:, past:], end, sparse, config.n_head, starts)
+    @property
+    def device(self):
+        return self.model.norm.weight.device
 
-    def hidden(self, tokens, documents=None, cache: Cache | None = None, skip=None):
-        """Final normed states (B, T, d_model). skip: how many layers run, one number, or with gradients (B, T) of each token's own."""
-        config, device, past = self.config, tokens.device, 0 if cache is None else cache.length
-        end, starts = past + tokens.shape[1], cache.starts if cache is not None and cache.padded else None
-        if end > config.context and starts is None:
-            raise ValueError(f"{end} tokens do not fit the context of {config.context}")
-        embed = self.embed  # (B, T) -> (B, T, d_model)
-        x = embed(tokens) if isinstance(embed, nn.Embedding) else embed.embed(tokens).to(self.norm.weight.dtype)
-        if torch.is_autocast_enabled(device.type):
-            x = x.to(torch.get_autocast_dtype(device.type))
-        scale = config.d_model ** 0.5 if config.family == "gemma" else config.embedding_scale
-        x = x * scale if scale != 1 else x
-        original = config.original_context or config.context
-        cos, sin = self.rotary(end, end > original, device)
-        if starts is None:
-            cos, sin = cos[past:end], sin[past:end]                                # (T, R)
-        else:  # each row changes to the long factors by its own length
-            at = (torch.arange(past, end, device=device) - starts[:, None]).clamp(min=0)[:, None]             # (B, 1, T)
-            long = (end - starts > original)[:, None, None, None]
-            cos, sin = (torch.where(long, a[at], b[at]) for a, b in zip((cos, sin), self.rotary(end, False, device)))  # (B, 1, T, R)
-        few = 16 if isinstance(self.layers[0].down, Quantized) else 4  # tokens; more are faster one operation after another
-        if cache is not None and tokens.numel() <= few and self.steps_natively(x, end):
-            x = self.step(x, cos, sin, cache, layers_run(config.n_layer, skip))
-        else:
-            masks = self.masks(past, end, device, documents, starts)
-            for i in layers_run(config.n_layer, skip if cache else None):
-                block = self.layers[i]
-                if cache is None:
-                    y = block(x, cos, sin, masks[block.sparse is not None])
-                    x = y if skip is None or i == 0 else torch.where((skip > config.n_layer - i)[..., None], y, x)
-                else:  # block.forward: one compiled for training would recompile
-                    x = block.forward(x, cos, sin, masks[block.sparse is not None], (*cache.layers[i], past))
-            x = self.norm(x)
-        if cache is not None:
-            cache.length = end
-        return x / config.logit_divisor if config.logit_divisor != 1 else x
+    @property
+    def dtype(self):
+        """Of the residual stream and the cache. On a CPU a quantized model keeps float32 between its products."""
+        if self.device.type == "cpu" and isinstance(self.lm_head, QuantizedLinear):
+            return torch.float32
+        return self.model.norm.weight.dtype
 
-    def steps_natively(self, x, end: int) -> bool:
-        """Whether kernels.NATIVE serves: a few tokens on a CPU, without gradients, in float32 or bf16, no layer sparse yet."""
+    def rotary(self, positions, lengths):
+        """positions (B or 1, T), lengths (B or 1,) of the sequences -> cos, sin (B or 1, T, rotary_dims / 2) float32.
+
+        LongRoPE: a sequence longer than the original length turns by the long factors, each row by its own length.
+        """
         config = self.config
-        return (x.device.type == "cpu" and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16)
-                and (config.dense_every == 1 or end <= config.sparse_block * config.sparse_local) and kernels.native() is not None
-                and not (config.head_dim % 16 or config.d_model % 16 or config.d_ff % 16 or config.head_dim > 1024))
+        shape = config.rope_theta, config.rotary_dims
+        short = tuple(config.short_factor or ()) or None
+        inv_freq = _inverse_frequencies(*shape, short, positions.device)[None]
+        mscale = config.rope_mscale(long=False)
+        if config.original_max_seq_len:
+            is_long = (lengths > config.original_max_seq_len)[:, None]
+            long_inv_freq = _inverse_frequencies(*shape, tuple(config.long_factor), positions.device)
+            inv_freq = torch.where(is_long, long_inv_freq, inv_freq)            # (B or 1, rotary_dims / 2)
+            mscale = torch.where(is_long, config.rope_mscale(long=True), mscale)[:, None]
+        angles = positions[..., None] * inv_freq[:, None]
+        return angles.cos() * mscale, angles.sin() * mscale
 
-    def step(self, x, cos, sin, cache: Cache, run):
-        """The blocks and the final norm in one call: x (B, T, d_model), cos and sin as in kernels.rotary -> final normed states."""
-        config, (B, T, width), past, first = self.config, x.shape, cache.length, cache.layers[0][0]
-        if cache.plan is None:
-            kept = []
-            parts = [(block.qkv, block.out, block.gate_up, block.down, block.attention_norm, block.mlp_norm) for block in self.layers]
-            layers = [[n for part in row for n in (part.pointers(kept) if part else (0, 0))] + [0, 0] for row in parts]
-            shape = [len(layers), B, T, past, width, config.n_head, config.n_kv_head, config.head_dim, config.rotary_dims, config.d_ff,
-                     kernels.ACTIVATIONS.index(config.form.activation), 8 * first.itemsize, 0, 0, *self.norm.pointers(kept)]
-            cache.plan = torch.tensor(layers), torch.tensor(shape), kept
-        layers, shape, _ = cache.plan
-        layers[:, -2:] = torch.tensor([[keys.data_ptr(), values.data_ptr()] for keys, values in cache.layers])
-        layers = layers if len(run) == len(layers) else layers[run]
-        shape[:4], shape[12:14] = torch.tensor([len(run), B, T, past]), torch.tensor(first.stride()[:2])
-        end = torch.arange(past, past + T)
-        low = torch.maximum(cache.starts[:, None], end - config.window + 1 if config.window else end * 0)
-        low = torch.minimum(low, end).contiguous()                                 # (B, T); padding sees itself
-        cos, sin = (table.float().expand(B, 1, T, -1).contiguous() for table in (cos, sin))
-        y = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        kernels.native_step(layers, shape, y, cos, sin, low, config.norm_eps, self.layers[0].scale)
-        return y.to(x.dtype)
+    def visible(self, positions, documents, cache) -> Visible:
+        """positions (B or 1, T) of the queries, documents as in hidden."""
+        config = self.config
+        T = positions.shape[1]
+        kv_ranges = kernels.kv_ranges(positions, config.window, documents)
+        kv_len = None if cache is None else cache.lengths + T
+        if kernels.use_triton(positions):
+            return Visible(kv_ranges, kv_len, None, None)
+        num_keys = T if cache is None else cache.end
+        mask = kernels.attention_mask(positions, num_keys, kv_ranges)
+        sparse_mask = None
+        if config.dense_every > 1:
+            sparse_mask = kernels.attention_mask(positions, num_keys, kv_ranges, config.blocksparse, config.n_head)
+        return Visible(None, None, mask, sparse_mask)
+
+    def embed(self, tokens):
+        """(B, T) -> (B, T, d_model)."""
+        config = self.config
+        table = self.model.embed_tokens
+        x = table.embed(tokens) if isinstance(table, QuantizedLinear) else table(tokens)
+        is_autocast = torch.is_autocast_enabled(tokens.device.type)
+        x = x.to(torch.get_autocast_dtype(tokens.device.type) if is_autocast else self.dtype)
+        multiplier = config.d_model ** 0.5 if config.model_type == "gemma" else config.embedding_multiplier
+        return x * multiplier if multiplier != 1 else x
+
+    def hidden(self, tokens, documents=None, cache=None, num_tokens=None, active_layers=None):
+        """Final normed states (B, T, d_model).
+
+        documents (B, T) int: tokens of different documents in a row do not see each other.
+        cache: the tokens continue its rows. num_tokens (B,): how many of them are real, where rows end in padding.
+        active_layers: SkipDecode's number of layers that run, for all tokens or (B, T) for each its own.
+        """
+        config = self.config
+        T = tokens.shape[1]
+        positions = torch.arange(T, device=tokens.device)[None]                 # (1, T)
+        lengths = torch.tensor([T], device=tokens.device)
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]                      # (B, T)
+            lengths = cache.lengths + (T if num_tokens is None else num_tokens)
+            cache.open(positions)
+        elif T > config.max_seq_len:
+            raise ValueError(f"{T} tokens do not fit the context of {config.max_seq_len}")
+        x = self.embed(tokens)
+        cos, sin = self.rotary(positions, lengths)
+        visible = self.visible(positions, documents, cache)
+        for layer, block in enumerate(self.model.layers):
+            if isinstance(active_layers, int) and 0 < layer <= config.n_layer - active_layers:
+                continue
+            # train.py may have compiled the block: with a cache, that would recompile at each length
+            run = block if cache is None else functools.partial(Block.forward, block)
+            y = run(x, cos, sin, visible, cache)
+            if torch.is_tensor(active_layers) and layer > 0:
+                y = torch.where((active_layers > config.n_layer - layer)[..., None], y, x)
+            x = y
+        if cache is not None:
+            cache.lengths.copy_(lengths)
+        x = self.model.norm(x)
+        return x / config.logit_divisor if config.logit_divisor != 1 else x
 
     def logits(self, x):
         """Final states (..., d_model) -> (..., vocab_size) float32."""
-        few = x.numel() <= 16 * self.config.d_model and self.steps_natively(x, 0)
-        logits = kernels.native_linear(x.float(), self.head) if few else self.head(x).float()
-        dummies = self.config.dummy_tokens
-        return logits.index_fill(-1, torch.tensor(dummies, device=x.device), -math.inf) if dummies else logits
+        logits = self.lm_head(x).float()
+        if self.config.dummy_tokens:
+            dummies = torch.tensor(self.config.dummy_tokens, device=x.device)
+            logits = logits.index_fill(-1, dummies, -math.inf)
+        return logits
 
-    def forward(self, tokens, documents=None, targets=None, weights=None, cache: Cache | None = None, skip=None):
+    def forward(self, tokens, documents=None, targets=None, weights=None, active_layers=None):
         """Logits (B, T, V) float32, or with targets (B, T; -1 for none) the loss: (sum in nats, sum of weights).
 
-        documents (B, T) int: tokens of different documents in a row do not see each other; weights (B, T): of each target.
-        skip: as in hidden; where self.skip is set and targets are given, follows from it, the heaviest targets being what is generated.
+        weights (B, T): of each target, 1 unless given. The rest as in hidden.
         """
-        if skip is None and self.skip and targets is not None:
-            ids = tokens * 0 if documents is None else documents
-            first = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
-            fresh = targets >= 0 if weights is None else weights > 0.5 * weights.amax().clamp(min=1e-9)
-            fresh = F.pad(fresh[:, :-1], (1, 0)) & ~first      # inputs that were generated
-            count = fresh.cumsum(1)                             # of them in the row, less those of earlier documents
-            count = count - torch.where(first, count, 0).cummax(1).values
-            skip = exit_points(torch.where(fresh, count - 1, 0), *self.skip)
-        x = self.hidden(tokens, documents, cache, skip)
-        return self.logits(x) if targets is None else kernels.cross_entropy(x, self.head.weight, targets, weights, self.head.bias)
+        x = self.hidden(tokens, documents, active_layers=active_layers)
+        if targets is None:
+            return self.logits(x)
+        return kernels.cross_entropy(x, self.lm_head.weight, targets, weights, self.lm_head.bias)
+
+    def prefill(self, texts: list[list[int]], cache, active_layers=None):
+        """Read whole texts into the rows of an empty or used cache -> the last state of each, (B, d_model)."""
+        longest = max(map(len, texts))
+        rows_at_once = max(1, 4096 // longest)      # activations and scores would take more memory than the cache
+        last = []
+        for begin in range(0, len(texts), rows_at_once):
+            part = texts[begin:begin + rows_at_once]
+            rows = cache.rows(begin, begin + len(part))
+            rows.lengths.zero_()
+            num_tokens = torch.tensor([len(text) for text in part], device=self.device)
+            padded = [text + [0] * (longest - len(text)) for text in part]
+            x = self.hidden(torch.tensor(padded, device=self.device), cache=rows, num_tokens=num_tokens,
+                            active_layers=active_layers)
+            last.append(x[torch.arange(len(part)), num_tokens - 1])             # (B, T, d_model) -> (B, d_model)
+        return torch.cat(last)
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 stop=None, seed: int | None = None, stream=None, draft: "Model | None" = None, lookup: int = 0, skip=None) -> list[list[int]]:
-        """The new tokens of each prompt, up to and including one of `stop` (an id or several), max_new_tokens, or the context's end.
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, stop=None, seed=None, stream=None, skip=None) -> list[list[int]]:
+        """The new tokens of each prompt, up to and including one of `stop` (an id or several), max_new_tokens, or
+        the end of the context. Prompts may differ in length.
 
-        temperature 0 takes the likeliest token; otherwise top_k > 0 draws from that many likeliest, top_p < 1 from the fewest that
-        hold that much probability. stream(row, token) is called for each new token and ends its row by returning True. Prompts may
-        differ in length. draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words
-        before; with this model's distribution (_speculate). skip: SkipDecode's (most, least[, over = max_new_tokens]) as in exit_points.
+        temperature 0 takes the likeliest token; top_k > 0 draws from that many likeliest, top_p < 1 from the fewest
+        that hold that much probability. seed: a number, or one for each prompt: what a row draws does not depend
+        on the other rows. stream(row, token) hears each new token and ends its row by returning True.
+        skip: SkipDecode's (max_layers, min_layers[, decay_tokens = max_new_tokens]), see layers_at.
         """
-        config, context, device, dtype = self.config, self.config.context, self.norm.weight.device, self.norm.weight.dtype
         check_sampling(max_new_tokens, temperature, top_k, top_p)
-        for row, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= context or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-                raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to {context}, all in the vocabulary of {config.vocab_size}")
-        if draft is not None and draft.config.vocab_size != config.vocab_size:
-            raise ValueError(f"the draft's vocabulary has {draft.config.vocab_size} tokens, not {config.vocab_size}: take one with its tokenizer")
-        if skip and (draft or lookup or not 2 <= skip[1] <= skip[0] <= config.n_layer):
-            raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= {config.n_layer}, without draft or lookup")
-        stop = {stop} if isinstance(stop, int) else {*(stop or ())}
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        outputs, self.speculated = [[] for _ in prompts], (0, 0)
-        limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
-        rows = [row for row, limit in enumerate(limits) if limit > 0]  # the prompt that each row of the batch continues
+        self.check_prompts(prompts, skip)
+        stop = {stop} if isinstance(stop, int) else set(stop or ())
+        outputs = [[] for _ in prompts]
+        limits = [min(max_new_tokens, self.config.max_seq_len - len(prompt)) for prompt in prompts]
+        rows = [row for row, limit in enumerate(limits) if limit > 0]   # the prompt of each row of the cache
         if not rows:
             return outputs
+        draws = torch.stack([uniform_draws(seed, row, max_new_tokens) for row in rows]).to(self.device)
+        max_layers, min_layers, decay_tokens = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
 
-        def told(row, token) -> bool:  # -> whether the row has ended
+        def emit(row, token) -> bool:       # -> whether the row goes on
             outputs[row].append(token)
-            return bool(stream and stream(row, token)) or token in stop or len(outputs[row]) == limits[row]
-        if draft is not None or lookup:
-            for row in rows:
-                self._speculate(prompts[row], limits[row], (temperature, top_k, top_p), generator, functools.partial(told, row), draft, lookup or 5)
-            return outputs
-        most, least, over = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
-        width = max(len(prompts[row]) for row in rows)
-        cache = Cache(config, [width - len(prompts[row]) for row in rows], width + max(limits), device, dtype)
+            cancelled = stream is not None and stream(row, token)
+            return not cancelled and token not in stop and len(outputs[row]) < limits[row]
 
-        def fill(begin, end, width):  # the whole texts so far of these slots, padded to width -> their last states
-            texts = [prompts[row] + outputs[row] for row in rows[begin:end]]
-            tokens = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=device)
-            return self.hidden(tokens, cache=cache.part(begin, end), skip=most)[:, -1:]
-        few = max(1, 4096 // width)  # at once: the prompts' scores and activations, not the cache, would take the most memory
-        x = torch.cat([fill(i, i + few, width) for i in range(0, len(rows), few)])
-        cache.length, done, run, number = width, set(), most, 0
-        while True:
-            chosen = sample(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
-            done |= {row for row, token in zip(rows, chosen.tolist()) if row not in done and told(row, token)}
-            slots = [slot for slot, row in enumerate(rows) if row not in done]
-            if not slots:
-                return outputs
-            if len(slots) <= 7 * len(rows) // 8:  # dropping rows copies the cache, so they leave in groups
-                cache.keep(slots)
-                rows, chosen = [rows[slot] for slot in slots], chosen[slots]
-            if skip:
-                before, run, number = run, int(exit_points(number, most, least, over)), number + 1
-                assert {*layers_run(config.n_layer, run)} <= {*layers_run(config.n_layer, before)}  # so no earlier key or value is missing
-            x = self.hidden(chosen[:, None], cache=cache, skip=run)                # (B,) -> (B, 1) -> (B, 1, d_model)
-            for slot, row in enumerate(rows):
-                if config.original_context and len(prompts[row]) + len(outputs[row]) == config.original_context + 1 and row not in done:
-                    x[slot:slot + 1] = fill(slot, slot + 1, cache.length)  # from here on the long factors hold, for the older keys too
+        capacity = max(len(prompts[row]) + limits[row] for row in rows)
+        cache = KVCache(self.config, len(rows), capacity, self.device, self.dtype)
+        logits = self.logits(self.prefill([prompts[row] for row in rows], cache, max_layers))
+        decode = DecodeStep(self, cache)
+        alive = list(range(len(rows)))
+        for n in range(max_new_tokens):
+            tokens = sample(logits, temperature, top_k, top_p, draws[:, n])
+            tokens_read = tokens.tolist()
+            ended = [i for i in alive if not emit(rows[i], tokens_read[i])]
+            alive = [i for i in alive if i not in ended]
+            if not alive:
+                break
+            cache.lengths[ended] = 0                # they run along, from the beginning of their row
+            if len(alive) <= len(rows) * 7 // 8:    # dropping rows copies the cache, so they leave in groups
+                cache = cache.select(alive)
+                decode = DecodeStep(self, cache)
+                rows = [rows[i] for i in alive]
+                tokens, draws = tokens[alive], draws[alive]
+                alive = list(range(len(rows)))
+            active_layers = layers_at(n, max_layers, min_layers, decay_tokens) if skip else None
+            logits = decode(tokens, active_layers)
+            for i in alive:
+                length = len(prompts[rows[i]]) + len(outputs[rows[i]])
+                if self.outgrows(length):
+                    text = prompts[rows[i]] + outputs[rows[i]]
+                    logits[i] = self.logits(self.prefill([text], cache.rows(i, i + 1), active_layers))[0]
+        return outputs
 
-    def _speculate(self, prompt, limit, filters, generator, told, draft, most) -> None:
-        """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): up to `most` tokens are proposed and read at once; each is kept
-        with probability min(1, p / q), p being this model's distribution and q the proposer's, and the first refused one is drawn anew from
-        max(0, p - q): so what comes out is distributed as p. Proposals are the draft's, or for q = 1 what followed the last two tokens before."""
-        models, device, text = [self] if draft is None else [self, draft], self.norm.weight.device, [*prompt]
-        ends = [len(prompt) + limit, *(model.config.context for model in models)]
-        changes = [model.config.original_context or 0 for model in models]  # no round crosses these
-        caches = [Cache(model.config, [0], min(ends[0] + most, model.config.context), device, model.norm.weight.dtype) for model in models]
-        followed = {pair: at + 2 for at, pair in enumerate(zip(prompt, prompt[1:-1]))}  # each pair of tokens: what followed it last
+    def outgrows(self, length: int) -> bool:
+        """Whether a text has just become longer than LongRoPE's original length: its older keys must turn by the
+        long factors too, so it has to be read again."""
+        return length - 1 == self.config.original_max_seq_len
 
-        def read(i, tokens, last):  # -> the distributions after the last tokens of a text
-            cache, original = caches[i], models[i].config.original_context
-            if original and cache.length <= original < len(tokens):
-                cache.length = 0  # from here on the long factors hold, for the older keys too
-            x = models[i].hidden(torch.tensor([tokens[cache.length:]], device=device), cache=cache)
-            return distribution(models[i].logits(x[0, -last:]), *filters)
-
-        def draw(probabilities):
-            return int(torch.multinomial(probabilities, 1, generator=generator))
-        while True:
-            count = max(0, min(most, *(end - len(text) - 1 for end in ends), *(at - len(text) for at in changes if at >= len(text))))
-            if draft is None:
-                at = followed.get(tuple(text[-2:]), len(text))
-                proposals = text[at:at + count]
-                q = F.one_hot(torch.tensor(proposals, dtype=torch.long, device=device), self.config.vocab_size).float()
-            else:
-                proposals, q = [], []
-                for _ in range(count):
-                    q.append(read(1, text + proposals, 1)[0])
-                    proposals.append(draw(q[-1]))
-            p, kept = read(0, text + proposals, len(proposals) + 1), 0
-            for token, chance in zip(proposals, torch.rand(len(proposals), generator=generator, device=device).tolist()):
-                if chance * float(q[kept][token]) >= float(p[kept][token]):
-                    break
-                kept += 1
-            rest = (p[kept] - q[kept]).clamp(min=0) if kept < len(proposals) else p[kept]
-            self.speculated = self.speculated[0] + kept, self.speculated[1] + len(proposals)
-            for cache in caches:
-                cache.length = min(cache.length, len(text) + kept)
-            for token in [*proposals[:kept], draw(rest if rest.sum() > 0 else p[kept])]:
-                followed[tuple(text[-2:])] = len(text)
-                text.append(token)
-                if told(token):
-                    return
-
-
-def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
-    for name, value, least, most in (("max_new_tokens", max_new_tokens, 1, math.inf), ("temperature", temperature, 0, 1e9),
-                                     ("top_k", top_k, 0, math.inf), ("top_p", top_p, 1e-12, 1)):
-        if not least <= value <= most:
-            raise ValueError(f"{name} must be from {least} to {most}, not {value}")
-
-
-def distribution(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0):
-    """(B, V) logits -> the probabilities (B, V) that tokens are drawn with; for temperature 0 the likeliest token's is 1."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p == 1:
-        return probabilities
-    ordered, index = probabilities.sort(-1, descending=True)
-    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)  # those likelier hold top_p already; the likeliest stays
-    return torch.zeros_like(probabilities).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
-
-
-def sample(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator=None):
-    """(B, V) logits -> (B,) token ids."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator).squeeze(-1)    # (B, 1) -> (B,)
+    def check_prompts(self, prompts, skip=None) -> None:
+        config = self.config
+        for row, prompt in enumerate(prompts):
+            fits = 0 < len(prompt) <= config.max_seq_len
+            if not fits or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+                raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to {config.max_seq_len}, "
+                                 f"all in the vocabulary of {config.vocab_size}")
+        if skip and not 2 <= skip[1] <= skip[0] <= config.n_layer:
+            raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= {config.n_layer}")
 
 
 def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------- cache
+
+class KVCache:
+    """Keys and values of all layers, allocated once and written in place: row b holds lengths[b] tokens.
+
+    lengths (batch,) is a tensor on the device, so that a step over the cache can be captured in a CUDA graph.
+    """
+
+    def __init__(self, config: Config, batch: int, capacity: int, device, dtype):
+        if capacity > config.max_seq_len:
+            raise ValueError(f"{capacity} tokens do not fit the context of {config.max_seq_len}")
+        shape = (config.n_layer, batch, capacity, config.n_kv_head, config.head_dim)
+        # zeros: what a row does not see must still be finite
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def open(self, positions) -> None:
+        """Make ready for new tokens at these positions, (batch, T)."""
+        first_slots = torch.arange(len(positions), device=positions.device) * self.capacity
+        self.slots = (positions + first_slots[:, None]).flatten()
+        self.end = self.capacity
+        if positions.device.type != "cuda":     # there, reading a number would wait for the device
+            self.end = int(positions[:, -1].max()) + 1
+            if self.end > self.capacity:
+                raise ValueError(f"{self.end} tokens do not fit the cache of {self.capacity}")
+
+    def update(self, layer: int, k, v):
+        """Write k, v (batch, T, n_kv_head, head_dim) of the new tokens -> all keys and values so far."""
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            stored.flatten(0, 1).index_copy_(0, self.slots, new.flatten(0, 1).to(stored.dtype))
+        return self.keys[layer, :, :self.end], self.values[layer, :, :self.end]
+
+    def rows(self, begin: int, end: int) -> "KVCache":
+        """These rows, in the same memory."""
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[:, begin:end], self.values[:, begin:end]
+        view.lengths = self.lengths[begin:end]
+        return view
+
+    def select(self, rows: list[int]) -> "KVCache":
+        """A copy of these rows."""
+        selected = copy.copy(self)
+        selected.keys, selected.values = self.keys[:, rows], self.values[:, rows]
+        selected.lengths = self.lengths[rows]
+        return selected
+
+
+class DecodeStep:
+    """The next token of each row of a cache: tokens (B,) -> logits (B, vocab_size).
+
+    On a GPU the step is captured in a CUDA graph for each number of layers: a replay is one launch instead of
+    hundreds. The captured step reads its tokens and writes its logits in fixed places.
+    """
+
+    def __init__(self, model: Model, cache: KVCache):
+        self.model = model
+        self.cache = cache
+        self.graphs = {}
+
+    def run(self, tokens, active_layers=None):
+        x = self.model.hidden(tokens[:, None], cache=self.cache, active_layers=active_layers)
+        return self.model.logits(x[:, -1])
+
+    def capture(self, tokens, active_layers):
+        tokens = tokens.clone()
+        lengths = self.cache.lengths.clone()
+        stream = torch.cuda.Stream(tokens.device)
+        stream.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(stream):
+            self.run(tokens, active_layers)         # compiles and autotunes, which must not be captured
+        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.run(tokens, active_layers)
+        self.cache.lengths.copy_(lengths)           # what the warm-up wrote beyond is written again
+        return graph, tokens, logits
+
+    def __call__(self, tokens, active_layers=None):
+        if tokens.device.type != "cuda":
+            return self.run(tokens, active_layers)
+        if active_layers not in self.graphs:
+            self.graphs[active_layers] = self.capture(tokens, active_layers)
+        graph, static_tokens, logits = self.graphs[active_layers]
+        static_tokens.copy_(tokens)
+        graph.replay()
+        return logits
+
+
+# ---------------------------------------------------------------- sampling
+
+def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
+    for name, value, smallest, largest in (("max_new_tokens", max_new_tokens, 1, math.inf),
+                                           ("temperature", temperature, 0, 1e9),
+                                           ("top_k", top_k, 0, math.inf),
+                                           ("top_p", top_p, 1e-12, 1)):
+        if not smallest <= value <= largest:
+            raise ValueError(f"{name} must be from {smallest} to {largest}, not {value}")
+
+
+def sampling_probs(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    """(B, V) logits -> (B, V) probabilities that tokens are drawn with, for a temperature above 0."""
+    logits = logits - logits.amax(-1, keepdim=True)         # the likeliest is 0 at any temperature
+    logits = logits / max(temperature, 1e-6)
+    if 0 < top_k < logits.shape[-1]:
+        values, tokens = logits.topk(top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
+    probs = logits.softmax(-1)
+    if top_p == 1:
+        return probs
+    ordered, tokens = probs.sort(-1, descending=True)
+    likelier = ordered.cumsum(-1) - ordered                 # what the tokens before hold together
+    ordered = ordered.masked_fill(likelier >= top_p, 0.0)
+    return torch.zeros_like(probs).scatter(-1, tokens, ordered / ordered.sum(-1, keepdim=True))
+
+
+def sample(logits, temperature: float, top_k: int, top_p: float, draws):
+    """(B, V) logits and (B,) uniform draws from [0, 1) -> (B,) tokens."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = sampling_probs(logits, temperature, top_k, top_p).cumsum(-1)
+    threshold = draws[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
+
+
+def uniform_draws(seed, row: int, count: int):
+    """(count,) numbers for a row: of its own seed, or of one seed for all and its number."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    elif isinstance(seed, int):
+        generator.manual_seed(seed + 1_000_003 * row)
+    else:
+        generator.manual_seed(seed[row])
+    return torch.rand(count, generator=generator)
+
+
+# ---------------------------------------------------------------- SkipDecode
+
+# SkipDecode (arXiv 2307.02628): a later token runs fewer layers, the first one and the last ones. What a smaller
+# number runs has run for every earlier token, so no key or value is ever missing.
+
+def layers_at(n, max_layers: int, min_layers: int, decay_tokens: int):
+    """How many layers the n-th generated token runs (a number or a tensor): falling linearly over decay_tokens."""
+    layers = max_layers - (max_layers - min_layers) * n / decay_tokens
+    if torch.is_tensor(n):
+        return layers.round().clamp(min_layers, max_layers).long()
+    return min(max(round(layers), min_layers), max_layers)
+
+
+def layers_of_targets(documents, weights, schedule: tuple[int, int, int]):
+    """(B, T) layers that each input runs in finetuning. The heaviest targets are what will be generated.
+
+    documents (B, T) as in Model.hidden, weights (B, T) of the targets.
+    """
+    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    heavy = weights > 0.5 * weights.amax().clamp(min=1e-9)
+    generated = F.pad(heavy[:, :-1], (1, 0)) & ~is_first            # inputs that were targets one step before
+    count = generated.cumsum(1)
+    count = count - torch.where(is_first, count, 0).cummax(1).values    # less those of earlier documents
+    return layers_at(torch.where(generated, count - 1, 0), *schedule)
+
+
+def parse_skip(text: str) -> tuple[int, ...]:
+    """MAX:MIN or MAX:MIN:TOKENS -> numbers."""
+    if re.fullmatch(r"\d+:\d+(:[1-9]\d*)?", text):
+        numbers = tuple(map(int, text.split(":")))
+        if 2 <= numbers[1] <= numbers[0]:
+            return numbers
+    raise argparse.ArgumentTypeError(f"{text!r}: give MAX:MIN or MAX:MIN:TOKENS, the layers of the first and of the "
+                                     "last new token, 2 or more, such as 24:8")
+
+
+# ---------------------------------------------------------------- quantization
+
+class QuantizedLinear(nn.Module):
+    """A linear layer, or an embedding, with weights of 4 or 8 bits: kernels.quantize."""
+    cpu_pack = None     # the same once more, as ATen's products for few rows want it; made when it is first needed
+
+    def __init__(self, rows: int, width: int, bits: int, group: int, bias=None):
+        super().__init__()
+        self.bits = bits
+        self.bias = bias
+        self.register_buffer("qweight", torch.empty(rows, width * bits // 8, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(rows, width // group, dtype=torch.bfloat16))
+        self.register_buffer("zero", torch.empty(rows, width // group, dtype=torch.bfloat16))
+
+    @property
+    def weight(self):
+        return kernels.dequantize(self.qweight, self.scale, self.zero, self.bits)
+
+    def embed(self, tokens):
+        rows = (part[tokens.flatten()] for part in (self.qweight, self.scale, self.zero))
+        return kernels.dequantize(*rows, self.bits).view(*tokens.shape, -1)
+
+    def forward(self, x):
+        if x.device.type == "cpu" and self.cpu_pack is None:
+            self.cpu_pack = kernels.pack_for_cpu(self.qweight, self.scale, self.zero, self.bits)
+        y = kernels.quantized_linear(x, self.qweight, self.scale, self.zero, self.bits, self.cpu_pack)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def quantize(model: Model, bits: int) -> Model:
+    """Hold the matrices of the blocks in 4 or 8 bits and the output layer (a tied embedding with it) in 8, in place;
+    biases, norms and a separate embedding stay as they are. Of 4 bits, groups of 64 weights share a scale and a zero,
+    or of the largest power of two that divides the row; of 8 bits, whole rows do."""
+    if bits not in (4, 8):
+        raise ValueError(f"weights have 4 or 8 bits, not {bits}")
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("this model is quantized already: start from the original weights")
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear):
+            continue
+        rows, width = module.weight.shape
+        layer_bits = 8 if name == "lm_head" else bits
+        group = math.gcd(width, 64) if layer_bits == 4 else width
+        if math.gcd(width, 64) < 8:
+            continue
+        small = QuantizedLinear(rows, width, layer_bits, group, module.bias)
+        if not module.weight.is_meta:
+            small.qweight, small.scale, small.zero = kernels.quantize(module.weight, small.bits, group)
+        model.set_submodule(name, small)
+    model.tie_embeddings()
+    return model.eval()
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -804,7 +966,7 @@ class Tokenizer:
                   "clean_up_tokenization_spaces": False, "add_prefix_space": False, "chat_template": CHAT_TEMPLATE}
         for name, content in (self.source or {"tokenizer.json": _hf_json(vocab, list(self._merges()), self.special, self.pattern),
                                               "tokenizer_config.json": config}).items():
-            _write_json(os.path.join(path, name), content)
+            write_json(os.path.join(path, name), content)
 
     @staticmethod
     def load(path_or_name: str) -> "Tokenizer":
@@ -821,13 +983,13 @@ class Tokenizer:
             special, free = dict(known._special_tokens), itertools.count(known.n_vocab)
             special |= {name: next(free) for name in SPECIAL if name not in special}
             return Tokenizer(known._mergeable_ranks, known._pat_str, special)
-        path = locate(path, weights=False)
+        path = snapshot_download(path, weights=False)
         folder, file = (path, os.path.join(path, "tokenizer.json")) if os.path.isdir(path) else (os.path.dirname(path), path)
         if os.path.isfile(file):
-            source = {"tokenizer.json": _read_json(file)}
+            source = {"tokenizer.json": read_json(file)}
         elif os.path.isfile(merges := os.path.join(folder, "merges.txt")):  # GPT-2's two files; read as the tokenizer.json that they mean
-            vocab, extra = _read_json(os.path.join(folder, "vocab.json")), os.path.join(folder, "added_tokens.json")
-            added = (_read_json(extra) if os.path.isfile(extra) else {}) | {name: vocab[name] for name in ENDS if name in vocab}
+            vocab, extra = read_json(os.path.join(folder, "vocab.json")), os.path.join(folder, "added_tokens.json")
+            added = (read_json(extra) if os.path.isfile(extra) else {}) | {name: vocab[name] for name in ENDS if name in vocab}
             with open(merges, encoding="utf-8") as lines:
                 pairs = [line for line in lines.read().split("\n") if line and not line.startswith("#version")]
             source = {"tokenizer.json": _hf_json(vocab, pairs, added)}
@@ -837,7 +999,7 @@ class Tokenizer:
         else:
             raise FileNotFoundError(f"no tokenizer at {file}: give a directory with tokenizer.json, or bytes, gpt2, cl100k_base, o200k_base")
         if os.path.isfile(config := os.path.join(folder, "tokenizer_config.json")):
-            source["tokenizer_config.json"] = _read_json(config)
+            source["tokenizer_config.json"] = read_json(config)
         try:
             return _from_json(source)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -951,25 +1113,26 @@ def _from_json(source: dict) -> Tokenizer:
 # ---------------------------------------------------------------- files
 
 def write_atomically(path: str, write) -> None:
-    """Atomically: `write(file)` fills a file aside, which then takes the place of `path`."""
+    """`write(file)` fills a file beside, which then takes the place of `path` at once."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    aside = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        if os.path.exists(aside):
-            os.remove(aside)
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
-def _write_json(path: str, value) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()))
+def write_json(path: str, value) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _read_json(path: str):
+def read_json(path: str):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -977,455 +1140,375 @@ def _read_json(path: str):
         raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated: restore it or make it again") from error
 
 
-def download(url: str, path: str, size: int | None = None, digest: str | None = None, headers=None, attempts: int = 5) -> None:
-    """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call, goes on from path.part.
+# ---------------------------------------------------------------- safetensors
 
-    size in bytes; digest: 64 hex digits of SHA-256, or 40 of SHA-1 over git's blob. OSError when it cannot be had, ValueError when what
-    came is not what was promised.
-    """
-    import requests
-    from tqdm import tqdm
-    part, headers, error = path + ".part", {"Accept-Encoding": "identity", **(headers or {})}, "cut again and again"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    for attempt in range(attempts):
-        time.sleep(min(attempt, 3))
-        have = os.path.getsize(part) if os.path.exists(part) else 0
-        try:
-            if size is None or have < size:
-                resume = {"Range": f"bytes={have}-"} if have else {}
-                with requests.get(url, headers=headers | resume, stream=True, timeout=30) as answer:
-                    if answer.status_code == 416:  # what we have is of another file
-                        os.remove(part)
-                    elif 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
-                        raise PermissionError(f"{url} answers {answer.status_code} {answer.reason}")
-                    answer.raise_for_status()
-                    have = have if answer.status_code == 206 else 0
-                    size = size or have + int(answer.headers.get("Content-Length", 0)) or None
-                    with open(part, "ab" if have else "wb") as file, \
-                            tqdm(desc=os.path.basename(path), initial=have, total=size, unit="B", unit_scale=True, disable=None) as bar:
-                        for chunk in answer.iter_content(1 << 16):
-                            file.write(chunk)
-                            bar.update(len(chunk))
-        except requests.RequestException as problem:
-            error = type(problem).__name__
-            continue
-        have = os.path.getsize(part)
-        if size is not None and have > size or (size is None or have == size) and digest and _digest(part, digest) != digest:
-            error = None
-            os.remove(part)
-        elif size is None or have == size:
-            os.replace(part, path)
-            return
-    if error is None:
-        raise ValueError(f"{url} sent something else than promised (size or hash differ)")
-    raise OSError(f"{url} cannot be fetched ({error})")
+# u64 length of the header, the header as JSON padded with spaces to 8 bytes, then the tensors without gaps
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def _digest(path: str, like: str) -> str:
-    hasher = hashlib.sha256() if len(like) == 64 else hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def locate(path_or_name, weights: bool = True) -> str:
-    """A local path as it is; for a hub name (owner/model or owner/model@revision) the directory of that model, fetched into the cache where
-    it is not there yet (without the weights by choice). A second call asks nobody.
-
-    HF_ENDPOINT: a mirror; HF_TOKEN: for gated models; MINPHI_CACHE: the cache (~/.cache/minphi unless set).
-    """
-    name = str(path_or_name)
-    owner = name.split("/")[0]
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name) or os.path.exists(name) or os.path.exists(owner) or owner in ("runs", "data"):
-        return name  # a mistyped local path is no hub name: nothing called `owner` is here, nor is it one of our folders
-    import requests
-    repository, _, revision = name.partition("@")
-    endpoint, token = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN")
-    folder, headers = os.path.join(kernels.cache_folder(), *name.split("/")), {"Authorization": f"Bearer {token}"} if token else {}
-    listing = os.path.join(folder, ".listing.json")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as lock:  # several ranks ask at once
-        with contextlib.suppress(ImportError):
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            if not os.path.isfile(listing):
-                url = f"{endpoint}/api/models/{repository}/revision/{revision or 'main'}"
-                answer = requests.get(url, params={"blobs": "true"}, headers=headers, timeout=30)
-                if answer.status_code in (401, 403):
-                    raise PermissionError(f"{endpoint} does not give {name} away without permission: accept its licence there and set HF_TOKEN")
-                if answer.status_code == 404:
-                    raise FileNotFoundError(f"no model {name}, neither as a directory here nor at {endpoint}; check the spelling")
-                answer.raise_for_status()
-                _write_json(listing, answer.json())
-            about = _read_json(listing)
-            files = {entry["rfilename"]: entry for entry in about["siblings"]}
-            wanted = r"(config|generation_config|tokenizer_config|tokenizer|vocab|added_tokens|special_tokens_map)\.json|merges\.txt|[^/]+\.tiktoken"
-            if weights:
-                kind = next((kind for kind in (r"model{}\.safetensors", r"pytorch_model{}\.bin")
-                             if any(re.match(kind.format(""), file) for file in files)), None)
-                if kind is None:
-                    raise FileNotFoundError(f"{name} has neither model.safetensors nor pytorch_model.bin, single or in shards")
-                wanted += "|" + kind.format(r"(-\d+-of-\d+)?") + r"(\.index\.json)?"
-            for file, entry in files.items():
-                if re.fullmatch(wanted, file) and not os.path.isfile(path := os.path.join(folder, file)):
-                    url = f"{endpoint}/{repository}/resolve/{about.get('sha') or revision or 'main'}/{file}"
-                    download(url, path, entry.get("size"), (entry.get("lfs") or {}).get("sha256") or entry.get("blobId"), headers)
-        except requests.RequestException as error:
-            raise OSError(f"{name} is not here and {endpoint} cannot be reached ({type(error).__name__}): go online, set HF_ENDPOINT to a mirror, "
-                          "or give a directory") from None
-    return folder
-
-
-# ---------------------------------------------------------------- checkpoints
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def write_safetensors(path: str, tensors: dict[str, torch.Tensor]) -> None:
-    """u64 length of the header, the header as JSON padded with spaces to 8 bytes, then the tensors in C order, without gaps."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+def write_safetensors(path: str, tensors: dict, gather=lambda tensor: tensor) -> None:
+    """gather(tensor) -> the whole of it; asked one by one as they are written, so that a sharded model is never
+    in one place."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = gather(tensor).detach().cpu().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
     write_atomically(path, write)
 
 
-def read_safetensors(path: str, maps: list | None = None) -> dict[str, torch.Tensor]:
-    """Tensors that map the file (the mapping is added to `maps`): nothing is read before it is used, and writing leaves the file as it is."""
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """Tensors that map the file: nothing is read before it is used, and writing into them leaves the file alone."""
+    tensors = {}
     try:
-        with open(path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data, tensors = 8 + int.from_bytes(memory[:8], "little"), {}
-        for name, entry in json.loads(memory[8:data]).items():
-            if name != "__metadata__":
-                (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-                if not 0 <= begin <= end <= len(memory) - data or end - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} reaches beyond its end")
-                tensors[name] = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=data + begin).view(shape) if end > begin \
-                    else torch.empty(shape, dtype=dtype)
+        size = os.path.getsize(path)
+        data = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+        start = 8 + int.from_bytes(data[:8].tolist(), "little")
+        if start > size:
+            raise ValueError("its header reaches beyond the end")
+        header = json.loads(data[8:start].numpy().tobytes())
+        header.pop("__metadata__", None)
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            begin, stop = entry["data_offsets"]
+            if begin != end or start + stop > size:
+                raise ValueError(f"{name} overlaps another tensor or reaches beyond the end")
+            end = stop
+            part = data[start + begin:start + end]
+            if (start + begin) % dtype.itemsize:
+                part = part.clone()     # a view must be aligned
+            tensors[name] = part.view(dtype).view(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated: restore it or make it again") from error
-    if maps is not None:
-        maps.append(memory)
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated: "
+                         "restore it or make it again") from error
     return tensors
 
 
-def _read_bin(path: str, maps: list) -> dict[str, torch.Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as plain weights ({str(error).splitlines()[0]})") from None
+# ---------------------------------------------------------------- hub
+
+def download(url: str, path: str, headers=None) -> None:
+    """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call, goes on
+    from path.part. FileNotFoundError, PermissionError or OSError when it cannot be had."""
+    import requests
+    from tqdm import tqdm
+    part = path + ".part"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    problem = "cut again and again"
+    for attempt in range(5):
+        time.sleep(min(attempt, 3))
+        received = os.path.getsize(part) if os.path.exists(part) else 0
+        resume = {"Accept-Encoding": "identity", "Range": f"bytes={received}-"}
+        try:
+            with requests.get(url, headers={**resume, **(headers or {})}, stream=True, timeout=30) as answer:
+                status = answer.status_code
+                if status == 404:
+                    raise FileNotFoundError(f"{url} does not exist")
+                if status in (401, 403):
+                    raise PermissionError(f"{url} is not given away without permission: accept the licence there and "
+                                          "set HF_TOKEN")
+                if status == 416:       # nothing is left to send, or what we have is of another file
+                    os.remove(part)
+                answer.raise_for_status()
+                received = received if status == 206 else 0
+                total = received + int(answer.headers.get("Content-Length", 0))
+                bar = tqdm(desc=path, initial=received, total=total, unit="B", unit_scale=True, disable=None)
+                with open(part, "ab" if received else "wb") as file, bar:
+                    for chunk in answer.iter_content(1 << 16):
+                        file.write(chunk)
+                        bar.update(len(chunk))
+        except requests.RequestException as error:
+            problem = type(error).__name__
+            continue
+        if os.path.getsize(part) >= total:
+            os.replace(part, path)
+            return
+    raise OSError(f"{url} cannot be fetched ({problem}): go online, set HF_ENDPOINT to a mirror, or give a directory")
 
 
-def _open_weights(folder: str, maps: list) -> dict[str, torch.Tensor]:
-    """All tensors of a directory's weights."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_bin)):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            return read(path, maps)
-        if os.path.isfile(index := f"{path}.index.json"):
-            files = sorted({*_read_json(index)["weight_map"].values()})
-            return {name: tensor for file in files for name, tensor in read(os.path.join(folder, file), maps).items()}
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, single or in shards")
+def snapshot_download(path_or_name, weights: bool = True) -> str:
+    """A local path as it is; for a hub name (owner/model or owner/model@revision) the directory of that model in the
+    cache, fetched where it is not there yet. A second call asks nobody.
 
+    HF_ENDPOINT: a mirror; HF_TOKEN: for gated models; MINPHI_CACHE: the cache (~/.cache/minphi unless set).
+    """
+    name = str(path_or_name)
+    owner = name.split("/")[0]
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w-][\w.-]*)?", name)
+    # a mistyped local path is no hub name: nothing called `owner` is here, nor is it one of our folders
+    if not is_hub_name or os.path.exists(name) or os.path.exists(owner) or owner in ("runs", "data"):
+        return name
+    cache = os.environ.get("MINPHI_CACHE") or os.path.expanduser("~/.cache/minphi")
+    folder = os.path.join(cache, name)
+    repository, _, revision = name.partition("@")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN")
+
+    def fetch(file: str, required: bool = False) -> bool:
+        path = os.path.join(folder, file)
+        missing = path + ".missing"             # so that nobody is asked again
+        if os.path.exists(path) or os.path.exists(missing):
+            return os.path.exists(path)
+        url = f"{endpoint}/{repository}/resolve/{revision or 'main'}/{file}"
+        try:
+            download(url, path, {"Authorization": f"Bearer {token}"} if token else None)
+        except FileNotFoundError:
+            if required:
+                raise FileNotFoundError(f"no {file} of {name}, neither in a directory here nor at {endpoint}; check "
+                                        "the spelling") from None
+            write_atomically(missing, lambda file: None)
+        return os.path.exists(path)
+
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as lock:      # several ranks ask at once
+        with contextlib.suppress(ImportError):
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        fetch("config.json", required=True)
+        for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            fetch(file)
+        if weights and fetch("model.safetensors.index.json"):
+            for shard in set(read_json(os.path.join(folder, "model.safetensors.index.json"))["weight_map"].values()):
+                fetch(os.path.basename(shard), required=True)
+        elif weights:
+            fetch("model.safetensors", required=True)
+    return folder
+
+
+# ---------------------------------------------------------------- checkpoints
 
 def hf_names(config: Config, name: str) -> list[str]:
-    """The tensors of the family's files that make ours up, rows one after another. Example: layers.3.qkv.weight -> q, k and v of layer 3."""
-    *layer, module, kind = name.split(".")
-    prefix = f"model.layers.{layer[1]}." if layer else ""
-    return [f"{prefix}{theirs}.{kind}" for theirs in config.form.tensors[module].split()]
+    """Our parameter -> the tensors of the family's files that make it up, rows one after another.
+
+    Example: model.layers.3.self_attn.qkv_proj.weight of Llama -> its q_proj, k_proj and v_proj.
+    """
+    module, kind = name.rsplit(".", 1)
+    for ours, theirs in config.family.names.items():
+        if module.endswith(ours):
+            return [f"{module.removesuffix(ours)}{part}.{kind}" for part in theirs.split()]
+    return [name]
 
 
-def _parts(config: Config, tensor, count: int):
-    """Ours as the rows of their one tensor, of gate and up, or of q, k and v."""
-    sizes = {1: [len(tensor)], 2: [config.d_ff] * 2, 3: [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]}
-    return tensor.split(sizes[count])
+def split_rows(config: Config, tensor, parts: int):
+    """Rows of a parameter -> as they are, gate and up, or q, k and v."""
+    if parts == 3:
+        return tensor.split([heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)])
+    return tensor.chunk(parts)
 
 
-def _row_order(config: Config, name: str):
-    """Which of our rows (q, k, v; gate, up) each row of phi-3-small's files is: theirs are key/value head by key/value head, each with its
-    queries, and gate and up by turns. None where the order is ours."""
-    if config.family != "phi3small" or ".qkv." not in name and ".gate_up." not in name:
-        return None
-    if ".gate_up." in name:
+def _phi3small_rows(config: Config, name: str):
+    """Which of our rows (q, k, v; gate, up) each row of phi-3-small's files is, or None where the order is ours.
+    Theirs go key/value head by key/value head, each with its queries, and gate and up by turns."""
+    if config.model_type == "phi3small" and ".gate_up_proj." in name:
         return torch.arange(2 * config.d_ff).view(2, -1).T.flatten()
-    rows = torch.arange((config.n_head + 2 * config.n_kv_head) * config.head_dim)
-    return torch.cat([part.view(config.n_kv_head, -1) for part in _parts(config, rows, 3)], 1).flatten()
+    if config.model_type == "phi3small" and ".qkv_proj." in name:
+        rows = torch.arange((config.n_head + 2 * config.n_kv_head) * config.head_dim)
+        by_head = [part.view(config.n_kv_head, -1) for part in split_rows(config, rows, 3)]
+        return torch.cat(by_head, 1).flatten()
+    return None
 
 
-def _stored(model: Model) -> dict[str, torch.Tensor]:
-    """The model's own tensors that files hold: a tied embedding once."""
-    tied = model.config.tied
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name.startswith("head.") and name != "head.bias")}
+def stored_parameters(model: Model) -> dict[str, torch.Tensor]:
+    """What files hold of a model: a tied embedding once."""
+    tied = ("lm_head.weight", "lm_head.qweight", "lm_head.scale", "lm_head.zero") if model.config.tie_embeddings else ()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def to_hf(model: Model) -> dict[str, torch.Tensor]:
-    """The model's weights under the names and in the order of its family's files."""
-    config, tensors = model.config, {}
-    for name, tensor in _stored(model).items():
-        names, order = hf_names(config, name), _row_order(config, name)
-        tensors |= zip(names, _parts(config, tensor if order is None else tensor[order.to(tensor.device)], len(names)))
+    """The weights under the names and in the order of the family's files."""
+    tensors = {}
+    for name, tensor in stored_parameters(model).items():
+        names = hf_names(model.config, name)
+        order = _phi3small_rows(model.config, name)
+        if order is not None:
+            tensor = tensor[order.to(tensor.device)]
+        tensors.update(zip(names, split_rows(model.config, tensor, len(names))))
     return tensors
 
 
-def save(model: Model, tokenizer: Tokenizer | None, path: str) -> None:
-    """Write a Hugging Face directory of the model's family; each file replaces its predecessor at once. Weights keep the model's type."""
-    config, path, ids = model.config, str(path), dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+def save(model: Model, tokenizer, path: str) -> None:
+    """Write a Hugging Face directory of the model's family; each file replaces its predecessor at once."""
+    config = model.config
+    path = str(path)
+    token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is {config.vocab_size}: make it larger")
-        ids = {"bos_token_id": (tokenizer.bos or [tokenizer.eot])[0], "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is "
+                             f"{config.vocab_size}: make it larger")
+        bos = (tokenizer.bos or [tokenizer.eot])[0]
+        token_ids = {"bos_token_id": bos, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
         ends = [tokenizer.eot, *sorted(tokenizer.stops - {tokenizer.eot})]
-        _write_json(os.path.join(path, "generation_config.json"), {**ids, "eos_token_id": ends})
+        write_json(os.path.join(path, "generation_config.json"), {**token_ids, "eos_token_id": ends})
         tokenizer.save(path)
-    if config.family == "phi3small" and config.original_context:  # its code wants the scales spelled out
-        config = dataclasses.replace(config, short_scale=config.rope_scale(False), long_scale=config.rope_scale(True))
-    fields = {ours: (theirs, getattr(config, ours)) for ours, theirs in {**FIELDS, **config.form.fields}.items()}
-    rope = {"type": "longrope", **{theirs: value for theirs, value in map(fields.pop, LONGROPE) if value is not None}}
-    quantized = [module for module in model.modules() if isinstance(module, Quantized)]
-    for module in quantized:
-        module.tile(False)
-    bits = {"quantization_config": {"quant_method": "minphi", "bits": min(module.bits for module in quantized)}} if quantized else {}
-    _write_json(os.path.join(path, "config.json"), {
-        "architectures": [config.form.architecture], "model_type": config.family, **config.form.constants, **dict(fields.values()),
-        "original_max_position_embeddings": config.original_context or config.context, "rope_scaling": rope if config.original_context else None,
-        "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02, "use_cache": True, **ids,
-        "head_dim": config.head_dim, "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."), **bits})
+    write_json(os.path.join(path, "config.json"), {**config_json(model), **token_ids})
     write_safetensors(os.path.join(path, "model.safetensors"), to_hf(model))
+
+
+def config_json(model: Model) -> dict:
+    config = model.config
+    if config.model_type == "phi3small" and config.original_max_seq_len:    # its code wants them spelled out
+        config = dataclasses.replace(config, short_mscale=config.rope_mscale(False), long_mscale=config.rope_mscale(True))
+    keys = {**FIELDS, **config.family.fields}
+    values = {key: getattr(config, field) for field, key in keys.items() if field not in ROPE_SCALING_FIELDS}
+    rope_scaling = {"type": "longrope"}
+    for field in ROPE_SCALING_FIELDS:
+        if getattr(config, field) is not None:
+            rope_scaling[keys[field]] = getattr(config, field)
+    source = {
+        "architectures": [config.family.architecture],
+        "model_type": config.model_type,
+        **config.family.constants,
+        **values,
+        "original_max_position_embeddings": config.original_max_seq_len or config.max_seq_len,
+        "rope_scaling": rope_scaling if config.original_max_seq_len else None,
+        "head_dim": config.head_dim,
+        "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": str(model.model.norm.weight.dtype).removeprefix("torch."),
+    }
+    quantized = [module.bits for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if quantized:
+        source["quantization_config"] = {"quant_method": "minphi", "bits": min(quantized)}
+    return source
 
 
 def read_config(file: str) -> Config:
     """A config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
-    source = _read_json(file)
-    family = source.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{file} has model_type {family!r}; supported are {', '.join(FAMILIES)}")
-    form, rope = FAMILIES[family], {**source, **(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
-    kind, names = rope.get("rope_type") or rope.get("type") or "default", {**FIELDS, **form.fields}
-    values = {"n_kv_head": rope.get(names["n_head"]), **form.defaults,
-              **{ours: rope[theirs] for ours, theirs in names.items() if rope.get(theirs) is not None}}
-    if lacking := [names[field.name] for field in dataclasses.fields(Config)[:7] if values.get(field.name) is None]:
+    source = read_json(file)
+    model_type = source.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{file} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    keys = {**FIELDS, **family.fields}
+    rope = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
+    flat = {**source, **rope}
+    values = {"n_kv_head": flat.get(keys["n_head"]), **family.defaults}
+    values.update((field, flat[key]) for field, key in keys.items() if flat.get(key) is not None)
+    required = [field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING]
+    lacking = [keys[name] for name in required if name in keys and values.get(name) is None]
+    if lacking:
         raise ValueError(f"{file} lacks {', '.join(lacking)}")
-    if kind in ("longrope", "su", "yarn") and {"short_factor", "long_factor"} <= values.keys():
-        values.setdefault("original_context", values["context"])
-        kind = "default"
+
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type in ("longrope", "su", "yarn") and "short_factor" in values and "long_factor" in values:
+        values.setdefault("original_max_seq_len", values["max_seq_len"])
+        rope_type = "default"
     else:
-        values = {name: value for name, value in values.items() if name not in (*LONGROPE, "original_context")}
-    for key, value, wanted in [("rope_type", kind, "default"), *((key, source.get(key, value), value) for key, value in form.constants.items())]:
-        if value != wanted and not (family == "gemma" and value in ("gelu", None)):  # so older files call the same activation
+        for field in (*ROPE_SCALING_FIELDS, "original_max_seq_len"):
+            values.pop(field, None)
+    for key, wanted in {"rope_type": "default", **family.constants}.items():
+        value = rope_type if key == "rope_type" else source.get(key, wanted)
+        is_older_name = model_type == "gemma" and value in ("gelu", None)
+        if value != wanted and not is_older_name:
             raise ValueError(f"{file} has {key} {value!r}; only {wanted!r} is supported")
     if values.get("head_size") == values["d_model"] / values["n_head"]:
         del values["head_size"]
     try:
-        return Config(family=family, **values)
+        return Config(model_type=model_type, **values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def load(path_or_name: str, device=None, dtype: torch.dtype | None = None) -> tuple[Model, Tokenizer | None]:
-    """Open a run directory, a Hugging Face directory of a family in FAMILIES, or a hub name; -> the model in eval mode and its
-    tokenizer (None if it has none).
+def open_weights(folder: str) -> dict[str, torch.Tensor]:
+    path = os.path.join(folder, "model.safetensors")
+    if os.path.isfile(path):
+        return read_safetensors(path)
+    if not os.path.isfile(f"{path}.index.json"):
+        raise FileNotFoundError(f"{folder} has no model.safetensors, single or in shards")
+    tensors = {}
+    for shard in sorted(set(read_json(f"{path}.index.json")["weight_map"].values())):
+        tensors.update(read_safetensors(os.path.join(folder, shard)))
+    return tensors
 
-    device: default_device() unless given; dtype: as stored unless given. Tensors must match the shape exactly, or are named.
-    """
-    path = locate(path_or_name)
-    if not os.path.isfile(file := os.path.join(path, "config.json")):
+
+def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
+    """Open a run, a Hugging Face directory of a family in FAMILIES, or a hub name -> the model in eval mode and its
+    tokenizer (None if it has none). dtype: as stored unless given."""
+    path = snapshot_download(path_or_name)
+    config_file = os.path.join(path, "config.json")
+    if not os.path.isfile(config_file):
         if path in PRESETS:
-            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub name such as microsoft/phi-1_5")
-        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with python train.py, or give a hub name")
-    config, quantization = read_config(file), _read_json(file).get("quantization_config") or {}
+            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub name "
+                             "such as microsoft/phi-1_5")
+        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with python train.py, or give "
+                                "a hub name")
+    config = read_config(config_file)
+    quantization = read_json(config_file).get("quantization_config") or {}
     with torch.device("meta"):
         model = Model(config)
         if quantization.get("quant_method") == "minphi":
             quantize(model, quantization.get("bits"))
-    maps = []
-    stored = {name: tensor for name, tensor in _open_weights(path, maps).items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tied:
-        stored.pop(hf_names(config, "head.weight")[0], None)  # a second copy of the embedding
-    theirs = to_hf(model)
-    wrong = [f"{name} is missing" for name in theirs.keys() - stored.keys()]
-    wrong += [f"{name} is not part of the model" for name in stored.keys() - theirs.keys()]
-    wrong += [f"{name} has shape {tuple(stored[name].shape)} instead of {tuple(tensor.shape)}" for name, tensor in theirs.items()
-              if name in stored and stored[name].shape != tensor.shape]
-    if wrong:
-        raise ValueError(f"{path} does not hold the model its config.json describes: {'; '.join(sorted(wrong)[:5])} ({len(wrong)} in all)")
-    dtype, weights = dtype or stored[hf_names(config, "norm.weight")[0]].dtype, {}
-    for name, tensor in _stored(model).items():
-        own = tensor.dtype if name.endswith(("packed", "scale", "low")) else dtype  # a quantized layer's parts are what they are
-        weights[name] = torch.empty(tensor.shape, device=device or default_device(), dtype=own)
-        names, order = hf_names(config, name), _row_order(config, name)
-        for part, rows in zip(names, _parts(config, weights[name], len(names))):
-            source = stored[part] if order is None else stored[part][order.argsort()]
-            few = max(1, (1 << 24) // max(1, source[0].numel()))  # rows at a time, so that no large tensor is in memory twice
-            for to, what in zip(rows.split(few), source.split(few)):
-                to.copy_(what)
-                for memory in maps:  # the pages read so far are given back
-                    memory.madvise(mmap.MADV_DONTNEED)
+    stored = {name: tensor for name, tensor in open_weights(path).items() if "rotary_emb.inv_freq" not in name}
+    if config.tie_embeddings:
+        stored.pop("lm_head.weight", None)      # a second copy of the embedding
+    dtype = dtype or stored["model.embed_tokens.weight"].dtype
+    weights = {}
+    problems = []
+    for name, like in stored_parameters(model).items():     # one by one: no two copies of all in memory
+        names = hf_names(config, name)
+        missing = [part for part in names if part not in stored]
+        if missing:
+            problems.append(f"{missing[0]} is missing")
+            continue
+        tensor = torch.cat([stored.pop(part) for part in names]) if len(names) > 1 else stored.pop(names[0])
+        if tensor.shape != like.shape:
+            problems.append(f"{names[0]} has shape {tuple(tensor.shape)} instead of {tuple(like.shape)}")
+            continue
+        order = _phi3small_rows(config, name)
+        if order is not None:
+            tensor = tensor[order.argsort()]
+        is_quantized = name.endswith((".qweight", ".scale", ".zero"))
+        weights[name] = tensor.to(device or default_device(), like.dtype if is_quantized else dtype)
+    problems += [f"{name} is not part of the model" for name in stored]
+    if problems:
+        raise ValueError(f"{path} does not hold the model its config.json describes: {'; '.join(problems[:5])} "
+                         f"({len(problems)} in all)")
     model.load_state_dict(weights, strict=False, assign=True)
-    if config.tied and isinstance(model.embed, nn.Embedding):
-        model.head.weight = model.embed.weight
+    model.tie_embeddings()
+    model.requires_grad_(True).eval()
     try:
-        return model.requires_grad_(True).eval(), Tokenizer.load(path)
+        return model, Tokenizer.load(path)
     except FileNotFoundError:
         return model, None
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- table of presets
 
-# Training tokens and what the sources say of cost, to stand beside what we compute.
-SOURCES = {
-    "phi-1": (50e9, ""), "phi-1.5": (150e9, ""), "phi-2": (1.4e12, ""),
-    "phi-3-mini": (3.3e12, "868 tokens/parameter, 7.6 GFLOPs, 7.6 GB, int4 2.4 GB; 12 tokens/s on a phone, 180 on an A100"),
-    "phi-3-small": (4.8e12, ""), "phi-3-medium": (4.8e12, ""),
-    "phi-4": (10e12, "700 tokens/parameter"), "phi-4-mini": (5e12, ""),
-    "llama-3-8b": (15e12, "1875 tokens/parameter, 16 GFLOPs, 16 GB, int4 5 GB"),
-}
-TITLES = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16", "GB int8", "GB int4",
-          "tokens/parameter", "the sources say"]
+TRAINING_TOKENS = {"phi-1": 50e9, "phi-1.5": 150e9, "phi-2": 1.4e12, "phi-3-mini": 3.3e12, "phi-3-small": 4.8e12,
+                   "phi-3-medium": 4.8e12, "phi-4": 10e12, "phi-4-mini": 5e12, "llama-3-8b": 15e12}
+COLUMNS = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16",
+           "GB int8", "GB int4", "tokens/parameter"]
 
 
 def describe(name: str) -> list[str]:
-    config, (tokens, said) = PRESETS[name], SOURCES.get(name, (None, ""))
-    n = config.parameters()
-    return [name, f"{n:,}", f"{2 * n / 1e9:.4g}", f"{config.attention_flops() / 1e9:.3g}", f"{config.cache_bytes():,}",
-            *(f"{n * bits / 8e9:.3g}" for bits in (16, 8.5, 4.5)), f"{tokens / n:.0f}" if tokens else "", said]  # 64 weights share 32 bits
-
-
-def training_memory(config: Config, tokens: int) -> dict[str, float]:
-    """Bytes that train.py takes on one GPU with `tokens` tokens in a micro-batch: fp32 weights, their bf16 copies for the products,
-    gradients, Muon's momentum for the blocks' matrices and AdamW's two moments for the rest, and what the backward pass needs."""
-    n, d, wide, kv = config.parameters(), config.d_model, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    hidden = (2 if config.form.activation == "gelu" else 3) * config.d_ff
-    matrices = config.n_layer * d * (2 * wide + 2 * kv + hidden)
-    return {"weights, fp32": 4 * n, "weights, bf16 copies": 2 * matrices, "gradients": 4 * n, "optimizer": 4 * matrices + 8 * (n - matrices),
-            "activations": 2 * tokens * config.n_layer * (4 * d + 2 * (wide + 2 * kv) + wide + hidden), "loss": 8 * tokens * config.vocab_size}
-
-
-def show(name: str, gpu_gb: float) -> None:
-    """One preset in detail, where each gigabyte goes in training, and how many GPUs that takes."""
     config = PRESETS[name]
-    for title, value in [*zip(TITLES, describe(name)), *dataclasses.asdict(config).items()]:
-        print(f"{title:28} {value}")
-    tokens = min(config.context, 4096)
-    parts = {part: size / 1e9 for part, size in training_memory(config, tokens).items()}
-    print(f"\ntraining, one micro-batch of {tokens:,} tokens on a GPU:")
-    for part, size in {**parts, "all": sum(parts.values())}.items():
-        print(f"  {part:26} {size:9.2f} GB")
-    each = parts["activations"] + parts["loss"]
-    gpus = (sum(parts.values()) - each) / max(1e-9, 0.92 * gpu_gb - each)
-    print(f"needs {math.ceil(gpus)} of {gpu_gb:g} GB; several share weights, gradients and optimizer (train.py --shard)" if gpus < 1e6 else
-          f"activations alone overflow a GPU of {gpu_gb:g} GB: shorter micro-batches or recomputation are needed")
-
-
-def _peer(config: Config) -> dict:
-    """{name: transformers' Phi-3 of this shape} where that is installed, else {}."""
-    with contextlib.suppress(ImportError):
-        from transformers import Phi3Config, Phi3ForCausalLM, __version__
-        names = ("vocab_size", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "context", "tied")
-        return {f"transformers {__version__}": Phi3ForCausalLM(Phi3Config(**{FIELDS[name]: getattr(config, name) for name in names}, pad_token_id=0, eos_token_id=0))}
-    return {}
-
-
-def bench(config: Config, dtype: torch.dtype, rows: int = 16) -> None:
-    """Tokens a second of a whole training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
-    device, models = default_device(), {"minphi": Model(config), **_peer(config)}
-    tokens = torch.randint(config.vocab_size, (rows, config.context + 1), device=device)
-    print(f"{config.parameters():,} parameters, {rows} rows of {config.context} tokens, {str(dtype)[6:]}, {device}; best of 8 steps")
-    for name, model in models.items():
-        optimizer, seconds = torch.optim.AdamW(model.to(device).parameters(), fused=True), []
-        for _ in range(8):
-            start = time.perf_counter()
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = model(tokens[:, :-1], targets=tokens[:, 1:])[0] / tokens.numel() if name == "minphi" else \
-                    model(tokens[:, :-1], labels=tokens[:, :-1]).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()  # waits for a GPU
-            seconds.append(time.perf_counter() - start)
-        print(f"{name:24} {rows * config.context / min(seconds):10,.0f} tokens/s")
-
-
-def _open_for_bench(path_or_preset: str, device, precision: str) -> Model:
-    """A run, or a preset with random weights made at once in the wanted precision, which is all the memory that they take."""
-    bits, made = {"bf16": None, "int8": 8, "int4": 4}[precision], path_or_preset in PRESETS
-    with torch.device("meta") if made else contextlib.nullcontext():
-        model = Model(PRESETS[path_or_preset]).bfloat16() if made else load(path_or_preset, device, torch.bfloat16)[0]
-        model = quantize(model, bits) if bits else model.eval()
-    for name, tensor in model.to_empty(device=device).state_dict().items() if made else ():
-        tensor.random_() if tensor.dtype == torch.uint8 else tensor.fill_(1) if "norm" in name else tensor.normal_(0, 0.02)
-    return model
-
-
-def decode_bench(path: str, device=None, precisions=("bf16", "int8", "int4"), batches=(1, 4, 16), prompt: int = 512, new: int = 64) -> None:
-    """Print for a run, or a preset with random weights: tokens a second of prompts and of decoding, latency of a token, memory and the share of
-    this machine's bandwidth that reading the weights and the cache takes, by precision and batch size; and the sources' costs beside it."""
-    device, config = device or default_device(), PRESETS.get(path) or read_config(os.path.join(locate(path), "config.json"))
-    ones, seconds = torch.ones(1 << 26, device=device), math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        ones.sum().item()
-        seconds = min(seconds, time.perf_counter() - start)
-    prompt, limit = min(prompt, config.context // 2), 4 * len(ones) / seconds  # bytes a second
-    del ones
-    print(f"{path}: {config.parameters():,} parameters, {device}, {torch.get_num_threads()} threads, {limit / 1e9:.1f} GB/s when reading; prompts of "
-          f"{prompt} tokens, then {new} new ones")
-    print("precision batch weights GB cache GB prompt tok/s decode tok/s  p50 ms  p95 ms   GB/s of limit")
-
-    for precision in precisions:
-        model = _open_for_bench(path, device, precision)
-        size = sum(t.numel() * t.element_size() for name, t in _stored(model).items() if config.tied or not name.startswith("embed."))
-        for batch in batches:
-            for length, count in ((32, 2), (prompt, new)):  # the first to warm up
-                times, tokens = [time.perf_counter()], torch.randint(config.vocab_size, (batch, length)).tolist()
-                model.generate(tokens, count, stream=lambda row, token: times.append(time.perf_counter()) if row == batch - 1 else None)
-            steps = sorted(b - a for a, b in zip(times[1:], times[2:]))
-            cache, rate = batch * config.cache_bytes() * (prompt + new), len(steps) / sum(steps)
-            print(f"{precision:9}{batch:6}{size / 1e9:11.2f}{cache / 1e9:9.2f}{batch * prompt / (times[1] - times[0]):13,.0f}{batch * rate:13,.1f}"
-                  f"{1e3 * steps[len(steps) // 2]:8.2f}{1e3 * steps[int(0.95 * len(steps))]:8.2f}{(size + cache) * rate / 1e9:7.1f}"
-                  f"{(size + cache) * rate / limit:9.0%}", flush=True)
-        del model
-    for name, peer in _peer(config).items() if config.parameters() < 1e9 else ():
-        peer, seconds = peer.eval().to(device, torch.bfloat16), []
-        for length, count in ((32, 1), (prompt, 1), (prompt, new)):
-            tokens, start = torch.randint(config.vocab_size, (1, length), device=device), time.perf_counter()
-            peer.generate(tokens, attention_mask=torch.ones_like(tokens), min_new_tokens=count, max_new_tokens=count, do_sample=False)
-            seconds.append(time.perf_counter() - start)
-        print(f"bf16          1 by {name}: {prompt / seconds[1]:14,.0f}{(new - 1) / (seconds[2] - seconds[1]):13,.1f}")
-    print(f"\n{'the sources':14}{'GFLOPs/token':>13}{'GB bf16':>9}{'GB int4':>9}{'most tok/s here at int4':>25}  they say")
-    for name in ("phi-3-mini", "llama-3-8b"):
-        cells = describe(name)
-        print(f"{name:14}{cells[2]:>13}{cells[5]:>9}{cells[7]:>9}{limit / 1e9 / float(cells[7]):25.1f}  {cells[9]}")
+    n = config.num_parameters()
+    row = [name, f"{n:,}", f"{2 * n / 1e9:.4g}", f"{config.attention_flops() / 1e9:.3g}", f"{config.kv_cache_bytes():,}"]
+    row += [f"{n * bits / 8e9:.3g}" for bits in (16, 8, 4.5)]       # in int4, 64 weights share a scale and a zero
+    tokens = TRAINING_TOKENS.get(name)
+    return [*row, f"{tokens / n:.0f}" if tokens else ""]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the presets: size, cost and memory.", allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, help="show this one in detail, with the memory that training it takes")
-    parser.add_argument("--gpu-gb", type=float, default=80, help="memory of a GPU in gigabytes, for --preset (default 80)")
-    parser.add_argument("--bench", choices=PRESETS, help="instead, time a training step of this preset")
-    parser.add_argument("--vocab-size", type=int, help="tokens of the vocabulary for --bench, instead of the preset's")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of --bench's matrix products (default: fp32)")
-    args = parser.parse_args()
-    if args.preset:
-        return show(args.preset, args.gpu_gb)
-    if args.bench:
-        config = dataclasses.replace(PRESETS[args.bench], **({"vocab_size": args.vocab_size} if args.vocab_size else {}))
-        return bench(config, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
-    rows = [TITLES, *map(describe, PRESETS)]
-    for row in rows:
-        print("  ".join(cell.rjust(max(map(len, column))) if 0 < i < 9 else cell.ljust(max(map(len, column)))
-                        for i, (cell, column) in enumerate(zip(row, zip(*rows)))).rstrip())
+    parser = argparse.ArgumentParser(description="Show the presets: size and cost.", allow_abbrev=False)
+    parser.parse_args()
+    table = [COLUMNS, *map(describe, PRESETS)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for name, *numbers in table:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
 
 
 if __name__ == "__main__":
