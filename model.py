@@ -16,6 +16,7 @@ import math
 import mmap
 import os
 import pickle
+import random
 import re
 import time
 
@@ -529,12 +530,13 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 stop=None, seed: int | None = None, stream=None, draft: "Model | None" = None, lookup: int = 0, skip=None) -> list[list[int]]:
+                 stop=None, seed: int | list[int] | None = None, stream=None, draft: "Model | None" = None, lookup: int = 0, skip=None) -> list[list[int]]:
         """The new tokens of each prompt, up to and including one of `stop` (an id or several), max_new_tokens, or the context's end.
 
         temperature 0 takes the likeliest token; otherwise top_k > 0 draws from that many likeliest, top_p < 1 from the fewest that
-        hold that much probability. stream(row, token) is called for each new token and ends its row by returning True. Prompts may
-        differ in length. draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words
+        hold that much probability. seed: of all rows, or one for each; a row's random numbers are its own, so that what it becomes does
+        not depend on the batch that it is in, beyond the rounding of the logits. stream(row, token) is called for each new token and ends
+        its row by returning True. Prompts may differ in length. draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words
         before; with this model's distribution (_speculate). skip: SkipDecode's (most, least[, over = max_new_tokens]) as in exit_points.
         """
         config, context, device, dtype = self.config, self.config.context, self.norm.weight.device, self.norm.weight.dtype
@@ -547,7 +549,12 @@ class Model(nn.Module):
         if skip and (draft or lookup or not 2 <= skip[1] <= skip[0] <= config.n_layer):
             raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= {config.n_layer}, without draft or lookup")
         stop = {stop} if isinstance(stop, int) else {*(stop or ())}
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))  # from torch's own state, which torch.manual_seed sets
+        seeds = seed if isinstance(seed, list) else [f"{seed} {row}" for row in range(len(prompts))]
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed for all of them, or one for each")
+        rngs = [random.Random(each) for each in seeds]
         outputs, self.speculated = [[] for _ in prompts], (0, 0)
         limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         rows = [row for row, limit in enumerate(limits) if limit > 0]  # the prompt that each row of the batch continues
@@ -559,7 +566,7 @@ class Model(nn.Module):
             return bool(stream and stream(row, token)) or token in stop or len(outputs[row]) == limits[row]
         if draft is not None or lookup:
             for row in rows:
-                self._speculate(prompts[row], limits[row], (temperature, top_k, top_p), generator, functools.partial(told, row), draft, lookup or 5)
+                self._speculate(prompts[row], limits[row], (temperature, top_k, top_p), rngs[row], functools.partial(told, row), draft, lookup or 5)
             return outputs
         most, least, over = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
         width = max(len(prompts[row]) for row in rows)
@@ -573,7 +580,8 @@ class Model(nn.Module):
         x = torch.cat([fill(i, i + few, width) for i in range(0, len(rows), few)])
         cache.length, done, run, number = width, set(), most, 0
         while True:
-            chosen = sample(self.logits(x[:, -1]), temperature, top_k, top_p, generator)
+            points = [rngs[row].random() for row in rows]
+            chosen = sample(self.logits(x[:, -1]), temperature, top_k, top_p, points)
             done |= {row for row, token in zip(rows, chosen.tolist()) if row not in done and told(row, token)}
             slots = [slot for slot, row in enumerate(rows) if row not in done]
             if not slots:
@@ -589,7 +597,7 @@ class Model(nn.Module):
                 if config.original_context and len(prompts[row]) + len(outputs[row]) == config.original_context + 1 and row not in done:
                     x[slot:slot + 1] = fill(slot, slot + 1, cache.length)  # from here on the long factors hold, for the older keys too
 
-    def _speculate(self, prompt, limit, filters, generator, told, draft, most) -> None:
+    def _speculate(self, prompt, limit, filters, rng, told, draft, most) -> None:
         """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): up to `most` tokens are proposed and read at once; each is kept
         with probability min(1, p / q), p being this model's distribution and q the proposer's, and the first refused one is drawn anew from
         max(0, p - q): so what comes out is distributed as p. Proposals are the draft's, or for q = 1 what followed the last two tokens before."""
@@ -606,8 +614,8 @@ class Model(nn.Module):
             x = models[i].hidden(torch.tensor([tokens[cache.length:]], device=device), cache=cache)
             return distribution(models[i].logits(x[0, -last:]), *filters)
 
-        def draw(probabilities):
-            return int(torch.multinomial(probabilities, 1, generator=generator))
+        def draw_one(probabilities):
+            return int(draw(probabilities[None], [rng.random()]))
         while True:
             count = max(0, min(most, *(end - len(text) - 1 for end in ends), *(at - len(text) for at in changes if at >= len(text))))
             if draft is None:
@@ -618,17 +626,17 @@ class Model(nn.Module):
                 proposals, q = [], []
                 for _ in range(count):
                     q.append(read(1, text + proposals, 1)[0])
-                    proposals.append(draw(q[-1]))
+                    proposals.append(draw_one(q[-1]))
             p, kept = read(0, text + proposals, len(proposals) + 1), 0
-            for token, chance in zip(proposals, torch.rand(len(proposals), generator=generator, device=device).tolist()):
-                if chance * float(q[kept][token]) >= float(p[kept][token]):
+            for token in proposals:
+                if rng.random() * float(q[kept][token]) >= float(p[kept][token]):
                     break
                 kept += 1
             rest = (p[kept] - q[kept]).clamp(min=0) if kept < len(proposals) else p[kept]
             self.speculated = self.speculated[0] + kept, self.speculated[1] + len(proposals)
             for cache in caches:
                 cache.length = min(cache.length, len(text) + kept)
-            for token in [*proposals[:kept], draw(rest if rest.sum() > 0 else p[kept])]:
+            for token in [*proposals[:kept], draw_one(rest if rest.sum() > 0 else p[kept])]:
                 followed[tuple(text[-2:])] = len(text)
                 text.append(token)
                 if told(token):
@@ -657,11 +665,23 @@ def distribution(logits, temperature: float = 0.0, top_k: int = 0, top_p: float 
     return torch.zeros_like(probabilities).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
 
 
-def sample(logits, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator=None):
-    """(B, V) logits -> (B,) token ids."""
+def draw(probabilities, points: list[float]):
+    """(B, V) probabilities, or multiples of them -> (B,) token ids: in each row the one whose share of [0, 1) holds the row's point.
+
+    One number a row decides, so that a row can have random numbers of its own (torch.multinomial has one generator for all rows).
+    Example: draw(torch.tensor([[0.5, 0.0, 0.5]]), [0.5]) is tensor([2])
+    """
+    ends = probabilities.cumsum(-1)                                                                     # (B, V)
+    points = torch.tensor(points, dtype=ends.dtype, device=ends.device).clamp(max=1 - 2**-24)           # rounding may have given 1.0
+    ids = torch.searchsorted(ends, points[:, None] * ends[:, -1:], right=True).squeeze(-1)              # (B, 1) -> (B,)
+    return ids.clamp(max=ends.shape[-1] - 1)
+
+
+def sample(logits, temperature: float, top_k: int, top_p: float, points: list[float]):
+    """(B, V) logits -> (B,) token ids, drawn by a point of [0, 1) a row."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator).squeeze(-1)    # (B, 1) -> (B,)
+    return draw(distribution(logits, temperature, top_k, top_p), points)
 
 
 def default_device() -> str:

@@ -113,10 +113,10 @@ def open_model(args):
     return model, tokenizer, dict(draft=draft, lookup=args.lookup, skip=args.skip)
 
 
-def write(args, opened, prompts, stream, more_seed=0):
+def write(args, opened, prompts, stream, seed):
     """The new tokens of each prompt, by the command line's settings."""
     model, tokenizer, faster = opened
-    settings = args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, args.seed + more_seed
+    settings = args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, seed
     return model.generate(prompts, *settings, stream, **faster)
 
 
@@ -134,7 +134,7 @@ def write_aloud(args, opened, ids) -> str:
         parts.append(decoder.decode(b"" if token in tokenizer.stops else tokenizer.decode_bytes([token])))  # a character may be spread over tokens
         print(parts[-1], end="", flush=True)
     try:
-        write(args, opened, [ids], tell)
+        write(args, opened, [ids], tell, args.seed)
     except KeyboardInterrupt:
         if not args.chat:
             raise
@@ -414,9 +414,8 @@ def choose(logits, requests: list[Request]):
         if request.temperature > 0:
             alike[request.temperature, request.top_k, request.top_p].append(row)
     for settings, rows in alike.items():
-        total = models.distribution(logits[rows], *settings).cumsum(-1)
-        points = torch.tensor([[min(requests[row].random.random(), 1 - 2 ** -24)] for row in rows], device=logits.device)
-        chosen[rows] = torch.searchsorted(total, points * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        points = [requests[row].random.random() for row in rows]
+        chosen[rows] = models.sample(logits[rows], *settings, points)
     return chosen
 
 
@@ -1011,13 +1010,14 @@ class Answers:
         return [self.known[key] for key in keys]
 
 
-def write_texts(args, opened, prompts: list[list[int]], until: str):
-    """A function for Answers.collect: the model's continuation of each prompt up to `until`; of one that is too long the beginning is left out."""
+def write_texts(args, opened, asked: list[tuple[list[int], int]], until: str):
+    """A function for Answers.collect: the model's continuation of each (prompt, number of the sample) up to `until`; of a prompt that is too
+    long the beginning is left out. A text depends on --seed, its prompt and its number, not on who else is written beside it."""
     model, tokenizer, _ = opened
     over, room = re.compile(until.encode()), max(model.config.context // 2, model.config.context - args.max_tokens)
 
     def answer(todo):
-        todo = sorted(todo, key=lambda i: -len(prompts[i]))  # alike together waste least, and a lack of memory shows at once
+        todo = sorted(todo, key=lambda i: -len(asked[i][0]))  # alike together waste least, and a lack of memory shows at once
         for begin in tqdm(range(0, len(todo), args.batch_size), desc="solving", unit="batch", disable=None):
             batch = todo[begin:begin + args.batch_size]
             texts = [b""] * len(batch)
@@ -1026,7 +1026,8 @@ def write_texts(args, opened, prompts: list[list[int]], until: str):
                 new = b"" if token in tokenizer.stops else tokenizer.decode_bytes([token])
                 texts[row] += new
                 return bool(over.search(texts[row], max(0, len(texts[row]) - len(new) - 12)))
-            write(args, opened, [prompts[i][-room:] for i in batch], ended, begin)
+            seeds = [int.from_bytes(data.digest(json.dumps([args.seed, asked[i]]))[:8], "big") for i in batch]
+            write(args, opened, [asked[i][0][-room:] for i in batch], ended, seeds)
             for i, text in zip(batch, texts):
                 yield i, re.split(until, text.decode("utf-8", errors="replace"), maxsplit=1)[0]
     return answer
@@ -1142,8 +1143,8 @@ def rate_chats(args, opened, answers: Answers, records) -> list[dict]:
         going = [i for i, record in enumerate(records) if turn < len(record["turns"])]
         for i in going:
             chats[i].append({"role": "user", "content": records[i]["turns"][turn]})
-        ids = [tokenizer.render(chats[i]) for i in going]
-        for i, text in zip(going, answers.collect(ids, write_texts(args, opened, ids, "(?!)"))):
+        asked = [(tokenizer.render(chats[i]), 0) for i in going]
+        for i, text in zip(going, answers.collect(asked, write_texts(args, opened, asked, "(?!)"))):
             chats[i].append({"role": "assistant", "content": text.strip()})
             reference = "".join(f" A right answer: {told}" for told in (records[i].get("reference") or [])[turn:turn + 1])
             jobs.append((i, RATING.format(reference=reference, chat="\n\n".join(f"### {m['role']}\n{m['content']}" for m in chats[i]))))
@@ -1168,9 +1169,10 @@ def evaluate_file(args, kind: str, records, opened, answers: Answers) -> tuple[d
     """-> {level: summary} of one benchmark, "" for all of it, and its rows: question, answer and verdict. Nothing on ranks above 0."""
     if kind == "text":
         return read_texts(opened, answers, records)
-    bench, samples = BENCHMARKS[kind], args.samples
+    bench = BENCHMARKS[kind]
     questions, count = [bench.ask(record) for record in records], bench.shots if args.shots is None else args.shots
     pool = [bench.ask(record) for record in read_benchmark(args.shots_file)[1]] if args.shots_file else questions
+    samples = 1 if kind == "chat" or questions[0].options else args.samples  # of what is written and can differ from time to time
     prompts = []
     for question in questions:
         shots = [other for other in pool[:count + 1] if other.prompt != question.prompt][:count]
@@ -1183,7 +1185,7 @@ def evaluate_file(args, kind: str, records, opened, answers: Answers) -> tuple[d
         rows = judge_texts(args, bench.grade, records, [record.get("code") or question.answer for record, question in zip(records, questions)])
     else:
         asked = [(prompt_ids(opened[1], prompt), n) for prompt in prompts for n in range(samples)]
-        texts = answers.collect(asked, write_texts(args, opened, [ids for ids, _ in asked], bench.until))
+        texts = answers.collect(asked, write_texts(args, opened, asked, bench.until))
         problems = [{**record, "prompt": question.prompt} for record, question in zip(records, questions) for _ in range(samples)]
         rows = judge_texts(args, bench.grade, problems, texts) if not answers.rank else []
     if answers.rank:

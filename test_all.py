@@ -368,9 +368,40 @@ def test_stream_seed_and_filters():
     assert m.generate([[1, 2]], 8, temperature=1.0, top_k=1) == m.generate([[1, 2]], 8) == m.generate([[1, 2]], 8, temperature=1.0, top_p=1e-9)
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
     torch.manual_seed(0)
-    assert set(model.sample(p, 1.0, 0, 0.65).tolist()) == {0, 1} and set(model.sample(p, 1.0, 3, 1.0).tolist()) == {0, 1, 2}
-    share = torch.bincount(model.sample(p, 1.0, 2, 1.0))[0].item() / 4000
+    points = torch.rand(4000).tolist()
+    assert set(model.sample(p, 1.0, 0, 0.65, points).tolist()) == {0, 1} and set(model.sample(p, 1.0, 3, 1.0, points).tolist()) == {0, 1, 2}
+    share = torch.bincount(model.sample(p, 1.0, 2, 1.0, points))[0].item() / 4000
     assert abs(share - 4 / 7) < 0.03
+
+
+def test_points_are_drawn_by_the_share_that_holds_them():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    points = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53, 1.0]  # the last ones are 1.0 in float32
+    assert models.draw(p.expand(7, -1), points).tolist() == [1, 1, 3, 3, 4, 4, 4]
+    assert models.draw(17 * p.expand(7, -1), points).tolist() == [1, 1, 3, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("how", [{}, {"lookup": 3}])
+def test_a_sampled_row_does_not_depend_on_its_batch(how):
+    m = sharp()
+    prompts, seeds = [*PROMPTS, PROMPTS[0], PROMPTS[0]], [7, 8, 9, 7, 10]
+    assert len(prompts) == len(seeds)
+
+    def write(rows):
+        texts = m.generate([prompts[row] for row in rows], 20, temperature=0.7, seed=[seeds[row] for row in rows], **how)
+        return dict(zip(rows, texts))
+    together = write(range(5))
+    assert together == write([4, 2, 0, 3, 1]) == {row: text for rows in ([0, 3], [1, 4], [2]) for row, text in write(rows).items()}
+    assert together[0] == together[3] != together[4]  # one prompt, with one seed and with another
+    same = m.generate([PROMPTS[0]] * 8, 20, temperature=0.7, seed=7, **how)
+    assert len(set(map(tuple, same))) == 8  # one seed for all: each row has its own random numbers, whoever stands before it
+    assert same[:3] == m.generate([PROMPTS[0]] * 3, 20, temperature=0.7, seed=7, **how)
+    torch.manual_seed(1)
+    unseeded = [m.generate(PROMPTS, 20, temperature=0.7, **how) for _ in range(2)]
+    torch.manual_seed(1)
+    assert unseeded[0] != unseeded[1] and m.generate(PROMPTS, 20, temperature=0.7, **how) == unseeded[0]
+    with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
+        m.generate(PROMPTS, 3, temperature=0.7, seed=[1, 2], **how)
 
 
 @pytest.mark.parametrize("prompts,change,word", [([[]], {}, "prompt 0"), ([[1], [1] * 65], {}, "prompt 1"), ([[300]], {}, "vocabulary"),
@@ -1711,11 +1742,61 @@ def test_a_cut_evaluation_goes_on(tmp_path, monkeypatch):
     assert sum(calls) - 9 == 7  # other settings, other answers
 
 
+QUESTIONS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
+
+
+def test_samples_do_not_depend_on_ranks_batches_or_cuts(tmp_path):
+    """Sampled texts, by whatever share of a process and whatever batch they are written in."""
+    m, tokenizer = tiny(context=256), Tokenizer.load("bytes")
+    opened = m, tokenizer, {}
+    prompts = [tokenizer.encode(f"Question {n}: {'?' * n}") for n in range(4)]
+    asked = [(prompt, n) for prompt in prompts for n in range(8)]
+
+    def write(world, batch_size, begin=0):
+        """The texts of `world` processes together, of which each one writes its share of those from `begin` on."""
+        args = sample.options(["--temperature", "1", "--max-tokens", "12", "--seed", "3", "--batch-size", str(batch_size)])
+        todo = list(range(begin, len(asked)))
+        return {i: text for rank in range(world) for i, text in sample.write_texts(args, opened, asked, "(?!)")(todo[rank::world])}
+    one = write(1, 128)
+    assert sorted(one) == list(range(32))
+    for n in range(4):
+        assert len({one[i] for i in range(8 * n, 8 * n + 8)}) == 8, "a problem's samples repeat one another"
+    assert one == write(2, 128) == write(4, 128) == write(1, 5)
+    assert {i: one[i] for i in range(13, 32)} == write(2, 3, begin=13)  # what a run that was cut after 13 still has to write
+    args = sample.options(["--temperature", "1", "--max-tokens", "12", "--seed", "4"])
+    assert not {text for _, text in sample.write_texts(args, opened, asked, "(?!)")(range(32))} & {*one.values()}  # another seed
+
+
+def test_a_cut_evaluation_draws_no_sample_twice(tmp_path, monkeypatch):
+    arguments = ["--shots", "0", "--max-tokens", "12", "--batch-size", "4", "--samples", "16", "--temperature", "1"]
+    told = evaluated(tmp_path, QUESTIONS[:1], *arguments)
+    texts = [row["completion"] for row in told[1]]
+    assert len(set(texts)) == len(texts) == 16
+    calls, generate = [], Model.generate
+
+    def cut(self, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *rest, **more)
+    monkeypatch.setattr(Model, "generate", cut)
+    (tmp_path / "o.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, QUESTIONS[:1], *arguments)
+    assert evaluated(tmp_path, QUESTIONS[:1], *arguments) == told and calls == [4, 4, 4, 4, 4]
+
+
+def test_options_are_chosen_once_however_many_samples(tmp_path):
+    once = evaluated(tmp_path, HELLASWAG)
+    often = evaluated(tmp_path, HELLASWAG, "--samples", "2", "--temperature", "0.8")
+    assert often[1] == once[1] and often[0]["accuracy"] == once[0]["accuracy"] and often[0]["total"] == 6
+
+
 def test_two_processes_evaluate_as_one(tmp_path):
-    records = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
-    one = evaluated(tmp_path, records, "--shots", "0", "--max-tokens", "6"), evaluated(tmp_path, HELLASWAG, name="h.jsonl")
+    how = ["--shots", "0", "--max-tokens", "12", "--samples", "2", "--temperature", "1"]
+    one = evaluated(tmp_path, QUESTIONS, *how), evaluated(tmp_path, HELLASWAG, *how, name="h.jsonl")
     arguments = ["--run", str(tmp_path / "run"), "--eval", str(tmp_path / "bench.jsonl"), str(tmp_path / "h.jsonl"), "--device", "cpu", "--dtype", "fp32",
-                 "--shots", "0", "--max-tokens", "6", "--json", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.jsonl")]
+                 *how, "--json", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.jsonl")]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = [subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -1725,7 +1806,8 @@ def test_two_processes_evaluate_as_one(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], told
     two, rows = json.loads((tmp_path / "two.json").read_text()), list(data.read_jsonl(tmp_path / "two.jsonl"))
     assert two == [one[0][0], one[1][0]] and [row["task_id"] for row in rows] == [row["task_id"] for row in one[0][1] + one[1][1]]
-    assert "HellaSwag" not in told[1][0] and [row.get("completion") for row in rows[:5]] == [row["completion"] for row in one[0][1]]
+    texts = [row["completion"] for row in one[0][1]]
+    assert "HellaSwag" not in told[1][0] and [row.get("completion") for row in rows[:10]] == texts and len(set(texts)) == 10
 
 
 def test_benchmarks_from_a_url(tmp_path, monkeypatch, capsys):
