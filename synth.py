@@ -1792,6 +1792,7 @@ def serve(scratch):
 PRELOAD = """import ast, bisect, builtins, collections, contextlib, copy, ctypes, functools, gc, hashlib, heapq, itertools
 import json, marshal, math, operator, os, random, re, resource, select, signal, string, struct, sys, time, typing
 """
+LAUNCH = "serve(sys.argv[1])\n"
 SERVER = (NotPlain, pack, unpack, write_frame, read_frame, run_program, run_tests, system, write_file, confine, limit, harden, supervise, serve)
 
 
@@ -1804,7 +1805,7 @@ class Worker:
     """One server and the problem it works on. Raises RuntimeError if the server does not start."""
 
     def __init__(self, scratch):
-        source = PRELOAD + "\n".join(map(inspect.getsource, SERVER)) + "\nserve(sys.argv[1])"
+        source = "\n".join([PRELOAD, *map(inspect.getsource, SERVER), LAUNCH])
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen([sys.executable, "-S", "-s", "-c", source, scratch], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)

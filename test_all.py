@@ -4,6 +4,7 @@ Where transformers and tokenizers are installed, ours are compared with them; wh
 environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
 """
 import base64
+import builtins
 import collections
 import copy
 import dataclasses
@@ -17,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -2577,11 +2579,12 @@ def test_forged_without_any_help_of_the_kernel(scratch):
     code = ("import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += \"sys.platform = 'none'\\n\"\n"
             "problem, bodies = json.load(open(sys.argv[2]))\n"
             "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], timeout=2.0)\n"
-            "json.dump(verdicts, open(sys.argv[2], 'w'))")
+            "json.dump([verdicts, synth.protections()], open(sys.argv[2], 'w'))")
     file = scratch / "verdicts.json"
     file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
     subprocess.run([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)], check=True, capture_output=True)
-    verdicts = json.loads(file.read_text())
+    verdicts, protections = json.loads(file.read_text())
+    assert protections.startswith("resource limits alone") or protections == "nobody's rights instead of root's", protections
     assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
 
 
@@ -3143,14 +3146,14 @@ INVADERS = {
     "reads this checkout": f"    open({synth.__file__!r}).read()\n",
     "lists /tmp": "    import os; os.listdir('/tmp')\n",
     "writes beside": "    open('../x', 'w')\n",
-    "writes to /dev/shm": "    open('/dev/shm/x', 'w')\n",
+    "writes to /dev/shm": "    import os; os.close(os.open('/dev/shm/minphi', os.O_CREAT)); os.remove('/dev/shm/minphi')\n",
     "opens a socket": "    import socket; socket.socket()\n",
     "opens a unix socket": "    import socket; socket.socket(socket.AF_UNIX)\n",
     "signals its parent": "    import os; os.kill(SYNTH, 0)\n",
-    "reads its parent's environment": "    assert not open('/proc/SYNTH/environ').read()\n",
-    "traces": "    import ctypes; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0\nimport os\n",
+    "reads the environment of who runs it": "    open('/proc/SYNTH/environ').read()\n",
+    "traces": "    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0\n",
     "makes a namespace": "    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0\n",
-    "clones into a namespace": "    import ctypes; assert ctypes.CDLL(None).syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\nimport os\n",
+    "clones into a namespace": "    import ctypes, os; assert ctypes.CDLL(None).syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\n",
     "mounts": "    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n",
     "sets up io_uring": "    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0\n",
     "makes a device": "    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))\n",
@@ -3158,23 +3161,41 @@ INVADERS = {
 }
 
 
-def bare(scratch):
-    """Stands in for `confine`: no namespaces, no other user, as where the kernel grants neither."""
-    return []
+# What the sandbox's server does last but one, as where the kernel grants less. UNCONFINED: neither namespaces nor another user.
+UNCONFINED = """
+confine = lambda scratch: []
+granted_system = system
+system = lambda name, *args: name != "unshare" and granted_system(name, *args)
+"""
+UNHARDENED = UNCONFINED + "harden = lambda scratch: (False, False)\n"
+PARENT = "    import os; raise ValueError(os.getppid())\n"  # 1 in a namespace of processes
+
+
+def invade(names):
+    """The verdicts on some invaders: "passed" where the program did what it wanted to."""
+    return synth.judge_all([(ADD, INVADERS[name].replace("SYNTH", str(os.getpid())) + "    return a + b\n") for name in names])
+
+
+@pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
+def test_invaders_invade_where_nothing_protects(monkeypatch):
+    """These programs work, so that it means something when they fail in the sandbox."""
+    monkeypatch.setattr(synth, "LAUNCH", UNHARDENED + synth.LAUNCH)
+    names = ["reads this checkout", "lists /tmp", "writes beside", "opens a socket", "opens a unix socket", "signals its parent"]
+    names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
+    names += ["reads the environment of who runs it"] * (os.geteuid() != 0)  # root's rights are more than a program has, even here
+    assert {name: verdict.reason for name, verdict in zip(names, invade(names))} == dict.fromkeys(names, "passed")
 
 
 @pytest.mark.skipif("Landlock" not in GRANTED or "seccomp" not in GRANTED, reason="this kernel grants no Landlock or seccomp")
 @pytest.mark.parametrize("namespaces", [True, False])
 def test_hostile_programs_are_contained(namespaces, monkeypatch):
     if not namespaces:
-        bare.__name__ = "confine"
-        monkeypatch.setattr(synth, "SERVER", tuple(f for f in synth.SERVER if f.__name__ != "confine"))
-        monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "def confine(scratch): return []\n")
-        source = synth.inspect.getsource
-        monkeypatch.setattr(synth.inspect, "getsource", lambda f: source(f).replace('contained = system("unshare", 0x20000000 | 0x00020000)', "contained = False"))
-    verdicts = synth.judge_all([(ADD, body.replace("SYNTH", str(os.getpid())) + "    return a + b\n" * (not body.count("\nimport"))) for body in INVADERS.values()])
-    for name, verdict in zip(INVADERS, verdicts):
-        assert not verdict.passed and verdict.reason.startswith("raised ") and "SyntaxError" not in verdict.reason, (name, verdict)
+        monkeypatch.setattr(synth, "LAUNCH", UNCONFINED + synth.LAUNCH)
+    assert (judge(ADD, PARENT).reason == "raised ValueError: 1") == (namespaces and CONTAINED)
+    for name, verdict in zip(INVADERS, invade(INVADERS)):
+        how = re.fullmatch(r"raised (\w+):.*", verdict.reason)
+        kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
+        assert not verdict.passed and kind and issubclass(kind, (OSError, AssertionError)), (name, verdict)
     ways = ["    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n", "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
             "    import subprocess; return a + b if subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout == b'x\\n' else 0\n",
             "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
