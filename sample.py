@@ -92,6 +92,8 @@ def options(arguments=None):
     for names in (("chat", "serve", "eval", "bench"), ("draft", "lookup", "skip", "serve")):  # a server decodes many texts together
         if sum(bool(getattr(args, name)) for name in names) > 1:
             parser.error(f"--{', --'.join(names)} exclude one another; choose one")
+    if args.quantize and args.out and not args.eval and os.path.realpath(args.out) == os.path.realpath(args.run):
+        parser.error(f"--out {args.out} is --run, whose unquantized weights would be lost; choose another --out")
     return args
 
 
@@ -156,7 +158,7 @@ def complete(args) -> None:
 # ---------------------------------------------------------------- chat
 
 CHAT_HELP = """/retry       answer the last message anew       /set NAME X     change temperature, top-p, top-k, max-tokens or seed
-/new         forget the conversation            /save FILE      write it as a line of JSON, as align.py sft reads it
+/new         forget the conversation            /save FILE      add it to FILE as a line of JSON, as align.py sft reads it
 /system ...  begin anew, with these orders      /quit, Ctrl-D   leave
 A line that ends in \\ goes on in the next. Ctrl-C stops an answer."""
 
@@ -168,6 +170,13 @@ def fitting(tokenizer, messages, room):
         if len(ids := tokenizer.render([*system, *messages[first:]])) <= room:
             return ids
     raise ValueError(f"the message takes {len(ids):,} tokens where {room:,} fit; make it shorter, or /set max-tokens lower")
+
+
+def save_chat(path, messages) -> None:
+    """Add a chat to a file of chats, in the place of those that it goes on from."""
+    others = list(data.read_jsonl(path)) if os.path.exists(path) else []
+    others = [chat for chat in others if "messages" not in chat or chat["messages"] != messages[:len(chat["messages"])]]
+    data.write_jsonl(path, [*others, {"messages": messages}])
 
 
 def read_message():
@@ -194,7 +203,7 @@ def chat(args) -> None:
             if command in ("/new", "/system"):
                 orders, turns = orders if command == "/new" else [{"role": "system", "content": rest}] * bool(rest), []
             elif command == "/save":
-                data.write_jsonl(rest or "chat.jsonl", [{"messages": orders + turns}])
+                save_chat(rest or "chat.jsonl", orders + turns)
             elif command == "/set":
                 name, value = rest.split()
                 setattr(args, name.replace("-", "_"), SETTINGS[name](value))
@@ -975,6 +984,7 @@ class Answers:
 
     def __init__(self, args):
         self.rank, self.world, self.out, self.known = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.out, {}
+        self.keys = set()  # of all that was asked
         names = ("run", "dtype", "quantize", "draft", "lookup", "skip", "max_tokens", "temperature", "top_k", "top_p", "seed")
         times = [os.path.getmtime(path) for path in sorted(glob.glob(f"{glob.escape(args.run)}/*.safetensors"))]
         self.stamp = [*times, *(getattr(args, name) for name in names)]
@@ -994,6 +1004,7 @@ class Answers:
         """The answer to each question. answer(indices) yields (index, answer) for those that are not known yet."""
         keys, path = [hashlib.sha256(json.dumps([self.stamp, q]).encode()).hexdigest()[:24] for q in questions], os.devnull
         todo, shares = [i for i, key in enumerate(keys) if key not in self.known], [{}]
+        self.keys.update(keys)
         if self.out:
             os.makedirs(os.path.dirname(self.out) or ".", exist_ok=True)
             path = f"{self.out}.part.{self.rank}"
@@ -1217,8 +1228,9 @@ def evaluate(args) -> None:
         written += [{"file": name, **row} for row in rows]
     if not answers.rank and args.out:
         data.write_jsonl(args.out, written)
-        for path in answers.parts():
-            os.remove(path)
+        if answers.known.keys() <= answers.keys:  # else they hold answers of a cut run with other settings, which can go on from them
+            for path in answers.parts():
+                os.remove(path)
     if not answers.rank and args.json:
         models._write_json(args.json, summaries if len(summaries) > 1 else summaries[0])
     if answers.world > 1:

@@ -1409,6 +1409,27 @@ def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
     assert told.out.rstrip("\n").endswith(tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n"))
 
 
+def test_saving_a_chat_keeps_the_others(tmp_path):
+    say = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
+    file = tmp_path / "c.jsonl"
+    data.write_jsonl(file, [{"messages": say("old")}, {"messages": say("prompt"), "source": "elsewhere"}, {"prompt": "p", "chosen": "c", "rejected": "r"}])
+    before = list(data.read_jsonl(file))
+    sample.save_chat(file, say("hi"))
+    sample.save_chat(file, say("hi") + say("more"))  # in the place of what it goes on from
+    sample.save_chat(file, say("other"))
+    assert list(data.read_jsonl(file)) == [*before, {"messages": say("hi") + say("more")}, {"messages": say("other")}]
+    file.write_text("my notes\n")
+    with pytest.raises(ValueError, match="c.jsonl:1"):
+        sample.save_chat(file, say("hi"))
+    assert file.read_text() == "my notes\n"
+
+
+def test_quantized_weights_do_not_replace_their_source(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", f"{tmp_path}/../{tmp_path.name}/"])
+    assert "choose another --out" in capsys.readouterr().err
+
+
 def test_long_chats_lose_their_oldest_turns():
     tokenizer = Tokenizer.load("bytes")
     messages = [{"role": "system", "content": "S"}] + [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][:-1]
@@ -1607,6 +1628,7 @@ def evaluated(tmp_path, records, *arguments, m=None, name="bench.jsonl"):
     return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
 
 
+QUESTIONS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
 HELLASWAG = [dict(ind=n, activity_label="Sky", ctx_a="The sky [title] is.", ctx_b="it", ctx="", endings=["blue [x] now.", "a very long ending indeed", "é", "no"], label=n % 4)
              for n in range(6)]
 ARC = [{"id": "a", "question": {"stem": "Which?", "choices": [{"text": "one", "label": "1"}, {"text": "two", "label": "2"}]}, "answerKey": "2"},
@@ -1744,7 +1766,22 @@ def test_a_cut_evaluation_goes_on(tmp_path, monkeypatch):
     assert sum(calls) - 9 == 7  # other settings, other answers
 
 
-QUESTIONS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
+def test_a_finished_evaluation_keeps_the_answers_of_a_cut_one(tmp_path, monkeypatch):
+    arguments = ["--shots", "0", "--max-tokens", "6", "--batch-size", "2"]
+    calls, generate = [], Model.generate
+
+    def counted(self, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *rest, **more)
+    monkeypatch.setattr(Model, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, QUESTIONS, *arguments)
+    evaluated(tmp_path, QUESTIONS, *arguments[:2], "--max-tokens", "3", "--limit", "1")
+    calls[:] = [0, 0]  # from here on none is cut
+    evaluated(tmp_path, QUESTIONS, *arguments)
+    assert calls[2:] == [2, 1]  # the first two were answered before the cut
 
 
 def test_samples_do_not_depend_on_ranks_batches_or_cuts(tmp_path):
@@ -2908,7 +2945,7 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
     while ledger.read_bytes().count(b"\n") < 200:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # waits for what is under way
-    assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl")) >= 200
+    assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl.partial")) >= 200
     run_synth(tmp_path, *command[2:])
     paid = records(ledger)
     assert ledger.read_bytes().startswith(before[:before.rindex(b"\n") + 1]) and len({p["key"] for p in paid}) == len(paid) == 300
@@ -2924,11 +2961,62 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
     assert {key for _, key, *_ in teacher.seen} == {f"Bearer {secret}"}
     teacher.answer = lambda question, n: (401, {}, f"bad key {secret}".encode())
     told += run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 50, "--out", "o.jsonl", code=2, env={"SYNTH_KEY_127_0_0_1": secret})
-    assert "HTTP 401: bad key ***" in told and "no teacher is left" in told and len(records(tmp_path / "o.jsonl")) > 0
+    assert "HTTP 401: bad key ***" in told and "no teacher is left" in told and len(records(tmp_path / "o.jsonl")) == 30
     for spec, env in (("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}), (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}), ("nonsense", {})):
         told += run_synth(tmp_path, "chat", "--teacher", spec, code=2, env=env)
     files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
     assert secret not in told + files
+
+
+@pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
+def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
+    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--retries", 0, "--backoff", 0, "--out", out)
+    file, partial = tmp_path / out, tmp_path / f"{out}.partial"
+    data.write_jsonl(file, [{"precious": n} for n in range(100)])
+    before = file.read_bytes()
+
+    def answers_before_it_dies(count):
+        teacher.seen.clear()
+        teacher.answer = lambda question, n: talk(n + 1000 * count) if n <= count else (401, {}, b"gone")
+    answers_before_it_dies(0)
+    told = run_synth(tmp_path, *options, code=2)
+    assert file.read_bytes() == before and not partial.exists() and f"{out} was not changed" in told
+    answers_before_it_dies(4)
+    told = run_synth(tmp_path, *options, code=2)
+    assert file.read_bytes() == before and f"{out}.partial" in told
+    kept = partial.read_bytes()
+    assert (gzip.decompress(kept) if out.endswith(".gz") else kept).count(b"\n") == 4
+    answers_before_it_dies(0)
+    told = run_synth(tmp_path, *options, "--seed", 1, code=2)  # other questions, none of them answered
+    assert file.read_bytes() == before and partial.read_bytes() == kept
+    answers_before_it_dies(2)
+    told = run_synth(tmp_path, *options, "--seed", 1, code=2)  # two are less than four
+    assert file.read_bytes() == before and partial.read_bytes() == kept and "not written: 2 chat" in told
+    answers_before_it_dies(99)
+    run_synth(tmp_path, *options)
+    assert len(records(file)) == 6 and not partial.exists() and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
+
+
+def test_a_run_of_which_nothing_is_of_use_writes_nothing(teacher, tmp_path):
+    teacher.answer = lambda question, n: (400, {}, b"too long")
+    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"document {i} " * 20} for i in range(3)])
+    (tmp_path / "o.jsonl").write_text('{"precious": 1}\n')
+    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
+    assert "no record was of use" in told and records(tmp_path / "o.jsonl") == [{"precious": 1}]
+
+
+def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
+    (tmp_path / "t.txt").write_text("my own topic\n")
+    teacher.answer = lambda question, n: f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
+    run_synth(tmp_path, "topics", "--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt", code=2)
+    assert (tmp_path / "t.txt").read_text() == "my own topic\n" and "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
+
+
+def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
+    ledger = tmp_path / "o.jsonl.paid.jsonl"
+    ledger.write_text('{"key": "half a li{"key": 1}\n')
+    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
+    assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and ledger.read_text().endswith('"key": 1}\n') and not teacher.seen
 
 
 def test_weights_decide_who_is_asked(teacher, tmp_path):
@@ -2944,7 +3032,7 @@ def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
     told = run_synth(tmp_path, *options, "--max-tokens", 1500, code=2)
     assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
     told = run_synth(tmp_path, *options, "--max-usd", 0.003, "--price-in", 1, "--price-out", 2, code=2)  # 0.0002 each
-    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003 and f"{len(records(tmp_path / 'o.jsonl'))} chat" in told
+    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003 and f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in told
     run_synth(tmp_path, *options)
     assert len(records(tmp_path / "o.jsonl")) == 40 == len(teacher.seen)
     assert "--max-usd needs" in run_synth(tmp_path, *options, "--max-usd", 1, code=2)
@@ -2992,7 +3080,7 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     assert kept["entry_point"] == "double" and judge(kept, kept["canonical_solution"]).passed and kept["prompt"] + kept["canonical_solution"] == GOOD
     told = run_synth(tmp_path, "exercises", "--teacher", teacher.url, "--count", 100, "--asks", 1, "--out", "p.jsonl", code=2)
     rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
-    assert len(records(tmp_path / "p.jsonl")) == 1 and "code does not parse" in told and "no function with a docstring" in told
+    assert len(records(tmp_path / "p.jsonl.partial")) == 1 and "code does not parse" in told and "no function with a docstring" in told
     entered, left = (int(rows["code runs"][k].replace(",", "").replace("->", "")) for k in (2, -2))
     assert entered > 90 and abs(entered - 3 * left) <= 3, told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
 
@@ -4456,6 +4544,25 @@ def test_pivotal_pairs_are_one_token_and_dpo_reads_them(folder, monkeypatch, tmp
         align.pair(small_tokenizer(), found[0])
     args.solved = 0.5
     assert not list(align.pivots(args, Decider(), tokenizer, problem))
+
+
+def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(tmp_path, monkeypatch):
+    models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
+    data.write_jsonl(tmp_path / "p.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
+    calls = []
+
+    def pivots(args, model, tokenizer, problem):
+        calls.append(problem)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        yield {"ids": problem["ids"]}
+    monkeypatch.setattr(align, "pivots", pivots)
+    args = align.options(["pivotal", "--init", str(tmp_path / "run"), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o.jsonl")])
+    align.pivotal(args)
+    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
+    with pytest.raises(KeyboardInterrupt):
+        align.pivotal(args)
+    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3 and len((tmp_path / "o.jsonl.partial").read_text().splitlines()) == 1
 
 
 # ---- runs
