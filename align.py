@@ -621,8 +621,11 @@ def pivotal(args):
         finished = True
     finally:  # what was found before an interruption took time too
         written = synth.write_output(args.out, found.values(), lambda: finished)
-        print(f"{written or 'not written'}: {len(found):,} pairs from {len(problems):,} problems" if found else "no pivotal tokens found, and nothing "
-              "written: give more problems, a smaller --gap, or a model that solves some of its problems sometimes")
+        if found:
+            print(f"{written or 'not written'}: {len(found):,} pairs from {len(problems):,} problems")
+        else:
+            print("no pivotal tokens found, and nothing written: give more problems, a smaller --gap, or a model "
+                  "that solves some of its problems sometimes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

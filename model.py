@@ -530,13 +530,15 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 stop=None, seed: int | list[int] | None = None, stream=None, draft: "Model | None" = None, lookup: int = 0, skip=None) -> list[list[int]]:
+                 stop=None, seed: int | list[int] | None = None, stream=None, draft: "Model | None" = None,
+                 lookup: int = 0, skip=None) -> list[list[int]]:
         """The new tokens of each prompt, up to and including one of `stop` (an id or several), max_new_tokens, or the context's end.
 
         temperature 0 takes the likeliest token; otherwise top_k > 0 draws from that many likeliest, top_p < 1 from the fewest that
-        hold that much probability. seed: of all rows, or one for each; a row's random numbers are its own, so that what it becomes does
-        not depend on the batch that it is in, beyond the rounding of the logits. stream(row, token) is called for each new token and ends
-        its row by returning True. Prompts may differ in length. draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words
+        hold that much probability. seed: of all rows, or one for each; a row's random numbers are its own, so
+        that its text does not depend on the batch that it is in, beyond the rounding of the logits.
+        stream(row, token) is called for each new token and ends its row by returning True. Prompts may
+        differ in length. draft: a smaller model that proposes tokens; lookup: so many proposals, copied from what followed the last words
         before; with this model's distribution (_speculate). skip: SkipDecode's (most, least[, over = max_new_tokens]) as in exit_points.
         """
         config, context, device, dtype = self.config, self.config.context, self.norm.weight.device, self.norm.weight.dtype
@@ -553,7 +555,7 @@ class Model(nn.Module):
             seed = int(torch.randint(2**62, ()))  # from torch's own state, which torch.manual_seed sets
         seeds = seed if isinstance(seed, list) else [f"{seed} {row}" for row in range(len(prompts))]
         if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed for all of them, or one for each")
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for all, or one for each")
         rngs = [random.Random(each) for each in seeds]
         outputs, self.speculated = [[] for _ in prompts], (0, 0)
         limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
@@ -566,7 +568,8 @@ class Model(nn.Module):
             return bool(stream and stream(row, token)) or token in stop or len(outputs[row]) == limits[row]
         if draft is not None or lookup:
             for row in rows:
-                self._speculate(prompts[row], limits[row], (temperature, top_k, top_p), rngs[row], functools.partial(told, row), draft, lookup or 5)
+                filters = (temperature, top_k, top_p)
+                self._speculate(prompts[row], limits[row], filters, rngs[row], functools.partial(told, row), draft, lookup or 5)
             return outputs
         most, least, over = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
         width = max(len(prompts[row]) for row in rows)
@@ -666,14 +669,15 @@ def distribution(logits, temperature: float = 0.0, top_k: int = 0, top_p: float 
 
 
 def draw(probabilities, points: list[float]):
-    """(B, V) probabilities, or multiples of them -> (B,) token ids: in each row the one whose share of [0, 1) holds the row's point.
+    """(B, V) probabilities, or multiples of them -> (B,) token ids: those whose shares of [0, 1) hold the rows' points.
 
-    One number a row decides, so that a row can have random numbers of its own (torch.multinomial has one generator for all rows).
+    One number a row decides, so that each row can have random numbers of its own, which torch.multinomial denies.
     Example: draw(torch.tensor([[0.5, 0.0, 0.5]]), [0.5]) is tensor([2])
     """
-    ends = probabilities.cumsum(-1)                                                                     # (B, V)
-    points = torch.tensor(points, dtype=ends.dtype, device=ends.device).clamp(max=1 - 2**-24)           # rounding may have given 1.0
-    ids = torch.searchsorted(ends, points[:, None] * ends[:, -1:], right=True).squeeze(-1)              # (B, 1) -> (B,)
+    ends = probabilities.cumsum(-1)  # (B, V)
+    points = torch.tensor(points, dtype=ends.dtype, device=ends.device)[:, None]  # (B,) -> (B, 1)
+    points = points.clamp(max=1 - 2**-24)  # rounding may have given 1.0
+    ids = torch.searchsorted(ends, points * ends[:, -1:], right=True).squeeze(-1)  # (B, 1) -> (B,)
     return ids.clamp(max=ends.shape[-1] - 1)
 
 

@@ -92,8 +92,9 @@ def options(arguments=None):
     for names in (("chat", "serve", "eval", "bench"), ("draft", "lookup", "skip", "serve")):  # a server decodes many texts together
         if sum(bool(getattr(args, name)) for name in names) > 1:
             parser.error(f"--{', --'.join(names)} exclude one another; choose one")
-    if args.quantize and args.out and not args.eval and os.path.realpath(args.out) == os.path.realpath(args.run):
-        parser.error(f"--out {args.out} is --run, whose unquantized weights would be lost; choose another --out")
+    to_write = args.out and args.quantize and not args.eval
+    if to_write and os.path.realpath(args.out) == os.path.realpath(args.run):
+        parser.error(f"--out {args.out} is --run, whose full weights would be lost; choose another --out")
     return args
 
 
@@ -174,8 +175,9 @@ def fitting(tokenizer, messages, room):
 
 def save_chat(path, messages) -> None:
     """Add a chat to a file of chats, in the place of those that it goes on from."""
-    others = list(data.read_jsonl(path)) if os.path.exists(path) else []
-    others = [chat for chat in others if "messages" not in chat or chat["messages"] != messages[:len(chat["messages"])]]
+    chats = data.read_jsonl(path) if os.path.exists(path) else []
+    earlier = [{"messages": messages[:n]} for n in range(1, len(messages) + 1)]
+    others = [chat for chat in chats if chat not in earlier]
     data.write_jsonl(path, [*others, {"messages": messages}])
 
 
@@ -1022,13 +1024,16 @@ class Answers:
 
 
 def write_texts(args, opened, asked: list[tuple[list[int], int]], until: str):
-    """A function for Answers.collect: the model's continuation of each (prompt, number of the sample) up to `until`; of a prompt that is too
-    long the beginning is left out. A text depends on --seed, its prompt and its number, not on who else is written beside it."""
+    """A function for Answers.collect: the model's continuation of each (prompt, number of the sample) up to `until`.
+
+    Of a prompt that is too long the beginning is left out. A text depends on --seed, its prompt and its number, not
+    on what is written beside it."""
     model, tokenizer, _ = opened
     over, room = re.compile(until.encode()), max(model.config.context // 2, model.config.context - args.max_tokens)
 
     def answer(todo):
-        todo = sorted(todo, key=lambda i: -len(asked[i][0]))  # alike together waste least, and a lack of memory shows at once
+        # texts of one length together waste least; with the longest first, a lack of memory shows at once
+        todo = sorted(todo, key=lambda i: -len(asked[i][0]))
         for begin in tqdm(range(0, len(todo), args.batch_size), desc="solving", unit="batch", disable=None):
             batch = todo[begin:begin + args.batch_size]
             texts = [b""] * len(batch)
@@ -1183,7 +1188,7 @@ def evaluate_file(args, kind: str, records, opened, answers: Answers) -> tuple[d
     bench = BENCHMARKS[kind]
     questions, count = [bench.ask(record) for record in records], bench.shots if args.shots is None else args.shots
     pool = [bench.ask(record) for record in read_benchmark(args.shots_file)[1]] if args.shots_file else questions
-    samples = 1 if kind == "chat" or questions[0].options else args.samples  # of what is written and can differ from time to time
+    samples = 1 if kind == "chat" or questions[0].options else args.samples
     prompts = []
     for question in questions:
         shots = [other for other in pool[:count + 1] if other.prompt != question.prompt][:count]
@@ -1228,7 +1233,8 @@ def evaluate(args) -> None:
         written += [{"file": name, **row} for row in rows]
     if not answers.rank and args.out:
         data.write_jsonl(args.out, written)
-        if answers.known.keys() <= answers.keys:  # else they hold answers of a cut run with other settings, which can go on from them
+        # other keys are answers of a run with other settings that was cut, and can go on from them
+        if answers.known.keys() <= answers.keys:
             for path in answers.parts():
                 os.remove(path)
     if not answers.rank and args.json:

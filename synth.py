@@ -855,7 +855,7 @@ class Desk:
                     try:
                         self.note(json.loads(line), end, len(line))
                     except (ValueError, KeyError, TypeError):
-                        raise ValueError(f"{ledger}: what stands at byte {end:,} is no answer of a teacher; remove this line") from None
+                        raise ValueError(f"{ledger}: the line at byte {end:,} is no teacher's answer; remove it") from None
                     end += len(line)
             self.file.truncate(end)
 
@@ -1918,19 +1918,20 @@ def judge(problem, completion, timeout=5.0, memory_mb=512):
 
 
 def write_output(path, records, is_finished, as_json=True):
-    """Write records, or lines of text, beside `path`; they take its place if is_finished() by then, else that of `path`.partial.
+    """Write records, or lines of text, to `path` if is_finished() once they are there, else to `path`.partial.
 
-    So more is never replaced by less: a stopped run leaves `path` as it is, and a `path`.partial that is larger; nothing is no file.
-    Returns the path that was written, or None.
+    So more is never replaced by less: a stopped run leaves `path` as it is, and a `path`.partial that is larger.
+    No records are no file. Each is written aside and appears whole. Returns the path that was written, or None.
     """
     import data
     partial = f"{path}.partial"
-    scratch = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}")  # ends alike, so that .gz is compressed
+    folder, name = os.path.split(path)
+    scratch = os.path.join(folder, f".{os.getpid()}-{name}")  # ends alike, so that .gz is compressed
     try:
         if as_json:
             count = data.write_jsonl(scratch, records)
         else:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            os.makedirs(folder or ".", exist_ok=True)
             with open(scratch, "w", encoding="utf-8") as file:
                 count = 0
                 for record in records:
@@ -2079,7 +2080,9 @@ def main():
     if desk.stopped:
         kept = "" if path == "-" else f"; {path} was not changed"
         kept += f", what there is lies in {path}.partial" if os.path.exists(f"{path}.partial") else ""
-        hint = f"; the same command goes on, and pays for no answer twice ({desk.file.name})" if desk.file else ""
+        hint = ""
+        if desk.file:
+            hint = f"; the same command goes on, and pays for no answer twice ({desk.file.name})"
         print(f"synth.py: {desk.stopped}{kept}{hint}", file=sys.stderr)
         raise SystemExit(desk.code)
     if not sizes:

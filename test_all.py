@@ -371,7 +371,8 @@ def test_stream_seed_and_filters():
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
     torch.manual_seed(0)
     points = torch.rand(4000).tolist()
-    assert set(model.sample(p, 1.0, 0, 0.65, points).tolist()) == {0, 1} and set(model.sample(p, 1.0, 3, 1.0, points).tolist()) == {0, 1, 2}
+    assert set(model.sample(p, 1.0, 0, 0.65, points).tolist()) == {0, 1}
+    assert set(model.sample(p, 1.0, 3, 1.0, points).tolist()) == {0, 1, 2}
     share = torch.bincount(model.sample(p, 1.0, 2, 1.0, points))[0].item() / 4000
     assert abs(share - 4 / 7) < 0.03
 
@@ -390,13 +391,14 @@ def test_a_sampled_row_does_not_depend_on_its_batch(how):
     assert len(prompts) == len(seeds)
 
     def write(rows):
-        texts = m.generate([prompts[row] for row in rows], 20, temperature=0.7, seed=[seeds[row] for row in rows], **how)
+        chosen = [prompts[row] for row in rows]
+        texts = m.generate(chosen, 20, temperature=0.7, seed=[seeds[row] for row in rows], **how)
         return dict(zip(rows, texts))
     together = write(range(5))
-    assert together == write([4, 2, 0, 3, 1]) == {row: text for rows in ([0, 3], [1, 4], [2]) for row, text in write(rows).items()}
+    assert together == write([4, 2, 0, 3, 1]) == write([0, 3]) | write([1, 4]) | write([2])
     assert together[0] == together[3] != together[4]  # one prompt, with one seed and with another
     same = m.generate([PROMPTS[0]] * 8, 20, temperature=0.7, seed=7, **how)
-    assert len(set(map(tuple, same))) == 8  # one seed for all: each row has its own random numbers, whoever stands before it
+    assert len(set(map(tuple, same))) == 8  # one seed for all, and yet each row has its own random numbers
     assert same[:3] == m.generate([PROMPTS[0]] * 3, 20, temperature=0.7, seed=7, **how)
     torch.manual_seed(1)
     unseeded = [m.generate(PROMPTS, 20, temperature=0.7, **how) for _ in range(2)]
@@ -1412,12 +1414,13 @@ def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
 def test_saving_a_chat_keeps_the_others(tmp_path):
     say = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
     file = tmp_path / "c.jsonl"
-    data.write_jsonl(file, [{"messages": say("old")}, {"messages": say("prompt"), "source": "elsewhere"}, {"prompt": "p", "chosen": "c", "rejected": "r"}])
-    before = list(data.read_jsonl(file))
+    before = [{"messages": say("old")}, {"messages": say("hi"), "source": "elsewhere"}, {"prompt": "p", "chosen": "c", "rejected": "r"}]
+    data.write_jsonl(file, before)
     sample.save_chat(file, say("hi"))
     sample.save_chat(file, say("hi") + say("more"))  # in the place of what it goes on from
     sample.save_chat(file, say("other"))
-    assert list(data.read_jsonl(file)) == [*before, {"messages": say("hi") + say("more")}, {"messages": say("other")}]
+    saved = [{"messages": say("hi") + say("more")}, {"messages": say("other")}]
+    assert list(data.read_jsonl(file)) == before + saved
     file.write_text("my notes\n")
     with pytest.raises(ValueError, match="c.jsonl:1"):
         sample.save_chat(file, say("hi"))
@@ -1426,7 +1429,8 @@ def test_saving_a_chat_keeps_the_others(tmp_path):
 
 def test_quantized_weights_do_not_replace_their_source(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", f"{tmp_path}/../{tmp_path.name}/"])
+        same = f"{tmp_path}/../{tmp_path.name}/"
+        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", same])
     assert "choose another --out" in capsys.readouterr().err
 
 
@@ -1791,23 +1795,24 @@ def test_samples_do_not_depend_on_ranks_batches_or_cuts(tmp_path):
     prompts = [tokenizer.encode(f"Question {n}: {'?' * n}") for n in range(4)]
     asked = [(prompt, n) for prompt in prompts for n in range(8)]
 
-    def write(world, batch_size, begin=0):
-        """The texts of `world` processes together, of which each one writes its share of those from `begin` on."""
-        args = sample.options(["--temperature", "1", "--max-tokens", "12", "--seed", "3", "--batch-size", str(batch_size)])
-        todo = list(range(begin, len(asked)))
-        return {i: text for rank in range(world) for i, text in sample.write_texts(args, opened, asked, "(?!)")(todo[rank::world])}
+    how = ["--temperature", "1", "--max-tokens", "12"]
+
+    def write(world, batch_size, begin=0, seed=3):
+        """The texts of `world` processes together, each of which writes its share of those from `begin` on."""
+        args = sample.options([*how, "--seed", str(seed), "--batch-size", str(batch_size)])
+        todo, answer = range(begin, len(asked)), sample.write_texts(args, opened, asked, "(?!)")
+        return dict(pair for rank in range(world) for pair in answer(todo[rank::world]))
     one = write(1, 128)
     assert sorted(one) == list(range(32))
     for n in range(4):
         assert len({one[i] for i in range(8 * n, 8 * n + 8)}) == 8, "a problem's samples repeat one another"
     assert one == write(2, 128) == write(4, 128) == write(1, 5)
-    assert {i: one[i] for i in range(13, 32)} == write(2, 3, begin=13)  # what a run that was cut after 13 still has to write
-    args = sample.options(["--temperature", "1", "--max-tokens", "12", "--seed", "4"])
-    assert not {text for _, text in sample.write_texts(args, opened, asked, "(?!)")(range(32))} & {*one.values()}  # another seed
+    assert {i: one[i] for i in range(13, 32)} == write(2, 3, begin=13)  # what is left of a run cut after 13
+    assert not {*one.values()} & {*write(1, 128, seed=4).values()}
 
 
 def test_a_cut_evaluation_draws_no_sample_twice(tmp_path, monkeypatch):
-    arguments = ["--shots", "0", "--max-tokens", "12", "--batch-size", "4", "--samples", "16", "--temperature", "1"]
+    arguments = ["--shots", "0", "--max-tokens", "12", "--samples", "16", "--temperature", "1", "--batch-size", "4"]
     told = evaluated(tmp_path, QUESTIONS[:1], *arguments)
     texts = [row["completion"] for row in told[1]]
     assert len(set(texts)) == len(texts) == 16
@@ -1846,7 +1851,8 @@ def test_two_processes_evaluate_as_one(tmp_path):
     two, rows = json.loads((tmp_path / "two.json").read_text()), list(data.read_jsonl(tmp_path / "two.jsonl"))
     assert two == [one[0][0], one[1][0]] and [row["task_id"] for row in rows] == [row["task_id"] for row in one[0][1] + one[1][1]]
     texts = [row["completion"] for row in one[0][1]]
-    assert "HellaSwag" not in told[1][0] and [row.get("completion") for row in rows[:10]] == texts and len(set(texts)) == 10
+    assert "HellaSwag" not in told[1][0]
+    assert [row.get("completion") for row in rows[:10]] == texts and len(set(texts)) == 10
 
 
 def test_benchmarks_from_a_url(tmp_path, monkeypatch, capsys):
@@ -2621,7 +2627,7 @@ def test_forged_without_any_help_of_the_kernel(scratch):
     file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
     subprocess.run([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)], check=True, capture_output=True)
     verdicts, protections = json.loads(file.read_text())
-    assert protections.startswith("resource limits alone") or protections == "nobody's rights instead of root's", protections
+    assert protections.startswith("resource limits alone") or protections == "nobody's rights instead of root's"
     assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
 
 
@@ -2970,7 +2976,7 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
 
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
 def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
-    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--retries", 0, "--backoff", 0, "--out", out)
+    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--retries", 0, "--out", out)
     file, partial = tmp_path / out, tmp_path / f"{out}.partial"
     data.write_jsonl(file, [{"precious": n} for n in range(100)])
     before = file.read_bytes()
@@ -3008,15 +3014,18 @@ def test_a_run_of_which_nothing_is_of_use_writes_nothing(teacher, tmp_path):
 def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
     (tmp_path / "t.txt").write_text("my own topic\n")
     teacher.answer = lambda question, n: f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
-    run_synth(tmp_path, "topics", "--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt", code=2)
-    assert (tmp_path / "t.txt").read_text() == "my own topic\n" and "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
+    options = ("--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt")
+    run_synth(tmp_path, "topics", *options, code=2)
+    assert (tmp_path / "t.txt").read_text() == "my own topic\n"
+    assert "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
 
 
 def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
     ledger = tmp_path / "o.jsonl.paid.jsonl"
     ledger.write_text('{"key": "half a li{"key": 1}\n')
     told = run_synth(tmp_path, "chat", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
-    assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and ledger.read_text().endswith('"key": 1}\n') and not teacher.seen
+    assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and not teacher.seen
+    assert ledger.read_text().endswith('"key": 1}\n')
 
 
 def test_weights_decide_who_is_asked(teacher, tmp_path):
@@ -3261,7 +3270,8 @@ PARENT = "    import os; raise ValueError(os.getppid())\n"  # 1 in a namespace o
 
 def invade(names):
     """The verdicts on some invaders: "passed" where the program did what it wanted to."""
-    return synth.judge_all([(ADD, INVADERS[name].replace("SYNTH", str(os.getpid())) + "    return a + b\n") for name in names])
+    bodies = [INVADERS[name].replace("SYNTH", str(os.getpid())) + "    return a + b\n" for name in names]
+    return synth.judge_all([(ADD, body) for body in bodies])
 
 
 @pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
@@ -3270,8 +3280,10 @@ def test_invaders_invade_where_nothing_protects(monkeypatch):
     monkeypatch.setattr(synth, "LAUNCH", UNHARDENED + synth.LAUNCH)
     names = ["reads this checkout", "lists /tmp", "writes beside", "opens a socket", "opens a unix socket", "signals its parent"]
     names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
-    names += ["reads the environment of who runs it"] * (os.geteuid() != 0)  # root's rights are more than a program has, even here
-    assert {name: verdict.reason for name, verdict in zip(names, invade(names))} == dict.fromkeys(names, "passed")
+    if os.geteuid() != 0:  # root has rights that a program has not, even here
+        names.append("reads the environment of who runs it")
+    reasons = {name: verdict.reason for name, verdict in zip(names, invade(names))}
+    assert reasons == dict.fromkeys(names, "passed")
 
 
 @pytest.mark.skipif("Landlock" not in GRANTED or "seccomp" not in GRANTED, reason="this kernel grants no Landlock or seccomp")
@@ -4557,12 +4569,14 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
             raise KeyboardInterrupt
         yield {"ids": problem["ids"]}
     monkeypatch.setattr(align, "pivots", pivots)
-    args = align.options(["pivotal", "--init", str(tmp_path / "run"), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o.jsonl")])
+    paths = {"--init": tmp_path / "run", "--data": tmp_path / "p.jsonl", "--out": tmp_path / "o.jsonl"}
+    args = align.options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
     align.pivotal(args)
     assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
     with pytest.raises(KeyboardInterrupt):
         align.pivotal(args)
-    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3 and len((tmp_path / "o.jsonl.partial").read_text().splitlines()) == 1
+    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
+    assert len((tmp_path / "o.jsonl.partial").read_text().splitlines()) == 1
 
 
 # ---- runs
