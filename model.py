@@ -670,49 +670,57 @@ def default_device() -> str:
 
 # ---------------------------------------------------------------- tokenizers
 
-# GPT-4's split adapted to Python source. A run of blank lines and the indentation after it is one piece, so that a line's level
-# is one token; words take a leading space, underscore or dot (snake_case pieces, methods); each digit is a token, with the space
-# before it. Every character falls into some alternative, only syntax that tiktoken (Rust) and Hugging Face (Oniguruma) read
-# alike is used, and no lookaround, which keeps matching linear on any text.
+# GPT-4's split adapted to Python source. A run of blank lines and the indentation after it is one piece, so
+# that a line's level is one token; words take a leading space, underscore or dot (snake_case pieces,
+# methods); each digit is a token, with the space before it. Every character falls into some alternative, only
+# syntax that tiktoken (Rust) and Hugging Face (Oniguruma) read alike is used, and no lookaround, which keeps
+# matching linear on any text.
 PATTERN = r"\s*[\r\n]+[ \t]*|(?: ?_?|\.)[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{N}_.]+| ?_+| ?\.+|\s+"
 # What Hugging Face's ByteLevel step means: alone, and after a step that makes each digit a piece.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 GPT4_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PHI_3_SMALL_SPECIAL = dict(zip(SPECIAL, (100257, 100261, 100262, 100263, 100266)))
-PHI_3_SMALL_SPECIAL |= {f"<|dummy_{i}|>": i for i in range(100256, 100352) if i not in PHI_3_SMALL_SPECIAL.values()}
+PHI_3_SMALL_NAMES = {i: f"<|dummy_{i}|>" for i in range(100256, 100352)}
+PHI_3_SMALL_NAMES |= zip((100257, 100261, 100262, 100263, 100266), SPECIAL)
 DOCUMENT_ENDS = "<|endoftext|> <|end_of_text|> <eos> </s>".split()
 TURN_ENDS = "<|end|> <|im_end|> <|eot_id|> <end_of_turn>".split()
 
-# GPT-2 writes a byte as its Latin-1 character if that is visible, and moves the others up to 256 + n (for str.translate).
+# GPT-2 writes a byte as its Latin-1 character if that is visible, and moves the others up to 256 + n (for
+# str.translate).
 HIDDEN_BYTES = [b for b in range(256) if b == 32 or not chr(b).isprintable()]
 TO_VISIBLE = {b: 256 + n for n, b in enumerate(HIDDEN_BYTES)}
 FROM_VISIBLE = {c: b for b, c in TO_VISIBLE.items()}
 
-# tiktoken gives up on about a million spaces in a row, and its older releases need quadratic time for as many letters. So longer
-# runs, of whitespace (▁ is SentencePiece's space) or of anything else, are cut into pieces of this many characters.
+# tiktoken gives up on about a million spaces in a row, and its older releases need quadratic time for as many
+# letters. So longer runs, of whitespace (▁ is SentencePiece's space) or of anything else, are cut into pieces
+# of this many characters.
 MAX_RUN = 100_000
-RUN = re.compile(rf"[\s▁]{{1,{MAX_RUN}}}|[^\s▁]{{1,{MAX_RUN}}}")
+LONG_RUN = re.compile(rf"(?<![\s▁])[\s▁]{{{MAX_RUN},}}|(?<![^\s▁])[^\s▁]{{{MAX_RUN},}}")
 
-# A chat in our format as Jinja; Tokenizer.render does the same in Python. And the tokenizer.json that we write.
+# A chat in our format as Jinja; Tokenizer.render does the same in Python. And the tokenizer.json that we
+# write.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
-TOKENIZER_JSON = """{"version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-"added_tokens": %s,
+ADDED_TOKEN = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+TOKENIZER_JSON = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": %s,
+"normalizer": null, "post_processor": null,
 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
     {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Isolated", "invert": false},
     {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]},
 "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
-"model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-          "fuse_unk": false, "byte_fallback": false, "ignore_merges": true, "vocab": %s, "merges": %s}}
+"model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+          "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
+          "vocab": %s, "merges": %s}}
 """
-
-
-GUARD = "\udc3c"  # stands for < in a message's content, so that no special token is found there; no valid text has it
+# Stands after each visible character of a message, so that no special token is found there. No text has it.
+GUARD = "\udfff"
 
 
 @dataclasses.dataclass
@@ -743,50 +751,64 @@ DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Huggin
 
 def split_long_runs(text):
     start = 0
-    for run in RUN.finditer(text) if len(text) > MAX_RUN else ():
-        if len(run[0]) == MAX_RUN:
-            yield text[start:run.end()]
-            start = run.end()
+    for run in LONG_RUN.finditer(text) if len(text) > MAX_RUN else ():
+        for end in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+            yield text[start:end]
+            start = end
     yield text[start:]
 
 
-class Tokenizer:
-    """Byte-level BPE run by tiktoken, stored as a Hugging Face tokenizer.json. Text only ever gives ordinary tokens.
+def token_pattern(names, added_tokens):
+    """For re.split: these tokens with the whitespace that some of them swallow; of several the longest."""
+    lstrip = [token["content"] for token in added_tokens if token["lstrip"]]
+    rstrip = [token["content"] for token in added_tokens if token["rstrip"]]
+    forms = [r"(?:(?<!\s)\s+)?" * (name in lstrip) + re.escape(name) + r"\s*" * (name in rstrip)
+             for name in sorted(names, key=len, reverse=True)]
+    return re.compile(f"({'|'.join(forms)})")
 
-    ranks: token bytes -> id, merged in order of id; pattern: the regular expression that splits text before merging;
-    special: name -> id; eot: name of the token that ends a document; added: ordinary tokens that are looked for before splitting
-    (codegen's runs of spaces), as they stand in tokenizer.json. Example: Tokenizer.load("bytes").encode("hi") == [104, 105]
+
+class Tokenizer:
+    """Byte-level BPE run by tiktoken, stored as a Hugging Face tokenizer.json. Text only ever gives ordinary
+    tokens.
+
+    ranks: token bytes -> id, merged in order of id; pattern: the regular expression that splits text before
+    merging; special: name -> id; eot: name of the token that ends a document; added_tokens: as in
+    tokenizer.json; those that are not special (codegen's runs of spaces) are found in text before it is
+    split. Example: Tokenizer.load("bytes").encode("hi") == [104, 105]
     """
     prepend = rank_ids = None  # SentencePiece's
 
-    def __init__(self, ranks, pattern=PATTERN, special=None, eot="<|endoftext|>", added=(), token_bytes=None):
+    def __init__(self, ranks, pattern=PATTERN, special=None, eot="<|endoftext|>", added_tokens=(),
+                 token_bytes=None):
         self.ranks = ranks
-        # To the tokenizers library a possessive {1,3}+ is a {1,3} repeated; before a | it means the same without the +.
+        # The tokenizers library reads a possessive {1,3}+ as a repeat; before a | it means the same without
+        # the +.
         self.pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", pattern)
         self.special = special or {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.eot_token = eot
         self.eot = self.special[eot]
-        self.stops = {self.special[name] for name in (eot, *TURN_ENDS) if name in self.special}  # what ends an answer
+        # What ends an answer.
+        self.stops = {self.special[name] for name in (eot, *TURN_ENDS) if name in self.special}
         self.bos = []             # ids that the family puts before every text
-        self.lstrip = []          # special tokens that swallow the whitespace before them,
-        self.rstrip = []          # and after them
         self.default_system = ""  # the system message of a chat without one
         self.source = {}          # texts of the files it was read from, to be written as they were
 
-        self.names = self.special | {token["content"]: token["id"] for token in added}
+        added = [token["content"] for token in added_tokens if token["content"] not in self.special]
+        self.names = {token["content"]: token["id"] for token in added_tokens} | self.special
         self.token_bytes = {i: name.encode() for name, i in self.names.items()}
         self.token_bytes |= token_bytes or {i: token for token, i in ranks.items()}
         self.vocab_size = max(self.token_bytes) + 1
         self.missing_bytes = {b for b in range(256) if bytes([b]) not in ranks}
-        self._bpe = tiktoken.Encoding("minphi", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
-        added = sorted(added, key=lambda token: -len(token["content"]))  # of several at one place the longest is taken
-        forms = (r"\s*" * t["lstrip"] + re.escape(t["content"]) + r"\s*" * t["rstrip"] for t in added)
-        self.added_pattern = re.compile(f"({'|'.join(forms)})") if added else None
+        self._bpe = tiktoken.Encoding(
+            "minphi", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        self.added_pattern = token_pattern(added, added_tokens) if added else None
+        self.special_pattern = token_pattern(self.special, added_tokens)
 
     def encode(self, text, at_start=True):
         """at_start: no special token stands before the text."""
         ids = []
-        parts = self.added_pattern.split(text) if self.added_pattern else [text]  # text, added token, text, ..., text
+        # text, added token, text, ..., text
+        parts = self.added_pattern.split(text) if self.added_pattern else [text]
         for n, part in enumerate(parts):
             if n % 2 == 0:
                 ids += self.merge(part, at_start and not ids)
@@ -798,8 +820,12 @@ class Tokenizer:
         """Text without added tokens -> ids."""
         for character in set(text) if self.missing_bytes else ():
             if not self.missing_bytes.isdisjoint(character.encode()):
-                raise ValueError(f"this tokenizer has no token for {character!r}: take it out of the text, or use another")
-        return [i for piece in split_long_runs(text) for i in self._bpe.encode_ordinary(piece)]
+                raise ValueError(f"this tokenizer has no token for {character!r}: "
+                                 "take it out of the text, or use another tokenizer")
+        ids = []
+        for piece in split_long_runs(text):
+            ids += self._bpe.encode_ordinary(piece)
+        return ids
 
     def decode_bytes(self, ids):
         """Ids without a token (a model's vocabulary may be padded) give nothing."""
@@ -809,7 +835,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode(errors="replace")
 
     def render(self, messages, add_generation_prompt=True):
-        """Chat -> ids in the family's format. Special tokens come from the format, never from a message's content."""
+        """Chat -> ids in the family's format. Special tokens come from the format, never from a message."""
         chat = next(form for token, form in CHAT_FORMATS.items() if token in self.special or not token)
         roles = dict(zip(ChatFormat.roles, chat.roles))
         # An empty chat gets the default too, so that every chat begins as the shorter chats before it do.
@@ -822,54 +848,54 @@ class Tokenizer:
             if role not in roles or not isinstance(content, str):
                 raise ValueError(f"message {n} needs a role among {', '.join(roles)} and a text as content")
             content = content.strip() if chat.strip else content
-            form += chat.opening.format(roles[role]) + content.replace("<", GUARD) + chat.closing
+            guarded = re.sub(r"(?<=\S)", GUARD, content)
+            form += chat.opening.format(roles[role]) + guarded + chat.closing
         if add_generation_prompt:
             form += chat.opening.format(roles["assistant"]).rstrip(" ")
         elif chat.ends:
             form += self.eot_token
-        for token in self.lstrip:
-            form = re.sub(r"(?<!\s)\s+" + re.escape(token), token, form)
-        for token in self.rstrip:
-            form = re.sub(re.escape(token) + r"\s+", token, form)
 
         ids = []
-        for n, part in enumerate(re.split(r"(<\|?/?\w+\|?>)", form)):  # text, special token, text, ..., text
-            if n % 2 == 0:
-                ids += self.encode(part.replace(GUARD, "<"), at_start=n == 0)
-            elif part in self.special:
-                ids.append(self.special[part])
+        for n, part in enumerate(self.special_pattern.split(form)):  # text, special token, text, ..., text
+            if n % 2 == 1:
+                ids.append(self.special[part.strip()])
+            elif re.search(f"<(?!{GUARD})", part):
+                raise ValueError(f"this tokenizer cannot render a chat: it lacks a special token of {part!r}")
             else:
-                raise ValueError(f"this tokenizer has no token {part}, so it cannot render a chat")
+                ids += self.encode(part.replace(GUARD, ""), at_start=n == 0)
         return ids
 
     @functools.cached_property
     def fingerprint(self):
         """16 hex digits that tell tokenizers apart by content."""
-        content = self.ranks, self.pattern, sorted(self.names.items()), self.eot_token, self.rank_ids, self.prepend
+        names = sorted(self.names.items())
+        content = self.ranks, self.pattern, names, self.eot_token, self.rank_ids, self.prepend
         return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def save(self, path):
-        """Write tokenizer.json and tokenizer_config.json (with the chat template) into the directory `path`."""
+        """Write tokenizer.json and tokenizer_config.json (with the chat template) into the directory."""
         files = self.source
         if not files:
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            added = [{"id": i, "content": name, **flags, "special": True} for name, i in self.special.items()]
+            special = sorted(self.special.items(), key=lambda item: item[1])
+            added = [{"id": i, "content": name, **ADDED_TOKEN} for name, i in special]
             vocab = {visible(token): i for token, i in self.ranks.items()}
             # tiktoken merges whatever two parts make a token, so each way to cut a token in two is a merge.
-            merges = [[visible(token[:n]), visible(token[n:])] for token in self.ranks for n in range(1, len(token))
+            merges = [[visible(token[:n]), visible(token[n:])]
+                      for token in sorted(self.ranks, key=self.ranks.get) for n in range(1, len(token))
                       if token[:n] in self.ranks and token[n:] in self.ranks]
             config = dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.eot_token)
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                        "chat_template": CHAT_TEMPLATE}
-            files = {"tokenizer.json": TOKENIZER_JSON % tuple(map(json.dumps, (added, self.pattern, vocab, merges))),
-                     "tokenizer_config.json": json.dumps(config, indent=2)}
+            values = map(json.dumps, (added, self.pattern, vocab, merges))
+            files = {"tokenizer.json": TOKENIZER_JSON % tuple(values),
+                     "tokenizer_config.json": json.dumps(config)}
         for name, text in files.items():
             write_atomically(os.path.join(path, name), lambda file: file.write(text.encode()))
 
     @staticmethod
     def load(path_or_name):
-        """A directory (with tokenizer.json or *.tiktoken), a tokenizer.json, a hub name, or one of bytes, gpt2, cl100k_base,
-        o200k_base (fetched by tiktoken)."""
+        """A directory (with tokenizer.json or *.tiktoken), a tokenizer.json, a hub name, or one of bytes,
+        gpt2, cl100k_base, o200k_base (fetched by tiktoken)."""
         name = str(path_or_name)
         if name == "bytes":
             return Tokenizer({bytes([b]): b for b in range(256)})
@@ -877,40 +903,44 @@ class Tokenizer:
             try:
                 known = tiktoken.get_encoding(name)
             except OSError as error:  # requests' errors are among them
-                raise OSError(f"tokenizer {name} cannot be fetched ({error}): go online once, or use 'bytes'") from None
+                raise OSError(f"{name} cannot be fetched ({error}): go online once, or use 'bytes'") from None
             special = dict(zip(SPECIAL[1:], itertools.count(known.n_vocab)))
             return Tokenizer(known._mergeable_ranks, known._pat_str, known._special_tokens | special)
         path = locate(name, weights=False)
         folder = path if os.path.isdir(path) else os.path.dirname(path)
-        for file in glob.glob(os.path.join(glob.escape(folder), "*.tiktoken")):  # phi-3-small; the rest is in its code
-            with open(file, "rb") as lines:
-                pairs = [line.split() for line in lines]
-            return Tokenizer({base64.b64decode(token): int(i) for token, i in pairs}, GPT4_PATTERN, PHI_3_SMALL_SPECIAL)
         source = {}
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             file = path if name == "tokenizer.json" and path != folder else os.path.join(folder, name)
             if os.path.isfile(file):
                 with open(file, encoding="utf-8") as text:
                     source[name] = text.read()
-        if "tokenizer.json" not in source:
-            raise FileNotFoundError(f"no tokenizer at {path}: give a directory with tokenizer.json, or bytes, gpt2, "
-                                    "cl100k_base, o200k_base")
         try:
-            return _from_json(source)
+            if "tokenizer.json" in source:
+                return _from_json(source)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise ValueError(f"the tokenizer.json at {path} cannot be used ({type(error).__name__}: {error})") from error
+            raise ValueError(f"tokenizer.json at {path} cannot be used "
+                             f"({type(error).__name__}: {error})") from error
+        # phi-3-small has a token and its rank a line, and the rest in its code.
+        for file in glob.glob(os.path.join(glob.escape(folder), "*.tiktoken")):
+            with open(file, "rb") as lines:
+                pairs = [line.split() for line in lines]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            return Tokenizer(ranks, GPT4_PATTERN, {name: i for i, name in PHI_3_SMALL_NAMES.items()})
+        raise FileNotFoundError(f"no tokenizer at {path}: give a directory with tokenizer.json, "
+                                "or bytes, gpt2, cl100k_base, o200k_base")
 
 
 class SentencePiece(Tokenizer):
     """SentencePiece's BPE with byte fallback (Llama 2, phi-3-mini, Gemma), run by tiktoken all the same.
 
-    tiktoken merges bytes by rank, so ranks here are priorities, each with the ids that it stands for: first the bytes (an id of
-    their own each), then what leads from bytes to the vocabulary's characters (a character left half-built falls back to its
-    bytes' ids), then the merges in their order. Spaces are written as ▁. prepend: whether a text that follows no token ("first"),
-    any text ("always": where it has none yet; "force") or none ("never") gets a ▁ in front.
+    tiktoken merges bytes by rank, so ranks here are priorities, each with the ids that it stands for: first
+    the bytes (an id of their own each), then what leads from bytes to the vocabulary's characters (a
+    character left half-built falls back to its bytes' ids), then the merges in their order. Spaces are
+    written as ▁. prepend: whether a text that follows no token ("first"), any text ("always": where it has
+    none yet; "force") or none ("never") gets a ▁ in front.
     """
 
-    def __init__(self, vocab, merged, special, eot, added, prepend):
+    def __init__(self, vocab, merged, special, eot, added_tokens, prepend):
         pieces = {piece: i for piece, i in vocab.items() if piece not in special}
         byte_ids = [pieces.pop(f"<0x{b:02X}>") for b in range(256)]
         ids = {bytes([b]): [pieces.get(chr(b), i) if b < 128 else i] for b, i in enumerate(byte_ids)}
@@ -926,26 +956,26 @@ class SentencePiece(Tokenizer):
         for piece in runs:
             ids.setdefault(piece.encode(), [vocab[piece]])
 
-        # No merge crosses from another character to a space or a line break where no piece does: so text may be cut there.
+        # Where no piece crosses from another character to a space or a line break, no merge does: text is cut
+        # there.
         plain = re.compile(r"▁*[^▁\n]*|\n+")
         pattern = r"▁*[^▁\n]+|▁+|\n+" if all(map(plain.fullmatch, pieces)) else r"[\s\S]+"
         token_bytes = {i: piece.replace("▁", " ").encode() for piece, i in pieces.items()}
         token_bytes |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
         ranks = {token: rank for rank, token in enumerate(ids)}
-        super().__init__(ranks, pattern, special, eot, added, token_bytes)
+        super().__init__(ranks, pattern, special, eot, added_tokens, token_bytes)
         self.rank_ids = list(ids.values())
         self.prepend = prepend
 
     def merge(self, text, at_start):
         text = text.replace(" ", "▁")
-        missing = not text.startswith("▁") and (self.prepend == "always" or self.prepend == "first" and at_start)
-        if text and (missing or self.prepend == "force"):
+        wanted = self.prepend == "always" or self.prepend == "first" and at_start
+        if text and (self.prepend == "force" or wanted and not text.startswith("▁")):
             text = "▁" + text
         return [i for rank in super().merge(text, at_start) for i in self.rank_ids[rank]]
 
     def decode(self, ids):
-        text = super().decode(ids)
-        return text if self.prepend == "never" else text.removeprefix(" ")
+        return super().decode(ids).removeprefix("" if self.prepend == "never" else " ")
 
 
 def visible(token):
@@ -959,12 +989,12 @@ def _from_json(source):
     eos = config.get("eos_token") or "<|endoftext|>"
     if isinstance(eos, dict):
         eos = eos["content"]
-    tokens = {token["content"]: token for token in contents.get("added_tokens", [])}
-    special = {name: token["id"] for name, token in tokens.items() if token["special"] or name == eos}
-    added = [token for name, token in tokens.items() if name not in special]
+    tokens = contents.get("added_tokens", [])
+    special = {t["content"]: t["id"] for t in tokens if t["special"] or t["content"] == eos}
     eot = next((name for name in DOCUMENT_ENDS if name in special), eos)
     vocab = contents["model"]["vocab"]
-    merged = ["".join(merge).replace(" ", "") for merge in contents["model"]["merges"]]  # ["a", "b"], or "a b" in older files
+    # A merge is ["a", "b"], or "a b" in older files.
+    merged = ["".join(merge).replace(" ", "") for merge in contents["model"]["merges"]]
 
     def steps(part, key):
         part = contents.get(part) or {key: []}
@@ -974,29 +1004,30 @@ def _from_json(source):
     flags = ("use_regex", "split", "individual_digits")
     kinds = " ".join(step["type"] + "+" * any(step.get(flag) for flag in flags) for step in splits)
     how = {  # SentencePiece's prepend, or the pattern
-        "Replace": "never", "Replace Split": "never", "Prepend Replace": "force", "Metaspace": splits[-1].get("prepend_scheme"),
+        "Replace": "never", "Replace Split": "never", "Prepend Replace": "force",
+        "Metaspace": splits[-1].get("prepend_scheme"),
         "ByteLevel+": GPT2_PATTERN, "Digits+ ByteLevel+": GPT2_DIGITS_PATTERN,
         "Split ByteLevel": splits[0].get("pattern", {}).get("Regex")}.get(kinds)
     if how is None:
         raise ValueError(f"the steps {kinds} are not supported")
     if contents["model"].get("byte_fallback"):
-        tokenizer = SentencePiece(vocab, merged, special, eot, added, how)
+        tokenizer = SentencePiece(vocab, merged, special, eot, tokens, how)
     else:
         ids = [vocab[token] for token in merged]
         if ids != sorted(ids):
             raise ValueError("its merges are not in order of id")
-        ranks = {t.translate(FROM_VISIBLE).encode("latin-1"): i for t, i in vocab.items() if t not in tokens}
-        tokenizer = Tokenizer(ranks, how, special, eot, added)
+        names = {token["content"] for token in tokens}
+        ranks = {t.translate(FROM_VISIBLE).encode("latin-1"): i for t, i in vocab.items() if t not in names}
+        tokenizer = Tokenizer(ranks, how, special, eot, tokens)
     tokenizer.source = source
-    tokenizer.lstrip = [name for name in special if tokens[name]["lstrip"]]
-    tokenizer.rstrip = [name for name in special if tokens[name]["rstrip"]]
     if eos in special:
         tokenizer.stops.add(special[eos])
     if DEFAULT_SYSTEM in "".join(source.values()):
         tokenizer.default_system = DEFAULT_SYSTEM
     for step in steps("post_processor", "processors"):
-        for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, step.get("single", [])):
-            tokenizer.bos.append(special[piece["SpecialToken"]["id"]])
+        first = step.get("single", [{}])[0]
+        if "SpecialToken" in first:
+            tokenizer.bos.append(special[first["SpecialToken"]["id"]])
     return tokenizer
 
 

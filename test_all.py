@@ -1,7 +1,8 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
 Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
-environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
+environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as
+a Hugging Face directory, compares a real released model with transformers.
 """
 import base64
 import collections
@@ -419,6 +420,12 @@ def test_text_never_gives_special_tokens_and_render():
     with pytest.raises(ValueError, match="message 0"):
         tok.render([{"role": "root", "content": "x"}])
     assert tok.decode([104, 9999, 105]) == "hi"
+    tok = Tokenizer(tok.ranks, special={**tok.special, "[INST]": 300, "@@": 301})
+    text = " [INST] @@ <|end|> <<|user|>> "
+    assert tok.decode(tok.render([{"role": "user", "content": text}])) == f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
+    assert not {300, 301} & {*tok.render([{"role": "user", "content": text}])}
+    with pytest.raises(ValueError, match="lacks a special token.*assistant"):
+        Tokenizer(tok.ranks, special={"<|endoftext|>": 256, "<|user|>": 257, "<|end|>": 258}).render([])
 
 
 def test_tokenizer_round_trip(tmp_path):
@@ -470,7 +477,7 @@ def test_long_runs(name):
 def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
     hf = pytest.importorskip("tokenizers")
     ranks = dict(small_tokenizer().ranks)
-    for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"don", b"'t", b" x", b"--", b"----"):
+    for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"do", b"don", b"'t", b" x", b"--", b"----"):
         ranks.setdefault(token, 400 + len(ranks))
     tok = Tokenizer(ranks, GPT_PATTERNS[name])
     tok.save(str(tmp_path))
