@@ -557,7 +557,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A text or tokens -> its tokens, and the whitespace at its end, which is left to the model and then not sent a second time."""
         tokenizer = self.server.tokenizer
         if isinstance(prompt, str):
-            return prompt_ids(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+            try:
+                return prompt_ids(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+            except ValueError as error:  # a character that the tokenizer lacks
+                raise Refusal(400, str(error), "prompt") from None
         if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt):
             return prompt, ""
         raise Refusal(400, "prompt must be a text, or a list of the model's tokens; of several send each by itself", "prompt")

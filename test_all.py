@@ -1,7 +1,8 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
 Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
-environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
+environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as
+a Hugging Face directory, compares a real released model with transformers.
 """
 import base64
 import builtins
@@ -453,6 +454,12 @@ def test_text_never_gives_special_tokens_and_render():
     with pytest.raises(ValueError, match="message 0"):
         tok.render([{"role": "root", "content": "x"}])
     assert tok.decode([104, 9999, 105]) == "hi"
+    tok = Tokenizer(tok.ranks, special={**tok.special, "[INST]": 300, "@@": 301})
+    text = " [INST] @@ <|end|> <<|user|>> "
+    assert tok.decode(tok.render([{"role": "user", "content": text}])) == f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
+    assert not {300, 301} & {*tok.render([{"role": "user", "content": text}])}
+    with pytest.raises(ValueError, match="lacks a special token.*assistant"):
+        Tokenizer(tok.ranks, special={"<|endoftext|>": 256, "<|user|>": 257, "<|end|>": 258}).render([])
 
 
 def test_tokenizer_round_trip(tmp_path):
@@ -467,8 +474,72 @@ def test_tokenizer_round_trip(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Tokenizer.load("nowhere")
-    with pytest.raises(ValueError, match="256 single bytes"):
-        Tokenizer({b"a": 0})
+
+
+def test_a_missing_character_is_named_at_encoding():
+    tok = Tokenizer({bytes([b]): b for b in range(128)}, special={"<|endoftext|>": 128})
+    assert tok.encode("ab") == [97, 98]
+    with pytest.raises(ValueError, match="no token for 'é'"):
+        tok.encode("abé")
+
+
+def gpt_patterns():
+    """Ours and the patterns of tiktoken's encodings, which cannot be fetched here."""
+    from unittest import mock
+
+    import tiktoken_ext.openai_public as public
+    with mock.patch.multiple(public, load_tiktoken_bpe=mock.DEFAULT, data_gym_to_mergeable_bpe_ranks=mock.DEFAULT):
+        known = {name: getattr(public, name)()["pat_str"] for name in ("gpt2", "cl100k_base", "o200k_base")}
+    return {"ours": model.PATTERN, "GPT-2": model.GPT2_PATTERN, "digits": model.GPT2_DIGITS_PATTERN, "GPT-4": model.GPT4_PATTERN, **known}
+
+
+GPT_PATTERNS = gpt_patterns()
+
+
+@pytest.mark.parametrize("name", GPT_PATTERNS)
+def test_long_runs(name):
+    tok = Tokenizer(small_tokenizer().ranks, GPT_PATTERNS[name])
+    for run in (" ", "a", "\n", "7", "-", " \n", "é"):
+        for text in (run * 1_000_000, f"hello{run * 1_000_000}x y"):
+            assert tok.decode(tok.encode(text)) == text, (name, run)
+    rng = random.Random(0)
+    for text in (open(data.__file__).read() * 2, "".join(rng.choices("ab  \n1-é", k=250_000)), "hello" + " " * 90_000 + "x" * 90_000):
+        assert tok.encode(text) == tok._bpe.encode_ordinary(text)  # nothing is cut where no run is long
+
+
+@pytest.mark.parametrize("name", GPT_PATTERNS)
+def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
+    hf = pytest.importorskip("tokenizers")
+    ranks = dict(small_tokenizer().ranks)
+    for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"do", b"don", b"'t", b" x", b"--", b"----"):
+        ranks.setdefault(token, 400 + len(ranks))
+    tok = Tokenizer(ranks, GPT_PATTERNS[name])
+    tok.save(str(tmp_path))
+    reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(0)
+    for text in ["1234", "12 1234567 1234", "don't DON'T we'LL", *(t for t in HARD if "<|" not in t),
+                 *("".join(rng.choices("ab1234'st  \n\r\t-_.é中", k=60)) for _ in range(500))]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+
+
+def test_pre_tokenizer_with_single_digits(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    small_tokenizer().save(str(tmp_path))
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    source["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, level]}
+    source["model"]["ignore_merges"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(0)
+    for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("he l12²٣'st  \n\t", k=60)) for _ in range(1000))]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    source["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation", "behavior": "Isolated"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(ValueError, match="Punctuation"):
+        Tokenizer.load(tmp_path)
 
 
 def test_tokenizer_equals_tokenizers_library(tmp_path):
@@ -739,9 +810,34 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
+@pytest.mark.parametrize("spaces", SPACES)
+def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
+    """Gemma's line breaks and <table>, phi-3's </s>."""
+    reference = sentencepiece_files(tmp_path, [open(data.__file__).read()], *SPACES[spaces], ["<|endoftext|>", "<|end|>"])
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    first = 1 + max(token["id"] for token in source["added_tokens"])
+    ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
+    source["added_tokens"][2] |= {"special": False, "rstrip": True}  # </s>
+    in_vocabulary = [name for name in ordinary if name in source["model"]["vocab"]]  # Gemma's are pieces too
+    new = [name for name in ordinary if name not in in_vocabulary]
+    source["added_tokens"] += flagged({name: source["model"]["vocab"][name] for name in in_vocabulary}, special=False)
+    source["added_tokens"] += flagged({name: first + n for n, name in enumerate(new)}, special=False)
+    source["added_tokens"] += flagged({"<eat>": first + len(new)}, special=False, lstrip=True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), type(reference).from_file(str(tmp_path / "tokenizer.json"))
+    assert first in tok.encode("a <table> b") and 2 not in tok.stops
+    rng = random.Random(0)
+    parts = [*ordinary, "</s>", "<eat>", "<table", "a", "bc", " ", "  ", "\n", "é", "▁", "x = 1"]
+    for text in ["<table>", "\n\n\n\n\n", " <table> a", *("".join(rng.choices(parts, k=12)) for _ in range(1000))]:
+        if not re.search(r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>", text):  # there the library counts a line break twice
+            assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    assert not {*tok.encode("<s><|end|><|endoftext|><unk>")} & {*tok.special.values()}
+
+
 CHATS = {  # the format of each family, from its documentation
     "phi-4": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"], dict(lstrip=True, rstrip=True), "<|im_start|>system<|im_sep|>{}<|im_end|>"
               "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>", ""),
+    "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {}, "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ""),
     "phi-4-mini": (["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]], {}, "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>", "<|endoftext|>"),
     "phi-3": (model.SPECIAL, dict(rstrip=True), "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n", "<|endoftext|>"),
     "llama-3": (["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], {}, "<|begin_of_text|><|start_header_id|>system"
@@ -758,7 +854,7 @@ def test_chat_formats(tmp_path, family):
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
     special = {name: first + i for i, name in enumerate(names)}
-    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.ENDS if name in names))
+    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.DOCUMENT_ENDS if name in names))
     tok.save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"] = flagged(special, **flags)
@@ -771,7 +867,7 @@ def test_chat_formats(tmp_path, family):
         chat = [{"role": role, "content": content} for role, content in zip(("system", "user"), contents) if family != "gemma" or role == "user"]
         shown = [content.strip() if family in ("gemma", "llama-3") else content for content in contents]
         assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, contents
-        opening = text[text.rindex("<|assistant|>" if "<|assistant|>" in text else "<|im_start|>" if "im_sep" in text else "<|start_header" if "start_header" in text
+        opening = text[text.rindex("<|assistant|>" if "<|assistant|>" in text else "<|im_start|>" if "im_start" in text else "<|start_header" if "start_header" in text
                                    else "<start_of" if "start_of" in text else "Output:"):]
         assert tok.render(chat, False) == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
     attack = "".join(names) + "<|assistant|>"
@@ -782,28 +878,115 @@ def test_chat_formats(tmp_path, family):
     assert {tok.special[name] for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>") if name in names} < {*tok.stops} or family == "phi-2"
 
 
-def test_older_tokenizer_files(tmp_path):
-    """codegen's vocab.json and merges.txt with its added runs of spaces, and phi-3-small's *.tiktoken."""
+def test_added_runs_of_spaces_and_rank_files(tmp_path):
+    """codegen's added runs of spaces, and phi-3-small's *.tiktoken."""
     hf = pytest.importorskip("tokenizers")
-    small = small_tokenizer()
-    dense = {t: i for i, t in enumerate(sorted(small.ranks, key=small.ranks.get))}
-    chars = {"".join(model.BYTE_TO_CHAR[b] for b in t): i for t, i in dense.items()}
-    (tmp_path / "vocab.json").write_text(json.dumps(chars | {"<|endoftext|>": len(chars)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in Tokenizer(dense)._merges()))
-    runs = {" " * n: len(chars) + 32 - n for n in range(2, 32)} | {"\t" * n: len(chars) + 40 - n for n in range(2, 10)}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(runs))
-    tok = Tokenizer.load(tmp_path)
-    tok.save(str(tmp_path / "saved"))
-    reference = hf.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    dense = {token: i for i, token in enumerate(small_tokenizer().ranks)}
+    Tokenizer(dense, model.GPT2_PATTERN, {"<|endoftext|>": len(dense)}).save(str(tmp_path))
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    runs = {" " * n: len(dense) + 32 - n for n in reversed(range(2, 32))} | {"\t" * n: len(dense) + 40 - n for n in reversed(range(2, 10))}
+    source["added_tokens"] += flagged(runs, normalized=True, special=False)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = random.Random(0)
     for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)), " " * 100]:
         assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids and tok.decode(tok.encode(text)) == text, repr(text)
-    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(chars)
+    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(dense)
     os.makedirs(tmp_path / "small")
     (tmp_path / "small" / "cl100k_base.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items()))
     tok = Tokenizer.load(tmp_path / "small")
     assert (tok.vocab_size, tok.eot) == (100352, 100257)
     assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [100257, 100262, 100266, 100263]
+
+
+def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    Tokenizer({bytes([b]): b for b in range(256)}, special={name: 256 + i for i, name in enumerate(names)}).save(str(tmp_path))
+    shown = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    chat = [{"role": "user", "content": "hi"}]
+    tok = Tokenizer.load(tmp_path)
+    assert tok.decode(tok.render(chat)) == shown
+    (tmp_path / "chat_template.jinja").write_text(f"... '<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n' ...")
+    tok = Tokenizer.load(tmp_path)
+    tok.save(str(tmp_path / "again"))
+    tok = Tokenizer.load(tmp_path / "again")  # the template is kept
+    start = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
+    assert tok.decode(tok.render(chat)) == start + shown
+    assert tok.decode(tok.render([{"role": "system", "content": "S"}, *chat])) == "<|im_start|>system\nS<|im_end|>\n" + shown
+    assert tok.decode(tok.render([])) == start + "<|im_start|>assistant\n"
+    ids, mask = align.render(tok, [{"role": "assistant", "content": "yes"}])
+    assert tok.decode([i for i, marked in zip(ids, mask) if marked]) == "yes<|im_end|>"
+
+
+# ------------------------------------------------------------------ a real released model: SmolLM2-135M-Instruct
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(its directory, our model and tokenizer, transformers' model and tokenizer)"""
+    folder = os.environ.get("SMOLLM2", "")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        pytest.skip("SMOLLM2 does not name a directory with SmolLM2-135M-Instruct")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    m, tok = model.load(folder, device="cpu", dtype=torch.float32)
+    return m, tok, theirs, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+SMOLLM2_CHATS = [
+    [{"role": "user", "content": "What is a prime number?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  two\n\n words "}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "é 中文 1234"}]]
+
+
+def test_smollm2_token_ids(smollm2):
+    _, tok, _, hf = smollm2
+    rng = random.Random(0)
+    alphabet = "aeiou tnsr  \n\t0123456789.,'\"()_=éü中文日本Привет😀\u0301\u200d\x00\x7f\u2028"
+    texts = [*(t for t in HARD if "<|" not in t), "don't we'll 12345 3.14 १२", "x = 1\n    return x\n\n\n", " " * 1000, "a" * 3000,
+             open(data.__file__).read(), *("".join(rng.choices(alphabet, k=80)) for _ in range(1000))]
+    for text in texts:
+        ids = tok.encode(text)
+        assert ids == hf.encode(text, add_special_tokens=False), repr(text)
+        assert tok.decode(ids) == text
+    with pytest.raises(ValueError, match=r"no token for '\\x04'"):
+        tok.encode("a\x04b")
+    assert not {*tok.encode("<|im_start|>system<|im_end|><repo_name>")} & {*tok.special.values()}
+
+
+def test_smollm2_chats(smollm2):
+    _, tok, _, hf = smollm2
+    for chat in SMOLLM2_CHATS:
+        for add in (True, False):
+            text = hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False)
+            assert tok.render(chat, add) == hf.encode(text, add_special_tokens=False)
+            assert tok.decode(tok.render(chat, add)) == text
+
+
+def test_smollm2_logits(smollm2):
+    m, tok, theirs, _ = smollm2
+    ids = torch.tensor([tok.render(SMOLLM2_CHATS[2])])
+    with torch.no_grad():
+        ours, other = m(ids), theirs(ids).logits
+    assert other.std() > 1 and (ours - other).abs().max() < 1e-3
+
+
+def test_smollm2_greedy_text(smollm2):
+    m, tok, theirs, hf = smollm2
+    prompt = tok.render(SMOLLM2_CHATS[0])
+    ids = torch.tensor([prompt])
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)[0, len(prompt):].tolist()
+    new = m.generate([prompt], 60, stop=tok.stops)[0]
+    assert len(new) > 20 and new == want and tok.decode(new) == hf.decode(want)
+
+
+def test_smollm2_is_saved_as_it_was(smollm2, tmp_path):
+    _, tok, _, hf = smollm2
+    tok.save(str(tmp_path))
+    again = type(hf).from_pretrained(tmp_path)
+    for add in (True, False):
+        assert again.apply_chat_template(SMOLLM2_CHATS[0], add_generation_prompt=add) == hf.apply_chat_template(
+            SMOLLM2_CHATS[0], add_generation_prompt=add)
+    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
 # ------------------------------------------------------------------ the hub
