@@ -2166,6 +2166,65 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
     assert check.find_functions("def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n") is None
 
 
+SENTENCE = "Given the weights of all whales in the northern sea, return the café's lightest whale in kilograms"
+
+
+def contamination_of(folder, *files):
+    """The search for problems in files of records."""
+    for i, records in enumerate(files):
+        data.write_jsonl(folder / f"{i}.jsonl", records)
+    return data.Contamination([folder / f"{i}.jsonl" for i in range(len(files))])
+
+
+def test_a_problem_of_three_files_is_found_and_what_one_file_repeats_is_not(tmp_path):
+    same = [[{"prompt": SENTENCE, "canonical_solution": f"return {answer}"}]
+            for answer in ("min(weights)", "min(weights)", "sorted(weights)[0]")]
+    samples = [{"prompt": SENTENCE, "completion": f"    answer = weights[{i}] if weights else 0"} for i in range(5)]
+    for files in (same, [samples]):
+        assert contamination_of(tmp_path, *files).find([f"Once more: {SENTENCE}."])[0][0] == "13-gram"
+    everywhere = ("Write a function in Python that solves the following task and returns its result "
+                  "as a value of a suitable type:")
+    three = [{"prompt": f"{everywhere} the {name} of two numbers of this list"} for name in ("sum", "mean", "median")]
+    check = contamination_of(tmp_path, three, three)
+    assert not check.find([f"{everywhere} something else"]) and not check.unprotected
+
+
+@pytest.mark.parametrize("hide", [
+    lambda text: text.replace(" ", "\u00a0"),
+    lambda text: text.replace(" ", "\u2009\u2014 "),
+    lambda text: text.replace("a", "a\u200b"),
+    lambda text: text.replace("e", "e\ufe0f\u00ad"),
+    lambda text: unicodedata.normalize("NFD", text),
+    lambda text: text.replace("'", "\u2019"),
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    lambda text: text.replace(",", "\u3001").upper()])
+def test_a_hidden_copy_is_found(tmp_path, hide):
+    for problem, document in ((SENTENCE, hide(SENTENCE)), (hide(SENTENCE), SENTENCE)):
+        assert document != problem
+        check = contamination_of(tmp_path, [{"prompt": problem}])
+        assert list(check.find(["nothing", f"See:\n{document}\nand so on"])) == [1]
+
+
+def test_problems_too_short_to_be_found_are_named(tmp_path, capsys):
+    short = [{"task_id": f"S/{i}", "prompt": f"Add {i}"} for i in range(9)]
+    contamination_of(tmp_path, [*short, {"task_id": "L/0", "prompt": SENTENCE}])
+    line, = capsys.readouterr().err.splitlines()
+    assert "9 of 10 problems" in line and "S/0, S/1" in line and "S/8" not in line and "L/0" not in line
+    assert not contamination_of(tmp_path, [PROBLEM]).unprotected and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", [
+    {"ctx": "*"}, {"ctx": "A man", "endings": ["sleeps", "*"]}, {"goal": "*"}, {"goal": "Eat", "sol1": "*"},
+    {"goal": "Eat", "sol2": "*"}, {"question": "*", "answer": "#### 4"}, {"sentence": "*", "option1": "it"},
+    {"question": "Which?", "choices": ["No", "*"], "answer": 1}, {"problem": "?", "solution": "*"},
+    {"question": {"stem": "*", "choices": [{"text": "No", "label": "A"}]}}, {"turns": ["Hello", "*"]},
+    {"question": "?", "choices": {"text": ["*"], "label": ["A"]}}, {"question": "?", "options": {"A": "*"}},
+    {"Question": "?", "Correct Answer": "*"}])
+def test_fields_of_the_usual_benchmarks(tmp_path, record):
+    check = contamination_of(tmp_path, [json.loads(json.dumps(record).replace("*", SENTENCE))])
+    assert list(check.find(["nothing", SENTENCE])) == [1]
+
+
 def test_contaminated_documents_are_written_out(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(PROBLEM) + "\n")
     text = PROBLEM["prompt"] + PROBLEM["canonical_solution"]
