@@ -112,16 +112,23 @@ def sum_counts(parts):
 def aside(path):
     """A path for a file or folder that takes the place of `path` when all went well, and vanishes when not."""
     new, old = (path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ("new", "old"))
+
+    def tidy():
+        if old.exists() and not path.exists():  # stopped between the two renames
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    tidy()  # in a container a killed command's successor has the same process id
     try:
         yield new
         if path.is_dir():
             os.replace(path, old)
         os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        new.unlink(missing_ok=True)
+        tidy()
 
 
 class Work:
@@ -1085,13 +1092,29 @@ def open_dataset(path):
         meta = json.loads((path / "meta.json").read_text())
         for split, kind in itertools.product(("train", "val"), ("", ".mask")):
             file, dtype, n = path / f"{split}{kind}.bin", np.dtype(np.uint8 if kind else meta["dtype"]), meta[split]["tokens"]
-            size = None if kind and not file.exists() else os.path.getsize(file)
+            is_part = not kind or file.name in meta.get("files", os.listdir(path))
+            size = os.path.getsize(file) if is_part else None
             if size not in (None, n * dtype.itemsize):
                 raise ValueError(f"{file.name} has {size} bytes where meta.json promises {n * dtype.itemsize}")
             arrays[split + kind.replace(".", "_")] = None if size is None else np.memmap(file, dtype, "r") if n else np.zeros(0, dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dataset ({error}); make it with python data.py --name {path.name} --out {path.parent} ...") from None
     return SimpleNamespace(path=path, meta=meta, **arrays)
+
+
+def spare(path, n_bytes):
+    """Renames a dataset of more text than the n_bytes about to take its place: less never replaces more."""
+    try:
+        meta = open_dataset(path).meta
+        size = meta["train"]["bytes"] + meta["val"]["bytes"]
+    except (ValueError, KeyError):  # none there, or damaged
+        return
+    old = path.with_name(f"{path.name}.old-{meta.get('fingerprint', 'none')[:8]}")
+    if size > n_bytes:
+        if not old.exists():  # its name tells its contents: once is enough
+            os.replace(path, old)
+        print(f"{path} held {size:,} bytes of text, more than the new one's {n_bytes:,}; "
+              f"it is kept as {old} (delete it if nobody needs it)")
 
 
 # ---- the command ----
@@ -1269,6 +1292,7 @@ def without_repeats(work, parts, alive, least, per_range=8_000_000):
 
 def build(options):
     """Makes the dataset that the options (see main) describe, or finds it made; returns its directory."""
+    import model as models
     from model import Tokenizer, write_atomically
     start, path, missing, forest, value = time.time(), Path(options.out) / options.name, Counter(), None, None
     workers, rank = options.workers or n_cores(), int(os.environ.get("RANK", 0))
@@ -1279,20 +1303,30 @@ def build(options):
     tokenizer = None if vocab_size else Tokenizer.load(options.tokenizer)
     if (options.keep < 1 or options.min_score) and not options.labels and not options.classifier:
         raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) or --classifier DATASET")
-    others = [*(options.decontaminate or []), *([options.labels] if options.labels else [])]
-    if options.embed and os.path.exists(weights := os.path.join(options.embed, "model.safetensors")):
-        others.append(weights)
+    # (path, name) of what the dataset depends on besides: a directory's or a URL's files, not itself
+    others = [file[:2] for file in find_files(options.decontaminate or [], Counter())]
+    if options.labels:
+        others.append((options.labels, options.labels))
+    if options.embed:
+        run = Path(models.locate(options.embed))
+        patterns = "*.safetensors", "*.bin", "config.json", "tokenizer.json"
+        others += sorted((str(file), file.name) for pattern in patterns for file in run.glob(pattern))
     if options.classifier and not options.labels:
-        others.append(f"{options.classifier}/classifier.npz")
-        forest = RandomForest.load(others[-1], names_of(options.embed))
+        others.append((f"{options.classifier}/classifier.npz", "classifier"))
+        forest = RandomForest.load(others[-1][0], names_of(options.embed))
     files = find_files(options.input, missing, options.seed, options.max_bytes, options.max_documents)
-    states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, name in [*(file[:2] for file in files), *zip(others, others)]]
+    states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns)
+              for file, name in [*(file[:2] for file in files), *others]]
+    # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
+    sources = [__file__, models.__file__, *([models.kernels.__file__] if options.embed else [])]
     made_by = {"options": {k: v for k, v in vars(options).items() if k not in ("workers", "out")},
-               "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex()}
+               "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
+               "sources": {os.path.basename(file): digest(Path(file).read_bytes()).hex() for file in sources}}
 
     def made():
         with contextlib.suppress(ValueError, OSError):  # damaged: replace it
-            return made_by.items() <= open_dataset(path).meta.items()
+            meta = open_dataset(path).meta
+            return made_by.items() <= meta.items() and all((path / name).exists() for name in meta["files"])
 
     if made():
         say(f"{path}: already made, reused (delete it to make it anew)")
@@ -1303,7 +1337,8 @@ def build(options):
     if options.labels:
         forest, value = learn_value(options.labels, options.seed, workers, options.embed)
 
-    folder = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by)).hex()[:16]}")
+    same_options = f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}"
+    folder = path.with_name(f"{same_options}-{digest(json.dumps(made_by)).hex()[:16]}")
     work = Work(folder, workers, rank, int(os.environ.get("WORLD_SIZE", 1)))
     parts = work.run("documents", len(tasks), lambda i: prepare(tasks[i], options, contamination, forest))
     count = {name: sum_counts(part(name) for part in parts) for name in ("read", "unread", "languages", "masked", "lost", "lost_bytes")}
@@ -1408,10 +1443,18 @@ def build(options):
     meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "tokenizer": tokenizer.fingerprint, **splits,
             "funnel": rows, **({"classifier": value} if value else {}), **made_by}
     masks = [f"{split}.mask.bin" for split in splits if any(part("prompt").any() for part in parts)]
+    about = [meta[key] for key in ("dtype", "tokenizer", "train", "val")]
+    contents = hashlib.sha256(json.dumps(about).encode())
     with aside(path) as new:
         new.mkdir()
         for name in (*(f"{split}.bin" for split in splits), *masks):
-            write_atomically(str(new / name), lambda file: [file.write(np.ascontiguousarray(part(name)).data) for part in encoded])
+            def write(file):
+                for part in encoded:
+                    array = np.ascontiguousarray(part(name))
+                    contents.update(array)
+                    file.write(array.data)
+
+            write_atomically(str(new / name), write)
         tokenizer.save(str(new))
         if forest:
             forest.save(new / "classifier.npz", names_of(options.embed))
@@ -1422,8 +1465,10 @@ def build(options):
             counts = sum(np.histogram(part(name)[own], bins)[0] for part, own in each(alive))
             tables[title] = dict(zip(map("{:g} and more".format, bins), counts.tolist()))
         (new / "report.html").write_text(report_page(str(path), rows, tables, value, examples | {"kept": sample(alive)}))
+        meta |= {"fingerprint": contents.hexdigest()[:32], "files": sorted(os.listdir(new))}
         write_atomically(str(new / "meta.json"), lambda file: file.write(json.dumps(meta, indent=1).encode()))
-    for other in path.parent.glob(f".{path.name}.work-*"):
+        spare(path, sum(sums["bytes"] for sums in splits.values()))
+    for other in path.parent.glob(f"{same_options}-*"):  # other options' parts wait for their own command
         shutil.rmtree(other, ignore_errors=True)
     for split, sums in splits.items():
         print("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(path / f"{split}.bin", **sums))

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import itertools
 import json
 import math
@@ -1964,6 +1965,128 @@ def test_dataset_directory(tmp_path, capsys):
         data.open_dataset(path)
     make(tmp_path, *arguments, "--seed", "1")                          # a damaged dataset is made anew
     data.open_dataset(path)
+
+
+def test_an_edited_source_makes_parts_and_dataset_anew(tmp_path, monkeypatch, capsys):
+    """A fork's data.py, in a copy, and its model.py."""
+    texts = [f"Page {i} has few words." for i in range(9)]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    source = open(data.__file__).read()
+    (tmp_path / "model.py").write_text(open(model.__file__).read())
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+
+    def build(edit="", broken=False):
+        (tmp_path / "data.py").write_text(source + edit)
+        spec = importlib.util.spec_from_file_location("fork", tmp_path / "data.py")
+        fork = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fork)
+        if broken:
+            fork.encode = lambda *_: 1 / 0
+        path = fork.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--rules", "none",
+                          "--tokenizer", "bytes", "--workers", "1"])
+        words = bytes(np.array(data.open_dataset(path).train, np.uint16).astype(np.uint8)).decode(errors="replace")
+        return words, "reused" in capsys.readouterr().out, data.open_dataset(path).meta["fingerprint"]
+
+    with pytest.raises(ZeroDivisionError):
+        build(broken=True)                                            # its parts of the first stage stay
+    shout = ("\nread_original = document_of\ndef document_of(*a):\n    d = read_original(*a)\n"
+             "    return d | {'text': d['text'].upper()}\n")
+    words, reused, loud = build(shout)
+    assert "PAGE" in words and "Page" not in words and not reused
+    assert build(shout) == (words, True, loud)
+    words, reused, plain = build()
+    assert "Page" in words and not reused and plain != loud
+    with open(tmp_path / "model.py", "a") as file:
+        file.write("\n# another tokenizer\n")
+    assert build() == (words, False, plain)                           # made anew, and with the same contents the same fingerprint
+    assert os.listdir(tmp_path / "out") == ["web"]
+
+
+def test_fingerprint_tells_contents(tmp_path):
+    problems = [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)]
+    data.write_jsonl(tmp_path / "in.jsonl", problems)
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1"]
+    mark = lambda *more: data.open_dataset(make(tmp_path, *arguments, *more)).meta["fingerprint"]
+    first = mark()
+    os.utime(tmp_path / "in.jsonl", (1, 1))
+    assert mark("--workers", "1") == mark("--name", "other") == first and len(first) == 32 and int(first, 16)
+    assert len({first, mark("--seed", "1"), mark("--val-share", "0.3"), mark("--tokenizer", "train:270")}) == 4
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": p["prompt"] + p["canonical_solution"]} for p in problems])
+    assert mark("--rules", "none") != first                           # no token is another one, but no prompt is masked
+
+
+def test_made_already_only_if_nothing_is_missing_or_other(tmp_path, capsys):
+    (tmp_path / "bench").mkdir()
+    data.write_jsonl(tmp_path / "bench" / "p.jsonl", [PROBLEM])
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)])
+
+    def reused():
+        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1",
+             "--decontaminate", str(tmp_path / "bench"))
+        return "reused" in capsys.readouterr().out
+
+    assert [reused(), reused()] == [False, True]
+    for name in ("tokenizer.json", "train.mask.bin"):
+        (tmp_path / "data" / "web" / name).unlink()
+        if name.endswith(".bin"):                                     # or a run would train on the prompts
+            with pytest.raises(ValueError, match="train.mask.bin"):
+                data.open_dataset(tmp_path / "data" / "web")
+        assert [reused(), reused()] == [False, True], name
+    with open(tmp_path / "bench" / "p.jsonl", "w") as file:           # the directory's own time stays
+        file.write(json.dumps(PROBLEM | {"prompt": PROBLEM["prompt"] + "    # and more\n"}) + "\n")
+    assert [reused(), reused()] == [False, True]
+
+
+def test_less_never_replaces_more_and_others_parts_stay(tmp_path, monkeypatch, capsys):
+    texts = [f"Page {i} has few words." for i in range(40)]
+
+    def build(count, *more):
+        data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts[:count]])
+        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes",
+             "--dedup-threshold", "1", *more)
+
+    def n_documents(name):
+        meta = data.open_dataset(tmp_path / "data" / name).meta
+        return meta["train"]["documents"] + meta["val"]["documents"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(40, "--seed", "7", "--workers", "1")
+    parts, = (tmp_path / "data").iterdir()
+    build(40)
+    assert parts.exists()                                             # the same command goes on from there
+    shutil.rmtree(parts)
+    for _ in range(2):                                                # what was kept once is not kept twice
+        build(10)
+        old, = {*os.listdir(tmp_path / "data")} - {"web"}
+        assert n_documents("web") == 10 and n_documents(old) == 40 and old in capsys.readouterr().out
+        build(40)
+        assert n_documents("web") == 40 and old not in capsys.readouterr().out
+    build(40, "--seed", "1")
+    assert {*os.listdir(tmp_path / "data")} == {"web", old}
+
+
+def test_a_folder_is_there_whatever_stops_its_replacement(tmp_path, monkeypatch):
+    path, rename = tmp_path / "x", os.replace
+    path.mkdir()
+    (path / "old").touch()
+    for stop in (KeyboardInterrupt, OSError):
+
+        def replace(source, target):
+            if target == path and ".new" in str(source):
+                raise stop
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(stop), data.aside(path) as new:
+            new.mkdir()
+        assert os.listdir(tmp_path) == ["x"] and os.listdir(path) == ["old"]
+    monkeypatch.setattr(os, "replace", rename)
+    (tmp_path / f".x.new-{os.getpid()}" / "half").mkdir(parents=True)  # of a killed process with the same id
+    with data.aside(path) as new:
+        new.mkdir()
+    assert os.listdir(tmp_path) == ["x"] and not os.listdir(path)
 
 
 def test_same_result_for_any_number_of_workers(tmp_path):
