@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import itertools
 import json
 import math
@@ -2276,6 +2277,128 @@ def test_dataset_directory(tmp_path, capsys):
     data.open_dataset(path)
 
 
+def test_an_edited_source_makes_parts_and_dataset_anew(tmp_path, monkeypatch, capsys):
+    """A fork's data.py, in a copy, and its model.py."""
+    texts = [f"Page {i} has few words." for i in range(9)]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    source = open(data.__file__).read()
+    (tmp_path / "model.py").write_text(open(model.__file__).read())
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+
+    def build(edit="", broken=False):
+        (tmp_path / "data.py").write_text(source + edit)
+        spec = importlib.util.spec_from_file_location("fork", tmp_path / "data.py")
+        fork = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fork)
+        if broken:
+            fork.encode = lambda *_: 1 / 0
+        path = fork.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--rules", "none",
+                          "--tokenizer", "bytes", "--workers", "1"])
+        words = bytes(np.array(data.open_dataset(path).train, np.uint16).astype(np.uint8)).decode(errors="replace")
+        return words, "reused" in capsys.readouterr().out, data.open_dataset(path).meta["fingerprint"]
+
+    with pytest.raises(ZeroDivisionError):
+        build(broken=True)                                            # its parts of the first stage stay
+    shout = ("\nread_original = document_of\ndef document_of(*a):\n    d = read_original(*a)\n"
+             "    return d | {'text': d['text'].upper()}\n")
+    words, reused, loud = build(shout)
+    assert "PAGE" in words and "Page" not in words and not reused
+    assert build(shout) == (words, True, loud)
+    words, reused, plain = build()
+    assert "Page" in words and not reused and plain != loud
+    with open(tmp_path / "model.py", "a") as file:
+        file.write("\n# another tokenizer\n")
+    assert build() == (words, False, plain)                           # made anew, and with the same contents the same fingerprint
+    assert os.listdir(tmp_path / "out") == ["web"]
+
+
+def test_fingerprint_tells_contents(tmp_path):
+    problems = [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)]
+    data.write_jsonl(tmp_path / "in.jsonl", problems)
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1"]
+    mark = lambda *more: data.open_dataset(make(tmp_path, *arguments, *more)).meta["fingerprint"]
+    first = mark()
+    os.utime(tmp_path / "in.jsonl", (1, 1))
+    assert mark("--workers", "1") == mark("--name", "other") == first and len(first) == 32 and int(first, 16)
+    assert len({first, mark("--seed", "1"), mark("--val-share", "0.3"), mark("--tokenizer", "train:270")}) == 4
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": p["prompt"] + p["canonical_solution"]} for p in problems])
+    assert mark("--rules", "none") != first                           # no token is another one, but no prompt is masked
+
+
+def test_made_already_only_if_nothing_is_missing_or_other(tmp_path, capsys):
+    (tmp_path / "bench").mkdir()
+    data.write_jsonl(tmp_path / "bench" / "p.jsonl", [PROBLEM])
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)])
+
+    def reused():
+        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1",
+             "--decontaminate", str(tmp_path / "bench"))
+        return "reused" in capsys.readouterr().out
+
+    assert [reused(), reused()] == [False, True]
+    for name in ("tokenizer.json", "train.mask.bin"):
+        (tmp_path / "data" / "web" / name).unlink()
+        if name.endswith(".bin"):                                     # or a run would train on the prompts
+            with pytest.raises(ValueError, match="train.mask.bin"):
+                data.open_dataset(tmp_path / "data" / "web")
+        assert [reused(), reused()] == [False, True], name
+    with open(tmp_path / "bench" / "p.jsonl", "w") as file:           # the directory's own time stays
+        file.write(json.dumps(PROBLEM | {"prompt": PROBLEM["prompt"] + "    # and more\n"}) + "\n")
+    assert [reused(), reused()] == [False, True]
+
+
+def test_less_never_replaces_more_and_others_parts_stay(tmp_path, monkeypatch, capsys):
+    texts = [f"Page {i} has few words." for i in range(40)]
+
+    def build(count, *more):
+        data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts[:count]])
+        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes",
+             "--dedup-threshold", "1", *more)
+
+    def n_documents(name):
+        meta = data.open_dataset(tmp_path / "data" / name).meta
+        return meta["train"]["documents"] + meta["val"]["documents"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(40, "--seed", "7", "--workers", "1")
+    parts, = (tmp_path / "data").iterdir()
+    build(40)
+    assert parts.exists()                                             # the same command goes on from there
+    shutil.rmtree(parts)
+    for _ in range(2):                                                # what was kept once is not kept twice
+        build(10)
+        old, = {*os.listdir(tmp_path / "data")} - {"web"}
+        assert n_documents("web") == 10 and n_documents(old) == 40 and old in capsys.readouterr().out
+        build(40)
+        assert n_documents("web") == 40 and old not in capsys.readouterr().out
+    build(40, "--seed", "1")
+    assert {*os.listdir(tmp_path / "data")} == {"web", old}
+
+
+def test_a_folder_is_there_whatever_stops_its_replacement(tmp_path, monkeypatch):
+    path, rename = tmp_path / "x", os.replace
+    path.mkdir()
+    (path / "old").touch()
+    for stop in (KeyboardInterrupt, OSError):
+
+        def replace(source, target):
+            if target == path and ".new" in str(source):
+                raise stop
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(stop), data.aside(path) as new:
+            new.mkdir()
+        assert os.listdir(tmp_path) == ["x"] and os.listdir(path) == ["old"]
+    monkeypatch.setattr(os, "replace", rename)
+    (tmp_path / f".x.new-{os.getpid()}" / "half").mkdir(parents=True)  # of a killed process with the same id
+    with data.aside(path) as new:
+        new.mkdir()
+    assert os.listdir(tmp_path) == ["x"] and not os.listdir(path)
+
+
 def test_same_result_for_any_number_of_workers(tmp_path):
     made = [data.main(["--input", "python", "--max-documents", "60", "--tokenizer", "train:320", "--name", f"w{n}", "--workers", n,
                        "--out", str(tmp_path)]) for n in ("1", "2")]
@@ -2474,6 +2597,65 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
     rule, i, evidence = check.find_functions(renamed)
     assert rule == "syntax tree" and i == 1 and "often: match rate 1.000" == evidence and not check.find([renamed])
     assert check.find_functions("def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n") is None
+
+
+SENTENCE = "Given the weights of all whales in the northern sea, return the café's lightest whale in kilograms"
+
+
+def contamination_of(folder, *files):
+    """The search for problems in files of records."""
+    for i, records in enumerate(files):
+        data.write_jsonl(folder / f"{i}.jsonl", records)
+    return data.Contamination([folder / f"{i}.jsonl" for i in range(len(files))])
+
+
+def test_a_problem_of_three_files_is_found_and_what_one_file_repeats_is_not(tmp_path):
+    same = [[{"prompt": SENTENCE, "canonical_solution": f"return {answer}"}]
+            for answer in ("min(weights)", "min(weights)", "sorted(weights)[0]")]
+    samples = [{"prompt": SENTENCE, "completion": f"    answer = weights[{i}] if weights else 0"} for i in range(5)]
+    for files in (same, [samples]):
+        assert contamination_of(tmp_path, *files).find([f"Once more: {SENTENCE}."])[0][0] == "13-gram"
+    everywhere = ("Write a function in Python that solves the following task and returns its result "
+                  "as a value of a suitable type:")
+    three = [{"prompt": f"{everywhere} the {name} of two numbers of this list"} for name in ("sum", "mean", "median")]
+    check = contamination_of(tmp_path, three, three)
+    assert not check.find([f"{everywhere} something else"]) and not check.unprotected
+
+
+@pytest.mark.parametrize("hide", [
+    lambda text: text.replace(" ", "\u00a0"),
+    lambda text: text.replace(" ", "\u2009\u2014 "),
+    lambda text: text.replace("a", "a\u200b"),
+    lambda text: text.replace("e", "e\ufe0f\u00ad"),
+    lambda text: unicodedata.normalize("NFD", text),
+    lambda text: text.replace("'", "\u2019"),
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    lambda text: text.replace(",", "\u3001").upper()])
+def test_a_hidden_copy_is_found(tmp_path, hide):
+    for problem, document in ((SENTENCE, hide(SENTENCE)), (hide(SENTENCE), SENTENCE)):
+        assert document != problem
+        check = contamination_of(tmp_path, [{"prompt": problem}])
+        assert list(check.find(["nothing", f"See:\n{document}\nand so on"])) == [1]
+
+
+def test_problems_too_short_to_be_found_are_named(tmp_path, capsys):
+    short = [{"task_id": f"S/{i}", "prompt": f"Add {i}"} for i in range(9)]
+    contamination_of(tmp_path, [*short, {"task_id": "L/0", "prompt": SENTENCE}])
+    line, = capsys.readouterr().err.splitlines()
+    assert "9 of 10 problems" in line and "S/0, S/1" in line and "S/8" not in line and "L/0" not in line
+    assert not contamination_of(tmp_path, [PROBLEM]).unprotected and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", [
+    {"ctx": "*"}, {"ctx": "A man", "endings": ["sleeps", "*"]}, {"goal": "*"}, {"goal": "Eat", "sol1": "*"},
+    {"goal": "Eat", "sol2": "*"}, {"question": "*", "answer": "#### 4"}, {"sentence": "*", "option1": "it"},
+    {"question": "Which?", "choices": ["No", "*"], "answer": 1}, {"problem": "?", "solution": "*"},
+    {"question": {"stem": "*", "choices": [{"text": "No", "label": "A"}]}}, {"turns": ["Hello", "*"]},
+    {"question": "?", "choices": {"text": ["*"], "label": ["A"]}}, {"question": "?", "options": {"A": "*"}},
+    {"Question": "?", "Correct Answer": "*"}])
+def test_fields_of_the_usual_benchmarks(tmp_path, record):
+    check = contamination_of(tmp_path, [json.loads(json.dumps(record).replace("*", SENTENCE))])
+    assert list(check.find(["nothing", SENTENCE])) == [1]
 
 
 def test_contaminated_documents_are_written_out(tmp_path):
