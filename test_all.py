@@ -3296,6 +3296,13 @@ def test_training_refuses_bad_input_in_one_line(mini):
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
     done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
     assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
+    assert "nothing was saved yet" in done.stderr
+
+
+def test_a_checkpoint_of_the_weights_that_failed_is_not_called_good(mini):
+    done = run_train(mini, "--out", "runs/nan-saved", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0",
+                     "--save-every", "1")
+    assert done.returncode == 1 and "these very weights" in done.stderr and "good" not in done.stderr, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3335,6 +3342,49 @@ def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
     assert "Traceback" not in done.stderr
     same_run(mini, "runs/uncut", "runs/sharded")
     assert not (mini / "runs/sharded/model.safetensors").exists() and not (mini / "runs/sharded/state.pt").exists()
+
+
+def run_spoiled(folder, *options, launcher=()):
+    """train.py with --save-every 4 until its 8th step, at which the last rank's loss is finite and its gradient is not."""
+    program = folder / "spoiled.py"
+    program.write_text(f"""import os, sys; sys.path.insert(0, {HERE!r})
+import torch, model, train
+
+class Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+forward, step = model.Model.forward, 0
+last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+def spoiled(self, *inputs):
+    global step
+    loss, sums = forward(self, *inputs)
+    step += self.training
+    return (Spoil.apply(loss) if last_rank and self.training and step == 8 else loss), sums
+
+model.Model.forward = spoiled
+train.main()
+""")
+    command = train_command("--save-every", "4", *options, launcher=launcher)
+    command[command.index(os.path.join(HERE, "train.py"))] = str(program)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))], ids=["alone", "two", "sharded"])
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
+    out = f"runs/spoiled-{request.node.callspec.id}"
+    done = run_spoiled(mini, "--out", out, *options, launcher=launcher)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "at step 7 the loss is" in done.stderr and "the norm of its gradient nan" in done.stderr, done.stderr
+    assert f"the last good checkpoint is that of step 4 in {out};" in done.stderr
+    state = train.read_state(str(mini / out))
+    assert state["step"] == 4 and all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
+    assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
 
 
 def children(pid):

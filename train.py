@@ -886,11 +886,16 @@ def train(args, kind=Pretraining):
         if world > 1:  # the loss of the whole batch, and whether any rank was asked to stop
             dist.all_reduce(flags)
         loss, asked, *sums = flags.tolist()
-        if not math.isfinite(loss):
-            saved = f"the last good checkpoint is {out}" if saved_step is not None else "nothing was saved yet"
-            data.fail(f"the loss is {loss} at step {step:,} ({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
+        if not math.isfinite(loss + norm):  # before the weights take it and a save writes them; both are equal on all ranks
+            saved = "nothing was saved yet"
+            if saved_step == step:
+                saved = f"the checkpoint in {out} has these very weights"
+            elif saved_step is not None:
+                saved = f"the last good checkpoint is that of step {saved_step:,} in {out}"
+            data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm} ({task.where(rows)}); {saved}; "
+                      "lower --lr and --muon-lr", 1)
         for optimizer in found:
             optimizer.step()
         model.zero_grad(set_to_none=True)
