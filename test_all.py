@@ -3387,6 +3387,46 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, req
     assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
 
 
+def test_a_run_notices_that_its_dataset_was_made_anew(mini):
+    records = list(data.read_jsonl(mini / "mini.jsonl"))
+
+    def make(some):
+        shutil.rmtree(mini / "data/anew", ignore_errors=True)
+        data.write_jsonl(mini / "anew.jsonl", some)
+        done = subprocess.run([sys.executable, data.__file__, "--input", "anew.jsonl", "--name", "anew", "--tokenizer", "data/mini", "--rules", "none",
+                               "--dedup-threshold", "1"], cwd=mini, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def refused():
+        done = run_train(mini, *options)
+        return done.returncode == 2 and "--data anew was made anew" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+    options = ["--data", "mini", "anew", "--out", "runs/anew"]
+    make(records[:200])
+    assert run_spoiled(mini, *options).returncode == 1
+    make(records[50:250])
+    assert refused() and train.read_state(str(mini / "runs/anew"))["step"] == 4
+    make(records[:200])  # the same tokens again: nothing has changed but the file's time
+    done = run_train(mini, *options)
+    assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
+    make(records[50:250])
+    assert refused()  # and a run that has ended is not said to be trained on this
+
+
+def test_a_fingerprint_is_of_every_token_of_a_small_dataset():
+    meta = {"tokenizer": "t", "train": {"tokens": 5000}, "val": {"tokens": 9}}
+    tokens, mask = np.arange(5000, dtype=np.uint16), np.ones(5000, np.uint8)
+    prints = {train.fingerprint(SimpleNamespace(meta=meta, train=tokens, train_mask=mask)) for _ in range(2)}
+    assert len(prints) == 1
+    for array in (tokens, mask):
+        for i in (0, 2500, 4999):
+            array[i] += 1
+            prints.add(train.fingerprint(SimpleNamespace(meta=meta, train=tokens, train_mask=mask)))
+    prints.add(train.fingerprint(SimpleNamespace(meta=meta, train=tokens, train_mask=None)))
+    prints.add(train.fingerprint(SimpleNamespace(meta={**meta, "tokenizer": "u"}, train=tokens, train_mask=mask)))
+    assert len(prints) == 9
+
+
 def children(pid):
     return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 

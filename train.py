@@ -470,6 +470,16 @@ def open_mixture(entries):
     return datasets, shares, models.Tokenizer.load(first.path)
 
 
+def fingerprint(dataset):
+    """Of the tokens that a run reads, however they were made: 256 pieces from end to end, which are all of a small dataset."""
+    text = json.dumps([dataset.meta[key] for key in ("tokenizer", "train", "val")])
+    pieces = [text.encode()]
+    for stream in (dataset.train, dataset.train_mask):
+        if stream is not None:
+            pieces += [piece[:1 << 14].tobytes() for piece in np.array_split(stream, 256)]
+    return data.digest(b"".join(pieces)).hex()
+
+
 def choose_config(args, tokenizer):
     """The shape to train, with args.context settled: that of --init or --after, or the preset's with the shape options applied and the
     tokenizer's vocabulary (without data, in a dry run, the preset's own)."""
@@ -691,11 +701,13 @@ class Pretraining:
     """
     curve = {}  # arguments of loss_svg
     sums = 1    # how many are reported
+    fingerprints = ()  # of the datasets; align.py's tasks compare a digest of their own
 
     def __init__(self, args):
         self.args, self.exact = args, EXACT  # exact: the options that a resumed run must share with its beginning
         self.datasets, self.shares, self.tokenizer = open_mixture(args.data)
         self.config, self.eot = choose_config(args, self.tokenizer), self.tokenizer.eot
+        self.fingerprints = [fingerprint(dataset) for dataset in self.datasets]
 
     def split(self, world):
         """Settle args.micro_batch, the rows taken at a time -> rows a step."""
@@ -788,6 +800,10 @@ def train(args, kind=Pretraining):
         if changed:
             name = changed[0]
             data.fail(f"{out} was made with --{name.replace('_', '-')} {state['recipe'].get(name)}, not {recipe[name]}; give that, or another --out")
+        for name, began_with, now in zip(args.data, state.get("datasets", ()), task.fingerprints):
+            if began_with != now:
+                data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it was, or give another --out "
+                          f"(with --after {out} its weights and optimizer go on with the new data)")
         step, records = state["step"], state["records"]
         if step >= args.steps:
             say(f"{out} is trained already ({step:,} steps); give another --out, or delete it, to train again")
@@ -841,7 +857,8 @@ def train(args, kind=Pretraining):
 
     def save():
         nonlocal saved_step
-        state = {"recipe": recipe, "step": step, "records": records, "mixture": task.state(), "rng": torch.get_rng_state(), "world": world}
+        state = {"recipe": recipe, "datasets": list(task.fingerprints), "step": step, "records": records,
+                 "mixture": task.state(), "rng": torch.get_rng_state(), "world": world}
         if rank == 0 or args.shard:
             known = args.shard and saved_step == step  # the save after the last validation, which adds its record
             write_state(out, state, None if known else training_state(model, found), args.shard)  # first, and enough to go on from by itself
