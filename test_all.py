@@ -3314,6 +3314,44 @@ def test_readme_shows_the_commands_that_the_recipe_runs():
         lines = file.read().splitlines()
     for _, _, command, *_ in train.recipe_stages(quick=False):
         assert "python " + command in lines
+    assert train.EXPORT in lines
+
+
+def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", *train.ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MINE", "kept")
+    environment = train.stage_environment()
+    assert environment["MINE"] == "kept" and environment.items() >= train.ENVIRONMENT.items()
+    shell = subprocess.run(["sh", "-c", f"{train.EXPORT}; env"], env={}, capture_output=True, text=True).stdout.splitlines()
+    assert {f"{name}={value}" for name, value in train.ENVIRONMENT.items()} <= set(shell)
+    assert train.EXPORT in run_train(".", "-h").stdout
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what the user has set wins; libgomp prefers its count to a policy
+    assert "GOMP_SPINCOUNT" not in train.stage_environment()
+    for name in train.ENVIRONMENT:
+        monkeypatch.setenv(name, "own")
+    assert {train.stage_environment()[name] for name in train.ENVIRONMENT} == {"own"}
+
+
+def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    class Stage:
+        def __init__(self, command, **more):
+            started.append(more["env"])
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(train.subprocess, "Popen", Stage)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "measure_peak", None)  # a quiet second tells nothing about the minutes that follow
+    monkeypatch.setenv("MINE", "kept")
+    with pytest.raises(SystemExit) as stopped:
+        train.recipe(quick=True)
+    assert stopped.value.code == 3 and started == [train.stage_environment()] and started[0]["MINE"] == "kept"
+    assert train.EXPORT in capsys.readouterr().out
 
 
 # training at scale
@@ -3332,7 +3370,7 @@ def same_run(folder, one, other):
 def whole(mini):
     """An uninterrupted run of 40 steps on one rank."""
     done = run_train(mini, "--out", "runs/uncut", "--steps", "40")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "for the 30 steps left, by the first ten" in done.stdout, done.stderr
     return mini
 
 
@@ -4602,7 +4640,7 @@ def together(*commands):
         with open(f"{product}.err", "w") as log:
             print(command, file=log, flush=True)
             code = subprocess.run([sys.executable, os.path.join(HERE, words[0]), *words[1:]], stdout=log, stderr=subprocess.STDOUT,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+                                  env={**train.stage_environment(), "OMP_NUM_THREADS": "1"}).returncode
         print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.err)" * bool(code), flush=True)
         if code:
             raise SystemExit(code)
