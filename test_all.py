@@ -3300,9 +3300,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(mini):
 
 
 def test_a_checkpoint_of_the_weights_that_failed_is_not_called_good(mini):
-    done = run_train(mini, "--out", "runs/nan-saved", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0",
-                     "--save-every", "1")
-    assert done.returncode == 1 and "these very weights" in done.stderr and "good" not in done.stderr, done.stderr
+    huge = ("--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
+    done = run_train(mini, "--out", "runs/nan-saved", "--save-every", "1", *huge)
+    assert done.returncode == 1
+    assert "these very weights" in done.stderr and "good" not in done.stderr, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3323,10 +3324,11 @@ def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
     monkeypatch.setenv("MINE", "kept")
     environment = train.stage_environment()
     assert environment["MINE"] == "kept" and environment.items() >= train.ENVIRONMENT.items()
-    shell = subprocess.run(["sh", "-c", f"{train.EXPORT}; env"], env={}, capture_output=True, text=True).stdout.splitlines()
-    assert {f"{name}={value}" for name, value in train.ENVIRONMENT.items()} <= set(shell)
+    shell = subprocess.run(["sh", "-c", f"{train.EXPORT}; env"], env={}, capture_output=True, text=True)
+    assert {f"{name}={value}" for name, value in train.ENVIRONMENT.items()} <= set(shell.stdout.splitlines())
     assert train.EXPORT in run_train(".", "-h").stdout
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what the user has set wins; libgomp prefers its count to a policy
+    # what the user has set wins, a policy too, to which libgomp prefers its count
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert "GOMP_SPINCOUNT" not in train.stage_environment()
     for name in train.ENVIRONMENT:
         monkeypatch.setenv(name, "own")
@@ -3346,11 +3348,12 @@ def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(train.subprocess, "Popen", Stage)
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(train, "measure_peak", None)  # a quiet second tells nothing about the minutes that follow
+    monkeypatch.setattr(train, "measure_peak", None)  # a quiet second tells nothing of the minutes after it
     monkeypatch.setenv("MINE", "kept")
     with pytest.raises(SystemExit) as stopped:
         train.recipe(quick=True)
-    assert stopped.value.code == 3 and started == [train.stage_environment()] and started[0]["MINE"] == "kept"
+    assert stopped.value.code == 3
+    assert started == [train.stage_environment()] and started[0]["MINE"] == "kept"
     assert train.EXPORT in capsys.readouterr().out
 
 
@@ -3383,7 +3386,7 @@ def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
 
 
 def run_spoiled(folder, *options, launcher=()):
-    """train.py with --save-every 4 until its 8th step, at which the last rank's loss is finite and its gradient is not."""
+    """train.py with --save-every 4; at its 8th step the last rank's loss is finite and its gradient is not."""
     program = folder / "spoiled.py"
     program.write_text(f"""import os, sys; sys.path.insert(0, {HERE!r})
 import torch, model, train
@@ -3413,15 +3416,18 @@ train.main()
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
 
 
-@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))], ids=["alone", "two", "sharded"])
+@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))],
+                         ids=["alone", "two", "sharded"])
 def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
     out = f"runs/spoiled-{request.node.callspec.id}"
     done = run_spoiled(mini, "--out", out, *options, launcher=launcher)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "at step 7 the loss is" in done.stderr and "the norm of its gradient nan" in done.stderr, done.stderr
+    assert "at step 7 the loss is" in done.stderr, done.stderr
+    assert "the norm of its gradient nan" in done.stderr, done.stderr
     assert f"the last good checkpoint is that of step 4 in {out};" in done.stderr
     state = train.read_state(str(mini / out))
-    assert state["step"] == 4 and all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
+    assert state["step"] == 4
+    assert all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
     assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
 
 
@@ -3431,13 +3437,15 @@ def test_a_run_notices_that_its_dataset_was_made_anew(mini):
     def make(some):
         shutil.rmtree(mini / "data/anew", ignore_errors=True)
         data.write_jsonl(mini / "anew.jsonl", some)
-        done = subprocess.run([sys.executable, data.__file__, "--input", "anew.jsonl", "--name", "anew", "--tokenizer", "data/mini", "--rules", "none",
-                               "--dedup-threshold", "1"], cwd=mini, capture_output=True, text=True)
+        command = [sys.executable, data.__file__, "--input", "anew.jsonl", "--name", "anew",
+                   "--tokenizer", "data/mini", "--rules", "none", "--dedup-threshold", "1"]
+        done = subprocess.run(command, cwd=mini, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def refused():
         done = run_train(mini, *options)
-        return done.returncode == 2 and "--data anew was made anew" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        one_line = len(done.stderr.strip().splitlines()) == 1
+        return done.returncode == 2 and "--data anew was made anew" in done.stderr and one_line
 
     options = ["--data", "mini", "anew", "--out", "runs/anew"]
     make(records[:200])
@@ -3454,14 +3462,17 @@ def test_a_run_notices_that_its_dataset_was_made_anew(mini):
 def test_a_fingerprint_is_of_every_token_of_a_small_dataset():
     meta = {"tokenizer": "t", "train": {"tokens": 5000}, "val": {"tokens": 9}}
     tokens, mask = np.arange(5000, dtype=np.uint16), np.ones(5000, np.uint8)
-    prints = {train.fingerprint(SimpleNamespace(meta=meta, train=tokens, train_mask=mask)) for _ in range(2)}
+    dataset = SimpleNamespace(meta=meta, train=tokens, train_mask=mask)
+    prints = {train.fingerprint(dataset), train.fingerprint(dataset)}
     assert len(prints) == 1
     for array in (tokens, mask):
         for i in (0, 2500, 4999):
             array[i] += 1
-            prints.add(train.fingerprint(SimpleNamespace(meta=meta, train=tokens, train_mask=mask)))
-    prints.add(train.fingerprint(SimpleNamespace(meta=meta, train=tokens, train_mask=None)))
-    prints.add(train.fingerprint(SimpleNamespace(meta={**meta, "tokenizer": "u"}, train=tokens, train_mask=mask)))
+            prints.add(train.fingerprint(dataset))
+    dataset.train_mask = None
+    prints.add(train.fingerprint(dataset))
+    dataset.meta = {**meta, "tokenizer": "u"}
+    prints.add(train.fingerprint(dataset))
     assert len(prints) == 9
 
 

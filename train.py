@@ -464,7 +464,7 @@ def open_mixture(entries):
 
 
 def fingerprint(dataset):
-    """Of the tokens that a run reads, however they were made: 256 pieces from end to end, which are all of a small dataset."""
+    """Of the tokens that a run reads, however made: 256 pieces from end to end, which are all of a small dataset."""
     text = json.dumps([dataset.meta[key] for key in ("tokenizer", "train", "val")])
     pieces = [text.encode()]
     for stream in (dataset.train, dataset.train_mask):
@@ -795,8 +795,8 @@ def train(args, kind=Pretraining):
             data.fail(f"{out} was made with --{name.replace('_', '-')} {state['recipe'].get(name)}, not {recipe[name]}; give that, or another --out")
         for name, began_with, now in zip(args.data, state.get("datasets", ()), task.fingerprints):
             if began_with != now:
-                data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it was, or give another --out "
-                          f"(with --after {out} its weights and optimizer go on with the new data)")
+                data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it was, "
+                          f"or give another --out (with --after {out} its weights and optimizer go on with these)")
         step, records = state["step"], state["records"]
         if step >= args.steps:
             say(f"{out} is trained already ({step:,} steps); give another --out, or delete it, to train again")
@@ -899,14 +899,15 @@ def train(args, kind=Pretraining):
         loss, asked, *sums = flags.tolist()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
-        if not math.isfinite(loss + norm):  # before the weights take it and a save writes them; both are equal on all ranks
+        # Both are equal on all ranks; once the weights have taken what is not finite, a save would write them.
+        if not math.isfinite(loss + norm):
             saved = "nothing was saved yet"
             if saved_step == step:
                 saved = f"the checkpoint in {out} has these very weights"
             elif saved_step is not None:
                 saved = f"the last good checkpoint is that of step {saved_step:,} in {out}"
-            data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm} ({task.where(rows)}); {saved}; "
-                      "lower --lr and --muon-lr", 1)
+            data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm} "
+                      f"({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
         for optimizer in found:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -915,8 +916,8 @@ def train(args, kind=Pretraining):
         if step == first + 1:  # which compiled and took memory
             warm = time.perf_counter()
         elif step == first + 10 and step < args.steps:
-            left = (args.steps - step) * (time.perf_counter() - warm) / 9
-            say(f"time     about {datetime.timedelta(seconds=round(left))} for the {args.steps - step:,} steps left, by the first ten")
+            left = datetime.timedelta(seconds=round((args.steps - step) * (time.perf_counter() - warm) / 9))
+            say(f"time     about {left} for the {args.steps - step:,} steps left, by the first ten")
         log["loss"], log["sums"], log["steps"] = log["loss"] + loss, log["sums"] + np.array(sums), log["steps"] + 1
         if step % args.log_every == 0 or step == args.steps:
             seconds = time.perf_counter() - log["start"]
@@ -991,9 +992,9 @@ def recipe_stages(quick):
          f"{runs}/phi/eval.json", held_out / 50)]
 
 
-# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they wait for each other,
-# by default so long that beside other busy processes most of a step is waiting; glibc's allocator gives freed activations back
-# to the system and faults them in again at every step.
+# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they wait
+# for each other, by default so long that beside other busy processes most of a step is waiting; glibc's
+# allocator gives freed activations back to the system and faults them in again at every step.
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
@@ -1019,7 +1020,8 @@ def recipe(quick):
         book = {}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under data/ and runs/; give the same command "
-          f"again to go on after an interruption. A stage by hand runs as here after\n    {EXPORT}\n", flush=True)
+          f"again to go on after an interruption. A stage by hand runs as here after\n    {EXPORT}\n",
+          flush=True)
     for number, (title, why, command, product, expected) in enumerate(stages, 1):
         words = shlex.split(command)
         done = book.get(product, {}).get("command") == command and os.path.exists(product)
@@ -1032,8 +1034,8 @@ def recipe(quick):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if words[0] == "train.py" and gpus > 1 else []
         start = time.time()
         here = os.path.dirname(os.path.abspath(__file__))
-        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]], start_new_session=True,
-                                 env=stage_environment())
+        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]],
+                                 start_new_session=True, env=stage_environment())
         for asked in (signal.SIGINT, signal.SIGTERM):  # in a session of its own a stage is asked to stop once, whoever was asked
             signal.signal(asked, lambda number, frame, child=child: child.send_signal(number))
         code = child.wait()
@@ -1146,8 +1148,8 @@ def loop_options(option):
 
 @data.command()
 def main():
-    parser = data.Parser(prog="train.py", description=__doc__, epilog="Faster on CPUs, and set by the recipe for its "
-                         f"stages (align.py gains as well):\n    {EXPORT}")
+    by_hand = f"Faster on CPUs, align.py as well, and set by the recipe for its stages:\n    {EXPORT}"
+    parser = data.Parser(prog="train.py", description=__doc__, epilog=by_hand)
     option = parser.option
     parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
                         "without this option the whole recipe runs")
