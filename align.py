@@ -17,8 +17,6 @@ import re
 from decimal import Decimal
 from types import SimpleNamespace
 
-import train  # first: it may start Python again with another allocator
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,6 +28,7 @@ import data
 import model as models
 import sample
 import synth
+import train
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3864,6 +3864,14 @@ def test_training_refuses_bad_input_in_one_line(mini):
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
     done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
     assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
+    assert "nothing was saved yet" in done.stderr
+
+
+def test_a_checkpoint_of_the_weights_that_failed_is_not_called_good(mini):
+    huge = ("--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
+    done = run_train(mini, "--out", "runs/nan-saved", "--save-every", "1", *huge)
+    assert done.returncode == 1
+    assert "these very weights" in done.stderr and "good" not in done.stderr, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3875,6 +3883,46 @@ def test_readme_shows_the_commands_that_the_recipe_runs():
         lines = file.read().splitlines()
     for _, _, command, *_ in train.recipe_stages(quick=False):
         assert "python " + command in lines
+    assert train.EXPORT in lines
+
+
+def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", *train.ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MINE", "kept")
+    environment = train.stage_environment()
+    assert environment["MINE"] == "kept" and environment.items() >= train.ENVIRONMENT.items()
+    shell = subprocess.run(["sh", "-c", f"{train.EXPORT}; env"], env={}, capture_output=True, text=True)
+    assert {f"{name}={value}" for name, value in train.ENVIRONMENT.items()} <= set(shell.stdout.splitlines())
+    assert train.EXPORT in run_train(".", "-h").stdout
+    # what the user has set wins, a policy too, to which libgomp prefers its count
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in train.stage_environment()
+    for name in train.ENVIRONMENT:
+        monkeypatch.setenv(name, "own")
+    assert {train.stage_environment()[name] for name in train.ENVIRONMENT} == {"own"}
+
+
+def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    class Stage:
+        def __init__(self, command, **more):
+            started.append(more["env"])
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(train.subprocess, "Popen", Stage)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "measure_peak", None)  # a quiet second tells nothing of the minutes after it
+    monkeypatch.setenv("MINE", "kept")
+    with pytest.raises(SystemExit) as stopped:
+        train.recipe(quick=True)
+    assert stopped.value.code == 3
+    assert started == [train.stage_environment()] and started[0]["MINE"] == "kept"
+    assert train.EXPORT in capsys.readouterr().out
 
 
 # training at scale
@@ -3893,7 +3941,7 @@ def same_run(folder, one, other):
 def whole(mini):
     """An uninterrupted run of 40 steps on one rank."""
     done = run_train(mini, "--out", "runs/uncut", "--steps", "40")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "for the 30 steps left, by the first ten" in done.stdout, done.stderr
     return mini
 
 
@@ -3903,6 +3951,97 @@ def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
     assert "Traceback" not in done.stderr
     same_run(mini, "runs/uncut", "runs/sharded")
     assert not (mini / "runs/sharded/model.safetensors").exists() and not (mini / "runs/sharded/state.pt").exists()
+
+
+def run_spoiled(folder, *options, launcher=()):
+    """train.py with --save-every 4; at its 8th step the last rank's loss is finite and its gradient is not."""
+    program = folder / "spoiled.py"
+    program.write_text(f"""import os, sys; sys.path.insert(0, {HERE!r})
+import torch, model, train
+
+class Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+forward, step = model.Model.forward, 0
+last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+def spoiled(self, *inputs):
+    global step
+    loss, sums = forward(self, *inputs)
+    step += self.training
+    return (Spoil.apply(loss) if last_rank and self.training and step == 8 else loss), sums
+
+model.Model.forward = spoiled
+train.main()
+""")
+    command = train_command("--save-every", "4", *options, launcher=launcher)
+    command[command.index(os.path.join(HERE, "train.py"))] = str(program)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))],
+                         ids=["alone", "two", "sharded"])
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
+    out = f"runs/spoiled-{request.node.callspec.id}"
+    done = run_spoiled(mini, "--out", out, *options, launcher=launcher)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "at step 7 the loss is" in done.stderr, done.stderr
+    assert "the norm of its gradient nan" in done.stderr, done.stderr
+    assert f"the last good checkpoint is that of step 4 in {out};" in done.stderr
+    state = train.read_state(str(mini / out))
+    assert state["step"] == 4
+    assert all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
+    assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
+
+
+def test_a_run_notices_that_its_dataset_was_made_anew(mini):
+    records = list(data.read_jsonl(mini / "mini.jsonl"))
+
+    def make(some):
+        shutil.rmtree(mini / "data/anew", ignore_errors=True)
+        data.write_jsonl(mini / "anew.jsonl", some)
+        command = [sys.executable, data.__file__, "--input", "anew.jsonl", "--name", "anew",
+                   "--tokenizer", "data/mini", "--rules", "none", "--dedup-threshold", "1"]
+        done = subprocess.run(command, cwd=mini, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def refused():
+        done = run_train(mini, *options)
+        one_line = len(done.stderr.strip().splitlines()) == 1
+        return done.returncode == 2 and "--data anew was made anew" in done.stderr and one_line
+
+    options = ["--data", "mini", "anew", "--out", "runs/anew"]
+    make(records[:200])
+    assert run_spoiled(mini, *options).returncode == 1
+    make(records[50:250])
+    assert refused() and train.read_state(str(mini / "runs/anew"))["step"] == 4
+    make(records[:200])  # the same tokens again: nothing has changed but the file's time
+    done = run_train(mini, *options)
+    assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
+    make(records[50:250])
+    assert refused()  # and a run that has ended is not said to be trained on this
+
+
+def test_a_fingerprint_is_of_every_token_of_a_small_dataset():
+    meta = {"tokenizer": "t", "train": {"tokens": 5000}, "val": {"tokens": 9}}
+    tokens, mask = np.arange(5000, dtype=np.uint16), np.ones(5000, np.uint8)
+    dataset = SimpleNamespace(meta=meta, train=tokens, train_mask=mask)
+    prints = {train.fingerprint(dataset), train.fingerprint(dataset)}
+    assert len(prints) == 1
+    for array in (tokens, mask):
+        for i in (0, 2500, 4999):
+            array[i] += 1
+            prints.add(train.fingerprint(dataset))
+    dataset.train_mask = None
+    prints.add(train.fingerprint(dataset))
+    dataset.meta = {**meta, "tokenizer": "u"}
+    prints.add(train.fingerprint(dataset))
+    assert len(prints) == 9
 
 
 def children(pid):
@@ -5101,7 +5240,7 @@ def together(*commands):
         with open(f"{product}.err", "w") as log:
             print(command, file=log, flush=True)
             code = subprocess.run([sys.executable, os.path.join(HERE, words[0]), *words[1:]], stdout=log, stderr=subprocess.STDOUT,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+                                  env={**train.stage_environment(), "OMP_NUM_THREADS": "1"}).returncode
         print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.err)" * bool(code), flush=True)
         if code:
             raise SystemExit(code)
