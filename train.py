@@ -463,16 +463,6 @@ def open_mixture(entries):
     return datasets, shares, models.Tokenizer.load(first.path)
 
 
-def fingerprint(dataset):
-    """Of the tokens that a run reads, however made: 256 pieces from end to end, which are all of a small dataset."""
-    text = json.dumps([dataset.meta[key] for key in ("tokenizer", "train", "val")])
-    pieces = [text.encode()]
-    for stream in (dataset.train, dataset.train_mask):
-        if stream is not None:
-            pieces += [piece[:1 << 14].tobytes() for piece in np.array_split(stream, 256)]
-    return data.digest(b"".join(pieces)).hex()
-
-
 def choose_config(args, tokenizer):
     """The shape to train, with args.context settled: that of --init or --after, or the preset's with the shape options applied and the
     tokenizer's vocabulary (without data, in a dry run, the preset's own)."""
@@ -700,7 +690,7 @@ class Pretraining:
         self.args, self.exact = args, EXACT  # exact: the options that a resumed run must share with its beginning
         self.datasets, self.shares, self.tokenizer = open_mixture(args.data)
         self.config, self.eot = choose_config(args, self.tokenizer), self.tokenizer.eot
-        self.fingerprints = [fingerprint(dataset) for dataset in self.datasets]
+        self.fingerprints = [dataset.meta.get("fingerprint") for dataset in self.datasets]
 
     def split(self, world):
         """Settle args.micro_batch, the rows taken at a time -> rows a step."""
