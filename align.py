@@ -17,8 +17,6 @@ import re
 from decimal import Decimal
 from types import SimpleNamespace
 
-import train  # first: it may start Python again with another allocator
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,6 +28,7 @@ import data
 import model as models
 import sample
 import synth
+import train
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,16 +612,19 @@ def pivotal(args):
     model, tokenizer = models.load(args.init, device, train.choose_dtype(device, args.dtype)[0])
     args.context = min(args.context or 2048, model.config.context)
     problems = [p for p in read(args.data, lambda record: problem_of(tokenizer, record)) if len(p["ids"]) < args.context]
-    found = {}
+    found, finished = {}, False
     try:
         for problem in tqdm(problems, "searching", disable=None):
             for record in pivots(args, model, tokenizer, problem):
                 found[repr(record["ids"])] = record
+        finished = True
     finally:  # what was found before an interruption took time too
+        written = synth.write_output(args.out, found.values(), lambda: finished)
         if found:
-            data.write_jsonl(args.out, found.values())
-        print(f"{args.out}: {len(found):,} pairs from {len(problems):,} problems" if found else "no pivotal tokens found, and nothing written: give more "
-              "problems, a smaller --gap, or a model that solves some of its problems sometimes")
+            print(f"{written or 'not written'}: {len(found):,} pairs from {len(problems):,} problems")
+        else:
+            print("no pivotal tokens found, and nothing written: give more problems, a smaller --gap, or a model "
+                  "that solves some of its problems sometimes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -112,16 +112,23 @@ def sum_counts(parts):
 def aside(path):
     """A path for a file or folder that takes the place of `path` when all went well, and vanishes when not."""
     new, old = (path.with_name(f".{path.name}.{what}-{os.getpid()}") for what in ("new", "old"))
+
+    def tidy():
+        if old.exists() and not path.exists():  # stopped between the two renames
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    tidy()  # in a container a killed command's successor has the same process id
     try:
         yield new
         if path.is_dir():
             os.replace(path, old)
         os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        new.unlink(missing_ok=True)
+        tidy()
 
 
 class Work:
@@ -588,38 +595,134 @@ def tree_of(source):
                            node.id if isinstance(node, ast.Name) and hasattr(builtins, node.id) else type(node).__name__ for node in nodes]
 
 
+class Separators(dict):
+    """For str.translate: punctuation, symbols, spaces and controls become a space, what is invisible nothing."""
+
+    def __missing__(self, code):
+        category = unicodedata.category(chr(code))
+        # format characters, the grapheme joiner, variation selectors
+        is_invisible = category == "Cf" or code == 0x034F or 0xFE00 <= code < 0xFE10
+        self[code] = None if is_invisible else " " if category[0] in "PSZC" else code
+        return self[code]
+
+
+SEPARATORS = Separators()
+
+
+def fold(text):
+    """A text as decontamination compares it: lower case, NFKC, spaces for the punctuation that is not ASCII.
+
+    ASCII needs no more than lower(), for word_hashes leaves its punctuation out; so only words that are not
+    ASCII, in rows that are not, are looked at. (No character composes with a space or a line end before it,
+    so words can be normalized one by one.)"""
+    if not text.isascii():
+        text = "\n".join([row if row.isascii() else fold_row(row) for row in text.split("\n")])
+    return text.lower()
+
+
+def fold_row(row):
+    words = row.split(" ")
+    return " ".join([word if word.isascii() else unicodedata.normalize("NFKC", word).translate(SEPARATORS)
+                     for word in words])
+
+
+def words_of(text):
+    """The words that word_hashes hashes, of a folded text."""
+    return re.findall(rb"[0-9a-z\x80-\xff]+", fold(text).encode())
+
+
+def strings_in(value):
+    """All strings in a value of JSON, in their order."""
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for item in values for text in strings_in(item)]
+
+
 class Contamination:
     """Finds documents that contain benchmark problems, or parts of them.
 
-    By words (phi-4, arXiv 2412.08905, appendix B): one 13-gram in common, or 7-grams that make up `share` of the shorter text's. Grams of few
-    different words (lists of numbers) and of more than two problems (what a benchmark says everywhere) do not count. By syntax (phi-1, arXiv
-    2306.11644, section 5): functions whose trees have difflib's ratio >= `match`; trees below `smallest` do not count."""
-    FIELDS = "prompt question problem instruction text canonical_solution completion answer solution code".split()
+    By words (phi-4, arXiv 2412.08905, appendix B), folded on both sides: one 13-gram in common, or 7-grams that
+    make up `share` of the shorter text's. Grams of few different words (lists of numbers) do not count, nor those
+    of more than two problems of one file (what a benchmark says everywhere); a problem may stand in any number of
+    files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section 5): functions whose trees
+    have difflib's ratio >= `match`; trees below `smallest` do not count."""
+    # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these are
+    # public pages, of which a corpus may well have a copy.
+    QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
+                "problem_statement sentence input turns text").split()
+    ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution completion "
+              "answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 incorrect_answer_2 "
+              "incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets mc2_targets target solution "
+              "solutions code").split()
+
+    FEWEST = 3  # 7-grams in common that tell anything
 
     def __init__(self, paths, share=0.6, match=0.9, smallest=20):
-        self.share, self.match, self.smallest, drop, self.problems = share, match, smallest, Counter(), []  # (name, text)
-        for file in find_files(paths, drop):
-            records = read_jsonl(file[0]) if suffix_of(file[0]) in RECORDS else read_documents([file], drop)
-            for i, record in enumerate(records, 1):
-                text = "\n".join(record[key] for key in self.FIELDS if isinstance(record.get(key), str))
-                self.problems.append((str(record.get("task_id", f"{file[1]}:{i}")), text))
-        if drop or not any(text.strip() for _, text in self.problems):
-            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: {dict(drop) or 'no problem found'}; give JSON Lines or text files")
+        self.share, self.match, self.smallest = share, match, smallest
+        self.problems = []  # (name, text)
+        places = []         # of each problem: {(file, question)}, where it stands
+        numbers = {}        # a problem's words -> its number
+        for name, file, question, text in self.read(paths):
+            i = numbers.setdefault(b" ".join(words_of(text)), len(numbers))
+            if i == len(self.problems):
+                self.problems.append((name, text))
+                places.append(set())
+            places[i].add((file, b" ".join(words_of(question or text))))
+        if not any(text.strip() for _, text in self.problems):
+            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: no problem found; "
+                             "give JSON Lines or text files")
+
         self.index, self.trees, self.table = {7: {}, 13: {}}, [], np.zeros(1 << 20, bool)
         for i, (_, text) in enumerate(self.problems):
-            raw = text.lower().encode()
-            words, (grams, _) = re.findall(rb"[0-9a-z\x80-\xff]+", raw), self.grams([raw])
+            words, (grams, _) = words_of(text), self.grams([fold(text).encode()])
             for n, owners in self.index.items():
                 for k, gram in enumerate(grams[n][:max(0, len(words) - n + 1)].tolist()):
                     if len({word for word in words[k:k + n] if not word.isdigit()}) > n // 2:
                         owners.setdefault(gram, set()).add(i)
             trees = ((source, tree_of(source)) for source, _ in FUNCTION.findall(text + "\n"))
             self.trees += [(i, self.bag(source), tree[1]) for source, tree in trees if tree and len(tree[1]) >= smallest]
-        self.index = {n: {gram: own for gram, own in owners.items() if len(own) <= 2} for n, owners in self.index.items()}
+
+        def is_common(own):
+            files = Counter(file for file, _ in set().union(*(places[i] for i in own)))
+            return max(files.values()) > 2
+
+        for n, owners in self.index.items():
+            self.index[n] = {gram: own for gram, own in owners.items() if not is_common(own)}
         self.n_grams = Counter(itertools.chain(*self.index[7].values()))
         self.sorted = {n: np.sort(np.array([*owners, 2**64 - 1], np.uint64)) for n, owners in self.index.items()}
         self.table[np.concatenate([*self.sorted.values()]) >> np.uint64(44)] = True  # by 20 bits: most need no other look
         self.bags = np.array([bag for _, bag, _ in self.trees])
+
+        protected = {i for i, n in self.n_grams.items() if n >= self.FEWEST}
+        protected.update(*self.index[13].values(), (i for i, *_ in self.trees))
+        self.unprotected = [name for i, (name, _) in enumerate(self.problems) if i not in protected]
+        if self.unprotected and int(os.environ.get("RANK", 0)) == 0:
+            first = ", ".join(self.unprotected[:5]) + (", ..." if len(self.unprotected) > 5 else "")
+            print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too few words "
+                  f"of their own to be recognized, so copies of them stay: {first}", file=sys.stderr)
+
+    def read(self, paths):
+        """Yields (name, file, question, question and answer) of each problem; plain texts are one file together."""
+        drop = Counter()
+        for file in find_files(paths, drop):
+            path, name, kind = *file[:2], suffix_of(file[0])
+            is_table = kind in RECORDS or kind == ".parquet"
+            try:
+                records = read_jsonl(path) if kind in RECORDS else read_documents([file], drop)
+                if kind == ".parquet":
+                    records = [row for _, row in parquet_rows(path)]
+            except ImportError:
+                raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+            for i, record in enumerate(records, 1):
+                fields = {str(key).lower().replace(" ", "_"): value for key, value in record.items()}
+                question, answer = ("\n".join(text for key in keys for text in strings_in(fields.get(key)))
+                                    for keys in (self.QUESTION, self.ANSWER))
+                problem = str(record.get("task_id", f"{name}:{i}"))
+                yield problem, path if is_table else "", question, f"{question}\n{answer}"
+        if drop:
+            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: {dict(drop)}; "
+                             "give JSON Lines or text files")
 
     @staticmethod
     def grams(raws):
@@ -636,7 +739,7 @@ class Contamination:
     def find(self, texts):
         """{index of a text: (rule, number of the problem, what they share)}, by words."""
         found, done = {}, 0
-        for raws in batches((text.lower().encode() for text in texts), 1 << 17):
+        for raws in batches((fold(text).encode() for text in texts), 1 << 17):
             grams, bounds = self.grams(raws)
             for n, owners in self.index.items():
                 maybe, shared = np.flatnonzero(self.table[grams[n] >> np.uint64(44)]), {}
@@ -646,7 +749,7 @@ class Contamination:
                         shared.setdefault((int(d), i), set()).add(gram)
                 for (d, i), both in sorted(shared.items(), key=lambda item: len(item[1])):
                     of = min(self.n_grams[i], bounds[d + 1] - bounds[d] - 6)
-                    if n == 13 or len(both) >= max(3, self.share * of):
+                    if n == 13 or len(both) >= max(self.FEWEST, self.share * of):
                         found[done + d] = f"{n}-gram", i, f"{len(both)} in common"
             done += len(raws)
         return found
@@ -989,13 +1092,29 @@ def open_dataset(path):
         meta = json.loads((path / "meta.json").read_text())
         for split, kind in itertools.product(("train", "val"), ("", ".mask")):
             file, dtype, n = path / f"{split}{kind}.bin", np.dtype(np.uint8 if kind else meta["dtype"]), meta[split]["tokens"]
-            size = None if kind and not file.exists() else os.path.getsize(file)
+            is_part = not kind or file.name in meta.get("files", os.listdir(path))
+            size = os.path.getsize(file) if is_part else None
             if size not in (None, n * dtype.itemsize):
                 raise ValueError(f"{file.name} has {size} bytes where meta.json promises {n * dtype.itemsize}")
             arrays[split + kind.replace(".", "_")] = None if size is None else np.memmap(file, dtype, "r") if n else np.zeros(0, dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dataset ({error}); make it with python data.py --name {path.name} --out {path.parent} ...") from None
     return SimpleNamespace(path=path, meta=meta, **arrays)
+
+
+def spare(path, n_bytes):
+    """Renames a dataset of more text than the n_bytes about to take its place: less never replaces more."""
+    try:
+        meta = open_dataset(path).meta
+        size = meta["train"]["bytes"] + meta["val"]["bytes"]
+    except (ValueError, KeyError):  # none there, or damaged
+        return
+    old = path.with_name(f"{path.name}.old-{meta.get('fingerprint', 'none')[:8]}")
+    if size > n_bytes:
+        if not old.exists():  # its name tells its contents: once is enough
+            os.replace(path, old)
+        print(f"{path} held {size:,} bytes of text, more than the new one's {n_bytes:,}; "
+              f"it is kept as {old} (delete it if nobody needs it)")
 
 
 # ---- the command ----
@@ -1173,6 +1292,7 @@ def without_repeats(work, parts, alive, least, per_range=8_000_000):
 
 def build(options):
     """Makes the dataset that the options (see main) describe, or finds it made; returns its directory."""
+    import model as models
     from model import Tokenizer, write_atomically
     start, path, missing, forest, value = time.time(), Path(options.out) / options.name, Counter(), None, None
     workers, rank = options.workers or n_cores(), int(os.environ.get("RANK", 0))
@@ -1183,20 +1303,30 @@ def build(options):
     tokenizer = None if vocab_size else Tokenizer.load(options.tokenizer)
     if (options.keep < 1 or options.min_score) and not options.labels and not options.classifier:
         raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) or --classifier DATASET")
-    others = [*(options.decontaminate or []), *([options.labels] if options.labels else [])]
-    if options.embed and os.path.exists(weights := os.path.join(options.embed, "model.safetensors")):
-        others.append(weights)
+    # (path, name) of what the dataset depends on besides: a directory's or a URL's files, not itself
+    others = [file[:2] for file in find_files(options.decontaminate or [], Counter())]
+    if options.labels:
+        others.append((options.labels, options.labels))
+    if options.embed:
+        run = Path(models.locate(options.embed))
+        patterns = "*.safetensors", "*.bin", "config.json", "tokenizer.json"
+        others += sorted((str(file), file.name) for pattern in patterns for file in run.glob(pattern))
     if options.classifier and not options.labels:
-        others.append(f"{options.classifier}/classifier.npz")
-        forest = RandomForest.load(others[-1], names_of(options.embed))
+        others.append((f"{options.classifier}/classifier.npz", "classifier"))
+        forest = RandomForest.load(others[-1][0], names_of(options.embed))
     files = find_files(options.input, missing, options.seed, options.max_bytes, options.max_documents)
-    states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, name in [*(file[:2] for file in files), *zip(others, others)]]
+    states = [(name, os.stat(file).st_size, os.stat(file).st_mtime_ns)
+              for file, name in [*(file[:2] for file in files), *others]]
+    # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
+    sources = [__file__, models.__file__, *([models.kernels.__file__] if options.embed else [])]
     made_by = {"options": {k: v for k, v in vars(options).items() if k not in ("workers", "out")},
-               "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex()}
+               "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
+               "sources": {os.path.basename(file): digest(Path(file).read_bytes()).hex() for file in sources}}
 
     def made():
         with contextlib.suppress(ValueError, OSError):  # damaged: replace it
-            return made_by.items() <= open_dataset(path).meta.items()
+            meta = open_dataset(path).meta
+            return made_by.items() <= meta.items() and all((path / name).exists() for name in meta["files"])
 
     if made():
         say(f"{path}: already made, reused (delete it to make it anew)")
@@ -1207,7 +1337,8 @@ def build(options):
     if options.labels:
         forest, value = learn_value(options.labels, options.seed, workers, options.embed)
 
-    folder = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by)).hex()[:16]}")
+    same_options = f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}"
+    folder = path.with_name(f"{same_options}-{digest(json.dumps(made_by)).hex()[:16]}")
     work = Work(folder, workers, rank, int(os.environ.get("WORLD_SIZE", 1)))
     parts = work.run("documents", len(tasks), lambda i: prepare(tasks[i], options, contamination, forest))
     count = {name: sum_counts(part(name) for part in parts) for name in ("read", "unread", "languages", "masked", "lost", "lost_bytes")}
@@ -1312,10 +1443,18 @@ def build(options):
     meta = {"dtype": dtype.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "tokenizer": tokenizer.fingerprint, **splits,
             "funnel": rows, **({"classifier": value} if value else {}), **made_by}
     masks = [f"{split}.mask.bin" for split in splits if any(part("prompt").any() for part in parts)]
+    about = [meta[key] for key in ("dtype", "tokenizer", "train", "val")]
+    contents = hashlib.sha256(json.dumps(about).encode())
     with aside(path) as new:
         new.mkdir()
         for name in (*(f"{split}.bin" for split in splits), *masks):
-            write_atomically(str(new / name), lambda file: [file.write(np.ascontiguousarray(part(name)).data) for part in encoded])
+            def write(file):
+                for part in encoded:
+                    array = np.ascontiguousarray(part(name))
+                    contents.update(array)
+                    file.write(array.data)
+
+            write_atomically(str(new / name), write)
         tokenizer.save(str(new))
         if forest:
             forest.save(new / "classifier.npz", names_of(options.embed))
@@ -1326,8 +1465,10 @@ def build(options):
             counts = sum(np.histogram(part(name)[own], bins)[0] for part, own in each(alive))
             tables[title] = dict(zip(map("{:g} and more".format, bins), counts.tolist()))
         (new / "report.html").write_text(report_page(str(path), rows, tables, value, examples | {"kept": sample(alive)}))
+        meta |= {"fingerprint": contents.hexdigest()[:32], "files": sorted(os.listdir(new))}
         write_atomically(str(new / "meta.json"), lambda file: file.write(json.dumps(meta, indent=1).encode()))
-    for other in path.parent.glob(f".{path.name}.work-*"):
+        spare(path, sum(sums["bytes"] for sums in splits.values()))
+    for other in path.parent.glob(f"{same_options}-*"):  # other options' parts wait for their own command
         shutil.rmtree(other, ignore_errors=True)
     for split, sums in splits.items():
         print("{}: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(path / f"{split}.bin", **sums))

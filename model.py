@@ -5,18 +5,18 @@ prefill and decoding. Modules and parameters carry the names of Hugging Face's P
 Hugging Face directory of its family, so there is no import or export step. `python model.py` prints the presets.
 """
 import argparse
+import base64
 import contextlib
 import copy
 import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
-import pickle
 import re
-import sys
 import time
 from typing import NamedTuple
 
@@ -832,281 +832,364 @@ def quantize(model: Model, bits: int) -> Model:
 
 # ---------------------------------------------------------------- tokenizers
 
-# GPT-4's split adapted to Python source. A run of blank lines and the indentation after it is one piece, so that a line's level is one
-# token; words take a leading space, underscore or dot (snake_case pieces, methods); each digit is a token, with the space before it. Every
-# character falls into some alternative, only syntax that tiktoken (Rust) and Hugging Face (Oniguruma) read alike is used, and no lookaround,
-# which keeps matching linear on any text (GPT-4's own pattern overflows the stack on a megabyte of spaces).
+# GPT-4's split adapted to Python source. A run of blank lines and the indentation after it is one piece, so
+# that a line's level is one token; words take a leading space, underscore or dot (snake_case pieces,
+# methods); each digit is a token, with the space before it. Every character falls into some alternative, only
+# syntax that tiktoken (Rust) and Hugging Face (Oniguruma) read alike is used, and no lookaround, which keeps
+# matching linear on any text.
 PATTERN = r"\s*[\r\n]+[ \t]*|(?: ?_?|\.)[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{N}_.]+| ?_+| ?\.+|\s+"
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what HF's ByteLevel(use_regex) means
-GPT4_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What Hugging Face's ByteLevel step means: alone, and after a step that makes each digit a piece.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-PHI_3_SMALL_SPECIAL = dict(zip(SPECIAL, (100257, 100261, 100262, 100263, 100266)))
-PHI_3_SMALL_SPECIAL |= {f"<|dummy_{i}|>": i for i in range(100256, 100352) if i not in PHI_3_SMALL_SPECIAL.values()}
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>")            # of a document
-TURN_ENDS = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")    # of a message
-# Chat formats by the special token that gives them away, in this order: start, opening of a message, its closing, whether a finished
-# chat ends with the end-of-text token, whether contents are stripped, the families' names for roles.
-TEMPLATES = {
-    "<|im_sep|>": ("", "<|im_start|>{}<|im_sep|>", "<|im_end|>", False, False, {}),                                       # phi-4
-    "<|start_header_id|>": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", False, True, {}),  # Llama 3
-    "<start_of_turn>": ("<bos>", "<start_of_turn>{}\n", "<end_of_turn>\n", False, True, {"assistant": "model", "system": None}),  # Gemma
-    "<|tool|>": ("", "<|{}|>", "<|end|>", True, False, {}),                                                               # phi-4-mini
-    "<|dummy_100256|>": ("<|endoftext|>", "<|{}|>\n", "<|end|>\n", True, False, {}),                                      # phi-3-small
-    "<|user|>": ("", "<|{}|>\n", "<|end|>\n", True, False, {}),                                                           # phi-3, ours
-    "": ("", "{}: ", "\n", True, False, {"system": "System", "user": "Instruct", "assistant": "Output"}),                 # phi-2
-}
-CHAT_TEMPLATE = (  # ours as Jinja; Tokenizer.render is the same in Python
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+PHI_3_SMALL_NAMES = {i: f"<|dummy_{i}|>" for i in range(100256, 100352)}
+PHI_3_SMALL_NAMES |= zip((100257, 100261, 100262, 100263, 100266), SPECIAL)
+DOCUMENT_ENDS = "<|endoftext|> <|end_of_text|> <eos> </s>".split()
+TURN_ENDS = "<|end|> <|im_end|> <|eot_id|> <end_of_turn>".split()
 
-# GPT-2's printable stand-in for each of the 256 bytes: visible Latin-1 stands for itself, the rest are moved up to 256 + n.
-HIDDEN_BYTES = [b for b in range(256) if b not in {*range(33, 127), *range(161, 173), *range(174, 256)}]
-BYTE_TO_CHAR = [chr(256 + HIDDEN_BYTES.index(b)) if b in HIDDEN_BYTES else chr(b) for b in range(256)]
-CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
+# GPT-2 writes a byte as its Latin-1 character if that is visible, and moves the others up to 256 + n (for
+# str.translate).
+HIDDEN_BYTES = [b for b in range(256) if b == 32 or not chr(b).isprintable()]
+TO_VISIBLE = {b: 256 + n for n, b in enumerate(HIDDEN_BYTES)}
+FROM_VISIBLE = {c: b for b, c in TO_VISIBLE.items()}
+
+# tiktoken gives up on about a million spaces in a row, and its older releases need quadratic time for as many
+# letters. So longer runs, of whitespace (▁ is SentencePiece's space) or of anything else, are cut into pieces
+# of this many characters.
+MAX_RUN = 100_000
+LONG_RUN = re.compile(rf"(?<![\s▁])[\s▁]{{{MAX_RUN},}}|(?<![^\s▁])[^\s▁]{{{MAX_RUN},}}")
+
+# A chat in our format as Jinja; Tokenizer.render does the same in Python. And the tokenizer.json that we
+# write.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+ADDED_TOKEN = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+TOKENIZER_JSON = """{"version": "1.0", "truncation": null, "padding": null, "added_tokens": %s,
+"normalizer": null, "post_processor": null,
+"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Isolated", "invert": false},
+    {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]},
+"decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+"model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+          "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
+          "vocab": %s, "merges": %s}}
+"""
+# Stands after each visible character of a message, so that no special token is found there. No text has it.
+GUARD = "\udfff"
+
+
+@dataclasses.dataclass
+class ChatFormat:
+    opening: str               # what stands before a message; {} is its role
+    closing: str               # and after it
+    begin: str = ""            # what a chat begins with
+    ends: bool = False         # a finished chat ends with the end-of-text token
+    strip: bool = False        # whitespace around a message is dropped
+    roles: tuple = ("user", "assistant", "system")  # the family's names for these three, or for the first two
+
+
+CHAT_FORMATS = {  # by the special token that tells it; the first that a tokenizer has is its format
+    "<|im_sep|>": ChatFormat("<|im_start|>{}<|im_sep|>", "<|im_end|>"),  # phi-4
+    "<|im_start|>": ChatFormat("<|im_start|>{}\n", "<|im_end|>\n"),  # ChatML: SmolLM2
+    "<|start_header_id|>": ChatFormat(  # Llama 3
+        "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|begin_of_text|>", strip=True),
+    "<start_of_turn>": ChatFormat(  # Gemma
+        "<start_of_turn>{}\n", "<end_of_turn>\n", "<bos>", strip=True, roles=("user", "model")),
+    "<|tool|>": ChatFormat("<|{}|>", "<|end|>", ends=True),  # phi-4-mini
+    "<|dummy_100256|>": ChatFormat("<|{}|>\n", "<|end|>\n", "<|endoftext|>", ends=True),  # phi-3-small
+    "<|user|>": ChatFormat("<|{}|>\n", "<|end|>\n", ends=True),  # phi-3, ours
+    "": ChatFormat("{}: ", "\n", ends=True, roles=("Instruct", "Output", "System")),  # phi-2
+}
+# What a chat without a system message begins with, where a model's own template has it.
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def split_long_runs(text):
+    start = 0
+    for run in LONG_RUN.finditer(text) if len(text) > MAX_RUN else ():
+        for end in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+            yield text[start:end]
+            start = end
+    yield text[start:]
+
+
+def token_pattern(names, added_tokens):
+    """For re.split: these tokens with the whitespace that some of them swallow; of several the longest."""
+    lstrip = [token["content"] for token in added_tokens if token["lstrip"]]
+    rstrip = [token["content"] for token in added_tokens if token["rstrip"]]
+    forms = [r"(?:(?<!\s)\s+)?" * (name in lstrip) + re.escape(name) + r"\s*" * (name in rstrip)
+             for name in sorted(names, key=len, reverse=True)]
+    return re.compile(f"({'|'.join(forms)})")
 
 
 class Tokenizer:
-    """Byte-level BPE run by tiktoken, stored as a Hugging Face tokenizer.json. Text only ever gives ordinary tokens.
+    """Byte-level BPE run by tiktoken, stored as a Hugging Face tokenizer.json. Text only ever gives ordinary
+    tokens.
 
-    ranks: token bytes -> id, merged in order of id; pattern: the regular expression that splits text before merging;
-    special: name -> id; eot: name of the token that ends a document; added: ordinary tokens that are looked for before splitting
-    (codegen's runs of spaces). Example: Tokenizer.load("bytes").encode("hi") == [104, 105]
+    ranks: token bytes -> id, merged in order of id; pattern: the regular expression that splits text before
+    merging; special: name -> id; eot: name of the token that ends a document; added_tokens: as in
+    tokenizer.json; those that are not special (codegen's runs of spaces) are found in text before it is
+    split. Example: Tokenizer.load("bytes").encode("hi") == [104, 105]
     """
+    prepend = rank_ids = None  # SentencePiece's
 
-    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special: dict[str, int] | None = None, eot="<|endoftext|>",
-                 added: dict[str, int] | None = None, token_bytes: dict[int, bytes] | None = None):
-        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)} if special is None else dict(special)
-        added, token_bytes = added or {}, token_bytes or {i: token for token, i in ranks.items()}
-        if lacking := [b for b in range(256) if bytes([b]) not in ranks]:
-            raise ValueError(f"tokenizer lacks {len(lacking)} of the 256 single bytes (first: {lacking[0]}), so it cannot encode every text")
-        ids = [*token_bytes, *special.values(), *added.values()]
-        if len({*ids}) != len(ids) or eot not in special:
-            raise ValueError(f"a tokenizer needs distinct ids and its end-of-text token {eot!r} among the special ones {sorted(special)}")
-        self.ranks, self.pattern, self.special, self.eot_token, self.added = ranks, pattern, special, eot, added
-        self.eot, self.vocab_size = special[eot], max(ids) + 1
-        self.stops = {self.eot, *(special[name] for name in TURN_ENDS if name in special)}  # what ends an answer
-        self.bos: list[int] = []  # what the family puts before every text
-        self.left, self.right = set(), set()  # special tokens that swallow the whitespace before and after them
-        self.source = {}  # the files it was read from, to be written as they were
-        self._bytes = token_bytes | {i: name.encode() for name, i in (special | added).items()}
-        self._bpe = tiktoken.Encoding("minphi", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self._added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
+    def __init__(self, ranks, pattern=PATTERN, special=None, eot="<|endoftext|>", added_tokens=(),
+                 token_bytes=None):
+        self.ranks = ranks
+        # The tokenizers library reads a possessive {1,3}+ as a repeat; before a | it means the same without
+        # the +.
+        self.pattern = re.sub(r"(\{\d+,\d+\})\+(?=\||$)", r"\1", pattern)
+        self.special = special or {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+        self.eot_token = eot
+        self.eot = self.special[eot]
+        # What ends an answer.
+        self.stops = {self.special[name] for name in (eot, *TURN_ENDS) if name in self.special}
+        self.bos = []             # ids that the family puts before every text
+        self.default_system = ""  # the system message of a chat without one
+        self.source = {}          # texts of the files it was read from, to be written as they were
 
-    def encode(self, text: str) -> list[int]:
-        ids, end = [], 0
-        for match in self._added.finditer(text) if self._added else ():
-            ids += [*self._bpe.encode_ordinary(text[end:match.start()]), self.added[match[0]]]
-            end = match.end()
-        return ids + self._bpe.encode_ordinary(text[end:])
+        added = [token["content"] for token in added_tokens if token["content"] not in self.special]
+        self.names = {token["content"]: token["id"] for token in added_tokens} | self.special
+        self.token_bytes = {i: name.encode() for name, i in self.names.items()}
+        self.token_bytes |= token_bytes or {i: token for token, i in ranks.items()}
+        self.vocab_size = max(self.token_bytes) + 1
+        self.missing_bytes = {b for b in range(256) if bytes([b]) not in ranks}
+        self._bpe = tiktoken.Encoding(
+            "minphi", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        self.added_pattern = token_pattern(added, added_tokens) if added else None
+        self.special_pattern = token_pattern(self.special, added_tokens)
 
-    def decode_bytes(self, ids) -> bytes:
-        """Ids without a token (a model's vocabulary may be padded) give nothing."""
-        return b"".join(self._bytes.get(i, b"") for i in ids)
-
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Chat -> ids in the family's format (TEMPLATES). Special tokens come from the format, never from a message's content."""
-        start, opening, closing, ends, strip, names = next(t for sign, t in TEMPLATES.items() if not sign or sign in self.special)
-        roles = {role: names.get(role, role) for role in ("system", "user", "assistant") if names.get(role, role)}
-        texts, specials = [""], []  # a text before, between and after the special tokens; each is encoded in one go
-
-        def write(form: str) -> None:
-            first, *rest = re.split(r"(<\|?/?\w+\|?>)", form)
-            texts[-1] += first
-            specials.extend(rest[::2])
-            texts.extend(rest[1::2])
-        write(start)
-        for n, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
-            if role not in roles or not isinstance(content, str):
-                raise ValueError(f"message {n} needs a role among {', '.join(roles)} and a text as content")
-            write(opening.format(roles[role]))
-            texts[-1] += content.strip() if strip else content
-            write(closing)
-        write(opening.format(roles["assistant"]).rstrip(" ") if add_generation_prompt else self.eot_token * ends)
-        if lacking := {*specials} - {*self.special}:
-            raise ValueError(f"this tokenizer has no token {min(lacking)}, so it cannot render a chat; it has {sorted(self.special)}")
+    def encode(self, text, at_start=True):
+        """at_start: no special token stands before the text."""
         ids = []
-        for before, text, after in zip([None, *specials], texts, [*specials, None]):
-            text = text.lstrip() if before in self.right else text
-            text = text.rstrip() if after in self.left else text
-            ids += self._encode_after(before, text) + ([self.special[after]] if after else [])
+        # text, added token, text, ..., text
+        parts = self.added_pattern.split(text) if self.added_pattern else [text]
+        for n, part in enumerate(parts):
+            if n % 2 == 0:
+                ids += self.merge(part, at_start and not ids)
+            else:
+                ids.append(self.names[part if part in self.names else part.strip()])
         return ids
 
-    def _encode_after(self, special: str | None, text: str) -> list[int]:
-        return self.encode(text)
+    def merge(self, text, at_start):
+        """Text without added tokens -> ids."""
+        for character in set(text) if self.missing_bytes else ():
+            if not self.missing_bytes.isdisjoint(character.encode()):
+                raise ValueError(f"this tokenizer has no token for {character!r}: "
+                                 "take it out of the text, or use another tokenizer")
+        ids = []
+        for piece in split_long_runs(text):
+            ids += self._bpe.encode_ordinary(piece)
+        return ids
+
+    def decode_bytes(self, ids):
+        """Ids without a token (a model's vocabulary may be padded) give nothing."""
+        return b"".join(self.token_bytes.get(i, b"") for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def render(self, messages, add_generation_prompt=True):
+        """Chat -> ids in the family's format. Special tokens come from the format, never from a message."""
+        chat = next(form for token, form in CHAT_FORMATS.items() if token in self.special or not token)
+        roles = dict(zip(ChatFormat.roles, chat.roles))
+        # An empty chat gets the default too, so that every chat begins as the shorter chats before it do.
+        if self.default_system and [message.get("role") for message in messages[:1]] != ["system"]:
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        form = chat.begin
+        for n, message in enumerate(messages):
+            role = message.get("role")
+            content = message.get("content")
+            if role not in roles or not isinstance(content, str):
+                raise ValueError(f"message {n} needs a role among {', '.join(roles)} and a text as content")
+            content = content.strip() if chat.strip else content
+            guarded = re.sub(r"(?<=\S)", GUARD, content)
+            form += chat.opening.format(roles[role]) + guarded + chat.closing
+        if add_generation_prompt:
+            form += chat.opening.format(roles["assistant"]).rstrip(" ")
+        elif chat.ends:
+            form += self.eot_token
+
+        ids = []
+        for n, part in enumerate(self.special_pattern.split(form)):  # text, special token, text, ..., text
+            if n % 2 == 1:
+                ids.append(self.special[part.strip()])
+            elif re.search(f"<(?!{GUARD})", part):
+                raise ValueError(f"this tokenizer cannot render a chat: it lacks a special token of {part!r}")
+            else:
+                ids += self.encode(part.replace(GUARD, ""), at_start=n == 0)
+        return ids
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self):
         """16 hex digits that tell tokenizers apart by content."""
-        return hashlib.sha256(json.dumps(self._content()).encode()).hexdigest()[:16]
+        names = sorted(self.names.items())
+        content = self.ranks, self.pattern, names, self.eot_token, self.rank_ids, self.prepend
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
-    def _content(self):
-        return [sorted((i, t.hex()) for t, i in self.ranks.items()), self.pattern, sorted((self.special | self.added).items()), self.eot_token]
-
-    def _merges(self):
-        """The two parts each longer token is made of: what remains of its bytes when only tokens of lower rank are merged."""
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            parts = [token[i:i + 1] for i in range(len(token))]
-            while len(parts) > 2:
-                best, at = min((self.ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-                if best >= rank:
-                    raise ValueError(f"token {token!r} cannot be reached by merges of lower rank; this is not a BPE vocabulary")
-                parts[at:at + 2] = [parts[at] + parts[at + 1]]
-            if len(parts) == 2:
-                yield ["".join(BYTE_TO_CHAR[b] for b in part) for part in parts]
-
-    def save(self, path: str) -> None:
-        """Write tokenizer.json and tokenizer_config.json (with the chat template) into the directory `path`."""
-        vocab = {"".join(BYTE_TO_CHAR[b] for b in t): i for t, i in sorted(self.ranks.items(), key=lambda item: item[1])}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.eot_token),
-                  "clean_up_tokenization_spaces": False, "add_prefix_space": False, "chat_template": CHAT_TEMPLATE}
-        for name, content in (self.source or {"tokenizer.json": _hf_json(vocab, list(self._merges()), self.special, self.pattern),
-                                              "tokenizer_config.json": config}).items():
-            write_json(os.path.join(path, name), content)
+    def save(self, path):
+        """Write tokenizer.json and tokenizer_config.json (with the chat template) into the directory."""
+        files = self.source
+        if not files:
+            special = sorted(self.special.items(), key=lambda item: item[1])
+            added = [{"id": i, "content": name, **ADDED_TOKEN} for name, i in special]
+            vocab = {visible(token): i for token, i in self.ranks.items()}
+            # tiktoken merges whatever two parts make a token, so each way to cut a token in two is a merge.
+            merges = [[visible(token[:n]), visible(token[n:])]
+                      for token in sorted(self.ranks, key=self.ranks.get) for n in range(1, len(token))
+                      if token[:n] in self.ranks and token[n:] in self.ranks]
+            config = dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.eot_token)
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                       "chat_template": CHAT_TEMPLATE}
+            values = map(json.dumps, (added, self.pattern, vocab, merges))
+            files = {"tokenizer.json": TOKENIZER_JSON % tuple(values),
+                     "tokenizer_config.json": json.dumps(config)}
+        for name, text in files.items():
+            write_atomically(os.path.join(path, name), lambda file: file.write(text.encode()))
 
     @staticmethod
-    def load(path_or_name: str) -> "Tokenizer":
-        """A directory (with tokenizer.json, vocab.json and merges.txt, or *.tiktoken), a tokenizer.json, a hub name, or one of bytes,
+    def load(path_or_name):
+        """A directory (with tokenizer.json or *.tiktoken), a tokenizer.json, a hub name, or one of bytes,
         gpt2, cl100k_base, o200k_base (fetched by tiktoken)."""
-        path = str(path_or_name)
-        if path == "bytes":
+        name = str(path_or_name)
+        if name == "bytes":
             return Tokenizer({bytes([b]): b for b in range(256)})
-        if path in ("gpt2", "cl100k_base", "o200k_base"):
+        if name in ("gpt2", "cl100k_base", "o200k_base"):
             try:
-                known = tiktoken.get_encoding(path)
-            except (OSError, ValueError) as error:  # requests' errors are OSErrors
-                raise ValueError(f"tokenizer {path} could not be fetched ({error}); go online once, or use a tokenizer.json or 'bytes'") from error
-            special, free = dict(known._special_tokens), itertools.count(known.n_vocab)
-            special |= {name: next(free) for name in SPECIAL if name not in special}
-            return Tokenizer(known._mergeable_ranks, known._pat_str, special)
-        path = snapshot_download(path, weights=False)
-        folder, file = (path, os.path.join(path, "tokenizer.json")) if os.path.isdir(path) else (os.path.dirname(path), path)
-        if os.path.isfile(file):
-            source = {"tokenizer.json": read_json(file)}
-        elif os.path.isfile(merges := os.path.join(folder, "merges.txt")):  # GPT-2's two files; read as the tokenizer.json that they mean
-            vocab, extra = read_json(os.path.join(folder, "vocab.json")), os.path.join(folder, "added_tokens.json")
-            added = (read_json(extra) if os.path.isfile(extra) else {}) | {name: vocab[name] for name in ENDS if name in vocab}
-            with open(merges, encoding="utf-8") as lines:
-                pairs = [line for line in lines.read().split("\n") if line and not line.startswith("#version")]
-            source = {"tokenizer.json": _hf_json(vocab, pairs, added)}
-        elif ranks := glob.glob(os.path.join(glob.escape(folder), "*.tiktoken")):  # phi-3-small: base64 and rank a line, the rest in its code
-            with open(ranks[0], "rb") as lines:
-                return Tokenizer({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}, GPT4_PATTERN, PHI_3_SMALL_SPECIAL)
-        else:
-            raise FileNotFoundError(f"no tokenizer at {file}: give a directory with tokenizer.json, or bytes, gpt2, cl100k_base, o200k_base")
-        if os.path.isfile(config := os.path.join(folder, "tokenizer_config.json")):
-            source["tokenizer_config.json"] = read_json(config)
+                known = tiktoken.get_encoding(name)
+            except OSError as error:  # requests' errors are among them
+                raise OSError(f"{name} cannot be fetched ({error}): go online once, or use 'bytes'") from None
+            special = dict(zip(SPECIAL[1:], itertools.count(known.n_vocab)))
+            return Tokenizer(known._mergeable_ranks, known._pat_str, known._special_tokens | special)
+        path = snapshot_download(name, weights=False)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        source = {}
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            file = path if name == "tokenizer.json" and path != folder else os.path.join(folder, name)
+            if os.path.isfile(file):
+                with open(file, encoding="utf-8") as text:
+                    source[name] = text.read()
         try:
-            return _from_json(source)
+            if "tokenizer.json" in source:
+                return _from_json(source)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise ValueError(f"{file} is not a tokenizer that can be used here ({type(error).__name__}: {error})") from error
+            raise ValueError(f"tokenizer.json at {path} cannot be used "
+                             f"({type(error).__name__}: {error})") from error
+        # phi-3-small has a token and its rank a line, and the rest in its code.
+        for file in glob.glob(os.path.join(glob.escape(folder), "*.tiktoken")):
+            with open(file, "rb") as lines:
+                pairs = [line.split() for line in lines]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            return Tokenizer(ranks, GPT4_PATTERN, {name: i for i, name in PHI_3_SMALL_NAMES.items()})
+        raise FileNotFoundError(f"no tokenizer at {path}: give a directory with tokenizer.json, "
+                                "or bytes, gpt2, cl100k_base, o200k_base")
 
 
 class SentencePiece(Tokenizer):
     """SentencePiece's BPE with byte fallback (Llama 2, phi-3-mini, Gemma), run by tiktoken all the same.
 
-    tiktoken merges bytes by rank, so ranks here are priorities, each with the ids that it stands for: first the bytes (an id of their
-    own each), then what leads from bytes to the vocabulary's characters (a character left half-built falls back to its bytes' ids),
-    then the merges in their order. Spaces are written as ▁. prepend: whether a text that follows no special token ("first"), any
-    text ("always": where it has none yet; "force") or none ("never") gets a ▁ in front.
+    tiktoken merges bytes by rank, so ranks here are priorities, each with the ids that it stands for: first
+    the bytes (an id of their own each), then what leads from bytes to the vocabulary's characters (a
+    character left half-built falls back to its bytes' ids), then the merges in their order. Spaces are
+    written as ▁. prepend: whether a text that follows no token ("first"), any text ("always": where it has
+    none yet; "force") or none ("never") gets a ▁ in front.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int], eot: str, prepend: str):
+    def __init__(self, vocab, merged, special, eot, added_tokens, prepend):
         pieces = {piece: i for piece, i in vocab.items() if piece not in special}
-        fallback = [pieces.pop(f"<0x{b:02X}>") for b in range(256)]
-        ranks, self._ids = {bytes([b]): b for b in range(256)}, [[pieces.get(chr(b), i) if b < 128 else i] for b, i in enumerate(fallback)]
-
-        def add(token: bytes, ids: list[int]):
-            if token not in ranks:
-                ranks[token] = len(self._ids)
-                self._ids.append(ids)
-        for character in [piece for piece in pieces if len(piece) == 1]:
-            encoded = character.encode()
-            for n in range(2, len(encoded)):
-                add(encoded[:n], [fallback[b] for b in encoded[:n]])
-            add(encoded, [pieces[character]])
-        made = [left + right for left, right in merges]
-        if len(runs := [piece for piece, _ in itertools.groupby(made)]) != len({*made}):
-            raise ValueError(f"the merges that make one piece do not follow one another ({len(runs) - len({*made})} pieces); this is not supported")
+        byte_ids = [pieces.pop(f"<0x{b:02X}>") for b in range(256)]
+        ids = {bytes([b]): [pieces.get(chr(b), i) if b < 128 else i] for b, i in enumerate(byte_ids)}
+        for piece, i in pieces.items():
+            encoded = piece.encode()
+            if len(piece) == 1:
+                for n in range(2, len(encoded)):
+                    ids.setdefault(encoded[:n], [byte_ids[b] for b in encoded[:n]])
+                ids.setdefault(encoded, [i])
+        runs = [piece for piece, _ in itertools.groupby(merged)]
+        if len(runs) > len(set(runs)):
+            raise ValueError("the merges that make one piece do not follow one another")
         for piece in runs:
-            add(piece.encode(), [pieces[piece]])
-        # No merge crosses from another character to a space or a line break, where no piece does: so text may be cut there.
+            ids.setdefault(piece.encode(), [vocab[piece]])
+
+        # Where no piece crosses from another character to a space or a line break, no merge does: text is cut
+        # there.
         plain = re.compile(r"▁*[^▁\n]*|\n+")
-        pattern = r"▁*[^▁\n]+|▁+|\n+" if all(plain.fullmatch(piece) for piece in pieces) else r"[\s\S]+"
-        token_bytes = {i: piece.replace("▁", " ").encode() for piece, i in pieces.items()} | {i: bytes([b]) for b, i in enumerate(fallback)}
-        super().__init__(ranks, pattern, special, eot, token_bytes=token_bytes)
+        pattern = r"▁*[^▁\n]+|▁+|\n+" if all(map(plain.fullmatch, pieces)) else r"[\s\S]+"
+        token_bytes = {i: piece.replace("▁", " ").encode() for piece, i in pieces.items()}
+        token_bytes |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
+        ranks = {token: rank for rank, token in enumerate(ids)}
+        super().__init__(ranks, pattern, special, eot, added_tokens, token_bytes)
+        self.rank_ids = list(ids.values())
         self.prepend = prepend
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode_after(None, text)
-
-    def _encode_after(self, special, text):
+    def merge(self, text, at_start):
         text = text.replace(" ", "▁")
-        if text and (self.prepend == "force" or not text.startswith("▁") and (self.prepend == "always" or self.prepend == "first" and not special)):
+        wanted = self.prepend == "always" or self.prepend == "first" and at_start
+        if text and (self.prepend == "force" or wanted and not text.startswith("▁")):
             text = "▁" + text
-        return [i for rank in self._bpe.encode_ordinary(text) for i in self._ids[rank]]
+        return [i for rank in super().merge(text, at_start) for i in self.rank_ids[rank]]
 
-    def decode(self, ids) -> str:
-        text = super().decode(ids)
-        return text[1:] if self.prepend != "never" and text.startswith(" ") else text
-
-    def _content(self):
-        return [super()._content(), self._ids, self.prepend]
+    def decode(self, ids):
+        return super().decode(ids).removeprefix("" if self.prepend == "never" else " ")
 
 
-def _hf_json(vocab: dict[str, int], merges: list, added: dict[str, int], pattern: str | None = None) -> dict:
-    """tokenizer.json of a byte-level BPE that splits by `pattern`, or as GPT-2 does; spaces among `added` are ordinary tokens."""
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=pattern is None, use_regex=pattern is None)
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-            "added_tokens": [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=name.isspace(),
-                                  special=not name.isspace()) for name, i in sorted(added.items(), key=lambda item: item[1])],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level] if pattern else [level]}, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": pattern is not None, "vocab": vocab, "merges": merges}}
+def visible(token):
+    return token.decode("latin-1").translate(TO_VISIBLE)
 
 
-def _from_json(source: dict) -> Tokenizer:
-    """tokenizer.json and tokenizer_config.json, parsed -> byte-level BPE or SentencePiece's."""
-    json_, config = source["tokenizer.json"], source.get("tokenizer_config.json", {})
-    bpe, tokens = json_["model"], json_.get("added_tokens", [])
-    special = {t["content"]: t["id"] for t in tokens if t.get("special", True)}
-    added = {t["content"]: t["id"] for t in tokens if t["content"] not in special}
+def _from_json(source):
+    """The texts of tokenizer.json and of the files beside it -> byte-level BPE or SentencePiece's."""
+    contents = json.loads(source["tokenizer.json"])
+    config = json.loads(source.get("tokenizer_config.json", "{}"))
     eos = config.get("eos_token") or "<|endoftext|>"
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    eot = next((name for name in ENDS if name in special), eos)
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in bpe["merges"]]
-    steps = [step for part in (json_.get("normalizer"), json_.get("pre_tokenizer")) if part
-             for step in part.get("normalizers", part.get("pretokenizers", [part]))]
-    if bpe.get("byte_fallback"):
-        prepend = "never"
-        for step in steps:
-            if step is steps[0] and step["type"] == "Prepend" and step["prepend"] == "▁":
-                prepend = "force"
-            elif step["type"] == "Metaspace" and not step.get("split", True):
-                prepend = step.get("prepend_scheme", "always")
-            elif step["type"] not in ("Replace", "Split") or step["pattern"] != {"String": " "} or step.get("content", "▁") != "▁":
-                raise ValueError(f"step {step['type']} of a SentencePiece tokenizer is not supported")
-        tokenizer = SentencePiece(bpe["vocab"], merges, special | added, eot, prepend)
+    if isinstance(eos, dict):
+        eos = eos["content"]
+    tokens = contents.get("added_tokens", [])
+    special = {t["content"]: t["id"] for t in tokens if t["special"] or t["content"] == eos}
+    eot = next((name for name in DOCUMENT_ENDS if name in special), eos)
+    vocab = contents["model"]["vocab"]
+    # A merge is ["a", "b"], or "a b" in older files.
+    merged = ["".join(merge).replace(" ", "") for merge in contents["model"]["merges"]]
+
+    def steps(part, key):
+        part = contents.get(part) or {key: []}
+        return part.get(key, [part])
+
+    splits = steps("normalizer", "normalizers") + steps("pre_tokenizer", "pretokenizers")
+    flags = ("use_regex", "split", "individual_digits")
+    kinds = " ".join(step["type"] + "+" * any(step.get(flag) for flag in flags) for step in splits)
+    how = {  # SentencePiece's prepend, or the pattern
+        "Replace": "never", "Replace Split": "never", "Prepend Replace": "force",
+        "Metaspace": splits[-1].get("prepend_scheme"),
+        "ByteLevel+": GPT2_PATTERN, "Digits+ ByteLevel+": GPT2_DIGITS_PATTERN,
+        "Split ByteLevel": splits[0].get("pattern", {}).get("Regex")}.get(kinds)
+    if how is None:
+        raise ValueError(f"the steps {kinds} are not supported")
+    if contents["model"].get("byte_fallback"):
+        tokenizer = SentencePiece(vocab, merged, special, eot, tokens, how)
     else:
-        patterns = [s["pattern"]["Regex"] if s["type"] == "Split" else GPT2_PATTERN for s in steps
-                    if s["type"] == "Split" or s["type"] == "ByteLevel" and s.get("use_regex", True)]
-        merged = [bpe["vocab"]["".join(merge)] for merge in merges]
-        if merged != sorted(merged) or len(patterns) != 1 or json_.get("normalizer"):
-            raise ValueError("only byte-level BPE with one split pattern, no normalizer and merges in order of id is supported")
-        ranks = {bytes(CHAR_TO_BYTE[c] for c in t): i for t, i in bpe["vocab"].items() if t not in special and t not in added}
-        tokenizer = Tokenizer(ranks, patterns[0], special, eot, added)
+        ids = [vocab[token] for token in merged]
+        if ids != sorted(ids):
+            raise ValueError("its merges are not in order of id")
+        names = {token["content"] for token in tokens}
+        ranks = {t.translate(FROM_VISIBLE).encode("latin-1"): i for t, i in vocab.items() if t not in names}
+        tokenizer = Tokenizer(ranks, how, special, eot, tokens)
     tokenizer.source = source
-    tokenizer.left, tokenizer.right = ({t["content"] for t in tokens if t.get(flag)} for flag in ("lstrip", "rstrip"))
-    tokenizer.stops |= {special[eos]} if eos in special else set()
-    post = json_.get("post_processor") or {}
-    for step in post.get("processors", [post]):
-        for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, step.get("single", [])):
-            tokenizer.bos.append(special[piece["SpecialToken"]["id"]])
+    if eos in special:
+        tokenizer.stops.add(special[eos])
+    if DEFAULT_SYSTEM in "".join(source.values()):
+        tokenizer.default_system = DEFAULT_SYSTEM
+    for step in steps("post_processor", "processors"):
+        first = step.get("single", [{}])[0]
+        if "SpecialToken" in first:
+            tokenizer.bos.append(special[first["SpecialToken"]["id"]])
     return tokenizer
 
 

@@ -92,6 +92,9 @@ def options(arguments=None):
     for names in (("chat", "serve", "eval", "bench"), ("draft", "lookup", "skip", "serve")):  # a server decodes many texts together
         if sum(bool(getattr(args, name)) for name in names) > 1:
             parser.error(f"--{', --'.join(names)} exclude one another; choose one")
+    to_write = args.out and args.quantize and not args.eval
+    if to_write and os.path.realpath(args.out) == os.path.realpath(args.run):
+        parser.error(f"--out {args.out} is --run, whose full weights would be lost; choose another --out")
     return args
 
 
@@ -113,10 +116,10 @@ def open_model(args):
     return model, tokenizer, dict(draft=draft, lookup=args.lookup, skip=args.skip)
 
 
-def write(args, opened, prompts, stream, more_seed=0):
+def write(args, opened, prompts, stream, seed):
     """The new tokens of each prompt, by the command line's settings."""
     model, tokenizer, faster = opened
-    settings = args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, args.seed + more_seed
+    settings = args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, seed
     return model.generate(prompts, *settings, stream, **faster)
 
 
@@ -134,7 +137,7 @@ def write_aloud(args, opened, ids) -> str:
         parts.append(decoder.decode(b"" if token in tokenizer.stops else tokenizer.decode_bytes([token])))  # a character may be spread over tokens
         print(parts[-1], end="", flush=True)
     try:
-        write(args, opened, [ids], tell)
+        write(args, opened, [ids], tell, args.seed)
     except KeyboardInterrupt:
         if not args.chat:
             raise
@@ -156,7 +159,7 @@ def complete(args) -> None:
 # ---------------------------------------------------------------- chat
 
 CHAT_HELP = """/retry       answer the last message anew       /set NAME X     change temperature, top-p, top-k, max-tokens or seed
-/new         forget the conversation            /save FILE      write it as a line of JSON, as align.py sft reads it
+/new         forget the conversation            /save FILE      add it to FILE as a line of JSON, as align.py sft reads it
 /system ...  begin anew, with these orders      /quit, Ctrl-D   leave
 A line that ends in \\ goes on in the next. Ctrl-C stops an answer."""
 
@@ -168,6 +171,14 @@ def fitting(tokenizer, messages, room):
         if len(ids := tokenizer.render([*system, *messages[first:]])) <= room:
             return ids
     raise ValueError(f"the message takes {len(ids):,} tokens where {room:,} fit; make it shorter, or /set max-tokens lower")
+
+
+def save_chat(path, messages) -> None:
+    """Add a chat to a file of chats, in the place of those that it goes on from."""
+    chats = data.read_jsonl(path) if os.path.exists(path) else []
+    earlier = [{"messages": messages[:n]} for n in range(1, len(messages) + 1)]
+    others = [chat for chat in chats if chat not in earlier]
+    data.write_jsonl(path, [*others, {"messages": messages}])
 
 
 def read_message():
@@ -194,7 +205,7 @@ def chat(args) -> None:
             if command in ("/new", "/system"):
                 orders, turns = orders if command == "/new" else [{"role": "system", "content": rest}] * bool(rest), []
             elif command == "/save":
-                data.write_jsonl(rest or "chat.jsonl", [{"messages": orders + turns}])
+                save_chat(rest or "chat.jsonl", orders + turns)
             elif command == "/set":
                 name, value = rest.split()
                 setattr(args, name.replace("-", "_"), SETTINGS[name](value))
@@ -414,9 +425,8 @@ def choose(logits, requests: list[Request]):
         if request.temperature > 0:
             alike[request.temperature, request.top_k, request.top_p].append(row)
     for settings, rows in alike.items():
-        total = models.distribution(logits[rows], *settings).cumsum(-1)
-        points = torch.tensor([[min(requests[row].random.random(), 1 - 2 ** -24)] for row in rows], device=logits.device)
-        chosen[rows] = torch.searchsorted(total, points * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        points = [requests[row].random.random() for row in rows]
+        chosen[rows] = models.sample(logits[rows], *settings, points)
     return chosen
 
 
@@ -547,7 +557,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """A text or tokens -> its tokens, and the whitespace at its end, which is left to the model and then not sent a second time."""
         tokenizer = self.server.tokenizer
         if isinstance(prompt, str):
-            return prompt_ids(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+            try:
+                return prompt_ids(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+            except ValueError as error:  # a character that the tokenizer lacks
+                raise Refusal(400, str(error), "prompt") from None
         if isinstance(prompt, list) and prompt and all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in prompt):
             return prompt, ""
         raise Refusal(400, "prompt must be a text, or a list of the model's tokens; of several send each by itself", "prompt")
@@ -976,6 +989,7 @@ class Answers:
 
     def __init__(self, args):
         self.rank, self.world, self.out, self.known = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.out, {}
+        self.keys = set()  # of all that was asked
         names = ("run", "dtype", "quantize", "draft", "lookup", "skip", "max_tokens", "temperature", "top_k", "top_p", "seed")
         times = [os.path.getmtime(path) for path in sorted(glob.glob(f"{glob.escape(args.run)}/*.safetensors"))]
         self.stamp = [*times, *(getattr(args, name) for name in names)]
@@ -995,6 +1009,7 @@ class Answers:
         """The answer to each question. answer(indices) yields (index, answer) for those that are not known yet."""
         keys, path = [hashlib.sha256(json.dumps([self.stamp, q]).encode()).hexdigest()[:24] for q in questions], os.devnull
         todo, shares = [i for i, key in enumerate(keys) if key not in self.known], [{}]
+        self.keys.update(keys)
         if self.out:
             os.makedirs(os.path.dirname(self.out) or ".", exist_ok=True)
             path = f"{self.out}.part.{self.rank}"
@@ -1011,13 +1026,17 @@ class Answers:
         return [self.known[key] for key in keys]
 
 
-def write_texts(args, opened, prompts: list[list[int]], until: str):
-    """A function for Answers.collect: the model's continuation of each prompt up to `until`; of one that is too long the beginning is left out."""
+def write_texts(args, opened, asked: list[tuple[list[int], int]], until: str):
+    """A function for Answers.collect: the model's continuation of each (prompt, number of the sample) up to `until`.
+
+    Of a prompt that is too long the beginning is left out. A text depends on --seed, its prompt and its number, not
+    on what is written beside it."""
     model, tokenizer, _ = opened
     over, room = re.compile(until.encode()), max(model.config.context // 2, model.config.context - args.max_tokens)
 
     def answer(todo):
-        todo = sorted(todo, key=lambda i: -len(prompts[i]))  # alike together waste least, and a lack of memory shows at once
+        # texts of one length together waste least; with the longest first, a lack of memory shows at once
+        todo = sorted(todo, key=lambda i: -len(asked[i][0]))
         for begin in tqdm(range(0, len(todo), args.batch_size), desc="solving", unit="batch", disable=None):
             batch = todo[begin:begin + args.batch_size]
             texts = [b""] * len(batch)
@@ -1026,7 +1045,8 @@ def write_texts(args, opened, prompts: list[list[int]], until: str):
                 new = b"" if token in tokenizer.stops else tokenizer.decode_bytes([token])
                 texts[row] += new
                 return bool(over.search(texts[row], max(0, len(texts[row]) - len(new) - 12)))
-            write(args, opened, [prompts[i][-room:] for i in batch], ended, begin)
+            seeds = [int.from_bytes(data.digest(json.dumps([args.seed, asked[i]]))[:8], "big") for i in batch]
+            write(args, opened, [asked[i][0][-room:] for i in batch], ended, seeds)
             for i, text in zip(batch, texts):
                 yield i, re.split(until, text.decode("utf-8", errors="replace"), maxsplit=1)[0]
     return answer
@@ -1142,8 +1162,8 @@ def rate_chats(args, opened, answers: Answers, records) -> list[dict]:
         going = [i for i, record in enumerate(records) if turn < len(record["turns"])]
         for i in going:
             chats[i].append({"role": "user", "content": records[i]["turns"][turn]})
-        ids = [tokenizer.render(chats[i]) for i in going]
-        for i, text in zip(going, answers.collect(ids, write_texts(args, opened, ids, "(?!)"))):
+        asked = [(tokenizer.render(chats[i]), 0) for i in going]
+        for i, text in zip(going, answers.collect(asked, write_texts(args, opened, asked, "(?!)"))):
             chats[i].append({"role": "assistant", "content": text.strip()})
             reference = "".join(f" A right answer: {told}" for told in (records[i].get("reference") or [])[turn:turn + 1])
             jobs.append((i, RATING.format(reference=reference, chat="\n\n".join(f"### {m['role']}\n{m['content']}" for m in chats[i]))))
@@ -1168,9 +1188,10 @@ def evaluate_file(args, kind: str, records, opened, answers: Answers) -> tuple[d
     """-> {level: summary} of one benchmark, "" for all of it, and its rows: question, answer and verdict. Nothing on ranks above 0."""
     if kind == "text":
         return read_texts(opened, answers, records)
-    bench, samples = BENCHMARKS[kind], args.samples
+    bench = BENCHMARKS[kind]
     questions, count = [bench.ask(record) for record in records], bench.shots if args.shots is None else args.shots
     pool = [bench.ask(record) for record in read_benchmark(args.shots_file)[1]] if args.shots_file else questions
+    samples = 1 if kind == "chat" or questions[0].options else args.samples
     prompts = []
     for question in questions:
         shots = [other for other in pool[:count + 1] if other.prompt != question.prompt][:count]
@@ -1183,7 +1204,7 @@ def evaluate_file(args, kind: str, records, opened, answers: Answers) -> tuple[d
         rows = judge_texts(args, bench.grade, records, [record.get("code") or question.answer for record, question in zip(records, questions)])
     else:
         asked = [(prompt_ids(opened[1], prompt), n) for prompt in prompts for n in range(samples)]
-        texts = answers.collect(asked, write_texts(args, opened, [ids for ids, _ in asked], bench.until))
+        texts = answers.collect(asked, write_texts(args, opened, asked, bench.until))
         problems = [{**record, "prompt": question.prompt} for record, question in zip(records, questions) for _ in range(samples)]
         rows = judge_texts(args, bench.grade, problems, texts) if not answers.rank else []
     if answers.rank:
@@ -1215,8 +1236,10 @@ def evaluate(args) -> None:
         written += [{"file": name, **row} for row in rows]
     if not answers.rank and args.out:
         data.write_jsonl(args.out, written)
-        for path in answers.parts():
-            os.remove(path)
+        # other keys are answers of a run with other settings that was cut, and can go on from them
+        if answers.known.keys() <= answers.keys:
+            for path in answers.parts():
+                os.remove(path)
     if not answers.rank and args.json:
         models._write_json(args.json, summaries if len(summaries) > 1 else summaries[0])
     if answers.world > 1:

@@ -852,7 +852,10 @@ class Desk:
             self.file.seek(0)
             for line in self.file:
                 if line.endswith(b"\n"):  # else the run was cut off while it wrote
-                    self.note(json.loads(line), end, len(line))
+                    try:
+                        self.note(json.loads(line), end, len(line))
+                    except (ValueError, KeyError, TypeError):
+                        raise ValueError(f"{ledger}: the line at byte {end:,} is no teacher's answer; remove it") from None
                     end += len(line)
             self.file.truncate(end)
 
@@ -1792,6 +1795,7 @@ def serve(scratch):
 PRELOAD = """import ast, bisect, builtins, collections, contextlib, copy, ctypes, functools, gc, hashlib, heapq, itertools
 import json, marshal, math, operator, os, random, re, resource, select, signal, string, struct, sys, time, typing
 """
+LAUNCH = "serve(sys.argv[1])\n"
 SERVER = (NotPlain, pack, unpack, write_frame, read_frame, run_program, run_tests, system, write_file, confine, limit, harden, supervise, serve)
 
 
@@ -1804,7 +1808,7 @@ class Worker:
     """One server and the problem it works on. Raises RuntimeError if the server does not start."""
 
     def __init__(self, scratch):
-        source = PRELOAD + "\n".join(map(inspect.getsource, SERVER)) + "\nserve(sys.argv[1])"
+        source = "\n".join([PRELOAD, *map(inspect.getsource, SERVER), LAUNCH])
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen([sys.executable, "-S", "-s", "-c", source, scratch], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
@@ -1911,6 +1915,45 @@ def judge(problem, completion, timeout=5.0, memory_mb=512):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
+
+
+def write_output(path, records, is_finished, as_json=True):
+    """Write records, or lines of text, to `path` if is_finished() once they are there, else to `path`.partial.
+
+    So more is never replaced by less: a stopped run leaves `path` as it is, and a `path`.partial that is larger.
+    No records are no file. Each is written aside and appears whole. Returns the path that was written, or None.
+    """
+    import data
+    partial = f"{path}.partial"
+    folder, name = os.path.split(path)
+    scratch = os.path.join(folder, f".{os.getpid()}-{name}")  # ends alike, so that .gz is compressed
+    try:
+        if as_json:
+            count = data.write_jsonl(scratch, records)
+        else:
+            os.makedirs(folder or ".", exist_ok=True)
+            with open(scratch, "w", encoding="utf-8") as file:
+                count = 0
+                for record in records:
+                    file.write(record + "\n")
+                    count += 1
+                file.flush()
+                os.fsync(file.fileno())
+        if count == 0:
+            return None
+        more_before = os.path.exists(partial) and os.path.getsize(partial) > os.path.getsize(scratch)
+        if is_finished():
+            os.replace(scratch, path)
+            if os.path.exists(partial) and not more_before:
+                os.remove(partial)
+            return path
+        if more_before:
+            return None
+        os.replace(scratch, partial)
+        return partial
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(scratch)
 
 
 def parse_levels(text):
@@ -2022,26 +2065,28 @@ def main():
         read, written = n * desk.spent["read"] / max(1, desk.spent["answers"]), n * args.max_answer
         return print(f"\nabout {n:,.0f} questions: {read:,.0f} tokens read, at most {written:,.0f} written, at most "
                      f"{desk.cost(dict(read=read, written=written)):,.2f} USD")
-    if kind == "topics" or path == "-":
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        rows = (record["text"] if kind == "topics" else json.dumps(record) for record in counted())
-        with open(1 if path == "-" else path + ".new", "w", encoding="utf-8", closefd=path != "-") as file:
-            file.writelines(row + "\n" for row in rows)
-        if path != "-":
-            os.replace(path + ".new", path)
+    rows = (record["text"] for record in counted()) if kind == "topics" else counted()
+    if path == "-":
+        with open(1, "w", encoding="utf-8", closefd=False) as file:
+            file.writelines((row if kind == "topics" else json.dumps(row)) + "\n" for row in rows)
     else:
-        data.write_jsonl(path, counted())
-    if path != "-":
+        written = write_output(path, rows, lambda: not desk.stopped, as_json=kind != "topics")
         told = ", ".join(f"score {s}: {tally[s]:,}" for s in range(6)) + ", " if kind == "label" else ""
         told += f"all {args.repeat} grades agree for {tally['agreed'] / tally['asked_again']:.1%}, " if tally["asked_again"] else ""
         told += f"{1 - tally['repeated'] / tally['drawn']:.2%} of those drawn were new, " if tally["drawn"] else ""
         seconds, split = time.time() - start, f" ({args.split})" if tally["drawn"] else ""
-        print(f"{path}: {len(sizes):,} {kind}{split}, {told}{sum(sizes):,} characters, in {seconds:.1f} s, {60 * len(sizes) / seconds:,.0f} a minute")
+        print(f"{written or 'not written'}: {len(sizes):,} {kind}{split}, {told}{sum(sizes):,} characters, in {seconds:.1f} s, {60 * len(sizes) / seconds:,.0f} a minute")
         gates.report()
     if desk.stopped:
-        hint = f"the same command goes on, and pays for no answer twice ({desk.file.name})" if desk.file else "the file is shorter than asked for"
-        print(f"synth.py: {desk.stopped}; {hint}", file=sys.stderr)
+        kept = "" if path == "-" else f"; {path} was not changed"
+        kept += f", what there is lies in {path}.partial" if os.path.exists(f"{path}.partial") else ""
+        hint = ""
+        if desk.file:
+            hint = f"; the same command goes on, and pays for no answer twice ({desk.file.name})"
+        print(f"synth.py: {desk.stopped}{kept}{hint}", file=sys.stderr)
         raise SystemExit(desk.code)
+    if not sizes:
+        raise ValueError("no record was of use, and nothing was written; see above why, and ask otherwise")
 
 
 if __name__ == "__main__":

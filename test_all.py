@@ -1,9 +1,11 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
 Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
-environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
+environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as
+a Hugging Face directory, compares a real released model with transformers.
 """
 import base64
+import builtins
 import collections
 import copy
 import dataclasses
@@ -11,12 +13,14 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -368,9 +372,42 @@ def test_stream_seed_and_filters():
     assert m.generate([[1, 2]], 8, temperature=1.0, top_k=1) == m.generate([[1, 2]], 8) == m.generate([[1, 2]], 8, temperature=1.0, top_p=1e-9)
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
     torch.manual_seed(0)
-    assert set(model.sample(p, 1.0, 0, 0.65).tolist()) == {0, 1} and set(model.sample(p, 1.0, 3, 1.0).tolist()) == {0, 1, 2}
-    share = torch.bincount(model.sample(p, 1.0, 2, 1.0))[0].item() / 4000
+    points = torch.rand(4000).tolist()
+    assert set(model.sample(p, 1.0, 0, 0.65, points).tolist()) == {0, 1}
+    assert set(model.sample(p, 1.0, 3, 1.0, points).tolist()) == {0, 1, 2}
+    share = torch.bincount(model.sample(p, 1.0, 2, 1.0, points))[0].item() / 4000
     assert abs(share - 4 / 7) < 0.03
+
+
+def test_points_are_drawn_by_the_share_that_holds_them():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    points = [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53, 1.0]  # the last ones are 1.0 in float32
+    assert models.draw(p.expand(7, -1), points).tolist() == [1, 1, 3, 3, 4, 4, 4]
+    assert models.draw(17 * p.expand(7, -1), points).tolist() == [1, 1, 3, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("how", [{}, {"lookup": 3}])
+def test_a_sampled_row_does_not_depend_on_its_batch(how):
+    m = sharp()
+    prompts, seeds = [*PROMPTS, PROMPTS[0], PROMPTS[0]], [7, 8, 9, 7, 10]
+    assert len(prompts) == len(seeds)
+
+    def write(rows):
+        chosen = [prompts[row] for row in rows]
+        texts = m.generate(chosen, 20, temperature=0.7, seed=[seeds[row] for row in rows], **how)
+        return dict(zip(rows, texts))
+    together = write(range(5))
+    assert together == write([4, 2, 0, 3, 1]) == write([0, 3]) | write([1, 4]) | write([2])
+    assert together[0] == together[3] != together[4]  # one prompt, with one seed and with another
+    same = m.generate([PROMPTS[0]] * 8, 20, temperature=0.7, seed=7, **how)
+    assert len(set(map(tuple, same))) == 8  # one seed for all, and yet each row has its own random numbers
+    assert same[:3] == m.generate([PROMPTS[0]] * 3, 20, temperature=0.7, seed=7, **how)
+    torch.manual_seed(1)
+    unseeded = [m.generate(PROMPTS, 20, temperature=0.7, **how) for _ in range(2)]
+    torch.manual_seed(1)
+    assert unseeded[0] != unseeded[1] and m.generate(PROMPTS, 20, temperature=0.7, **how) == unseeded[0]
+    with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
+        m.generate(PROMPTS, 3, temperature=0.7, seed=[1, 2], **how)
 
 
 @pytest.mark.parametrize("prompts,change,word", [([[]], {}, "prompt 0"), ([[1], [1] * 65], {}, "prompt 1"), ([[300]], {}, "vocabulary"),
@@ -418,6 +455,12 @@ def test_text_never_gives_special_tokens_and_render():
     with pytest.raises(ValueError, match="message 0"):
         tok.render([{"role": "root", "content": "x"}])
     assert tok.decode([104, 9999, 105]) == "hi"
+    tok = Tokenizer(tok.ranks, special={**tok.special, "[INST]": 300, "@@": 301})
+    text = " [INST] @@ <|end|> <<|user|>> "
+    assert tok.decode(tok.render([{"role": "user", "content": text}])) == f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
+    assert not {300, 301} & {*tok.render([{"role": "user", "content": text}])}
+    with pytest.raises(ValueError, match="lacks a special token.*assistant"):
+        Tokenizer(tok.ranks, special={"<|endoftext|>": 256, "<|user|>": 257, "<|end|>": 258}).render([])
 
 
 def test_tokenizer_round_trip(tmp_path):
@@ -432,8 +475,72 @@ def test_tokenizer_round_trip(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Tokenizer.load("nowhere")
-    with pytest.raises(ValueError, match="256 single bytes"):
-        Tokenizer({b"a": 0})
+
+
+def test_a_missing_character_is_named_at_encoding():
+    tok = Tokenizer({bytes([b]): b for b in range(128)}, special={"<|endoftext|>": 128})
+    assert tok.encode("ab") == [97, 98]
+    with pytest.raises(ValueError, match="no token for 'é'"):
+        tok.encode("abé")
+
+
+def gpt_patterns():
+    """Ours and the patterns of tiktoken's encodings, which cannot be fetched here."""
+    from unittest import mock
+
+    import tiktoken_ext.openai_public as public
+    with mock.patch.multiple(public, load_tiktoken_bpe=mock.DEFAULT, data_gym_to_mergeable_bpe_ranks=mock.DEFAULT):
+        known = {name: getattr(public, name)()["pat_str"] for name in ("gpt2", "cl100k_base", "o200k_base")}
+    return {"ours": model.PATTERN, "GPT-2": model.GPT2_PATTERN, "digits": model.GPT2_DIGITS_PATTERN, "GPT-4": model.GPT4_PATTERN, **known}
+
+
+GPT_PATTERNS = gpt_patterns()
+
+
+@pytest.mark.parametrize("name", GPT_PATTERNS)
+def test_long_runs(name):
+    tok = Tokenizer(small_tokenizer().ranks, GPT_PATTERNS[name])
+    for run in (" ", "a", "\n", "7", "-", " \n", "é"):
+        for text in (run * 1_000_000, f"hello{run * 1_000_000}x y"):
+            assert tok.decode(tok.encode(text)) == text, (name, run)
+    rng = random.Random(0)
+    for text in (open(data.__file__).read() * 2, "".join(rng.choices("ab  \n1-é", k=250_000)), "hello" + " " * 90_000 + "x" * 90_000):
+        assert tok.encode(text) == tok._bpe.encode_ordinary(text)  # nothing is cut where no run is long
+
+
+@pytest.mark.parametrize("name", GPT_PATTERNS)
+def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
+    hf = pytest.importorskip("tokenizers")
+    ranks = dict(small_tokenizer().ranks)
+    for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"do", b"don", b"'t", b" x", b"--", b"----"):
+        ranks.setdefault(token, 400 + len(ranks))
+    tok = Tokenizer(ranks, GPT_PATTERNS[name])
+    tok.save(str(tmp_path))
+    reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(0)
+    for text in ["1234", "12 1234567 1234", "don't DON'T we'LL", *(t for t in HARD if "<|" not in t),
+                 *("".join(rng.choices("ab1234'st  \n\r\t-_.é中", k=60)) for _ in range(500))]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+
+
+def test_pre_tokenizer_with_single_digits(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    small_tokenizer().save(str(tmp_path))
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    source["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, level]}
+    source["model"]["ignore_merges"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rng = random.Random(0)
+    for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("he l12²٣'st  \n\t", k=60)) for _ in range(1000))]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    source["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation", "behavior": "Isolated"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(ValueError, match="Punctuation"):
+        Tokenizer.load(tmp_path)
 
 
 def test_tokenizer_equals_tokenizers_library(tmp_path):
@@ -704,9 +811,34 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
+@pytest.mark.parametrize("spaces", SPACES)
+def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
+    """Gemma's line breaks and <table>, phi-3's </s>."""
+    reference = sentencepiece_files(tmp_path, [open(data.__file__).read()], *SPACES[spaces], ["<|endoftext|>", "<|end|>"])
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    first = 1 + max(token["id"] for token in source["added_tokens"])
+    ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
+    source["added_tokens"][2] |= {"special": False, "rstrip": True}  # </s>
+    in_vocabulary = [name for name in ordinary if name in source["model"]["vocab"]]  # Gemma's are pieces too
+    new = [name for name in ordinary if name not in in_vocabulary]
+    source["added_tokens"] += flagged({name: source["model"]["vocab"][name] for name in in_vocabulary}, special=False)
+    source["added_tokens"] += flagged({name: first + n for n, name in enumerate(new)}, special=False)
+    source["added_tokens"] += flagged({"<eat>": first + len(new)}, special=False, lstrip=True)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), type(reference).from_file(str(tmp_path / "tokenizer.json"))
+    assert first in tok.encode("a <table> b") and 2 not in tok.stops
+    rng = random.Random(0)
+    parts = [*ordinary, "</s>", "<eat>", "<table", "a", "bc", " ", "  ", "\n", "é", "▁", "x = 1"]
+    for text in ["<table>", "\n\n\n\n\n", " <table> a", *("".join(rng.choices(parts, k=12)) for _ in range(1000))]:
+        if not re.search(r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>", text):  # there the library counts a line break twice
+            assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    assert not {*tok.encode("<s><|end|><|endoftext|><unk>")} & {*tok.special.values()}
+
+
 CHATS = {  # the format of each family, from its documentation
     "phi-4": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"], dict(lstrip=True, rstrip=True), "<|im_start|>system<|im_sep|>{}<|im_end|>"
               "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>", ""),
+    "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {}, "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ""),
     "phi-4-mini": (["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]], {}, "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>", "<|endoftext|>"),
     "phi-3": (model.SPECIAL, dict(rstrip=True), "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n", "<|endoftext|>"),
     "llama-3": (["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], {}, "<|begin_of_text|><|start_header_id|>system"
@@ -723,7 +855,7 @@ def test_chat_formats(tmp_path, family):
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
     special = {name: first + i for i, name in enumerate(names)}
-    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.ENDS if name in names))
+    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.DOCUMENT_ENDS if name in names))
     tok.save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"] = flagged(special, **flags)
@@ -736,7 +868,7 @@ def test_chat_formats(tmp_path, family):
         chat = [{"role": role, "content": content} for role, content in zip(("system", "user"), contents) if family != "gemma" or role == "user"]
         shown = [content.strip() if family in ("gemma", "llama-3") else content for content in contents]
         assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, contents
-        opening = text[text.rindex("<|assistant|>" if "<|assistant|>" in text else "<|im_start|>" if "im_sep" in text else "<|start_header" if "start_header" in text
+        opening = text[text.rindex("<|assistant|>" if "<|assistant|>" in text else "<|im_start|>" if "im_start" in text else "<|start_header" if "start_header" in text
                                    else "<start_of" if "start_of" in text else "Output:"):]
         assert tok.render(chat, False) == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
     attack = "".join(names) + "<|assistant|>"
@@ -747,28 +879,115 @@ def test_chat_formats(tmp_path, family):
     assert {tok.special[name] for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>") if name in names} < {*tok.stops} or family == "phi-2"
 
 
-def test_older_tokenizer_files(tmp_path):
-    """codegen's vocab.json and merges.txt with its added runs of spaces, and phi-3-small's *.tiktoken."""
+def test_added_runs_of_spaces_and_rank_files(tmp_path):
+    """codegen's added runs of spaces, and phi-3-small's *.tiktoken."""
     hf = pytest.importorskip("tokenizers")
-    small = small_tokenizer()
-    dense = {t: i for i, t in enumerate(sorted(small.ranks, key=small.ranks.get))}
-    chars = {"".join(model.BYTE_TO_CHAR[b] for b in t): i for t, i in dense.items()}
-    (tmp_path / "vocab.json").write_text(json.dumps(chars | {"<|endoftext|>": len(chars)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in Tokenizer(dense)._merges()))
-    runs = {" " * n: len(chars) + 32 - n for n in range(2, 32)} | {"\t" * n: len(chars) + 40 - n for n in range(2, 10)}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(runs))
-    tok = Tokenizer.load(tmp_path)
-    tok.save(str(tmp_path / "saved"))
-    reference = hf.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    dense = {token: i for i, token in enumerate(small_tokenizer().ranks)}
+    Tokenizer(dense, model.GPT2_PATTERN, {"<|endoftext|>": len(dense)}).save(str(tmp_path))
+    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    runs = {" " * n: len(dense) + 32 - n for n in reversed(range(2, 32))} | {"\t" * n: len(dense) + 40 - n for n in reversed(range(2, 10))}
+    source["added_tokens"] += flagged(runs, normalized=True, special=False)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = random.Random(0)
     for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)), " " * 100]:
         assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids and tok.decode(tok.encode(text)) == text, repr(text)
-    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(chars)
+    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(dense)
     os.makedirs(tmp_path / "small")
     (tmp_path / "small" / "cl100k_base.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items()))
     tok = Tokenizer.load(tmp_path / "small")
     assert (tok.vocab_size, tok.eot) == (100352, 100257)
     assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [100257, 100262, 100266, 100263]
+
+
+def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    Tokenizer({bytes([b]): b for b in range(256)}, special={name: 256 + i for i, name in enumerate(names)}).save(str(tmp_path))
+    shown = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    chat = [{"role": "user", "content": "hi"}]
+    tok = Tokenizer.load(tmp_path)
+    assert tok.decode(tok.render(chat)) == shown
+    (tmp_path / "chat_template.jinja").write_text(f"... '<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n' ...")
+    tok = Tokenizer.load(tmp_path)
+    tok.save(str(tmp_path / "again"))
+    tok = Tokenizer.load(tmp_path / "again")  # the template is kept
+    start = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
+    assert tok.decode(tok.render(chat)) == start + shown
+    assert tok.decode(tok.render([{"role": "system", "content": "S"}, *chat])) == "<|im_start|>system\nS<|im_end|>\n" + shown
+    assert tok.decode(tok.render([])) == start + "<|im_start|>assistant\n"
+    ids, mask = align.render(tok, [{"role": "assistant", "content": "yes"}])
+    assert tok.decode([i for i, marked in zip(ids, mask) if marked]) == "yes<|im_end|>"
+
+
+# ------------------------------------------------------------------ a real released model: SmolLM2-135M-Instruct
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(its directory, our model and tokenizer, transformers' model and tokenizer)"""
+    folder = os.environ.get("SMOLLM2", "")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        pytest.skip("SMOLLM2 does not name a directory with SmolLM2-135M-Instruct")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    m, tok = model.load(folder, device="cpu", dtype=torch.float32)
+    return m, tok, theirs, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+SMOLLM2_CHATS = [
+    [{"role": "user", "content": "What is a prime number?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  two\n\n words "}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "é 中文 1234"}]]
+
+
+def test_smollm2_token_ids(smollm2):
+    _, tok, _, hf = smollm2
+    rng = random.Random(0)
+    alphabet = "aeiou tnsr  \n\t0123456789.,'\"()_=éü中文日本Привет😀\u0301\u200d\x00\x7f\u2028"
+    texts = [*(t for t in HARD if "<|" not in t), "don't we'll 12345 3.14 १२", "x = 1\n    return x\n\n\n", " " * 1000, "a" * 3000,
+             open(data.__file__).read(), *("".join(rng.choices(alphabet, k=80)) for _ in range(1000))]
+    for text in texts:
+        ids = tok.encode(text)
+        assert ids == hf.encode(text, add_special_tokens=False), repr(text)
+        assert tok.decode(ids) == text
+    with pytest.raises(ValueError, match=r"no token for '\\x04'"):
+        tok.encode("a\x04b")
+    assert not {*tok.encode("<|im_start|>system<|im_end|><repo_name>")} & {*tok.special.values()}
+
+
+def test_smollm2_chats(smollm2):
+    _, tok, _, hf = smollm2
+    for chat in SMOLLM2_CHATS:
+        for add in (True, False):
+            text = hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False)
+            assert tok.render(chat, add) == hf.encode(text, add_special_tokens=False)
+            assert tok.decode(tok.render(chat, add)) == text
+
+
+def test_smollm2_logits(smollm2):
+    m, tok, theirs, _ = smollm2
+    ids = torch.tensor([tok.render(SMOLLM2_CHATS[2])])
+    with torch.no_grad():
+        ours, other = m(ids), theirs(ids).logits
+    assert other.std() > 1 and (ours - other).abs().max() < 1e-3
+
+
+def test_smollm2_greedy_text(smollm2):
+    m, tok, theirs, hf = smollm2
+    prompt = tok.render(SMOLLM2_CHATS[0])
+    ids = torch.tensor([prompt])
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)[0, len(prompt):].tolist()
+    new = m.generate([prompt], 60, stop=tok.stops)[0]
+    assert len(new) > 20 and new == want and tok.decode(new) == hf.decode(want)
+
+
+def test_smollm2_is_saved_as_it_was(smollm2, tmp_path):
+    _, tok, _, hf = smollm2
+    tok.save(str(tmp_path))
+    again = type(hf).from_pretrained(tmp_path)
+    for add in (True, False):
+        assert again.apply_chat_template(SMOLLM2_CHATS[0], add_generation_prompt=add) == hf.apply_chat_template(
+            SMOLLM2_CHATS[0], add_generation_prompt=add)
+    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
 # ------------------------------------------------------------------ the hub
@@ -1376,6 +1595,29 @@ def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
     assert told.out.rstrip("\n").endswith(tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n"))
 
 
+def test_saving_a_chat_keeps_the_others(tmp_path):
+    say = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
+    file = tmp_path / "c.jsonl"
+    before = [{"messages": say("old")}, {"messages": say("hi"), "source": "elsewhere"}, {"prompt": "p", "chosen": "c", "rejected": "r"}]
+    data.write_jsonl(file, before)
+    sample.save_chat(file, say("hi"))
+    sample.save_chat(file, say("hi") + say("more"))  # in the place of what it goes on from
+    sample.save_chat(file, say("other"))
+    saved = [{"messages": say("hi") + say("more")}, {"messages": say("other")}]
+    assert list(data.read_jsonl(file)) == before + saved
+    file.write_text("my notes\n")
+    with pytest.raises(ValueError, match="c.jsonl:1"):
+        sample.save_chat(file, say("hi"))
+    assert file.read_text() == "my notes\n"
+
+
+def test_quantized_weights_do_not_replace_their_source(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        same = f"{tmp_path}/../{tmp_path.name}/"
+        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", same])
+    assert "choose another --out" in capsys.readouterr().err
+
+
 def test_long_chats_lose_their_oldest_turns():
     tokenizer = Tokenizer.load("bytes")
     messages = [{"role": "system", "content": "S"}] + [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][:-1]
@@ -1574,6 +1816,7 @@ def evaluated(tmp_path, records, *arguments, m=None, name="bench.jsonl"):
     return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
 
 
+QUESTIONS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
 HELLASWAG = [dict(ind=n, activity_label="Sky", ctx_a="The sky [title] is.", ctx_b="it", ctx="", endings=["blue [x] now.", "a very long ending indeed", "é", "no"], label=n % 4)
              for n in range(6)]
 ARC = [{"id": "a", "question": {"stem": "Which?", "choices": [{"text": "one", "label": "1"}, {"text": "two", "label": "2"}]}, "answerKey": "2"},
@@ -1711,11 +1954,77 @@ def test_a_cut_evaluation_goes_on(tmp_path, monkeypatch):
     assert sum(calls) - 9 == 7  # other settings, other answers
 
 
+def test_a_finished_evaluation_keeps_the_answers_of_a_cut_one(tmp_path, monkeypatch):
+    arguments = ["--shots", "0", "--max-tokens", "6", "--batch-size", "2"]
+    calls, generate = [], Model.generate
+
+    def counted(self, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *rest, **more)
+    monkeypatch.setattr(Model, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, QUESTIONS, *arguments)
+    evaluated(tmp_path, QUESTIONS, *arguments[:2], "--max-tokens", "3", "--limit", "1")
+    calls[:] = [0, 0]  # from here on none is cut
+    evaluated(tmp_path, QUESTIONS, *arguments)
+    assert calls[2:] == [2, 1]  # the first two were answered before the cut
+
+
+def test_samples_do_not_depend_on_ranks_batches_or_cuts(tmp_path):
+    """Sampled texts, by whatever share of a process and whatever batch they are written in."""
+    m, tokenizer = tiny(context=256), Tokenizer.load("bytes")
+    opened = m, tokenizer, {}
+    prompts = [tokenizer.encode(f"Question {n}: {'?' * n}") for n in range(4)]
+    asked = [(prompt, n) for prompt in prompts for n in range(8)]
+
+    how = ["--temperature", "1", "--max-tokens", "12"]
+
+    def write(world, batch_size, begin=0, seed=3):
+        """The texts of `world` processes together, each of which writes its share of those from `begin` on."""
+        args = sample.options([*how, "--seed", str(seed), "--batch-size", str(batch_size)])
+        todo, answer = range(begin, len(asked)), sample.write_texts(args, opened, asked, "(?!)")
+        return dict(pair for rank in range(world) for pair in answer(todo[rank::world]))
+    one = write(1, 128)
+    assert sorted(one) == list(range(32))
+    for n in range(4):
+        assert len({one[i] for i in range(8 * n, 8 * n + 8)}) == 8, "a problem's samples repeat one another"
+    assert one == write(2, 128) == write(4, 128) == write(1, 5)
+    assert {i: one[i] for i in range(13, 32)} == write(2, 3, begin=13)  # what is left of a run cut after 13
+    assert not {*one.values()} & {*write(1, 128, seed=4).values()}
+
+
+def test_a_cut_evaluation_draws_no_sample_twice(tmp_path, monkeypatch):
+    arguments = ["--shots", "0", "--max-tokens", "12", "--samples", "16", "--temperature", "1", "--batch-size", "4"]
+    told = evaluated(tmp_path, QUESTIONS[:1], *arguments)
+    texts = [row["completion"] for row in told[1]]
+    assert len(set(texts)) == len(texts) == 16
+    calls, generate = [], Model.generate
+
+    def cut(self, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *rest, **more)
+    monkeypatch.setattr(Model, "generate", cut)
+    (tmp_path / "o.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, QUESTIONS[:1], *arguments)
+    assert evaluated(tmp_path, QUESTIONS[:1], *arguments) == told and calls == [4, 4, 4, 4, 4]
+
+
+def test_options_are_chosen_once_however_many_samples(tmp_path):
+    once = evaluated(tmp_path, HELLASWAG)
+    often = evaluated(tmp_path, HELLASWAG, "--samples", "2", "--temperature", "0.8")
+    assert often[1] == once[1] and often[0]["accuracy"] == once[0]["accuracy"] and often[0]["total"] == 6
+
+
 def test_two_processes_evaluate_as_one(tmp_path):
-    records = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
-    one = evaluated(tmp_path, records, "--shots", "0", "--max-tokens", "6"), evaluated(tmp_path, HELLASWAG, name="h.jsonl")
+    how = ["--shots", "0", "--max-tokens", "12", "--samples", "2", "--temperature", "1"]
+    one = evaluated(tmp_path, QUESTIONS, *how), evaluated(tmp_path, HELLASWAG, *how, name="h.jsonl")
     arguments = ["--run", str(tmp_path / "run"), "--eval", str(tmp_path / "bench.jsonl"), str(tmp_path / "h.jsonl"), "--device", "cpu", "--dtype", "fp32",
-                 "--shots", "0", "--max-tokens", "6", "--json", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.jsonl")]
+                 *how, "--json", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.jsonl")]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = [subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -1725,7 +2034,9 @@ def test_two_processes_evaluate_as_one(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], told
     two, rows = json.loads((tmp_path / "two.json").read_text()), list(data.read_jsonl(tmp_path / "two.jsonl"))
     assert two == [one[0][0], one[1][0]] and [row["task_id"] for row in rows] == [row["task_id"] for row in one[0][1] + one[1][1]]
-    assert "HellaSwag" not in told[1][0] and [row.get("completion") for row in rows[:5]] == [row["completion"] for row in one[0][1]]
+    texts = [row["completion"] for row in one[0][1]]
+    assert "HellaSwag" not in told[1][0]
+    assert [row.get("completion") for row in rows[:10]] == texts and len(set(texts)) == 10
 
 
 def test_benchmarks_from_a_url(tmp_path, monkeypatch, capsys):
@@ -1966,6 +2277,128 @@ def test_dataset_directory(tmp_path, capsys):
     data.open_dataset(path)
 
 
+def test_an_edited_source_makes_parts_and_dataset_anew(tmp_path, monkeypatch, capsys):
+    """A fork's data.py, in a copy, and its model.py."""
+    texts = [f"Page {i} has few words." for i in range(9)]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    source = open(data.__file__).read()
+    (tmp_path / "model.py").write_text(open(model.__file__).read())
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+
+    def build(edit="", broken=False):
+        (tmp_path / "data.py").write_text(source + edit)
+        spec = importlib.util.spec_from_file_location("fork", tmp_path / "data.py")
+        fork = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fork)
+        if broken:
+            fork.encode = lambda *_: 1 / 0
+        path = fork.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--rules", "none",
+                          "--tokenizer", "bytes", "--workers", "1"])
+        words = bytes(np.array(data.open_dataset(path).train, np.uint16).astype(np.uint8)).decode(errors="replace")
+        return words, "reused" in capsys.readouterr().out, data.open_dataset(path).meta["fingerprint"]
+
+    with pytest.raises(ZeroDivisionError):
+        build(broken=True)                                            # its parts of the first stage stay
+    shout = ("\nread_original = document_of\ndef document_of(*a):\n    d = read_original(*a)\n"
+             "    return d | {'text': d['text'].upper()}\n")
+    words, reused, loud = build(shout)
+    assert "PAGE" in words and "Page" not in words and not reused
+    assert build(shout) == (words, True, loud)
+    words, reused, plain = build()
+    assert "Page" in words and not reused and plain != loud
+    with open(tmp_path / "model.py", "a") as file:
+        file.write("\n# another tokenizer\n")
+    assert build() == (words, False, plain)                           # made anew, and with the same contents the same fingerprint
+    assert os.listdir(tmp_path / "out") == ["web"]
+
+
+def test_fingerprint_tells_contents(tmp_path):
+    problems = [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)]
+    data.write_jsonl(tmp_path / "in.jsonl", problems)
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1"]
+    mark = lambda *more: data.open_dataset(make(tmp_path, *arguments, *more)).meta["fingerprint"]
+    first = mark()
+    os.utime(tmp_path / "in.jsonl", (1, 1))
+    assert mark("--workers", "1") == mark("--name", "other") == first and len(first) == 32 and int(first, 16)
+    assert len({first, mark("--seed", "1"), mark("--val-share", "0.3"), mark("--tokenizer", "train:270")}) == 4
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": p["prompt"] + p["canonical_solution"]} for p in problems])
+    assert mark("--rules", "none") != first                           # no token is another one, but no prompt is masked
+
+
+def test_made_already_only_if_nothing_is_missing_or_other(tmp_path, capsys):
+    (tmp_path / "bench").mkdir()
+    data.write_jsonl(tmp_path / "bench" / "p.jsonl", [PROBLEM])
+    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)])
+
+    def reused():
+        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1",
+             "--decontaminate", str(tmp_path / "bench"))
+        return "reused" in capsys.readouterr().out
+
+    assert [reused(), reused()] == [False, True]
+    for name in ("tokenizer.json", "train.mask.bin"):
+        (tmp_path / "data" / "web" / name).unlink()
+        if name.endswith(".bin"):                                     # or a run would train on the prompts
+            with pytest.raises(ValueError, match="train.mask.bin"):
+                data.open_dataset(tmp_path / "data" / "web")
+        assert [reused(), reused()] == [False, True], name
+    with open(tmp_path / "bench" / "p.jsonl", "w") as file:           # the directory's own time stays
+        file.write(json.dumps(PROBLEM | {"prompt": PROBLEM["prompt"] + "    # and more\n"}) + "\n")
+    assert [reused(), reused()] == [False, True]
+
+
+def test_less_never_replaces_more_and_others_parts_stay(tmp_path, monkeypatch, capsys):
+    texts = [f"Page {i} has few words." for i in range(40)]
+
+    def build(count, *more):
+        data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts[:count]])
+        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes",
+             "--dedup-threshold", "1", *more)
+
+    def n_documents(name):
+        meta = data.open_dataset(tmp_path / "data" / name).meta
+        return meta["train"]["documents"] + meta["val"]["documents"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(40, "--seed", "7", "--workers", "1")
+    parts, = (tmp_path / "data").iterdir()
+    build(40)
+    assert parts.exists()                                             # the same command goes on from there
+    shutil.rmtree(parts)
+    for _ in range(2):                                                # what was kept once is not kept twice
+        build(10)
+        old, = {*os.listdir(tmp_path / "data")} - {"web"}
+        assert n_documents("web") == 10 and n_documents(old) == 40 and old in capsys.readouterr().out
+        build(40)
+        assert n_documents("web") == 40 and old not in capsys.readouterr().out
+    build(40, "--seed", "1")
+    assert {*os.listdir(tmp_path / "data")} == {"web", old}
+
+
+def test_a_folder_is_there_whatever_stops_its_replacement(tmp_path, monkeypatch):
+    path, rename = tmp_path / "x", os.replace
+    path.mkdir()
+    (path / "old").touch()
+    for stop in (KeyboardInterrupt, OSError):
+
+        def replace(source, target):
+            if target == path and ".new" in str(source):
+                raise stop
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(stop), data.aside(path) as new:
+            new.mkdir()
+        assert os.listdir(tmp_path) == ["x"] and os.listdir(path) == ["old"]
+    monkeypatch.setattr(os, "replace", rename)
+    (tmp_path / f".x.new-{os.getpid()}" / "half").mkdir(parents=True)  # of a killed process with the same id
+    with data.aside(path) as new:
+        new.mkdir()
+    assert os.listdir(tmp_path) == ["x"] and not os.listdir(path)
+
+
 def test_same_result_for_any_number_of_workers(tmp_path):
     made = [data.main(["--input", "python", "--max-documents", "60", "--tokenizer", "train:320", "--name", f"w{n}", "--workers", n,
                        "--out", str(tmp_path)]) for n in ("1", "2")]
@@ -2164,6 +2597,65 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
     rule, i, evidence = check.find_functions(renamed)
     assert rule == "syntax tree" and i == 1 and "often: match rate 1.000" == evidence and not check.find([renamed])
     assert check.find_functions("def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n") is None
+
+
+SENTENCE = "Given the weights of all whales in the northern sea, return the café's lightest whale in kilograms"
+
+
+def contamination_of(folder, *files):
+    """The search for problems in files of records."""
+    for i, records in enumerate(files):
+        data.write_jsonl(folder / f"{i}.jsonl", records)
+    return data.Contamination([folder / f"{i}.jsonl" for i in range(len(files))])
+
+
+def test_a_problem_of_three_files_is_found_and_what_one_file_repeats_is_not(tmp_path):
+    same = [[{"prompt": SENTENCE, "canonical_solution": f"return {answer}"}]
+            for answer in ("min(weights)", "min(weights)", "sorted(weights)[0]")]
+    samples = [{"prompt": SENTENCE, "completion": f"    answer = weights[{i}] if weights else 0"} for i in range(5)]
+    for files in (same, [samples]):
+        assert contamination_of(tmp_path, *files).find([f"Once more: {SENTENCE}."])[0][0] == "13-gram"
+    everywhere = ("Write a function in Python that solves the following task and returns its result "
+                  "as a value of a suitable type:")
+    three = [{"prompt": f"{everywhere} the {name} of two numbers of this list"} for name in ("sum", "mean", "median")]
+    check = contamination_of(tmp_path, three, three)
+    assert not check.find([f"{everywhere} something else"]) and not check.unprotected
+
+
+@pytest.mark.parametrize("hide", [
+    lambda text: text.replace(" ", "\u00a0"),
+    lambda text: text.replace(" ", "\u2009\u2014 "),
+    lambda text: text.replace("a", "a\u200b"),
+    lambda text: text.replace("e", "e\ufe0f\u00ad"),
+    lambda text: unicodedata.normalize("NFD", text),
+    lambda text: text.replace("'", "\u2019"),
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    lambda text: text.replace(",", "\u3001").upper()])
+def test_a_hidden_copy_is_found(tmp_path, hide):
+    for problem, document in ((SENTENCE, hide(SENTENCE)), (hide(SENTENCE), SENTENCE)):
+        assert document != problem
+        check = contamination_of(tmp_path, [{"prompt": problem}])
+        assert list(check.find(["nothing", f"See:\n{document}\nand so on"])) == [1]
+
+
+def test_problems_too_short_to_be_found_are_named(tmp_path, capsys):
+    short = [{"task_id": f"S/{i}", "prompt": f"Add {i}"} for i in range(9)]
+    contamination_of(tmp_path, [*short, {"task_id": "L/0", "prompt": SENTENCE}])
+    line, = capsys.readouterr().err.splitlines()
+    assert "9 of 10 problems" in line and "S/0, S/1" in line and "S/8" not in line and "L/0" not in line
+    assert not contamination_of(tmp_path, [PROBLEM]).unprotected and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", [
+    {"ctx": "*"}, {"ctx": "A man", "endings": ["sleeps", "*"]}, {"goal": "*"}, {"goal": "Eat", "sol1": "*"},
+    {"goal": "Eat", "sol2": "*"}, {"question": "*", "answer": "#### 4"}, {"sentence": "*", "option1": "it"},
+    {"question": "Which?", "choices": ["No", "*"], "answer": 1}, {"problem": "?", "solution": "*"},
+    {"question": {"stem": "*", "choices": [{"text": "No", "label": "A"}]}}, {"turns": ["Hello", "*"]},
+    {"question": "?", "choices": {"text": ["*"], "label": ["A"]}}, {"question": "?", "options": {"A": "*"}},
+    {"Question": "?", "Correct Answer": "*"}])
+def test_fields_of_the_usual_benchmarks(tmp_path, record):
+    check = contamination_of(tmp_path, [json.loads(json.dumps(record).replace("*", SENTENCE))])
+    assert list(check.find(["nothing", SENTENCE])) == [1]
 
 
 def test_contaminated_documents_are_written_out(tmp_path):
@@ -2495,11 +2987,12 @@ def test_forged_without_any_help_of_the_kernel(scratch):
     code = ("import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += \"sys.platform = 'none'\\n\"\n"
             "problem, bodies = json.load(open(sys.argv[2]))\n"
             "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], timeout=2.0)\n"
-            "json.dump(verdicts, open(sys.argv[2], 'w'))")
+            "json.dump([verdicts, synth.protections()], open(sys.argv[2], 'w'))")
     file = scratch / "verdicts.json"
     file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
     subprocess.run([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)], check=True, capture_output=True)
-    verdicts = json.loads(file.read_text())
+    verdicts, protections = json.loads(file.read_text())
+    assert protections.startswith("resource limits alone") or protections == "nobody's rights instead of root's"
     assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
 
 
@@ -2823,7 +3316,7 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
     while ledger.read_bytes().count(b"\n") < 200:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # waits for what is under way
-    assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl")) >= 200
+    assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl.partial")) >= 200
     run_synth(tmp_path, *command[2:])
     paid = records(ledger)
     assert ledger.read_bytes().startswith(before[:before.rindex(b"\n") + 1]) and len({p["key"] for p in paid}) == len(paid) == 300
@@ -2839,11 +3332,65 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
     assert {key for _, key, *_ in teacher.seen} == {f"Bearer {secret}"}
     teacher.answer = lambda question, n: (401, {}, f"bad key {secret}".encode())
     told += run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 50, "--out", "o.jsonl", code=2, env={"SYNTH_KEY_127_0_0_1": secret})
-    assert "HTTP 401: bad key ***" in told and "no teacher is left" in told and len(records(tmp_path / "o.jsonl")) > 0
+    assert "HTTP 401: bad key ***" in told and "no teacher is left" in told and len(records(tmp_path / "o.jsonl")) == 30
     for spec, env in (("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}), (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}), ("nonsense", {})):
         told += run_synth(tmp_path, "chat", "--teacher", spec, code=2, env=env)
     files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
     assert secret not in told + files
+
+
+@pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
+def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
+    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--retries", 0, "--out", out)
+    file, partial = tmp_path / out, tmp_path / f"{out}.partial"
+    data.write_jsonl(file, [{"precious": n} for n in range(100)])
+    before = file.read_bytes()
+
+    def answers_before_it_dies(count):
+        teacher.seen.clear()
+        teacher.answer = lambda question, n: talk(n + 1000 * count) if n <= count else (401, {}, b"gone")
+    answers_before_it_dies(0)
+    told = run_synth(tmp_path, *options, code=2)
+    assert file.read_bytes() == before and not partial.exists() and f"{out} was not changed" in told
+    answers_before_it_dies(4)
+    told = run_synth(tmp_path, *options, code=2)
+    assert file.read_bytes() == before and f"{out}.partial" in told
+    kept = partial.read_bytes()
+    assert (gzip.decompress(kept) if out.endswith(".gz") else kept).count(b"\n") == 4
+    answers_before_it_dies(0)
+    told = run_synth(tmp_path, *options, "--seed", 1, code=2)  # other questions, none of them answered
+    assert file.read_bytes() == before and partial.read_bytes() == kept
+    answers_before_it_dies(2)
+    told = run_synth(tmp_path, *options, "--seed", 1, code=2)  # two are less than four
+    assert file.read_bytes() == before and partial.read_bytes() == kept and "not written: 2 chat" in told
+    answers_before_it_dies(99)
+    run_synth(tmp_path, *options)
+    assert len(records(file)) == 6 and not partial.exists() and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
+
+
+def test_a_run_of_which_nothing_is_of_use_writes_nothing(teacher, tmp_path):
+    teacher.answer = lambda question, n: (400, {}, b"too long")
+    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"document {i} " * 20} for i in range(3)])
+    (tmp_path / "o.jsonl").write_text('{"precious": 1}\n')
+    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
+    assert "no record was of use" in told and records(tmp_path / "o.jsonl") == [{"precious": 1}]
+
+
+def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
+    (tmp_path / "t.txt").write_text("my own topic\n")
+    teacher.answer = lambda question, n: f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
+    options = ("--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt")
+    run_synth(tmp_path, "topics", *options, code=2)
+    assert (tmp_path / "t.txt").read_text() == "my own topic\n"
+    assert "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
+
+
+def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
+    ledger = tmp_path / "o.jsonl.paid.jsonl"
+    ledger.write_text('{"key": "half a li{"key": 1}\n')
+    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
+    assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and not teacher.seen
+    assert ledger.read_text().endswith('"key": 1}\n')
 
 
 def test_weights_decide_who_is_asked(teacher, tmp_path):
@@ -2859,7 +3406,7 @@ def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
     told = run_synth(tmp_path, *options, "--max-tokens", 1500, code=2)
     assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
     told = run_synth(tmp_path, *options, "--max-usd", 0.003, "--price-in", 1, "--price-out", 2, code=2)  # 0.0002 each
-    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003 and f"{len(records(tmp_path / 'o.jsonl'))} chat" in told
+    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003 and f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in told
     run_synth(tmp_path, *options)
     assert len(records(tmp_path / "o.jsonl")) == 40 == len(teacher.seen)
     assert "--max-usd needs" in run_synth(tmp_path, *options, "--max-usd", 1, code=2)
@@ -2907,7 +3454,7 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     assert kept["entry_point"] == "double" and judge(kept, kept["canonical_solution"]).passed and kept["prompt"] + kept["canonical_solution"] == GOOD
     told = run_synth(tmp_path, "exercises", "--teacher", teacher.url, "--count", 100, "--asks", 1, "--out", "p.jsonl", code=2)
     rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
-    assert len(records(tmp_path / "p.jsonl")) == 1 and "code does not parse" in told and "no function with a docstring" in told
+    assert len(records(tmp_path / "p.jsonl.partial")) == 1 and "code does not parse" in told and "no function with a docstring" in told
     entered, left = (int(rows["code runs"][k].replace(",", "").replace("->", "")) for k in (2, -2))
     assert entered > 90 and abs(entered - 3 * left) <= 3, told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
 
@@ -3061,14 +3608,14 @@ INVADERS = {
     "reads this checkout": f"    open({synth.__file__!r}).read()\n",
     "lists /tmp": "    import os; os.listdir('/tmp')\n",
     "writes beside": "    open('../x', 'w')\n",
-    "writes to /dev/shm": "    open('/dev/shm/x', 'w')\n",
+    "writes to /dev/shm": "    import os; os.close(os.open('/dev/shm/minphi', os.O_CREAT)); os.remove('/dev/shm/minphi')\n",
     "opens a socket": "    import socket; socket.socket()\n",
     "opens a unix socket": "    import socket; socket.socket(socket.AF_UNIX)\n",
     "signals its parent": "    import os; os.kill(SYNTH, 0)\n",
-    "reads its parent's environment": "    assert not open('/proc/SYNTH/environ').read()\n",
-    "traces": "    import ctypes; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0\nimport os\n",
+    "reads the environment of who runs it": "    open('/proc/SYNTH/environ').read()\n",
+    "traces": "    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0\n",
     "makes a namespace": "    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0\n",
-    "clones into a namespace": "    import ctypes; assert ctypes.CDLL(None).syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\nimport os\n",
+    "clones into a namespace": "    import ctypes, os; assert ctypes.CDLL(None).syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\n",
     "mounts": "    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n",
     "sets up io_uring": "    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0\n",
     "makes a device": "    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))\n",
@@ -3076,23 +3623,44 @@ INVADERS = {
 }
 
 
-def bare(scratch):
-    """Stands in for `confine`: no namespaces, no other user, as where the kernel grants neither."""
-    return []
+# What the sandbox's server does last but one, as where the kernel grants less. UNCONFINED: neither namespaces nor another user.
+UNCONFINED = """
+confine = lambda scratch: []
+granted_system = system
+system = lambda name, *args: name != "unshare" and granted_system(name, *args)
+"""
+UNHARDENED = UNCONFINED + "harden = lambda scratch: (False, False)\n"
+PARENT = "    import os; raise ValueError(os.getppid())\n"  # 1 in a namespace of processes
+
+
+def invade(names):
+    """The verdicts on some invaders: "passed" where the program did what it wanted to."""
+    bodies = [INVADERS[name].replace("SYNTH", str(os.getpid())) + "    return a + b\n" for name in names]
+    return synth.judge_all([(ADD, body) for body in bodies])
+
+
+@pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
+def test_invaders_invade_where_nothing_protects(monkeypatch):
+    """These programs work, so that it means something when they fail in the sandbox."""
+    monkeypatch.setattr(synth, "LAUNCH", UNHARDENED + synth.LAUNCH)
+    names = ["reads this checkout", "lists /tmp", "writes beside", "opens a socket", "opens a unix socket", "signals its parent"]
+    names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
+    if os.geteuid() != 0:  # root has rights that a program has not, even here
+        names.append("reads the environment of who runs it")
+    reasons = {name: verdict.reason for name, verdict in zip(names, invade(names))}
+    assert reasons == dict.fromkeys(names, "passed")
 
 
 @pytest.mark.skipif("Landlock" not in GRANTED or "seccomp" not in GRANTED, reason="this kernel grants no Landlock or seccomp")
 @pytest.mark.parametrize("namespaces", [True, False])
 def test_hostile_programs_are_contained(namespaces, monkeypatch):
     if not namespaces:
-        bare.__name__ = "confine"
-        monkeypatch.setattr(synth, "SERVER", tuple(f for f in synth.SERVER if f.__name__ != "confine"))
-        monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "def confine(scratch): return []\n")
-        source = synth.inspect.getsource
-        monkeypatch.setattr(synth.inspect, "getsource", lambda f: source(f).replace('contained = system("unshare", 0x20000000 | 0x00020000)', "contained = False"))
-    verdicts = synth.judge_all([(ADD, body.replace("SYNTH", str(os.getpid())) + "    return a + b\n" * (not body.count("\nimport"))) for body in INVADERS.values()])
-    for name, verdict in zip(INVADERS, verdicts):
-        assert not verdict.passed and verdict.reason.startswith("raised ") and "SyntaxError" not in verdict.reason, (name, verdict)
+        monkeypatch.setattr(synth, "LAUNCH", UNCONFINED + synth.LAUNCH)
+    assert (judge(ADD, PARENT).reason == "raised ValueError: 1") == (namespaces and CONTAINED)
+    for name, verdict in zip(INVADERS, invade(INVADERS)):
+        how = re.fullmatch(r"raised (\w+):.*", verdict.reason)
+        kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
+        assert not verdict.passed and kind and issubclass(kind, (OSError, AssertionError)), (name, verdict)
     ways = ["    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n", "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
             "    import subprocess; return a + b if subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout == b'x\\n' else 0\n",
             "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
@@ -3296,6 +3864,14 @@ def test_training_refuses_bad_input_in_one_line(mini):
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
     done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
     assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
+    assert "nothing was saved yet" in done.stderr
+
+
+def test_a_checkpoint_of_the_weights_that_failed_is_not_called_good(mini):
+    huge = ("--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
+    done = run_train(mini, "--out", "runs/nan-saved", "--save-every", "1", *huge)
+    assert done.returncode == 1
+    assert "these very weights" in done.stderr and "good" not in done.stderr, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3307,6 +3883,46 @@ def test_readme_shows_the_commands_that_the_recipe_runs():
         lines = file.read().splitlines()
     for _, _, command, *_ in train.recipe_stages(quick=False):
         assert "python " + command in lines
+    assert train.EXPORT in lines
+
+
+def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", *train.ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MINE", "kept")
+    environment = train.stage_environment()
+    assert environment["MINE"] == "kept" and environment.items() >= train.ENVIRONMENT.items()
+    shell = subprocess.run(["sh", "-c", f"{train.EXPORT}; env"], env={}, capture_output=True, text=True)
+    assert {f"{name}={value}" for name, value in train.ENVIRONMENT.items()} <= set(shell.stdout.splitlines())
+    assert train.EXPORT in run_train(".", "-h").stdout
+    # what the user has set wins, a policy too, to which libgomp prefers its count
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in train.stage_environment()
+    for name in train.ENVIRONMENT:
+        monkeypatch.setenv(name, "own")
+    assert {train.stage_environment()[name] for name in train.ENVIRONMENT} == {"own"}
+
+
+def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    class Stage:
+        def __init__(self, command, **more):
+            started.append(more["env"])
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(train.subprocess, "Popen", Stage)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "measure_peak", None)  # a quiet second tells nothing of the minutes after it
+    monkeypatch.setenv("MINE", "kept")
+    with pytest.raises(SystemExit) as stopped:
+        train.recipe(quick=True)
+    assert stopped.value.code == 3
+    assert started == [train.stage_environment()] and started[0]["MINE"] == "kept"
+    assert train.EXPORT in capsys.readouterr().out
 
 
 # training at scale
@@ -3325,7 +3941,7 @@ def same_run(folder, one, other):
 def whole(mini):
     """An uninterrupted run of 40 steps on one rank."""
     done = run_train(mini, "--out", "runs/uncut", "--steps", "40")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "for the 30 steps left, by the first ten" in done.stdout, done.stderr
     return mini
 
 
@@ -3335,6 +3951,80 @@ def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
     assert "Traceback" not in done.stderr
     same_run(mini, "runs/uncut", "runs/sharded")
     assert not (mini / "runs/sharded/model.safetensors").exists() and not (mini / "runs/sharded/state.pt").exists()
+
+
+def run_spoiled(folder, *options, launcher=()):
+    """train.py with --save-every 4; at its 8th step the last rank's loss is finite and its gradient is not."""
+    program = folder / "spoiled.py"
+    program.write_text(f"""import os, sys; sys.path.insert(0, {HERE!r})
+import torch, model, train
+
+class Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+forward, step = model.Model.forward, 0
+last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+def spoiled(self, *inputs):
+    global step
+    loss, sums = forward(self, *inputs)
+    step += self.training
+    return (Spoil.apply(loss) if last_rank and self.training and step == 8 else loss), sums
+
+model.Model.forward = spoiled
+train.main()
+""")
+    command = train_command("--save-every", "4", *options, launcher=launcher)
+    command[command.index(os.path.join(HERE, "train.py"))] = str(program)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))],
+                         ids=["alone", "two", "sharded"])
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
+    out = f"runs/spoiled-{request.node.callspec.id}"
+    done = run_spoiled(mini, "--out", out, *options, launcher=launcher)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "at step 7 the loss is" in done.stderr, done.stderr
+    assert "the norm of its gradient nan" in done.stderr, done.stderr
+    assert f"the last good checkpoint is that of step 4 in {out};" in done.stderr
+    state = train.read_state(str(mini / out))
+    assert state["step"] == 4
+    assert all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
+    assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
+
+
+def test_a_run_notices_that_its_dataset_was_made_anew(mini):
+    records = list(data.read_jsonl(mini / "mini.jsonl"))
+
+    def make(some):
+        shutil.rmtree(mini / "data/anew", ignore_errors=True)
+        data.write_jsonl(mini / "anew.jsonl", some)
+        command = [sys.executable, data.__file__, "--input", "anew.jsonl", "--name", "anew",
+                   "--tokenizer", "data/mini", "--rules", "none", "--dedup-threshold", "1"]
+        done = subprocess.run(command, cwd=mini, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def refused():
+        done = run_train(mini, *options)
+        one_line = len(done.stderr.strip().splitlines()) == 1
+        return done.returncode == 2 and "--data anew was made anew" in done.stderr and one_line
+
+    options = ["--data", "mini", "anew", "--out", "runs/anew"]
+    make(records[:200])
+    assert run_spoiled(mini, *options).returncode == 1
+    make(records[50:250])
+    assert refused() and train.read_state(str(mini / "runs/anew"))["step"] == 4
+    make(records[:200])  # the same tokens again: nothing has changed but the file's time
+    done = run_train(mini, *options)
+    assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
+    make(records[50:250])
+    assert refused()  # and a run that has ended is not said to be trained on this
 
 
 def children(pid):
@@ -4355,6 +5045,27 @@ def test_pivotal_pairs_are_one_token_and_dpo_reads_them(folder, monkeypatch, tmp
     assert not list(align.pivots(args, Decider(), tokenizer, problem))
 
 
+def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(tmp_path, monkeypatch):
+    models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
+    data.write_jsonl(tmp_path / "p.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
+    calls = []
+
+    def pivots(args, model, tokenizer, problem):
+        calls.append(problem)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        yield {"ids": problem["ids"]}
+    monkeypatch.setattr(align, "pivots", pivots)
+    paths = {"--init": tmp_path / "run", "--data": tmp_path / "p.jsonl", "--out": tmp_path / "o.jsonl"}
+    args = align.options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
+    align.pivotal(args)
+    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
+    with pytest.raises(KeyboardInterrupt):
+        align.pivotal(args)
+    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
+    assert len((tmp_path / "o.jsonl.partial").read_text().splitlines()) == 1
+
+
 # ---- runs
 
 
@@ -4512,7 +5223,7 @@ def together(*commands):
         with open(f"{product}.err", "w") as log:
             print(command, file=log, flush=True)
             code = subprocess.run([sys.executable, os.path.join(HERE, words[0]), *words[1:]], stdout=log, stderr=subprocess.STDOUT,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+                                  env={**train.stage_environment(), "OMP_NUM_THREADS": "1"}).returncode
         print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.err)" * bool(code), flush=True)
         if code:
             raise SystemExit(code)

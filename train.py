@@ -11,15 +11,6 @@ A run that was interrupted goes on exactly where it was when the same command is
 optimizer, position in the data and random state are in state.pt, or for --shard in the directory state-STEP, to which each process
 writes its rows of every tensor. The run directory is at any time a model that sample.py, transformers and others open.
 """
-import os
-import sys
-
-ALLOCATOR = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:"
-             "glibc.malloc.top_pad=268435456")
-if os.path.basename(sys.argv[0]) in ("train.py", "align.py") and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # glibc gives freed activations back to the system and faults them in again each step; it reads this only when a process starts
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": ALLOCATOR})
-
 import contextlib
 import dataclasses
 import datetime
@@ -29,11 +20,13 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import resource
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import types
 
@@ -691,11 +684,13 @@ class Pretraining:
     """
     curve = {}  # arguments of loss_svg
     sums = 1    # how many are reported
+    fingerprints = ()  # of the datasets; align.py's tasks compare a digest of their own
 
     def __init__(self, args):
         self.args, self.exact = args, EXACT  # exact: the options that a resumed run must share with its beginning
         self.datasets, self.shares, self.tokenizer = open_mixture(args.data)
         self.config, self.eot = choose_config(args, self.tokenizer), self.tokenizer.eot
+        self.fingerprints = [dataset.meta.get("fingerprint") for dataset in self.datasets]
 
     def split(self, world):
         """Settle args.micro_batch, the rows taken at a time -> rows a step."""
@@ -788,6 +783,10 @@ def train(args, kind=Pretraining):
         if changed:
             name = changed[0]
             data.fail(f"{out} was made with --{name.replace('_', '-')} {state['recipe'].get(name)}, not {recipe[name]}; give that, or another --out")
+        for name, began_with, now in zip(args.data, state.get("datasets", ()), task.fingerprints):
+            if began_with != now:
+                data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it was, "
+                          f"or give another --out (with --after {out} its weights and optimizer go on with these)")
         step, records = state["step"], state["records"]
         if step >= args.steps:
             say(f"{out} is trained already ({step:,} steps); give another --out, or delete it, to train again")
@@ -841,7 +840,8 @@ def train(args, kind=Pretraining):
 
     def save():
         nonlocal saved_step
-        state = {"recipe": recipe, "step": step, "records": records, "mixture": task.state(), "rng": torch.get_rng_state(), "world": world}
+        state = {"recipe": recipe, "datasets": list(task.fingerprints), "step": step, "records": records,
+                 "mixture": task.state(), "rng": torch.get_rng_state(), "world": world}
         if rank == 0 or args.shard:
             known = args.shard and saved_step == step  # the save after the last validation, which adds its record
             write_state(out, state, None if known else training_state(model, found), args.shard)  # first, and enough to go on from by itself
@@ -865,6 +865,7 @@ def train(args, kind=Pretraining):
     if step and step % args.val_every == 0 and not any("val" in r and r["step"] == step for r in records):
         validate()  # the run was cut between its checkpoint and its evaluation
     log = {"loss": 0.0, "sums": 0.0, "steps": 0, "tokens": task.tokens, "start": time.perf_counter()}
+    first = step
     while step < args.steps:
         for optimizer in found:
             for group in optimizer.param_groups:
@@ -886,16 +887,27 @@ def train(args, kind=Pretraining):
         if world > 1:  # the loss of the whole batch, and whether any rank was asked to stop
             dist.all_reduce(flags)
         loss, asked, *sums = flags.tolist()
-        if not math.isfinite(loss):
-            saved = f"the last good checkpoint is {out}" if saved_step is not None else "nothing was saved yet"
-            data.fail(f"the loss is {loss} at step {step:,} ({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = (norm.full_tensor() if is_sharded(norm) else norm).item()
+        # Both are equal on all ranks; once the weights have taken what is not finite, a save would write them.
+        if not math.isfinite(loss + norm):
+            saved = "nothing was saved yet"
+            if saved_step == step:
+                saved = f"the checkpoint in {out} has these very weights"
+            elif saved_step is not None:
+                saved = f"the last good checkpoint is that of step {saved_step:,} in {out}"
+            data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm} "
+                      f"({task.where(rows)}); {saved}; lower --lr and --muon-lr", 1)
         for optimizer in found:
             optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
         progress.update()
+        if step == first + 1:  # which compiled and took memory
+            warm = time.perf_counter()
+        elif step == first + 10 and step < args.steps:
+            left = datetime.timedelta(seconds=round((args.steps - step) * (time.perf_counter() - warm) / 9))
+            say(f"time     about {left} for the {args.steps - step:,} steps left, by the first ten")
         log["loss"], log["sums"], log["steps"] = log["loss"] + loss, log["sums"] + np.array(sums), log["steps"] + 1
         if step % args.log_every == 0 or step == args.steps:
             seconds = time.perf_counter() - log["start"]
@@ -970,6 +982,24 @@ def recipe_stages(quick):
          f"{runs}/phi/eval.json", held_out / 50)]
 
 
+# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they wait
+# for each other, by default so long that beside other busy processes most of a step is waiting; glibc's
+# allocator gives freed activations back to the system and faults them in again at every step.
+ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "1000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
+                      "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"}
+EXPORT = "export " + " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+
+
+def stage_environment():
+    """Of a stage's process: this one's, and what of ENVIRONMENT the user has not set."""
+    environment = ENVIRONMENT | os.environ
+    if "OMP_WAIT_POLICY" in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        del environment["GOMP_SPINCOUNT"]  # it would win over the user's policy
+    return environment
+
+
 def recipe(quick):
     stages = recipe_stages(quick)
     book_file = os.path.join("runs", "quick" if quick else ".", "recipe.json")
@@ -979,24 +1009,23 @@ def recipe(quick):
     except (OSError, ValueError):
         book = {}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cpu = torch.device("cpu")
-    peak = measure_peak(cpu, choose_dtype(cpu, "auto")[0]) if not gpus else None
     print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under data/ and runs/; give the same command "
-          "again to go on after an interruption.\n", flush=True)
+          f"again to go on after an interruption. A stage by hand runs as here after\n    {EXPORT}\n",
+          flush=True)
     for number, (title, why, command, product, expected) in enumerate(stages, 1):
         words = shlex.split(command)
-        if expected is None and peak:  # training: steps x tokens x FLOPs at half the measured peak
-            options = dict(zip(words, words[1:]))
-            expected = 30 + int(options["--steps"]) * int(options["--batch-tokens"]) * 6 * models.PRESETS["laptop"].parameters() / (0.5 * peak)
         done = book.get(product, {}).get("command") == command and os.path.exists(product)
-        when = "done already, reused" if done else f"about {expected:.0f} s" if expected else "minutes"
+        when = f"about {expected:.0f} s on two free cores" if expected else "its first steps tell how long"
+        if done:
+            when = "done already, reused"
         print(f"[{number}/{len(stages)}] {title}: {why} ({when})\n    python {command}", flush=True)
         if done:
             continue
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if words[0] == "train.py" and gpus > 1 else []
         start = time.time()
         here = os.path.dirname(os.path.abspath(__file__))
-        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]], start_new_session=True)
+        child = subprocess.Popen([sys.executable, *torchrun, os.path.join(here, words[0]), *words[1:]],
+                                 start_new_session=True, env=stage_environment())
         for asked in (signal.SIGINT, signal.SIGTERM):  # in a session of its own a stage is asked to stop once, whoever was asked
             signal.signal(asked, lambda number, frame, child=child: child.send_signal(number))
         code = child.wait()
@@ -1109,7 +1138,8 @@ def loop_options(option):
 
 @data.command()
 def main():
-    parser = data.Parser(prog="train.py", description=__doc__)
+    by_hand = f"Faster on CPUs, align.py as well, and set by the recipe for its stages:\n    {EXPORT}"
+    parser = data.Parser(prog="train.py", description=__doc__, epilog=by_hand)
     option = parser.option
     parser.add_argument("--data", nargs="+", metavar="NAME[:WEIGHT]", help="dataset directories (or names under data/) and their shares; "
                         "without this option the whole recipe runs")
