@@ -254,10 +254,10 @@ class Task(train.Pretraining):
         self.args, self.exact = args, (*train.EXACT, *self.own)
         context, args.context = args.context, None
         self.config = train.choose_config(args, None)
-        if context and context > self.config.context:
-            data.fail(f"--context {context} is longer than the {self.config.context} tokens of {args.init}; lower it, or grow it first with grow.py")
-        args.context = context or min(self.config.context, 2048)
-        self.tokenizer = models.Tokenizer.load(models.locate(args.init, weights=False))
+        if context and context > self.config.max_seq_len:
+            data.fail(f"--context {context} is longer than the {self.config.max_seq_len} tokens of {args.init}; lower it, or grow it first with grow.py")
+        args.context = context or min(self.config.max_seq_len, 2048)
+        self.tokenizer = models.Tokenizer.load(models.snapshot_download(args.init, weights=False))
 
     def state(self):
         return {"digest": self.digest, **{name: getattr(self, name) for name in self.kept}}
@@ -335,7 +335,7 @@ class Chats(Task):
         about, module = super().begin(run)
         self.generator = torch.Generator(run.device)
         if self.args.noise:
-            run.model.embed.register_forward_hook(self.shake)
+            run.model.model.embed_tokens.register_forward_hook(self.shake)
         return about.replace("chats 100%", self.said), module
 
     def shake(self, module, inputs, x):
@@ -381,7 +381,7 @@ class DPO(Task):
     def begin(self, run):
         self.run = run
         file, cached = os.path.join(self.args.out, "reference.pt"), None
-        folder = models.locate(self.args.init)
+        folder = models.snapshot_download(self.args.init)
         weights = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(folder)
                          if entry.name.endswith((".safetensors", ".bin")))
         key = data.digest(repr([self.digest, self.args.init, weights])).hex()
@@ -593,7 +593,7 @@ def pivots(args, model, tokenizer, problem):
         return
     paths = [next((ids for (ids, _), reward in zip(answers, passed) if bool(reward) == wanted), None) for wanted in (True, False)]
     for ids in filter(None, paths):  # one that passes and one that fails
-        whole = torch.tensor([problem["ids"] + ids], device=model.embed.weight.device)
+        whole = torch.tensor([problem["ids"] + ids], device=model.device)
         with torch.no_grad():
             logs = model(whole[:, :-1])[0, len(problem["ids"]) - 1:].log_softmax(-1).cpu()
         for prefix, token, before, after in subdivide(odds, ids, (-logs[range(len(ids)), ids]).tolist(), args.gap):
@@ -610,7 +610,7 @@ def pivots(args, model, tokenizer, problem):
 def pivotal(args):
     device = torch.device(models.default_device() if args.device == "auto" else args.device)
     model, tokenizer = models.load(args.init, device, train.choose_dtype(device, args.dtype)[0])
-    args.context = min(args.context or 2048, model.config.context)
+    args.context = min(args.context or 2048, model.config.max_seq_len)
     problems = [p for p in read(args.data, lambda record: problem_of(tokenizer, record)) if len(p["ids"]) < args.context]
     found, finished = {}, False
     try:

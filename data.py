@@ -798,7 +798,7 @@ def states(text, run, n_tokens=256):
     """The mean over a text's first tokens of a run's last states, float32 (d_model,): what phi-1's classifier saw (arXiv 2306.11644, section 2.1)."""
     import torch
     model, tokenizer, _ = opened(run)
-    ids = tokenizer.encode(text[:16 * n_tokens])[:min(n_tokens, model.config.context)] or [tokenizer.eot]
+    ids = tokenizer.encode(text[:16 * n_tokens])[:min(n_tokens, model.config.max_seq_len)] or [tokenizer.eot]
     with torch.inference_mode():
         return model.hidden(torch.tensor([ids]))[0].mean(0).numpy()
 
@@ -1308,7 +1308,7 @@ def build(options):
     if options.labels:
         others.append((options.labels, options.labels))
     if options.embed:
-        run = Path(models.locate(options.embed))
+        run = Path(models.snapshot_download(options.embed))
         patterns = "*.safetensors", "*.bin", "config.json", "tokenizer.json"
         others += sorted((str(file), file.name) for pattern in patterns for file in run.glob(pattern))
     if options.classifier and not options.labels:

@@ -495,12 +495,12 @@ class Model(nn.Module):
             logits = logits.index_fill(-1, dummies, -math.inf)
         return logits
 
-    def forward(self, tokens, documents=None, targets=None, weights=None, active_layers=None):
+    def forward(self, tokens, documents=None, targets=None, weights=None, active_layers=None, cache=None):
         """Logits (B, T, V) float32, or with targets (B, T; -1 for none) the loss: (sum in nats, sum of weights).
 
         weights (B, T): of each target, 1 unless given. The rest as in hidden.
         """
-        x = self.hidden(tokens, documents, active_layers=active_layers)
+        x = self.hidden(tokens, documents, cache, active_layers=active_layers)
         if targets is None:
             return self.logits(x)
         return kernels.cross_entropy(x, self.lm_head.weight, targets, weights, self.lm_head.bias)
@@ -540,7 +540,7 @@ class Model(nn.Module):
         rows = [row for row, limit in enumerate(limits) if limit > 0]   # the prompt of each row of the cache
         if not rows:
             return outputs
-        draws = torch.stack([uniform_draws(seed, row, max_new_tokens) for row in rows]).to(self.device)
+        draws = uniform_draws(seed, len(prompts), max_new_tokens)[rows].to(self.device)
         max_layers, min_layers, decay_tokens = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
 
         def emit(row, token) -> bool:       # -> whether the row goes on
@@ -573,7 +573,7 @@ class Model(nn.Module):
                 length = len(prompts[rows[i]]) + len(outputs[rows[i]])
                 if self.outgrows(length):
                     text = prompts[rows[i]] + outputs[rows[i]]
-                    logits[i] = self.logits(self.prefill([text], cache.rows(i, i + 1), active_layers))[0]
+                    logits[i] = self.logits(self.prefill([text], cache.rows(i, i + 1), max_layers))[0]
         return outputs
 
     def outgrows(self, length: int) -> bool:
@@ -728,16 +728,17 @@ def sample(logits, temperature: float, top_k: int, top_p: float, draws):
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-def uniform_draws(seed, row: int, count: int):
-    """(count,) numbers for a row: of its own seed, or of one seed for all and its number."""
-    generator = torch.Generator()
+def uniform_draws(seed, rows: int, count: int):
+    """(rows, count) numbers from [0, 1). Each row has a generator of its own: of its own seed, or of one seed for all
+    and its number."""
     if seed is None:
-        generator.seed()
-    elif isinstance(seed, int):
-        generator.manual_seed(seed + 1_000_003 * row)
-    else:
-        generator.manual_seed(seed[row])
-    return torch.rand(count, generator=generator)
+        seed = int(torch.randint(2 ** 62, ()))      # from torch's own state, which torch.manual_seed sets
+    if isinstance(seed, int):
+        seed = [hash((seed, row)) for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds for {rows} prompts: give one for all, or one for each")
+    generators = [torch.Generator().manual_seed(int(row_seed)) for row_seed in seed]
+    return torch.stack([torch.rand(count, generator=generator) for generator in generators])
 
 
 # ---------------------------------------------------------------- SkipDecode

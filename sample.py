@@ -63,10 +63,7 @@ def options(arguments=None):
     option("--top-k", 0, "sample among this many likeliest tokens, 0 for all", type=SETTINGS["top-k"])
     option("--top-p", 1.0, "sample among the fewest tokens holding this probability", type=SETTINGS["top-p"])
     option("--quantize", None, "hold the weights in so many bits; with --out DIR write them there as a run like any other", choices=["int8", "int4"])
-    option("--draft", None, "a smaller model of the same vocabulary proposes tokens; what is written keeps its distribution", metavar="RUN")
-    option("--lookup", 0, "propose N tokens (8) from where the text repeats itself", type=some, nargs="?", const=8, metavar="N")
     option("--skip", None, "SkipDecode: the layers run fall from MAX at the first new token to MIN at the last", type=layers, metavar="MAX:MIN")
-    option("--bench", None, "print speed, memory and latency of this run, or of a preset's shape, by precision and batch size", metavar="RUN")
     option("--chat", False, "talk to the model in the terminal", action="store_true")
     option("--serve", False, "OpenAI's interface at /v1 and a page at /; asks for the key MINPHI_API_KEY if that is set", action="store_true")
     option("--host", "127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
@@ -89,7 +86,7 @@ def options(arguments=None):
         parser.error("--samples above 1 needs the model's solutions and a --temperature above 0, such as 0.8")
     if not args.eval and (args.solutions == "canonical" or args.out and not args.quantize or args.json or args.limit):
         parser.error("--solutions, --limit, --out and --json belong to --eval FILE")
-    for names in (("chat", "serve", "eval", "bench"), ("draft", "lookup", "skip", "serve")):  # a server decodes many texts together
+    for names in (("chat", "serve", "eval"), ("skip", "serve")):  # a server decodes many texts together
         if sum(bool(getattr(args, name)) for name in names) > 1:
             parser.error(f"--{', --'.join(names)} exclude one another; choose one")
     to_write = args.out and args.quantize and not args.eval
@@ -99,7 +96,7 @@ def options(arguments=None):
 
 
 def open_model(args):
-    """-> the model as the options want it, its tokenizer, and what `Model.generate` needs for --draft, --lookup and --skip."""
+    """-> the model as the options want it, its tokenizer, and what `Model.generate` needs for --skip."""
     device = models.default_device() if args.device == "auto" else args.device
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
     try:
@@ -112,8 +109,7 @@ def open_model(args):
         raise ValueError(f"--run {args.run} has no tokenizer.json; copy the one its model was trained with into it")
     if args.quantize:
         models.quantize(model, int(args.quantize[3:]))
-    draft = models.load(args.draft, device, dtype)[0] if args.draft else None
-    return model, tokenizer, dict(draft=draft, lookup=args.lookup, skip=args.skip)
+    return model, tokenizer, dict(skip=args.skip)
 
 
 def write(args, opened, prompts, stream, seed):
@@ -141,10 +137,9 @@ def write_aloud(args, opened, ids) -> str:
     except KeyboardInterrupt:
         if not args.chat:
             raise
-    (right, proposed), seconds = model.speculated, time.perf_counter() - start
+    seconds = time.perf_counter() - start
     print(decoder.decode(b"", final=True), flush=True)
-    proposals = f"; {right} of {proposed} proposed were right" if proposed else ""
-    print(f"{len(parts)} tokens, {len(parts) / seconds:,.0f} a second{proposals}", file=sys.stderr)
+    print(f"{len(parts)} tokens, {len(parts) / seconds:,.0f} a second", file=sys.stderr)
     return "".join(parts)
 
 
@@ -197,7 +192,7 @@ def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() its history and editing
     model, tokenizer, _ = opened = open_model(args)
-    orders, turns, room = [], [], model.config.context
+    orders, turns, room = [], [], model.config.max_seq_len
     print("Write a message, or /help.", file=sys.stderr)
     while (text := read_message()) != "/quit":
         command, _, rest = text.strip().partition(" ")
@@ -280,15 +275,14 @@ class Engine(threading.Thread):
     """Decodes the texts of many requests together. A request joins the running batch between two tokens and leaves it with its last,
     so that nobody waits for another's end (Orca, OSDI 2022, section 3.1). Each draws from random numbers of its own.
 
-    The batch is the first len(active) rows of one cache whose texts all end at its column `length`. A text's newest token is not
-    in the cache yet, but for `fill`, which takes whole texts.
+    The batch is the first len(active) rows of one cache. A text's newest token is not in the cache yet.
     """
 
     def __init__(self, model, tokenizer, rows: int, queue_size: int, cache_tokens: int):
         super().__init__(daemon=True)
         self.model, self.tokenizer, self.rows, self.queue_size, self.cache_tokens = model, tokenizer, rows, queue_size, cache_tokens
         self.waiting, self.active, self.closed = collections.deque(), [], False
-        self.cache, self.view, self.changed = None, None, threading.Condition()  # view: the cache's rows in use
+        self.cache, self.decode, self.changed = None, None, threading.Condition()
 
     def submit(self, request: Request) -> None:
         with self.changed:
@@ -312,7 +306,7 @@ class Engine(threading.Thread):
         while True:
             with self.changed:
                 while not (self.waiting or self.active):
-                    self.cache = self.view = None
+                    self.cache = self.decode = None
                     self.changed.wait()
                 new = self.admit()
             try:
@@ -323,7 +317,7 @@ class Engine(threading.Thread):
                 print(f"sample.py: {text}", file=sys.stderr)
                 for request in {*self.active, *new}:
                     request.events.put(Refusal(500, text))
-                self.active, self.cache, self.view = [], None, None
+                self.active, self.cache, self.decode = [], None, None
 
     def admit(self) -> list[Request]:
         """Those of the waiting who fit the batch, first come, first served, and few enough for one pass over their prompts."""
@@ -346,66 +340,56 @@ class Engine(threading.Thread):
         if new:
             joined, self.active = len(self.active), self.active + new
             self.make_room(joined)
-            slots = list(range(joined, len(self.active)))
-            self.advance(slots, self.fill(slots))
+            self.decode = None
+            self.advance(list(range(joined, len(self.active))), self.prefill(joined, len(self.active)))
         if not self.active:
             return
         self.make_room(len(self.active))
-        if self.view is None:
-            self.view = self.cache.part(0, len(self.active))
-            self.view.length = self.cache.length
-        x = self.model.hidden(torch.tensor([[request.ids[-1]] for request in self.active], device=self.cache.starts.device), cache=self.view)[:, -1]
-        self.cache.length += 1
-        outgrown = (self.model.config.original_context or 0) + 1  # from here on LongRoPE's long factors hold, for the older keys too
-        if outgrown > 1 and (slots := [slot for slot, request in enumerate(self.active) if len(request.ids) == outgrown]):
-            x[slots] = self.fill(slots)
-        self.advance(list(range(len(self.active))), x)
-
-    def new_cache(self, starts: list[int], columns: int) -> models.Cache:
-        weight = self.model.norm.weight
-        return models.Cache(self.model.config, starts, columns, weight.device, weight.dtype)
+        if self.decode is None:
+            self.decode = models.DecodeStep(self.model, self.cache.rows(0, len(self.active)))
+        tokens = torch.tensor([request.ids[-1] for request in self.active], device=self.model.device)
+        logits = self.decode(tokens)
+        for slot, request in enumerate(self.active):
+            if self.model.outgrows(len(request.ids)):
+                logits[slot] = self.prefill(slot, slot + 1)[0]
+        self.advance(list(range(len(self.active))), logits)
 
     def make_room(self, joined: int) -> None:
-        """A cache with a row for each text, long enough for the prompts of those after the first `joined`, and with a free column."""
+        """A cache with a row for each text, long enough for all; those after the first `joined` are not in it yet."""
         old, rows = self.cache, len(self.active)
-        used = max((len(request.ids) - 1 for request in self.active[:joined]), default=0)
-        end = max([used, *(request.prompt_tokens for request in self.active[joined:])])
-        if old and rows <= len(old.starts) and end <= old.length < old.layers[0][0].shape[2]:
+        longest = max(len(request.ids) for request in self.active)
+        if old and rows <= len(old.lengths) and longest <= old.capacity:
             return
-        columns = min(max(256, 2 * end), max(request.prompt_tokens + request.limit for request in self.active)) + 1
-        rows = len(old.starts) if old and rows <= len(old.starts) else max(rows, min(2 * rows, self.rows, self.cache_tokens // columns))
-        self.cache, self.view = self.new_cache([0] * rows, columns), None
-        self.cache.length = end
-        for part in itertools.chain(*self.cache.layers):
-            part.zero_()  # what a row does not see must still be finite
+        capacity = min(max(256, 2 * longest), max(request.prompt_tokens + request.limit for request in self.active))
+        capacity = max(capacity, longest)
+        if not old or rows > len(old.lengths):
+            rows = max(rows, min(2 * rows, self.rows, self.cache_tokens // capacity))
+        else:
+            rows = len(old.lengths)
+        self.cache, self.decode = models.KVCache(self.model.config, rows, capacity, self.model.device, self.model.dtype), None
         if joined:
-            self.cache.starts[:joined] = old.starts[:joined] + end - old.length
-            for a, b in zip(itertools.chain(*self.cache.layers), itertools.chain(*old.layers)):
-                a[:joined, :, end - used:end] = b[:joined, :, old.length - used:old.length]
+            self.cache.keys[:, :joined, :old.capacity] = old.keys[:, :joined, :capacity]
+            self.cache.values[:, :joined, :old.capacity] = old.values[:, :joined, :capacity]
+            self.cache.lengths[:joined] = old.lengths[:joined]
 
-    def fill(self, slots: list[int]):
-        """The whole texts of these slots into the cache, up to column `length` -> their last states."""
-        texts, end = [self.active[slot].ids for slot in slots], self.cache.length
-        width = max(map(len, texts))
-        part = self.new_cache([width - len(text) for text in texts], width)
-        x = self.model.hidden(torch.tensor([[0] * (width - len(text)) + text for text in texts], device=part.starts.device), cache=part)[:, -1]
-        for a, b in zip(itertools.chain(*self.cache.layers), itertools.chain(*part.layers)):
-            a[slots, :, end - width:end] = b
-        self.cache.starts[slots], self.view = part.starts + end - width, None
-        return x
+    def prefill(self, begin: int, end: int):
+        """The whole texts of these slots into the cache -> their logits."""
+        texts = [request.ids for request in self.active[begin:end]]
+        return self.model.logits(self.model.prefill(texts, self.cache.rows(begin, end)))
 
     def leave(self, slot: int) -> None:
         """The last row takes the place of this one."""
         moved = self.active.pop()
-        last, end, self.view = len(self.active), self.cache.length, None
+        last, self.decode = len(self.active), None
         if slot < last:
-            for part in itertools.chain(*self.cache.layers):
-                part[slot, :, end - len(moved.ids) + 1:end] = part[last, :, end - len(moved.ids) + 1:end]
-            self.cache.starts[slot], self.active[slot] = self.cache.starts[last], moved
+            self.cache.keys[:, slot] = self.cache.keys[:, last]
+            self.cache.values[:, slot] = self.cache.values[:, last]
+            self.cache.lengths[slot] = self.cache.lengths[last]
+            self.active[slot] = moved
 
-    def advance(self, slots: list[int], x) -> None:
-        """Choose the next token of these slots from their last states; those whose text has ended leave."""
-        requests, logits = [self.active[slot] for slot in slots], self.model.logits(x)
+    def advance(self, slots: list[int], logits) -> None:
+        """Choose the next token of these slots; those whose text has ended leave."""
+        requests = [self.active[slot] for slot in slots]
         ended = []
         for slot, request, row, token in zip(slots, requests, logits, choose(logits, requests).tolist()):
             score = None
@@ -425,8 +409,8 @@ def choose(logits, requests: list[Request]):
         if request.temperature > 0:
             alike[request.temperature, request.top_k, request.top_p].append(row)
     for settings, rows in alike.items():
-        points = [requests[row].random.random() for row in rows]
-        chosen[rows] = models.sample(logits[rows], *settings, points)
+        draws = torch.tensor([requests[row].random.random() for row in rows], device=logits.device)
+        chosen[rows] = models.sample(logits[rows], *settings, draws)
     return chosen
 
 
@@ -444,11 +428,11 @@ class Server(socketserver.ThreadingTCPServer):
     daemon_threads, allow_reuse_address, request_queue_size = True, True, 512
 
     def __init__(self, args, model, tokenizer):
-        self.args, self.tokenizer, self.context, self.answering = args, tokenizer, model.config.context, set()
+        self.args, self.tokenizer, self.context, self.answering = args, tokenizer, model.config.max_seq_len, set()
         self.name, self.key = os.path.basename(os.path.normpath(args.run)), os.environ.get("MINPHI_API_KEY", "")
-        self.local, weight = args.host in ("127.0.0.1", "localhost"), model.norm.weight
+        self.local, weight = args.host in ("127.0.0.1", "localhost"), model.model.norm.weight
         room = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        tokens = int(0.4 * room / (model.config.cache_bytes() * weight.element_size() / 2))  # 0.4: moving to a larger cache holds both
+        tokens = int(0.4 * room / (model.config.kv_cache_bytes() * model.dtype.itemsize / 2))  # 0.4: moving to a larger cache holds both
         self.engine = Engine(model, tokenizer, args.batch_size, args.queue, tokens)
         super().__init__((args.host, args.port), Handler)
 
@@ -954,11 +938,11 @@ def read_benchmark(name: str, limit: int | None = None) -> tuple[str, list[dict]
         raise FileNotFoundError(f"--eval {path}: no such file; make problems with python synth.py exercises, or fetch HumanEval.jsonl.gz")
     if os.path.isdir(path):
         files = sorted(glob.glob(f"{glob.escape(path)}/**/*.json", recursive=True))
-        records = ({**models._read_json(file), "task_id": os.path.relpath(file, path)} for file in files)
+        records = ({**models.read_json(file), "task_id": os.path.relpath(file, path)} for file in files)
     elif path.endswith((".jsonl", ".jsonl.gz")):
         records = data.read_jsonl(path)
     elif path.endswith(".json"):
-        records = models._read_json(path)
+        records = models.read_json(path)
     elif path.endswith(".csv"):
         with open(path, newline="", encoding="utf-8") as file:
             records = [row for row in csv.reader(file) if row]
@@ -990,7 +974,7 @@ class Answers:
     def __init__(self, args):
         self.rank, self.world, self.out, self.known = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.out, {}
         self.keys = set()  # of all that was asked
-        names = ("run", "dtype", "quantize", "draft", "lookup", "skip", "max_tokens", "temperature", "top_k", "top_p", "seed")
+        names = ("run", "dtype", "quantize", "skip", "max_tokens", "temperature", "top_k", "top_p", "seed")
         times = [os.path.getmtime(path) for path in sorted(glob.glob(f"{glob.escape(args.run)}/*.safetensors"))]
         self.stamp = [*times, *(getattr(args, name) for name in names)]
         for path in self.parts():
@@ -1032,7 +1016,7 @@ def write_texts(args, opened, asked: list[tuple[list[int], int]], until: str):
     Of a prompt that is too long the beginning is left out. A text depends on --seed, its prompt and its number, not
     on what is written beside it."""
     model, tokenizer, _ = opened
-    over, room = re.compile(until.encode()), max(model.config.context // 2, model.config.context - args.max_tokens)
+    over, room = re.compile(until.encode()), max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
 
     def answer(todo):
         # texts of one length together waste least; with the longest first, a lack of memory shows at once
@@ -1056,9 +1040,9 @@ def likelihoods(model, pairs: list[tuple[list[int], list[int]]]):
     """A function for Answers.collect: the log-probability of each pair's second part after its first, in nats, of which the beginning
     is left out where both do not fit the context. Pairs that differ in their last token only, such as the letters of options, share a pass."""
     def answer(todo):
-        rows, device = {}, model.norm.weight.device
+        rows, device = {}, model.device
         for i in todo:
-            rows.setdefault(tuple((pairs[i][0] + pairs[i][1])[-model.config.context - 1:-1]), []).append(i)
+            rows.setdefault(tuple((pairs[i][0] + pairs[i][1])[-model.config.max_seq_len - 1:-1]), []).append(i)
         rows = sorted(rows.items(), key=lambda row: -len(row[0]))
         few = max(1, 4096 // len(rows[0][0])) if rows else 1
         for begin in tqdm(range(0, len(rows), few), desc="reading", unit="batch", disable=None):
@@ -1103,7 +1087,7 @@ def score(problems: list[list[dict]]) -> dict:
 def read_texts(opened, answers: Answers, records) -> tuple[dict, list[dict]]:
     """-> bits per byte, and perplexities; and rows. Each token is predicted once, in disjoint windows, from all that fits before them."""
     model, tokenizer, _ = opened
-    pairs, owner, context = [], [], model.config.context
+    pairs, owner, context = [], [], model.config.max_seq_len
     for n, record in enumerate(records):
         ids = (tokenizer.bos or [tokenizer.eot]) + tokenizer.encode(record["text"])
         for begin in range(1, len(ids), context):
@@ -1241,7 +1225,7 @@ def evaluate(args) -> None:
             for path in answers.parts():
                 os.remove(path)
     if not answers.rank and args.json:
-        models._write_json(args.json, summaries if len(summaries) > 1 else summaries[0])
+        models.write_json(args.json, summaries if len(summaries) > 1 else summaries[0])
     if answers.world > 1:
         torch.distributed.barrier()
         sys.stdout.flush()
@@ -1252,9 +1236,7 @@ def evaluate(args) -> None:
 def main() -> None:
     args = options()
     try:
-        if args.bench:
-            models.decode_bench(args.bench, None if args.device == "auto" else args.device)
-        elif args.quantize and args.out and not args.eval:
+        if args.quantize and args.out and not args.eval:
             model, tokenizer, _ = open_model(args)
             models.save(model, tokenizer, args.out)
             print(f"{args.out}: {args.run} in {args.quantize}")

@@ -237,7 +237,7 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model, args, dtype):
     """Muon for the matrices of the blocks (or AdamW for all), AdamW for embedding, head and norms. lr is scaled by the schedule."""
-    hidden = [p for p in model.layers.parameters() if p.ndim == 2] if args.optimizer == "muon" else []
+    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2] if args.optimizer == "muon" else []
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
     groups = [{"params": [p for p in rest if p.ndim == 2], "weight_decay": args.weight_decay},
@@ -302,21 +302,31 @@ def compile_blocks(model, wanted, device):
         return "not compiled: no C++ compiler (g++ or clang++) found"
     if device.type == "mps" or device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return f"not compiled: no Triton for {device.type}"
-    for block in model.layers:  # forward alone: the hooks that gather a sharded block's weights stay outside
+    for block in model.model.layers:  # forward alone: the hooks that gather a sharded block's weights stay outside
         block.forward = torch.compile(block.forward, dynamic=False)
     return "blocks compiled"
 
 
 def flops_per_token(config, context):
     """Of forward and backward: 6 for each weight that multiplies, and attention over half a row on average."""
-    return 6 * (config.parameters() - (0 if config.tied else config.vocab_size * config.d_model)) + \
-        3 * config.attention_flops() * context // (2 * config.context)
+    return 6 * (config.num_parameters() - (0 if config.tie_embeddings else config.vocab_size * config.d_model)) + \
+        3 * config.attention_flops() * context // (2 * config.max_seq_len)
+
+
+def training_memory(config, tokens: int):
+    """Bytes that train.py takes on one GPU with `tokens` tokens in a micro-batch: fp32 weights, their bf16 copies for the products,
+    gradients, Muon's momentum for the blocks' matrices and AdamW's two moments for the rest, and what the backward pass needs."""
+    n, d, wide, kv = config.num_parameters(), config.d_model, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    hidden = (2 if config.family.activation == "gelu" else 3) * config.d_ff
+    matrices = config.n_layer * d * (2 * wide + 2 * kv + hidden)
+    return {"weights, fp32": 4 * n, "weights, bf16 copies": 2 * matrices, "gradients": 4 * n, "optimizer": 4 * matrices + 8 * (n - matrices),
+            "activations": 2 * tokens * config.n_layer * (4 * d + 2 * (wide + 2 * kv) + wide + hidden), "loss": 8 * tokens * config.vocab_size}
 
 
 def memory(config, args, world):
-    """{part: bytes on one GPU}: model.py's estimate for our options."""
-    tokens, n, ends = args.micro_batch * args.context, config.parameters(), config.vocab_size * config.d_model * (1 if config.tied else 2)
-    parts = models.training_memory(config, tokens)
+    """{part: bytes on one GPU}: training_memory for our options."""
+    tokens, n, ends = args.micro_batch * args.context, config.num_parameters(), config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    parts = training_memory(config, tokens)
     if args.optimizer == "adamw":
         parts["optimizer"] = 8 * n
     if args.recompute:  # what enters each block, and all of the one block whose turn it is
@@ -345,7 +355,7 @@ def dry_run(args, config):
     args.shard = args.shard and world > 1
     n_rows, mine = split_batch(args, world)
     parts = memory(config, args, world)
-    print(f"model    {config.parameters():,} parameters; context {args.context}, {n_rows:,} rows a step on {world} GPU{'s' * (world > 1)}, "
+    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {n_rows:,} rows a step on {world} GPU{'s' * (world > 1)}, "
           f"{args.micro_batch} at a time on each" + ", sharded" * args.shard + ", recomputed" * args.recompute)
     for part, size in {**parts, "all": sum(parts.values())}.items():
         print(f"  {part:26} {size / 1e9:10.2f} GB")
@@ -478,17 +488,17 @@ def choose_config(args, tokenizer):
             data.fail("--init takes a run's weights, --after its optimizer state too; give one of them")
         if shape or args.preset:
             data.fail(f"{option} {start} brings its own shape; leave out {', '.join('--' + n.replace('_', '-') for n in shape) or '--preset'}")
-        folder = models.locate(start)
+        folder = models.snapshot_download(start)
         if not os.path.isfile(os.path.join(folder, "config.json")):
             data.fail(f"{option} {start}: no model there (config.json is missing); give a run directory, a Hugging Face directory or a hub name")
         config = models.read_config(os.path.join(folder, "config.json"))
-        args.context = args.context or config.context
-        if args.context > config.context and not args.rope_theta:
-            data.fail(f"--context {args.context} is longer than the {config.context} tokens of {start}; lower it, or give a larger --rope-theta "
+        args.context = args.context or config.max_seq_len
+        if args.context > config.max_seq_len and not args.rope_theta:
+            data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of {start}; lower it, or give a larger --rope-theta "
                  f"than its {config.rope_theta:g} as well")
         if tokenizer and models.Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
             data.fail(f"{option} {start} has another tokenizer than the data; make the data again with data.py --tokenizer {start}")
-    return dataclasses.replace(config, context=max(args.context, config.context), rope_theta=args.rope_theta or config.rope_theta)
+    return dataclasses.replace(config, max_seq_len=max(args.context, config.max_seq_len), rope_theta=args.rope_theta or config.rope_theta)
 
 
 def split_batch(args, world):
@@ -540,12 +550,12 @@ def build(config, args, device, dtype, fresh):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         products = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32, cast_forward_inputs=False)
-        for block in model.layers:
+        for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=products)
         fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
-    if config.tied:
-        model.head.weight = model.embed.weight
+    if config.tie_embeddings:
+        model.tie_embeddings()
     if fresh:
         source = dict(whole().named_parameters()) if dist.get_rank() == 0 else {}
         for name, p in model.named_parameters():
@@ -640,7 +650,7 @@ def write_weights(run, model, tokenizer, step, sharded):
         keep = {"model.safetensors"}
     else:
         def part(tensors):  # as model.py sees a model that has these weights alone
-            return types.SimpleNamespace(config=model.config, norm=model.norm, modules=list, state_dict=lambda: tensors)
+            return types.SimpleNamespace(config=model.config, model=model.model, modules=list, state_dict=lambda: tensors)
         files, room, weight_map, sizes = [], 0, {}, {name: 4 * p.numel() for name, p in model.named_parameters()}
         for name, size in sizes.items():
             if room < size:
@@ -724,7 +734,9 @@ class Pretraining:
         return sum(float(weights.sum()) for *_, weights in rows)
 
     def collate(self, rows):
-        return collate(rows, self.args.context)
+        batch = collate(rows, self.args.context)
+        skip = getattr(self.args, "skip", None)
+        return (*batch, models.layers_of_targets(batch[1], batch[3], skip)) if skip else batch
 
     def entry(self, sums):
         """What log.jsonl says besides the loss, from the modules' tensors summed over steps and ranks."""
@@ -810,7 +822,6 @@ def train(args, kind=Pretraining):
     if getattr(args, "skip", None) and not (len(args.skip) == 3 and args.skip[0] <= config.n_layer):
         data.fail(f"--skip {':'.join(map(str, args.skip))} must be MAX:MIN:TOKENS with MAX at most the {config.n_layer} layers")
     model = build(config, args, device, dtype, fresh=not (state or before))
-    model.skip = getattr(args, "skip", None)
     model.train()
     found = optimizers(model, args, dtype)
     if state or before:
@@ -823,12 +834,12 @@ def train(args, kind=Pretraining):
     saved_step, state, before = (step if state else None), None, None
 
     peak = measure_peak(device, dtype)
-    say(f"model    {model.config.parameters():,} parameters: {model.config.n_layer} layers, {model.config.d_model} wide, {model.config.n_head} "
+    say(f"model    {model.config.num_parameters():,} parameters: {model.config.n_layer} layers, {model.config.d_model} wide, {model.config.n_head} "
         f"query and {model.config.n_kv_head} key/value heads, vocabulary {model.config.vocab_size}")
     say(f"data     {about}, {args.micro_batch} rows at a time" + (f" on each of {world} processes" if world > 1 else ""))
     say(f"device   {device}: products in {str(dtype)[6:]} ({reason}), peak {peak / 1e9:,.0f} GFLOP/s; {compile_blocks(model, args.compile, device)}")
     wrapped, work = module, flops_per_token(config, args.context)
-    for block in model.layers if args.recompute else ():
+    for block in model.model.layers if args.recompute else ():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if world > 1 and not args.shard:
         wrapped = DistributedDataParallel(module, device_ids=[local_rank] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -1169,7 +1180,7 @@ def main():
     paper = PAPERS.get(args.preset, {})
     parser.set_defaults(**paper)
     args = parser.parse_args()  # again: options given win over the paper
-    args.steps = args.steps or (round(models.SOURCES[args.preset][0] / args.batch_tokens) if args.preset in models.SOURCES and paper else 1000)
+    args.steps = args.steps or (round(models.TRAINING_TOKENS[args.preset] / args.batch_tokens) if args.preset in models.TRAINING_TOKENS and paper else 1000)
     if not args.data and not args.dry_run:
         given = [word for word in sys.argv[1:] if word != "--quick"]
         if given:
