@@ -50,6 +50,12 @@ from model import Config, Model, Tokenizer
 from synth import judge, judge_all, pack, unpack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+INHERITED = pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])  # the second is what `&` and some CI hand down
+
+
+def inherit(handler):
+    """A child's preexec_fn: its disposition of SIGINT, whatever these tests were started with."""
+    return lambda: signal.signal(signal.SIGINT, handler)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # kernels.py, model.py, sample.py
@@ -1386,11 +1392,12 @@ def test_long_chats_lose_their_oldest_turns():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@INHERITED
 @pytest.mark.parametrize("number,code", [(2, 130), (15, 143)])
-def test_server_stops_gracefully(tmp_path, number, code):
+def test_server_stops_gracefully(tmp_path, number, code, inherited):
     models.save(tiny(context=2048), Tokenizer.load("bytes"), tmp_path / "run")
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), "--run", str(tmp_path / "run"), "--serve", "--port", "0", "--device", "cpu"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
     url = process.stdout.readline().split("page at ")[1].split(",")[0]
     answers = []
     thread = threading.Thread(target=lambda: answers.append(requests.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 300, "temperature": 1})))
@@ -2614,18 +2621,20 @@ def test_nothing_stays(scratch):
     assert gone(scratch) and not os.listdir(scratch)
 
 
-@pytest.mark.parametrize("how", ["interrupt", "kill"])
+@INHERITED
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
-def test_interrupted(how, scratch):
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport synth\nfrom test_all import ADD\n"
-            "synth.judge_all([(ADD, '    while True: pass\\n')] * 9, timeout=30.0, workers=2)")
-    env = dict(os.environ, TMPDIR=str(scratch))
-    process = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))], env=env, stderr=subprocess.DEVNULL)
+def test_interrupted(number, code, inherited, scratch):
+    program = (f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
+               "data.command()(lambda: synth.judge_all([problem] * 9, timeout=30.0, workers=2))()")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, env=dict(os.environ, TMPDIR=str(scratch)), stderr=subprocess.DEVNULL,
+                               preexec_fn=inherit(inherited))
     while len(processes(scratch)) < 8:  # two of each: server, keeper, tests, program
+        assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
-    process.wait(5)
-    assert gone(scratch) and (how == "kill" or not os.listdir(scratch))
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert gone(scratch) and (number == signal.SIGKILL or not os.listdir(scratch))
 
 
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
@@ -2806,7 +2815,8 @@ def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path)
     assert len(records(tmp_path / "o.jsonl")) == 410 and len(teacher.seen) < before + 30
 
 
-def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
+@INHERITED
+def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inherited):
     teacher.answer = lambda question, n: time.sleep(0.01) or talk(n)
     command = [sys.executable, os.path.join(HERE, "synth.py"), "chat", "--teacher", teacher.url, "--count", "300", "--concurrency", "8", "--out", "o.jsonl"]
     ledger = tmp_path / "o.jsonl.paid.jsonl"
@@ -2819,8 +2829,9 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
     with open(ledger, "ab") as file:
         file.write(b'{"key": "half a li')
     before = ledger.read_bytes()
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
     while ledger.read_bytes().count(b"\n") < 200:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # waits for what is under way
     assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl")) >= 200
@@ -3296,6 +3307,36 @@ def test_training_refuses_bad_input_in_one_line(mini):
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
     done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
     assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every command
+
+def catches(pid, *numbers):
+    """Whether the process has handlers of its own for these signals."""
+    with open(f"/proc/{pid}/status") as file:
+        caught = int(next(line for line in file if line.startswith("SigCgt")).split()[1], 16)
+    return all(caught >> number - 1 & 1 for number in numbers)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@INHERITED
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", [
+    ["-c", "import data, time; data.command('nothing is lost')(lambda: time.sleep(60))()"], ["model.py", "--bench", "baby"],
+    pytest.param(["kernels.py", "--compile"], marks=pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed"))])
+def test_commands_end_on_signals(command, number, code, inherited):
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
+    try:
+        while not catches(process.pid, signal.SIGINT, signal.SIGTERM):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in told, told
+        assert "-c" not in command or number != signal.SIGINT or "nothing is lost" in told
+    finally:
+        process.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4793,6 +4834,6 @@ EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "qu
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
-        EXPERIMENTS[sys.argv[1]]()
+        data.command()(EXPERIMENTS[sys.argv[1]])()
     else:
         data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
