@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import itertools
 import json
 import math
@@ -51,6 +52,15 @@ from synth import judge, judge_all, pack, unpack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 INHERITED = pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])  # the second is what `&` and some CI hand down
+
+
+def needs(*packages):
+    """For tests against peers: they skip where a package is missing. `-k peers` runs these and no others, and .ci/run sees that none skips."""
+    def mark(test):
+        test.peers = packages
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")(test)
+    return mark
 
 
 def inherit(handler):
@@ -1286,6 +1296,7 @@ def test_other_doors(served):
 
 def test_who_leaves_frees_the_place(served):
     engine = served.server.engine
+    assert len(served.model.generate([served.tokenizer.encode("a")], 100, stop=served.tokenizer.stops)[0]) == 100  # so long if nobody left
     slow, hidden = threading.Event(), served.model.hidden
 
     def wait_a_little(*args, **more):
@@ -1293,18 +1304,18 @@ def test_who_leaves_frees_the_place(served):
         return hidden(*args, **more)
     served.model.hidden = wait_a_little
     try:
-        body = json.dumps({"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 1, "seed": 3}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 0}).encode()
         connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
         for n, connection in enumerate(connections):
             connection.request("POST", "/v1/completions", body if n else body.replace(b'"ignored": 1', b'"stream": true'))
         while len(engine.active) < 3:
             time.sleep(0.01)
+        joined = list(engine.active)
         for connection in connections:
             connection.sock.close()
-        end = time.monotonic() + 4
-        while engine.active and time.monotonic() < end:
+        while engine.active:  # those who stay leave the batch too, with their last token
             time.sleep(0.01)
-        assert not engine.active and all(len(r.ids) < 100 for r in engine.active)
+        assert all(request.left and len(request.ids) - request.prompt_tokens < request.limit for request in joined)
     finally:
         slow.set()
         del served.model.hidden
@@ -1323,31 +1334,26 @@ def test_a_failed_step_is_told_and_survived(served):
     assert requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
-def test_many_clients_some_leaving_some_malformed(served):
-    outcomes, expected = [], {}
+def test_many_clients_some_leaving_some_malformed(served, monkeypatch):
+    expected = {}
     for n in range(4):
         ids = served.tokenizer.encode(f"prompt {n}")
         expected[n] = served.tokenizer.decode([i for i in served.model.generate([ids], 12, stop=served.tokenizer.stops)[0] if i not in served.tokenizer.stops])
-    served.server.engine.queue_size = 1000
 
     def client(n):
-        if n % 3 == 0:      # leaves midway
+        if n % 3 == 0:  # leaves midway
             connection = http.client.HTTPConnection("127.0.0.1", served.port)
             connection.request("POST", "/v1/completions", json.dumps({"prompt": "b" * (n % 60 + 1), "max_tokens": 60, "temperature": 1, "stream": n % 2 == 0}))
             time.sleep(0.02)
             connection.close()
         elif n % 7 == 0:
-            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code in (400, 413)
+            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code == 400
         else:
             answer = requests.post(served.url + "/v1/completions", json={"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}).json()
-            outcomes.append(answer["choices"][0]["text"] == expected[n % 4])
-    threads = [threading.Thread(target=client, args=(n,)) for n in range(80)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    served.server.engine.queue_size = 4
-    assert outcomes and all(outcomes)
+            assert answer["choices"][0]["text"] == expected[n % 4]
+    monkeypatch.setattr(served.server.engine, "queue_size", 1000)
+    with ThreadPoolExecutor(80) as pool:
+        assert len(list(pool.map(client, range(80)))) == 80  # raises what a client raised
 
 
 def test_official_client(served):
@@ -1358,7 +1364,10 @@ def test_official_client(served):
     whole_ = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True))
     assert whole_.choices[0].message.content == text and len(whole_.choices[0].logprobs.content[0].top_logprobs) == 2
-    assert client.completions.create(model="talk", prompt="a", max_tokens=3, stop=["\n"], seed=1).choices[0].finish_reason in ("stop", "length")
+    plain = dict(model="talk", prompt="a", temperature=0)
+    uncut = client.completions.create(**plain, max_tokens=9).choices[0]
+    cut = client.completions.create(**plain, max_tokens=9, stop=[uncut.text[-1]]).choices[0]
+    assert (uncut.finish_reason, cut.finish_reason, cut.text) == ("length", "stop", uncut.text.split(uncut.text[-1])[0])
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(**{**ask, "temperature": 3})
 
@@ -2329,17 +2338,29 @@ def test_ranks_workers_and_ranges_of_hashes_change_nothing(tmp_path, monkeypatch
 def test_a_killed_command_goes_on(tmp_path):
     (tmp_path / "in").mkdir()
     arguments = corpus(tmp_path / "in")
-    program = ("import os, sys, data\nload = data.Work.run\n"
-               "def run(self, stage, n, make):\n    if stage == sys.argv[1]:\n        load(self, stage, 1, make)\n        os.kill(os.getpid(), 9)\n    return load(self, stage, n, make)\n"
-               f"data.Work.run = run\ndata.split_files = lambda files: [[file] for file in files]\ndata.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})")
+    program = f"""
+import os, sys, data
+load = data.Work.run
+def run(self, stage, n, make):
+    def logged(i):
+        print(stage, i, flush=True)
+        return make(i)
+    if stage == sys.argv[1]:
+        load(self, stage, 1, logged)
+        os.kill(os.getpid(), 9)
+    return load(self, stage, n, logged)
+data.Work.run = run
+data.split_files = lambda files: [[file] for file in files]
+data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})
+"""
     start = lambda stage: subprocess.run([sys.executable, "-c", program, stage], cwd=os.path.dirname(data.__file__), capture_output=True, text=True)
-    for stage in ("documents", "tokens"):
-        assert start(stage).returncode == -signal.SIGKILL
-    work, = (tmp_path / "out").iterdir()
-    made = (work / "documents" / "0" / "text.npy").stat().st_mtime_ns
-    done = start("never")
+    *killed, done = map(start, ("documents", "tokens", "never"))
+    assert [one.returncode for one in killed] == [-signal.SIGKILL] * 2
     assert done.returncode == 0 and os.listdir(tmp_path / "out") == ["web"], done.stderr
-    assert made < time.time_ns() and data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
+    made = [set(line for line in one.stdout.splitlines() if line.split()[0] in ("documents", "tokens")) for one in (*killed, done)]
+    assert made[0] == {"documents 0"} and "tokens 0" in made[1] and len(made[2]) > 0
+    assert not (made[0] & made[1] or made[1] & made[2] or made[0] & made[2])  # what was there is not made again
+    assert data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
 
 
 def test_millions_of_signatures_are_compared_in_little_memory(tmp_path):
@@ -2559,14 +2580,12 @@ def test_mbpp():
 
 
 def test_limits():
-    started = time.monotonic()
     bodies = ["    while True: pass\n", "    import time; time.sleep(60)\n", "    return [0] * 10**9\n", "    return 'x' * (20 << 20)\n",
               "    return iter(int, 1)\n", "    return 0\nwhile True: pass\n", "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n"]
     verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
     assert not any(v.passed for v in verdicts)
     assert [v.reason for v in verdicts[:4]] == ["timed out", "timed out", "out of memory", f"gave an answer of {(20 << 20) + 13} bytes"]
     assert verdicts[5].reason == "timed out", verdicts  # and how endless recursion ends depends on the version of Python
-    assert time.monotonic() - started < 12
     assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
     assert not judge(dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0).passed
     with pytest.raises(ValueError, match="timeout"):
@@ -2639,13 +2658,16 @@ def test_interrupted(number, code, inherited, scratch):
 
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
 def test_killed_worker_is_replaced(scratch):
+    killed = []
+
     def kill():
         while len(processes(scratch)) < 6:  # both workers are up and run a problem
             time.sleep(0.01)
-        os.kill(min(processes(scratch)), signal.SIGKILL)
+        killed.append(min(processes(scratch)))
+        os.kill(killed[0], signal.SIGKILL)
     threading.Thread(target=kill, daemon=True).start()
     assert all(v.passed for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2))
-    assert gone(scratch) and not os.listdir(scratch)
+    assert killed and gone(scratch) and not os.listdir(scratch)
 
 
 @pytest.mark.skipif(HUMANEVAL is None, reason="HUMANEVAL names no file")
@@ -2664,7 +2686,7 @@ def test_speed():
     verdicts = judge_all([(ADD, "    return a + b\n" if i % 2 else "    return a\n") for i in range(1000)])
     seconds = time.monotonic() - started
     print(f"1,000 problems in {seconds:.1f} s")
-    assert [v.passed for v in verdicts] == [i % 2 == 1 for i in range(1000)] and seconds < 30
+    assert [v.passed for v in verdicts] == [i % 2 == 1 for i in range(1000)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2879,13 +2901,14 @@ def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
     assert "### User" in told and "about 40 questions" in told and not teacher.seen
 
 
-def test_rate_limit_is_shared_by_threads():
+def test_rate_limit_is_shared_by_threads(monkeypatch):
+    monkeypatch.setattr(synth.time, "monotonic", lambda: 100.0)
     args = collections.namedtuple("Args", "teacher judge dry_run max_tokens max_usd price_in price_out requests_per_minute tokens_per_minute max_answer")
     desk, asked = synth.Desk(args([], [], False, 0, 0, 0, 0, 600, 60_000, 10), ""), synth.Teacher("builtin")
     waits, desk.pause = [], lambda seconds: waits.append(seconds)
     for size in (10, 10, 1000):
         desk.admit(asked, size)
-    assert [round(w, 1) for w in waits] == [0.0, 0.1, 0.2] and round(asked.free_at - time.monotonic(), 1) == 1.2
+    assert waits == pytest.approx([0.0, 0.1, 0.2]) and asked.free_at == pytest.approx(101.2)
 
 
 def test_a_question_at_fault_is_left_out(teacher, tmp_path):
