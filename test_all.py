@@ -1,7 +1,8 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
-Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
-environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions.
+Where transformers, tokenizers, safetensors, openai, trl, scikit-learn and pyarrow are installed, ours is compared with them; where not,
+those tests skip, and `-k peers` runs them alone. HUMANEVAL=FILE in the environment (HumanEval.jsonl.gz) lets the sandbox judge that
+benchmark's own solutions.
 """
 import base64
 import collections
@@ -452,8 +453,9 @@ def test_tokenizer_round_trip(tmp_path):
         Tokenizer({b"a": 0})
 
 
+@needs("tokenizers")
 def test_tokenizer_equals_tokenizers_library(tmp_path):
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     tok, rng = small_tokenizer(), random.Random(1)
     tok.save(str(tmp_path))
     reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -520,8 +522,9 @@ def test_sharded_and_broken_directories(tmp_path):
             model.load(tmp_path)
 
 
+@needs("safetensors")
 def test_safetensors_equals_the_library(tmp_path):
-    st = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as st
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3), "d": torch.zeros(0, 2), "é": torch.ones(3, dtype=torch.bool)}
     model.write_safetensors(str(tmp_path / "x.safetensors"), tensors)
     theirs = st.load_file(tmp_path / "x.safetensors")
@@ -530,9 +533,10 @@ def test_safetensors_equals_the_library(tmp_path):
     assert all(torch.equal(theirs[k], v) and torch.equal(ours[k], v) and ours[k].dtype == v.dtype and ours[k].shape == v.shape for k, v in tensors.items())
 
 
+@needs("transformers")
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     m, tok = tiny(vocab_size=320, tied=tied), small_tokenizer()
     model.save(m, tok, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -572,9 +576,10 @@ FAMILY_CHECKPOINTS = {  # transformers' class and what is particular in its conf
 }
 
 
+@needs("transformers")
 @pytest.mark.parametrize("name", FAMILY_CHECKPOINTS)
 def test_checkpoints_of_transformers_and_back(tmp_path, name):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     kind, change = copy.deepcopy(FAMILY_CHECKPOINTS[name])  # transformers writes into what it is given
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**dict(
@@ -665,7 +670,7 @@ def flagged(names, **flags):
 
 def sentencepiece_files(path, texts, normalizer, splitter, special):
     """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge, in order of the pieces."""
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     trained = hf.Tokenizer(hf.models.BPE())
     trained.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
     trained.train_from_iterator(texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False))
@@ -695,6 +700,7 @@ SPACES = {  # how the leading space comes about: Llama 2 and phi-3, newer conver
     "never": (REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})}
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     texts = [open(data.__file__).read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
@@ -732,9 +738,10 @@ CHATS = {  # the format of each family, from its documentation
 }
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("family", CHATS)
 def test_chat_formats(tmp_path, family):
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     names, flags, text, end = CHATS[family]
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
@@ -763,9 +770,10 @@ def test_chat_formats(tmp_path, family):
     assert {tok.special[name] for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>") if name in names} < {*tok.stops} or family == "phi-2"
 
 
+@needs("tokenizers")
 def test_older_tokenizer_files(tmp_path):
     """codegen's vocab.json and merges.txt with its added runs of spaces, and phi-3-small's *.tiktoken."""
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     small = small_tokenizer()
     dense = {t: i for i, t in enumerate(sorted(small.ranks, key=small.ranks.get))}
     chars = {"".join(model.BYTE_TO_CHAR[b] for b in t): i for t, i in dense.items()}
@@ -1356,8 +1364,9 @@ def test_many_clients_some_leaving_some_malformed(served, monkeypatch):
         assert len(list(pool.map(client, range(80)))) == 80  # raises what a client raised
 
 
+@needs("openai")
 def test_official_client(served):
-    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    import openai
     client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
     assert client.models.list().data[0].id == "talk"
     ask = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
@@ -1848,9 +1857,10 @@ def test_bpe_edge_cases():
         data.train_bpe(["x"], 100)
 
 
+@needs("regex")
 def test_split_pattern_agrees_with_tiktoken():
     """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads there."""
-    regex = pytest.importorskip("regex")
+    import regex
     for text in (HARD_TEXT, open(data.__file__).read()[:20000], open(model.__file__).read().encode("ascii", "ignore").decode()[:20000]):
         counts = data.count_pretokens([text])
         pieces = regex.findall(model.PATTERN, text)
@@ -2105,8 +2115,9 @@ def test_forest_edge_cases_and_file(tmp_path):
             data.RandomForest().fit(X, y)
 
 
+@needs("sklearn")
 def test_forest_is_as_good_as_scikit_learns():
-    ensemble = pytest.importorskip("sklearn.ensemble", reason="scikit-learn is not installed")
+    from sklearn import ensemble
     rng = np.random.default_rng(3)
     X = rng.normal(size=(6000, 16)).astype(np.float32)
     y = (X[:, 0] * X[:, 1] + X[:, 2] + rng.normal(size=6000) > 0).astype(int)
@@ -2281,15 +2292,17 @@ def test_a_url_is_fetched_once(tmp_path, monkeypatch):
     assert asked == ["/some/pages.jsonl?x=1"]
 
 
-def test_parquet_where_pyarrow_is_installed(tmp_path, monkeypatch):
+def test_parquet_names_the_package_that_is_missing(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     drop = Counter()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert not list(data.read_documents(data.find_files([tmp_path], drop), drop)) and "pip install pyarrow" in next(iter(drop))
-    monkeypatch.undo()
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    import pyarrow
-    parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet")
+
+
+@needs("pyarrow")
+def test_parquet(tmp_path):
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet")
     assert [d["text"] for d in data.read_documents(data.find_files([tmp_path], Counter()), Counter())] == ["a", "b"]
 
 
@@ -2444,7 +2457,7 @@ def test_report_is_one_page(tmp_path):
 
 ADD = dict(task_id="add", prompt="def add(a, b):\n", entry_point="add", canonical_solution="    return a + b\n",
            test="# token-4711 \ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(20, 30) == 50\n")
-HUMANEVAL = os.environ.get("HUMANEVAL")  # path of HumanEval.jsonl.gz: its own solutions are judged
+HUMANEVAL = os.environ.get("HUMANEVAL", "")  # path of HumanEval.jsonl.gz: its own solutions are judged
 LINUX = sys.platform == "linux"
 CONTAINED = LINUX and judge(ADD, "    import os; assert os.getpid() == 2; return a + b\n").passed
 
@@ -2670,7 +2683,7 @@ def test_killed_worker_is_replaced(scratch):
     assert killed and gone(scratch) and not os.listdir(scratch)
 
 
-@pytest.mark.skipif(HUMANEVAL is None, reason="HUMANEVAL names no file")
+@pytest.mark.skipif(not os.path.isfile(HUMANEVAL), reason=f"HUMANEVAL={HUMANEVAL} in the environment names no file")
 def test_humaneval():
     with gzip.open(HUMANEVAL, "rt") as f:
         problems = [json.loads(line) for line in f]
@@ -3795,16 +3808,23 @@ def test_hugging_face_round_trip(tmp_path, form):
     assert again.config == large.config, [(f.name, getattr(again.config, f.name), getattr(large.config, f.name)) for f in dataclasses.fields(Config)]
     x = torch.randint(300, (1, 40))
     assert torch.equal(again(x), large(x))
-    if form == "phi3small":
-        return
-    transformers = pytest.importorskip("transformers")
+
+
+@needs("transformers")
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "phi3small"])  # which transformers does not have
+def test_transformers_opens_what_has_grown(tmp_path, form):
+    import transformers
+    large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
+    models.save(large, None, tmp_path)
+    x = torch.randint(300, (1, 40))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert (theirs(x).logits - large(x)).abs().max() < 1e-4 * large(x).abs().max()
 
 
+@needs("transformers")
 @pytest.mark.parametrize("family", ["phi", "phi3"])
 def test_padded_heads_in_hugging_face(tmp_path, family):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     source = tiny(family=family, n_head=4, n_kv_head=4, rotary_share=0.5)
     large = grow.grow(source, d_model=60, n_head=4)
     assert large.config.head_dim == 15 and large.config.rotary_dims == 6
@@ -3895,8 +3915,9 @@ def test_command(source, tmp_path, capsys):
     assert m.config.context == 256 and m.config.original_context == 64 and m.config.d_model == 96
 
 
+@needs("transformers")
 def test_context_in_hugging_face(source, tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     for family, rope in (("phi3", "yarn"), ("phi3", "ntk"), ("llama", "yarn"), ("phi", "yarn")):
         folder = tmp_path / (family + rope)
         models.save(tiny(family=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
@@ -4150,7 +4171,8 @@ def plain_log_probs(model, ids, start):
 
 def peer(tmp_path, trainer, **options):
     """TRL's trainer over a tiny model of ours that transformers has opened, in fp32 on the CPU; and the same model here."""
-    trl, datasets = pytest.importorskip("trl", reason="TRL is not installed"), pytest.importorskip("datasets")
+    import datasets
+    import trl
     from transformers import PreTrainedTokenizerFast
     model, tokenizer = tiny(vocab_size=320, context=96), Tokenizer.load("bytes")
     models.save(model, tokenizer, str(tmp_path / "model"))
@@ -4170,6 +4192,7 @@ def assert_same_gradients(ours, theirs):
         torch.testing.assert_close(tensor, grads[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@needs("trl", "datasets")
 def test_dpo_equals_trl(tmp_path):
     theirs, ours = peer(tmp_path, "DPO", beta=0.3)
     answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
@@ -4193,6 +4216,7 @@ def test_dpo_equals_trl(tmp_path):
     assert_same_gradients(ours, theirs.model)
 
 
+@needs("trl", "datasets")
 @pytest.mark.parametrize("normalize, theirs", [("token", "bnpo"), ("sequence", "grpo"), ("constant", "dr_grpo")])
 def test_grpo_equals_trl(tmp_path, normalize, theirs):
     trainer, ours = peer(tmp_path, "GRPO", beta=0.05, loss_type=theirs, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.28, max_completion_length=10, num_generations=2, temperature=0.7)
