@@ -6,6 +6,7 @@ benchmark's own solutions.
 """
 import base64
 import collections
+import contextlib
 import copy
 import dataclasses
 import gzip
@@ -83,21 +84,42 @@ def tiny(seed=0, **change):
     return m
 
 
+@contextlib.contextmanager
+def in_double():
+    """Here everything is computed in fp64 of fp64 numbers: softmax, norms and logits are otherwise in fp32 by design."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def assert_as_exact(got, eager, exact, length, what=""):
+    """At most twice as far from exact, which is in fp64, as plain PyTorch's result is, and beyond that what rounding in fp32 explains: sums of
+    `length` terms go astray by the root of their number, and the worst of many results by some four times that, in any order of adding up."""
+    assert exact.dtype == torch.float64
+    error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
+    size = exact.abs().max().item()
+    assert size > 0 and error <= 2 * allowed + 4 * length ** 0.5 * EPS * size, (what, error, allowed, size)
+
+
 # ------------------------------------------------------------------ kernels
 
 @pytest.mark.parametrize("T,S,causal", [(7, 7, True), (1, 13, False), (5, 13, True)])
 def test_attention_matches_repeated_heads(T, S, causal):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 6, T, 8) * 3, torch.randn(3, 2, S, 8), torch.randn(3, 2, S, 8)
-    scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
     keep = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
-    want = scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    assert (kernels.attention(q, k, v, causal=causal) - want).abs().max() < 1e-5
-    assert (kernels.attention(q, k, v, mask=keep) - want).abs().max() < 1e-5
+
+    def plainly(q, k, v):
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
+        return scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
+    eager, exact = plainly(q, k, v), plainly(q.double(), k.double(), v.double())
     additive = torch.zeros(3, 1, T, S).masked_fill(~keep, -torch.inf)
-    assert (kernels.attention(q, k, v, mask=additive) - want).abs().max() < 1e-5
     for mask, flag in ((keep, False), (additive, False), (None, causal)):
-        assert (kernels.attention_reference(q, k, v, mask, causal=flag) - want).abs().max() < 1e-5
+        for function in (kernels.attention, kernels.attention_reference):
+            assert_as_exact(function(q, k, v, mask, causal=flag), eager, exact, S)
 
 
 def test_loss_weights_and_all_ignored():
@@ -136,13 +158,14 @@ def test_init_is_seeded_and_scaled():
     assert abs(a.embed.weight.std() - 0.02) < 2e-3 and abs(a.layers[0].down.weight.std() - 0.01) < 1e-3
 
 
-def test_documents_do_not_see_each_other():
-    m, x = tiny(), torch.randint(300, (2, 20))
+@torch.no_grad()
+def test_documents_do_not_see_each_other(double):
+    m, x = tiny().double(), torch.randint(300, (2, 20))
     documents = torch.tensor([[0] * 8 + [1] * 12, [5] * 20])
     together = m(x, documents)
-    assert (together[:1, :8] - m(x[:1, :8])).abs().max() < 1e-4
-    assert (together[:1, 8:] - m(x[:1, 8:])).abs().max() < 1e-4   # rotary positions are relative
-    assert (together[1:] - m(x[1:])).abs().max() < 1e-4
+    assert (together[:1, :8] - m(x[:1, :8])).abs().max() < 1e-9
+    assert (together[:1, 8:] - m(x[:1, 8:])).abs().max() < 1e-6  # rotary positions are relative, up to their tables in fp32
+    assert (together[1:] - m(x[1:])).abs().max() < 1e-9
     assert (together[:1, 8:] - m(x[:1])[:, 8:]).abs().max() > 1e-2
 
 
@@ -170,28 +193,29 @@ def test_block_compiles_without_breaks(documents):
     m, x = tiny(), torch.randint(300, (2, 16))
     d = torch.arange(16).expand(2, 16) // 5 if documents else None
     eager = m(x, d)
+    with in_double():
+        exact = tiny().double()(x, d)
     for block in m.layers:
         block.compile(dynamic=False, fullgraph=True)
-    assert (m(x, d) - eager).abs().max() < 1e-3
+    assert_as_exact(m(x, d), eager, exact, 64)
     assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate([[1, 2, 3], [4]], 5)  # and generation does not go through it
 
 
 # ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
 
-def compare(ours, reference, inputs, dtype, tolerance=2e-6):
-    """Outputs and all gradients for random upstream gradients: at most twice as far from the fp32 reference as plain PyTorch is."""
+def compare(ours, reference, inputs, dtype, length):
+    """Outputs and all gradients for random upstream gradients, against fp64."""
     results = []
-    for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float32)):
+    for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float64)):
         xs = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
-        ys = function(*xs)
+        with in_double() if to == torch.float64 else contextlib.nullcontext():
+            ys = function(*xs)
         ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y is not None]
         torch.manual_seed(1)
         torch.autograd.backward(ys, [torch.randn(y.shape).to(dtype).to(y.dtype) for y in ys])
         results.append([*ys, *(x.grad for x in xs)])
     for n, (got, eager, exact) in enumerate(zip(*results, strict=True)):
-        size = exact.float().abs().max().item()
-        error, allowed = ((y.float() - exact).abs().max().item() for y in (got, eager))
-        assert size > 0 and error <= 2 * allowed + tolerance * size + 1e-7, (n, error, allowed, size)
+        assert_as_exact(got, eager, exact, length, f"result {n}")
 
 
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that test_kernels_under_the_interpreter starts")
@@ -216,7 +240,7 @@ def test_interpreted_attention(dtype, D, T, window, packed, sparse):
     def heads_first(function):
         return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v)))
     compare(heads_first(lambda q, k, v: kernels.attention(q, k, v, bounds, D ** -0.5 * 1.3, bounds is None, sparse)),
-            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype)
+            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype, max(D, T))
 
 
 @interpreted
@@ -229,9 +253,11 @@ def test_interpreted_decoding_and_continued_prompts(dtype, S):
         q, k, v = torch.randn(2, 6, T, D).to(dtype), torch.randn(2, 2, S, D).to(dtype), torch.randn(2, 2, S, D).to(dtype)
         lows = torch.minimum(low[:, None], torch.arange(S))
         mask = kernels.interval_mask(lows[:, S - T:], S)
-        exact, eager = kernels.attention_reference(q.float(), k.float(), v.float(), mask), kernels.attention_reference(q, k, v, mask)
         got = kernels.attention(q, k, v, torch.stack((lows, lows)).int())
-        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2e-6
+        eager = kernels.attention_reference(q, k, v, mask)
+        with in_double():
+            exact = kernels.attention_reference(q.double(), k.double(), v.double(), mask)
+        assert_as_exact(got, eager, exact, max(D, S))
 
 
 @interpreted
@@ -239,13 +265,13 @@ def test_interpreted_decoding_and_continued_prompts(dtype, S):
 def test_interpreted_norms_rotary_and_activations(dtype):
     torch.manual_seed(0)
     x, add, w, b = torch.randn(5, 7, 123) * 3, torch.randn(5, 7, 123), torch.rand(123) + 0.5, torch.randn(123)
-    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype)
-    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype)
-    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype)
+    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype, 123)
+    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype, 123)
+    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype, 123)
     compare(lambda x, a, w, b: kernels.layer_norm(x, w, b, 1e-5, a), lambda x, a, w, b: (kernels.layer_norm_reference(x + a, w, b, 1e-5), x + a),
-            (x, add, w, b), dtype)
+            (x, add, w, b), dtype, 123)
     for name in ("swiglu", "geglu", "geglu_clamped"):
-        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 1e-5)
+        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 16)
     angle = torch.randn(9, 6) * 3
     cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
     for cos, sin in ((cos, sin), [torch.stack((table, table.flip(0)))[:, None] for table in (cos, sin)]):
@@ -253,7 +279,7 @@ def test_interpreted_norms_rotary_and_activations(dtype):
             x = qkv.view(2, 9, 7, 20).transpose(1, 2)
             qk = kernels.rotary_reference(x[:, :5], cos, sin)
             return qk[:, :3], qk[:, 3:], x[:, 5:]
-        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype)
+        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype, 2)
 
 
 @interpreted
@@ -266,7 +292,7 @@ def test_interpreted_loss(dtype, biased, z_loss):
     bias = [torch.randn(123)] if biased else []
     compare(lambda h, w, *b: kernels.cross_entropy(h[None], w, targets[None], weights[None], *(b or [None]), z_loss)[0],
             lambda h, w, *b: kernels.linear_cross_entropy_reference(h, w, targets, weights * (targets >= 0), *(b or [None]), z_loss),
-            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 1e-5)
+            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 123)
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     total, count = kernels.cross_entropy(hidden, torch.randn(11, 8), torch.full((1, 4), -1))
     total.backward()
@@ -280,9 +306,10 @@ def test_interpreted_quantized_products(dtype, bits):
     torch.manual_seed(0)
     weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
     packed, scale, low = kernels.quantize(weight, bits, 32)
-    exact = kernels.quantized_matmul_reference(x.float(), packed, scale, low, bits)
-    error, allowed = ((function(x, packed, scale, low, bits) - exact).abs().max() for function in (kernels.quantized_matmul, kernels.quantized_matmul_reference))
-    assert error <= 2 * allowed + 3e-6 * exact.abs().max()
+    got, eager = (function(x, packed, scale, low, bits) for function in (kernels.quantized_matmul, kernels.quantized_matmul_reference))
+    with in_double():
+        exact = kernels.quantized_matmul_reference(x.double(), packed, scale, low, bits)
+    assert_as_exact(got, eager, exact, 128)
 
 
 @interpreted
@@ -370,11 +397,11 @@ def test_cached_equals_uncached_in_ragged_batches():
     assert m.generate([], 3) == []
 
 
-def test_cache_logits():
-    m, x = tiny(), torch.randint(300, (2, 20))
-    cache = model.Cache(m.config, [0, 0], 20, "cpu", torch.float32)
+def test_cache_logits(double):
+    m, x = tiny().double(), torch.randint(300, (2, 20))
+    cache = model.Cache(m.config, [0, 0], 20, "cpu", torch.float64)
     parts = torch.cat([m(x[:, :9], cache=cache), m(x[:, 9:14], cache=cache), *(m(x[:, t:t + 1], cache=cache) for t in range(14, 20))], 1)
-    assert (parts - m(x)).abs().max() < 1e-3
+    assert (parts - m(x)).abs().max() < 1e-9
 
 
 def test_stream_seed_and_filters():
@@ -558,7 +585,8 @@ def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
     assert hf.eos_token_id == tok.eot
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # and back, in transformers' own dialect, sharded
     again, none = model.load(tmp_path / "theirs", device="cpu")
-    assert none is None and again.config == m.config and (again(x) - ours).abs().max() < 1e-5
+    assert none is None and again.config == m.config
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), m.state_dict().values(), strict=True))
 
 
 LONG = dict(rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]), original_max_position_embeddings=32,
@@ -968,19 +996,19 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_in_cpp_equals_the_blocks(form, dtype, monkeypatch):
     m = sharp(form).to(dtype)
-    tokens, outs, errors = torch.randint(97, (3, 29)), [], []
+    tokens, outs = torch.randint(97, (3, 29)), []
     for available in (True, False):
         if not available:
             monkeypatch.setattr(kernels, "native", lambda: None)
         with torch.no_grad():
             cache = models.Cache(m.config, [0, 2, 5], 40, "cpu", dtype)  # the last rows are padded on the left
             outs.append(torch.cat([m(tokens[:, a:b], cache=cache) for a, b in ((0, 20), (20, 24), *((i, i + 1) for i in range(24, 29)))], 1)[:, 5:])
-    m = m.float()
-    with torch.no_grad():
-        cache = models.Cache(m.config, [0, 2, 5], 40, "cpu", torch.float32)
+    with torch.no_grad(), in_double():
+        m = m.double()
+        cache = models.Cache(m.config, [0, 2, 5], 40, "cpu", torch.float64)
         exact = torch.cat([m(tokens[:, :20], cache=cache), m(tokens[:, 20:], cache=cache)], 1)[:, 5:]
-    errors = [(out - exact).abs().max() for out in outs]
-    assert exact.std() > 0.05 and errors[0] <= 2 * errors[1] + 1e-5 * exact.abs().max()
+    assert exact.std() > 0.05
+    assert_as_exact(*outs, exact, 96)
 
 
 @native
@@ -3199,12 +3227,13 @@ def test_batches_hold_the_right_targets_and_weights():
         assert set(w) <= {0.0, 0.25, 1.0}
 
 
-def test_documents_in_a_row_do_not_see_each_other():
+def test_documents_in_a_row_do_not_see_each_other(double):
     torch.manual_seed(0)
-    model = tiny()
+    model = tiny().double()
     a, b = torch.randint(0, 60, (1, 9)), torch.randint(0, 60, (1, 7))
     packed = model(torch.cat([a, b], 1), torch.tensor([[0] * 9 + [1] * 7]))
-    torch.testing.assert_close(packed, torch.cat([model(a), model(b)], 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[:, :9], model(a), rtol=0, atol=1e-9)
+    torch.testing.assert_close(packed[:, 9:], model(b), rtol=0, atol=1e-6)  # at other positions, by tables in fp32
 
 
 def test_muon_orthogonalizes_matrices_of_any_shape():
@@ -3584,9 +3613,9 @@ def test_memory_falls_with_shards_and_recomputing():
 # grow.py
 
 @pytest.fixture
-def double(monkeypatch):
-    """Everything in fp64: softmax, norms and logits are otherwise computed in fp32 by design."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+def double():
+    with in_double():
+        yield
 
 
 FORMS = {
@@ -3683,14 +3712,17 @@ def test_the_check_can_fail(double):
         assert difference(many, grow.grow(many, n_kv_head=2)) > 1e-3
 
 
-def test_fp32_is_below_1e_5():
+def test_growing_is_exact_in_fp32_too():
     for form in FORMS:
         torch.manual_seed(1)
         source = Model(Config(**{**TINY, **FORMS[form]})).eval()
         large = grow.grow(source, d_model=96, n_layer=4)
         x = torch.randint(300, (2, 60))
-        a, b = source(x), large(x)
-        assert (a - b)[a > -math.inf].abs().max() < 1e-5
+        eager, got = source(x), large(x)
+        with in_double():
+            exact = source.double()(x)
+        alive = exact > -math.inf
+        assert_as_exact(got[alive], eager[alive], exact[alive], large.config.d_ff, form)
 
 
 def test_clones_receive_different_gradients():
@@ -3787,9 +3819,9 @@ def test_key_value_heads_averaged_and_repeated():
     for b in few.layers[0].qkv.bias[96:].split(24):                                # 6 heads -> 3 averages of 8
         assert b.std() > 0
     assert torch.allclose(few.layers[0].qkv.bias[96:104], phi.layers[0].qkv.bias[48:64].view(2, 8).mean(0))
-    x = torch.randint(300, (2, 20))
-    assert torch.allclose(back(x), small(x), atol=1e-4)
     assert torch.equal(back.layers[1].qkv.weight[48:96].view(2, 3, 8, 48)[:, 1], small.layers[1].qkv.weight[48:64].view(2, 8, 48))
+    with in_double():
+        assert difference(small.double(), back.double()) < 1e-12
 
 
 def test_new_tokens_are_unlikely(double):
@@ -3866,7 +3898,7 @@ def test_search_beats_its_seeds():
     assert found == again == sorted(found) and 1 <= min(found) and max(found) <= 1.25 * 3
     assert losses["searched"] <= min(losses[name] for name in ("pi", "ntk", "yarn")) and len({*losses.values()}) > 2
     long = grow.set_context(m, 96, found)
-    assert abs(grow.nats(long, documents) - losses["searched"]) < 1e-9 and m.config.context == 32 and not m.config.original_context
+    assert abs(grow.nats(long, documents) - losses["searched"]) < 1e-5 and m.config.context == 32 and not m.config.original_context
     total, count = long(documents[:, :-1], targets=documents[:, 1:])
     assert abs(total / count - losses["searched"]) < 1e-4
     with torch.no_grad():
@@ -4156,11 +4188,11 @@ def test_grpo_loss_by_hand():
         loss.sum().backward()
         np.testing.assert_allclose(now.grad.tolist(), [[-advantage * r * m for r, m in zip(ratios[0].tolist(), moves)]], rtol=1e-12)
         assert clipped.tolist() == [[not m for m in moves]]
-    now, reference = torch.tensor([[-1.0]]).requires_grad_(), torch.tensor([[-1.5]])
+    now, reference = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[-1.5]], dtype=torch.float64)
     loss, _, apart = align.grpo_loss(now, now.detach(), torch.tensor([[0.0]]), kl=0.1, reference=reference)
-    assert abs(apart.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-7
+    assert abs(apart.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
     loss.backward()
-    assert abs(now.grad.item() - 0.1 * (1 - math.exp(-0.5))) < 1e-7
+    assert abs(now.grad.item() - 0.1 * (1 - math.exp(-0.5))) < 1e-12
 
 
 def plain_log_probs(model, ids, start):
@@ -4189,7 +4221,8 @@ def assert_same_gradients(ours, theirs):
     """Of the loss already backpropagated in both."""
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     for name, tensor in models.to_hf(SimpleNamespace(config=ours.config, embed=ours.embed, state_dict=lambda: {n: p.grad for n, p in ours.named_parameters()})).items():
-        torch.testing.assert_close(tensor, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+        want = grads[name]
+        assert (tensor - want).abs().max() <= 1e-4 * want.abs().max() > 0, name
 
 
 @needs("trl", "datasets")
@@ -4247,9 +4280,9 @@ def test_grpo_equals_trl(tmp_path, normalize, theirs):
 
 
 @pytest.mark.parametrize("normalized", (False, True))
-def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized):
+def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized, double):
     torch.manual_seed(1)
-    model, twin = tiny(vocab_size=60), tiny(vocab_size=60)
+    model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
     answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
     reference = torch.randn(4) - 8
     task = task_of(align.DPO, "--beta", "0.3", "--smoothing", "0.2", *["--length-normalized"] * normalized)
@@ -4260,9 +4293,9 @@ def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized):
     for w, l in (scores[:2], scores[2:]):
         expected = expected - 0.8 * torch.log(torch.sigmoid(0.3 * (w - l))) - 0.2 * torch.log(torch.sigmoid(-0.3 * (w - l)))
     expected.backward()
-    assert abs(loss.item() - expected.item()) < 1e-5 and sums[0] == 2
+    assert abs(loss.item() - expected.item()) < 1e-9 and sums[0] == 2
     for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
 
 
 def grpo_rows():
@@ -4271,9 +4304,9 @@ def grpo_rows():
 
 
 @pytest.mark.parametrize("normalize", ("token", "sequence", "constant"))
-def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize):
+def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize, double):
     torch.manual_seed(1)
-    model, twin, rows = tiny(vocab_size=60), tiny(vocab_size=60), grpo_rows()
+    model, twin, rows = tiny(vocab_size=60).double(), tiny(vocab_size=60).double(), grpo_rows()
     task = task_of(align.GRPO, "--normalize", normalize, "--max-tokens", "10", "--temperature", "0.7")
     loss, sums = task.loss(model, *task.collate(rows))
     (loss / task.weight(rows)).backward()
@@ -4285,7 +4318,7 @@ def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize):
     expected.backward()
     assert sums[0] == 9
     for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)  # the weights of tokens are fp32
 
 
 # ---- completions and rewards
@@ -4371,7 +4404,6 @@ def test_grpo_rows_train_the_end_token_and_updates_share_the_answers(folder, mon
     model, tokenizer = models.load("runs/init", "cpu", torch.float32)
     with torch.no_grad():
         model.head.weight[tokenizer.eot] *= 3
-    import contextlib
     task.begin(SimpleNamespace(model=model, device=torch.device("cpu"), dtype=torch.float32, autocast=contextlib.nullcontext, rank=0, world=1, resumed=False))
     rows = task.rows(8)
     assert len(task.parts) == 1 and len(rows) + len(task.parts[0]) == 32
@@ -4484,7 +4516,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, caps
     if kind == "dpo":
         records = log(folder, "runs/dpo-whole")
         first, last = ([r for r in records if "margin" in r][i] for i in (0, -1))
-        assert abs(first["loss"] - math.log(2)) < 1e-6 and abs(first["margin"]) < 1e-6 and last["margin"] > 0 and last["accuracy"] > 0.6
+        assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5 and last["margin"] > 0 and last["accuracy"] > 0.6
         assert any("val_margin" in r for r in records)
     if kind == "sft":
         values = losses(folder, "runs/sft-whole")
