@@ -1439,7 +1439,7 @@ def command(stopped="stopped"):
         @functools.wraps(main)
         def run(*args, **more):
             try:
-                # what `&` or some CI starts inherits an ignored SIGINT, which Python leaves ignored: take it whatever came down
+                # what `&` or some CI starts inherits an ignored SIGINT, which Python would leave ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
                 return main(*args, **more)

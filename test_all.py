@@ -1,8 +1,8 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
-Where transformers, tokenizers, safetensors, openai, trl, scikit-learn and pyarrow are installed, ours is compared with them; where not,
-those tests skip, and `-k peers` runs them alone. HUMANEVAL=FILE in the environment (HumanEval.jsonl.gz) lets the sandbox judge that
-benchmark's own solutions.
+Where transformers, tokenizers, safetensors, openai, trl, scikit-learn and pyarrow are installed, ours is compared with
+them; where not, those tests skip. `-k peers` runs them alone. HUMANEVAL=FILE in the environment (HumanEval.jsonl.gz)
+lets the sandbox judge that benchmark's own solutions.
 """
 import base64
 import collections
@@ -53,11 +53,13 @@ from model import Config, Model, Tokenizer
 from synth import judge, judge_all, pack, unpack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-INHERITED = pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])  # the second is what `&` and some CI hand down
+# SIGINT as a child may find it: as in a terminal, or ignored, as after `&` and in some CI
+INHERITED = pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])
 
 
 def needs(*packages):
-    """For tests against peers: they skip where a package is missing. `-k peers` runs these and no others, and .ci/run sees that none skips."""
+    """For tests against peers: they skip where a package is missing. `-k peers` runs these and no others,
+    and .ci/run sees that none skips."""
     def mark(test):
         test.peers = packages
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -86,7 +88,7 @@ def tiny(seed=0, **change):
 
 @contextlib.contextmanager
 def in_double():
-    """Here everything is computed in fp64 of fp64 numbers: softmax, norms and logits are otherwise in fp32 by design."""
+    """Here fp64 stays fp64: softmax, norms and logits are otherwise in fp32 by design."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
@@ -96,8 +98,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def assert_as_exact(got, eager, exact, length, what=""):
-    """At most twice as far from exact, which is in fp64, as plain PyTorch's result is, and beyond that what rounding in fp32 explains: sums of
-    `length` terms go astray by the root of their number, and the worst of many results by some four times that, in any order of adding up."""
+    """At most twice as far from exact, which is in fp64, as plain PyTorch's result is, and beyond that what rounding
+    in fp32 explains: sums of `length` terms go astray by the root of their number, and the worst of many results by
+    some four times that, in whatever order a CPU adds them up."""
     assert exact.dtype == torch.float64
     error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
     size = exact.abs().max().item()
@@ -306,7 +309,8 @@ def test_interpreted_quantized_products(dtype, bits):
     torch.manual_seed(0)
     weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
     packed, scale, low = kernels.quantize(weight, bits, 32)
-    got, eager = (function(x, packed, scale, low, bits) for function in (kernels.quantized_matmul, kernels.quantized_matmul_reference))
+    got = kernels.quantized_matmul(x, packed, scale, low, bits)
+    eager = kernels.quantized_matmul_reference(x, packed, scale, low, bits)
     with in_double():
         exact = kernels.quantized_matmul_reference(x.double(), packed, scale, low, bits)
     assert_as_exact(got, eager, exact, 128)
@@ -1332,7 +1336,8 @@ def test_other_doors(served):
 
 def test_who_leaves_frees_the_place(served):
     engine = served.server.engine
-    assert len(served.model.generate([served.tokenizer.encode("a")], 100, stop=served.tokenizer.stops)[0]) == 100  # so long if nobody left
+    (whole,) = served.model.generate([served.tokenizer.encode("a")], 100, stop=served.tokenizer.stops)
+    assert len(whole) == 100  # so long if nobody left
     slow, hidden = threading.Event(), served.model.hidden
 
     def wait_a_little(*args, **more):
@@ -2398,9 +2403,10 @@ data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})
     *killed, done = map(start, ("documents", "tokens", "never"))
     assert [one.returncode for one in killed] == [-signal.SIGKILL] * 2
     assert done.returncode == 0 and os.listdir(tmp_path / "out") == ["web"], done.stderr
-    made = [set(line for line in one.stdout.splitlines() if line.split()[0] in ("documents", "tokens")) for one in (*killed, done)]
-    assert made[0] == {"documents 0"} and "tokens 0" in made[1] and len(made[2]) > 0
-    assert not (made[0] & made[1] or made[1] & made[2] or made[0] & made[2])  # what was there is not made again
+    first, second, third = ({line for line in run.stdout.splitlines() if line.startswith(("documents ", "tokens "))}
+                            for run in (*killed, done))
+    assert first == {"documents 0"} and "tokens 0" in second and third
+    assert not (first & second or second & third or first & third)  # what was there is not made again
     assert data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
 
 
@@ -2687,8 +2693,8 @@ def test_nothing_stays(scratch):
 def test_interrupted(number, code, inherited, scratch):
     program = (f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
                "data.command()(lambda: synth.judge_all([problem] * 9, timeout=30.0, workers=2))()")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, env=dict(os.environ, TMPDIR=str(scratch)), stderr=subprocess.DEVNULL,
-                               preexec_fn=inherit(inherited))
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, env=dict(os.environ, TMPDIR=str(scratch)),
+                               stderr=subprocess.DEVNULL, preexec_fn=inherit(inherited))
     while len(processes(scratch)) < 8:  # two of each: server, keeper, tests, program
         assert process.poll() is None
         time.sleep(0.02)
@@ -3377,6 +3383,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(mini):
 # ---------------------------------------------------------------------------------------------------------------------
 # Every command
 
+
 def catches(pid, *numbers):
     """Whether the process has handlers of its own for these signals."""
     with open(f"/proc/{pid}/status") as file:
@@ -3388,10 +3395,12 @@ def catches(pid, *numbers):
 @INHERITED
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("command", [
-    ["-c", "import data, time; data.command('nothing is lost')(lambda: time.sleep(60))()"], ["model.py", "--bench", "baby"],
-    pytest.param(["kernels.py", "--compile"], marks=pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed"))])
+    ["-c", "import data, time; data.command('nothing is lost')(lambda: time.sleep(60))()"],
+    ["model.py", "--bench", "baby"],
+    pytest.param(["kernels.py", "--compile"], marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))])
 def test_commands_end_on_signals(command, number, code, inherited):
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=inherit(inherited))
     try:
         while not catches(process.pid, signal.SIGINT, signal.SIGTERM):
             assert process.poll() is None, process.stderr.read()
