@@ -1536,4 +1536,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import data
+    data.command()(main)()
