@@ -1579,8 +1579,10 @@ def command(stopped="stopped"):
     def wrap(main):
         @functools.wraps(main)
         def run(*args, **more):
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             try:
+                # what `&` or some CI starts inherits an ignored SIGINT, which Python would leave ignored
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
                 return main(*args, **more)
             except KeyboardInterrupt:
                 fail(stopped, 130)

@@ -1596,4 +1596,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import data
+    data.command()(main)()

@@ -1,12 +1,14 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
-Where transformers and tokenizers are installed, ours are compared with them; where not, those tests skip. HUMANEVAL=FILE in the
-environment (HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as
-a Hugging Face directory, compares a real released model with transformers.
+Where transformers, tokenizers, safetensors, openai, trl, scikit-learn and pyarrow are installed, ours is compared with
+them; where not, those tests skip. `-k peers` runs them alone. HUMANEVAL=FILE in the environment (HumanEval.jsonl.gz)
+lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as a Hugging Face directory,
+compares a real released model with transformers.
 """
 import base64
 import builtins
 import collections
+import contextlib
 import copy
 import dataclasses
 import gzip
@@ -54,6 +56,23 @@ from model import Config, Model, Tokenizer
 from synth import judge, judge_all, pack, unpack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# SIGINT as a child may find it: as in a terminal, or ignored, as after `&` and in some CI
+INHERITED = pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])
+
+
+def needs(*packages):
+    """For tests against peers: they skip where a package is missing. `-k peers` runs these and no others,
+    and .ci/run sees that none skips."""
+    def mark(test):
+        test.peers = packages
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")(test)
+    return mark
+
+
+def inherit(handler):
+    """A child's preexec_fn: its disposition of SIGINT, whatever these tests were started with."""
+    return lambda: signal.signal(signal.SIGINT, handler)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # kernels.py, model.py, sample.py
@@ -70,21 +89,43 @@ def tiny(seed=0, **change):
     return m
 
 
+@contextlib.contextmanager
+def in_double():
+    """Here fp64 stays fp64: softmax, norms and logits are otherwise in fp32 by design."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def assert_as_exact(got, eager, exact, length, what=""):
+    """At most twice as far from exact, which is in fp64, as plain PyTorch's result is, and beyond that what rounding
+    in fp32 explains: sums of `length` terms go astray by the root of their number, and the worst of many results by
+    some four times that, in whatever order a CPU adds them up."""
+    assert exact.dtype == torch.float64
+    error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
+    size = exact.abs().max().item()
+    assert size > 0 and error <= 2 * allowed + 4 * length ** 0.5 * EPS * size, (what, error, allowed, size)
+
+
 # ------------------------------------------------------------------ kernels
 
 @pytest.mark.parametrize("T,S,causal", [(7, 7, True), (1, 13, False), (5, 13, True)])
 def test_attention_matches_repeated_heads(T, S, causal):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 6, T, 8) * 3, torch.randn(3, 2, S, 8), torch.randn(3, 2, S, 8)
-    scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
     keep = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
-    want = scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    assert (kernels.attention(q, k, v, causal=causal) - want).abs().max() < 1e-5
-    assert (kernels.attention(q, k, v, mask=keep) - want).abs().max() < 1e-5
+
+    def plainly(q, k, v):
+        scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
+        return scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
+    eager, exact = plainly(q, k, v), plainly(q.double(), k.double(), v.double())
     additive = torch.zeros(3, 1, T, S).masked_fill(~keep, -torch.inf)
-    assert (kernels.attention(q, k, v, mask=additive) - want).abs().max() < 1e-5
     for mask, flag in ((keep, False), (additive, False), (None, causal)):
-        assert (kernels.attention_reference(q, k, v, mask, causal=flag) - want).abs().max() < 1e-5
+        for function in (kernels.attention, kernels.attention_reference):
+            assert_as_exact(function(q, k, v, mask, causal=flag), eager, exact, S)
 
 
 def test_loss_weights_and_all_ignored():
@@ -120,16 +161,17 @@ def test_init_is_seeded_and_scaled():
     torch.manual_seed(3); a = Model(Config(**TINY))
     torch.manual_seed(3); b = Model(Config(**TINY))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3 and abs(a.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
+    assert abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3 and abs(a.model.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
 
 
-def test_documents_do_not_see_each_other():
-    m, x = tiny(), torch.randint(300, (2, 20))
+@torch.no_grad()
+def test_documents_do_not_see_each_other(double):
+    m, x = tiny().double(), torch.randint(300, (2, 20))
     documents = torch.tensor([[0] * 8 + [1] * 12, [5] * 20])
     together = m(x, documents)
-    assert (together[:1, :8] - m(x[:1, :8])).abs().max() < 1e-4
-    assert (together[:1, 8:] - m(x[:1, 8:])).abs().max() < 1e-4   # rotary positions are relative
-    assert (together[1:] - m(x[1:])).abs().max() < 1e-4
+    assert (together[:1, :8] - m(x[:1, :8])).abs().max() < 1e-9
+    assert (together[:1, 8:] - m(x[:1, 8:])).abs().max() < 1e-6  # rotary positions are relative, up to their tables in fp32
+    assert (together[1:] - m(x[1:])).abs().max() < 1e-9
     assert (together[:1, 8:] - m(x[:1])[:, 8:]).abs().max() > 1e-2
 
 
@@ -146,7 +188,7 @@ def test_causal_and_loss():
 
 def test_autocast_stream():
     m, x, seen = tiny(), torch.randint(300, (1, 6)), []
-    m.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    m.model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         total, _ = m(x, targets=x)
     assert seen == [torch.bfloat16] and total.dtype == torch.float32
@@ -157,28 +199,29 @@ def test_block_compiles_without_breaks(documents):
     m, x = tiny(), torch.randint(300, (2, 16))
     d = torch.arange(16).expand(2, 16) // 5 if documents else None
     eager = m(x, d)
-    for block in m.model.layers:
+    with in_double():
+        exact = tiny().double()(x, d)
+    for block in m.model.model.layers:
         block.compile(dynamic=False, fullgraph=True)
-    assert (m(x, d) - eager).abs().max() < 1e-3
+    assert_as_exact(m(x, d), eager, exact, 64)
     assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate([[1, 2, 3], [4]], 5)  # and generation does not go through it
 
 
 # ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
 
-def compare(ours, reference, inputs, dtype, tolerance=2e-6):
-    """Outputs and all gradients for random upstream gradients: at most twice as far from the fp32 reference as plain PyTorch is."""
+def compare(ours, reference, inputs, dtype, length):
+    """Outputs and all gradients for random upstream gradients, against fp64."""
     results = []
-    for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float32)):
+    for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float64)):
         xs = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
-        ys = function(*xs)
+        with in_double() if to == torch.float64 else contextlib.nullcontext():
+            ys = function(*xs)
         ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y is not None]
         torch.manual_seed(1)
         torch.autograd.backward(ys, [torch.randn(y.shape).to(dtype).to(y.dtype) for y in ys])
         results.append([*ys, *(x.grad for x in xs)])
     for n, (got, eager, exact) in enumerate(zip(*results, strict=True)):
-        size = exact.float().abs().max().item()
-        error, allowed = ((y.float() - exact).abs().max().item() for y in (got, eager))
-        assert size > 0 and error <= 2 * allowed + tolerance * size + 1e-7, (n, error, allowed, size)
+        assert_as_exact(got, eager, exact, length, f"result {n}")
 
 
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that test_kernels_under_the_interpreter starts")
@@ -203,7 +246,7 @@ def test_interpreted_attention(dtype, D, T, window, packed, sparse):
     def heads_first(function):
         return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v)))
     compare(heads_first(lambda q, k, v: kernels.attention(q, k, v, bounds, D ** -0.5 * 1.3, bounds is None, sparse)),
-            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype)
+            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype, max(D, T))
 
 
 @interpreted
@@ -216,9 +259,11 @@ def test_interpreted_decoding_and_continued_prompts(dtype, S):
         q, k, v = torch.randn(2, 6, T, D).to(dtype), torch.randn(2, 2, S, D).to(dtype), torch.randn(2, 2, S, D).to(dtype)
         lows = torch.minimum(low[:, None], torch.arange(S))
         mask = kernels.interval_mask(lows[:, S - T:], S)
-        exact, eager = kernels.attention_reference(q.float(), k.float(), v.float(), mask), kernels.attention_reference(q, k, v, mask)
         got = kernels.attention(q, k, v, torch.stack((lows, lows)).int())
-        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2e-6
+        eager = kernels.attention_reference(q, k, v, mask)
+        with in_double():
+            exact = kernels.attention_reference(q.double(), k.double(), v.double(), mask)
+        assert_as_exact(got, eager, exact, max(D, S))
 
 
 @interpreted
@@ -226,13 +271,13 @@ def test_interpreted_decoding_and_continued_prompts(dtype, S):
 def test_interpreted_norms_rotary_and_activations(dtype):
     torch.manual_seed(0)
     x, add, w, b = torch.randn(5, 7, 123) * 3, torch.randn(5, 7, 123), torch.rand(123) + 0.5, torch.randn(123)
-    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype)
-    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype)
-    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype)
+    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype, 123)
+    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype, 123)
+    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype, 123)
     compare(lambda x, a, w, b: kernels.layer_norm(x, w, b, 1e-5, a), lambda x, a, w, b: (kernels.layer_norm_reference(x + a, w, b, 1e-5), x + a),
-            (x, add, w, b), dtype)
+            (x, add, w, b), dtype, 123)
     for name in ("swiglu", "geglu", "geglu_clamped"):
-        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 1e-5)
+        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 16)
     angle = torch.randn(9, 6) * 3
     cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
     for cos, sin in ((cos, sin), [torch.stack((table, table.flip(0)))[:, None] for table in (cos, sin)]):
@@ -240,7 +285,7 @@ def test_interpreted_norms_rotary_and_activations(dtype):
             x = qkv.view(2, 9, 7, 20).transpose(1, 2)
             qk = kernels.rotary_reference(x[:, :5], cos, sin)
             return qk[:, :3], qk[:, 3:], x[:, 5:]
-        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype)
+        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype, 2)
 
 
 @interpreted
@@ -253,7 +298,7 @@ def test_interpreted_loss(dtype, biased, z_loss):
     bias = [torch.randn(123)] if biased else []
     compare(lambda h, w, *b: kernels.cross_entropy(h[None], w, targets[None], weights[None], *(b or [None]), z_loss)[0],
             lambda h, w, *b: kernels.linear_cross_entropy_reference(h, w, targets, weights * (targets >= 0), *(b or [None]), z_loss),
-            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 1e-5)
+            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 123)
     hidden = torch.randn(1, 4, 8, requires_grad=True)
     total, count = kernels.cross_entropy(hidden, torch.randn(11, 8), torch.full((1, 4), -1))
     total.backward()
@@ -267,9 +312,11 @@ def test_interpreted_quantized_products(dtype, bits):
     torch.manual_seed(0)
     weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
     packed, scale, low = kernels.quantize(weight, bits, 32)
-    exact = kernels.quantized_matmul_reference(x.float(), packed, scale, low, bits)
-    error, allowed = ((function(x, packed, scale, low, bits) - exact).abs().max() for function in (kernels.quantized_matmul, kernels.quantized_matmul_reference))
-    assert error <= 2 * allowed + 3e-6 * exact.abs().max()
+    got = kernels.quantized_matmul(x, packed, scale, low, bits)
+    eager = kernels.quantized_matmul_reference(x, packed, scale, low, bits)
+    with in_double():
+        exact = kernels.quantized_matmul_reference(x.double(), packed, scale, low, bits)
+    assert_as_exact(got, eager, exact, 128)
 
 
 @interpreted
@@ -298,7 +345,7 @@ def test_interpreted_attention_stays_whole_in_a_compiled_block():
     m, x = tiny(), torch.randint(300, (2, 20))
     documents, results = (torch.arange(20) // 7).expand(2, 20), []
     for compiled in (False, True):
-        for block in m.model.layers if compiled else ():
+        for block in m.model.model.layers if compiled else ():
             block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
         m.zero_grad()
         total, _ = m(x, documents, targets=x.roll(-1, 1))
@@ -357,31 +404,31 @@ def test_cached_equals_uncached_in_ragged_batches():
     assert m.generate([], 3) == []
 
 
-def test_cache_logits():
-    m, x = tiny(), torch.randint(300, (2, 20))
-    cache = model.KVCache(m.config, 2, 20, "cpu", torch.float32)
+def test_cache_logits(double):
+    m, x = tiny().double(), torch.randint(300, (2, 20))
+    cache = model.KVCache(m.config, 2, 20, "cpu", torch.float64)
     with torch.no_grad():
         steps = [x[:, :9], x[:, 9:14], *x[:, 14:].split(1, dim=1)]
         parts = torch.cat([m(step, cache=cache) for step in steps], 1)
-    assert (parts - m(x)).abs().max() < 1e-3
+    assert (parts - m(x)).abs().max() < 1e-9
     with pytest.raises(ValueError, match="21 tokens do not fit the cache of 20"):
         m(x[:, :1], cache=cache)
     with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
         model.KVCache(m.config, 2, 65, "cpu", torch.float32)
 
 
-def test_rows_of_a_cache_go_on_each_from_its_own_length():
+def test_rows_of_a_cache_go_on_each_from_its_own_length(double):
     """Right padding is data: what stands behind a row's tokens changes nothing, and is written over."""
-    m, x = tiny(), torch.randint(300, (3, 20))
+    m, x = tiny().double(), torch.randint(300, (3, 20))
     lengths = torch.tensor([9, 4, 12])
-    cache = model.KVCache(m.config, 3, 20, "cpu", torch.float32)
+    cache = model.KVCache(m.config, 3, 20, "cpu", torch.float64)
     with torch.no_grad():
         m.hidden(x[:, :12], cache=cache, num_tokens=lengths)
         assert cache.lengths.tolist() == [9, 4, 12]
         rest = torch.stack([x[row, n:n + 8] for row, n in enumerate(lengths.tolist())])
         parts = torch.cat([m(rest[:, :5], cache=cache), *(m(rest[:, i:i + 1], cache=cache) for i in (5, 6, 7))], 1)
         for row, n in enumerate(lengths.tolist()):
-            assert (parts[row] - m(x[row:row + 1, :n + 8])[0, n:]).abs().max() < 1e-3
+            assert (parts[row] - m(x[row:row + 1, :n + 8])[0, n:]).abs().max() < 1e-9
 
 
 def test_stream_seed_and_filters():
@@ -538,9 +585,10 @@ def test_long_runs(name):
         assert tok.encode(text) == tok._bpe.encode_ordinary(text)  # nothing is cut where no run is long
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("name", GPT_PATTERNS)
 def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     ranks = dict(small_tokenizer().ranks)
     for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"do", b"don", b"'t", b" x", b"--", b"----"):
         ranks.setdefault(token, 400 + len(ranks))
@@ -554,8 +602,9 @@ def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
     assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
+@needs("tokenizers")
 def test_pre_tokenizer_with_single_digits(tmp_path):
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     small_tokenizer().save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     digits = {"type": "Digits", "individual_digits": True}
@@ -573,8 +622,9 @@ def test_pre_tokenizer_with_single_digits(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@needs("tokenizers")
 def test_tokenizer_equals_tokenizers_library(tmp_path):
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     tok, rng = small_tokenizer(), random.Random(1)
     tok.save(str(tmp_path))
     reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -641,8 +691,9 @@ def test_sharded_and_broken_directories(tmp_path):
             model.load(tmp_path)
 
 
+@needs("safetensors")
 def test_safetensors_equals_the_library(tmp_path):
-    st = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as st
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3), "d": torch.zeros(0, 2), "é": torch.ones(3, dtype=torch.bool)}
     model.write_safetensors(str(tmp_path / "x.safetensors"), tensors)
     theirs = st.load_file(tmp_path / "x.safetensors")
@@ -651,9 +702,10 @@ def test_safetensors_equals_the_library(tmp_path):
     assert all(torch.equal(theirs[k], v) and torch.equal(ours[k], v) and ours[k].dtype == v.dtype and ours[k].shape == v.shape for k, v in tensors.items())
 
 
+@needs("transformers")
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     m, tok = tiny(vocab_size=320, tie_embeddings=tied), small_tokenizer()
     model.save(m, tok, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -675,7 +727,8 @@ def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
     assert hf.eos_token_id == tok.eot
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # and back, in transformers' own dialect, sharded
     again, none = model.load(tmp_path / "theirs", device="cpu")
-    assert none is None and again.config == m.config and (again(x) - ours).abs().max() < 1e-5
+    assert none is None and again.config == m.config
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), m.state_dict().values(), strict=True))
 
 
 LONG = dict(rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]), original_max_position_embeddings=32,
@@ -693,9 +746,10 @@ FAMILY_CHECKPOINTS = {  # transformers' class and what is particular in its conf
 }
 
 
+@needs("transformers")
 @pytest.mark.parametrize("name", FAMILY_CHECKPOINTS)
 def test_checkpoints_of_transformers_and_back(tmp_path, name):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     kind, change = copy.deepcopy(FAMILY_CHECKPOINTS[name])  # transformers writes into what it is given
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**dict(
@@ -786,7 +840,7 @@ def flagged(names, **flags):
 
 def sentencepiece_files(path, texts, normalizer, splitter, special):
     """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge, in order of the pieces."""
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     trained = hf.Tokenizer(hf.models.BPE())
     trained.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
     trained.train_from_iterator(texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False))
@@ -816,6 +870,7 @@ SPACES = {  # how the leading space comes about: Llama 2 and phi-3, newer conver
     "never": (REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})}
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     texts = [open(data.__file__).read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
@@ -878,9 +933,10 @@ CHATS = {  # the format of each family, from its documentation
 }
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("family", CHATS)
 def test_chat_formats(tmp_path, family):
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     names, flags, text, end = CHATS[family]
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
@@ -909,9 +965,10 @@ def test_chat_formats(tmp_path, family):
     assert {tok.special[name] for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>") if name in names} < {*tok.stops} or family == "phi-2"
 
 
+@needs("tokenizers")
 def test_added_runs_of_spaces_and_rank_files(tmp_path):
     """codegen's added runs of spaces, and phi-3-small's *.tiktoken."""
-    hf = pytest.importorskip("tokenizers")
+    import tokenizers as hf
     dense = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     Tokenizer(dense, model.GPT2_PATTERN, {"<|endoftext|>": len(dense)}).save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -957,7 +1014,9 @@ def smollm2():
     folder = os.environ.get("SMOLLM2", "")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         pytest.skip("SMOLLM2 does not name a directory with SmolLM2-135M-Instruct")
-    transformers = pytest.importorskip("transformers")
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("not installed: transformers")
+    import transformers
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     m, tok = model.load(folder, device="cpu", dtype=torch.float32)
     return m, tok, theirs, transformers.AutoTokenizer.from_pretrained(folder)
@@ -1457,6 +1516,8 @@ def test_other_doors(served):
 
 def test_who_leaves_frees_the_place(served):
     engine = served.server.engine
+    (whole,) = served.model.generate([served.tokenizer.encode("a")], 100, stop=served.tokenizer.stops)
+    assert len(whole) == 100  # so long if nobody left
     slow, hidden = threading.Event(), served.model.hidden
 
     def wait_a_little(*args, **more):
@@ -1464,18 +1525,18 @@ def test_who_leaves_frees_the_place(served):
         return hidden(*args, **more)
     served.model.hidden = wait_a_little
     try:
-        body = json.dumps({"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 1, "seed": 3}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 0}).encode()
         connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
         for n, connection in enumerate(connections):
             connection.request("POST", "/v1/completions", body if n else body.replace(b'"ignored": 1', b'"stream": true'))
         while len(engine.active) < 3:
             time.sleep(0.01)
+        joined = list(engine.active)
         for connection in connections:
             connection.sock.close()
-        end = time.monotonic() + 4
-        while engine.active and time.monotonic() < end:
+        while engine.active:  # those who stay leave the batch too, with their last token
             time.sleep(0.01)
-        assert not engine.active and all(len(r.ids) < 100 for r in engine.active)
+        assert all(request.left and len(request.ids) - request.prompt_tokens < request.limit for request in joined)
     finally:
         slow.set()
         del served.model.hidden
@@ -1494,42 +1555,41 @@ def test_a_failed_step_is_told_and_survived(served):
     assert requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
-def test_many_clients_some_leaving_some_malformed(served):
-    outcomes, expected = [], {}
+def test_many_clients_some_leaving_some_malformed(served, monkeypatch):
+    expected = {}
     for n in range(4):
         ids = served.tokenizer.encode(f"prompt {n}")
         expected[n] = served.tokenizer.decode([i for i in served.model.generate([ids], 12, stop=served.tokenizer.stops)[0] if i not in served.tokenizer.stops])
-    served.server.engine.queue_size = 1000
 
     def client(n):
-        if n % 3 == 0:      # leaves midway
+        if n % 3 == 0:  # leaves midway
             connection = http.client.HTTPConnection("127.0.0.1", served.port)
             connection.request("POST", "/v1/completions", json.dumps({"prompt": "b" * (n % 60 + 1), "max_tokens": 60, "temperature": 1, "stream": n % 2 == 0}))
             time.sleep(0.02)
             connection.close()
         elif n % 7 == 0:
-            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code in (400, 413)
+            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code == 400
         else:
             answer = requests.post(served.url + "/v1/completions", json={"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}).json()
-            outcomes.append(answer["choices"][0]["text"] == expected[n % 4])
-    threads = [threading.Thread(target=client, args=(n,)) for n in range(80)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    served.server.engine.queue_size = 4
-    assert outcomes and all(outcomes)
+            assert answer["choices"][0]["text"] == expected[n % 4]
+    monkeypatch.setattr(served.server.engine, "queue_size", 1000)
+    with ThreadPoolExecutor(80) as pool:
+        assert len(list(pool.map(client, range(80)))) == 80  # raises what a client raised
 
 
+@needs("openai")
 def test_official_client(served):
-    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    import openai
     client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
     assert client.models.list().data[0].id == "talk"
     ask = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
     whole_ = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True))
     assert whole_.choices[0].message.content == text and len(whole_.choices[0].logprobs.content[0].top_logprobs) == 2
-    assert client.completions.create(model="talk", prompt="a", max_tokens=3, stop=["\n"], seed=1).choices[0].finish_reason in ("stop", "length")
+    plain = dict(model="talk", prompt="a", temperature=0)
+    uncut = client.completions.create(**plain, max_tokens=9).choices[0]
+    cut = client.completions.create(**plain, max_tokens=9, stop=[uncut.text[-1]]).choices[0]
+    assert (uncut.finish_reason, cut.finish_reason, cut.text) == ("length", "stop", uncut.text.split(uncut.text[-1])[0])
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(**{**ask, "temperature": 3})
 
@@ -1586,11 +1646,12 @@ def test_long_chats_lose_their_oldest_turns():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@INHERITED
 @pytest.mark.parametrize("number,code", [(2, 130), (15, 143)])
-def test_server_stops_gracefully(tmp_path, number, code):
+def test_server_stops_gracefully(tmp_path, number, code, inherited):
     models.save(tiny(max_seq_len=2048), Tokenizer.load("bytes"), tmp_path / "run")
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), "--run", str(tmp_path / "run"), "--serve", "--port", "0", "--device", "cpu"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
     url = process.stdout.readline().split("page at ")[1].split(",")[0]
     answers = []
     thread = threading.Thread(target=lambda: answers.append(requests.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 300, "temperature": 1})))
@@ -2101,9 +2162,10 @@ def test_bpe_edge_cases():
         data.train_bpe(["x"], 100)
 
 
+@needs("regex")
 def test_split_pattern_agrees_with_tiktoken():
     """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads there."""
-    regex = pytest.importorskip("regex")
+    import regex
     for text in (HARD_TEXT, open(data.__file__).read()[:20000], open(model.__file__).read().encode("ascii", "ignore").decode()[:20000]):
         counts = data.count_pretokens([text])
         pieces = regex.findall(model.PATTERN, text)
@@ -2480,8 +2542,9 @@ def test_forest_edge_cases_and_file(tmp_path):
             data.RandomForest().fit(X, y)
 
 
+@needs("sklearn")
 def test_forest_is_as_good_as_scikit_learns():
-    ensemble = pytest.importorskip("sklearn.ensemble", reason="scikit-learn is not installed")
+    from sklearn import ensemble
     rng = np.random.default_rng(3)
     X = rng.normal(size=(6000, 16)).astype(np.float32)
     y = (X[:, 0] * X[:, 1] + X[:, 2] + rng.normal(size=6000) > 0).astype(int)
@@ -2715,15 +2778,17 @@ def test_a_url_is_fetched_once(tmp_path, monkeypatch):
     assert asked == ["/some/pages.jsonl?x=1"]
 
 
-def test_parquet_where_pyarrow_is_installed(tmp_path, monkeypatch):
+def test_parquet_names_the_package_that_is_missing(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     drop = Counter()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert not list(data.read_documents(data.find_files([tmp_path], drop), drop)) and "pip install pyarrow" in next(iter(drop))
-    monkeypatch.undo()
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    import pyarrow
-    parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet")
+
+
+@needs("pyarrow")
+def test_parquet(tmp_path):
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet")
     assert [d["text"] for d in data.read_documents(data.find_files([tmp_path], Counter()), Counter())] == ["a", "b"]
 
 
@@ -2772,17 +2837,30 @@ def test_ranks_workers_and_ranges_of_hashes_change_nothing(tmp_path, monkeypatch
 def test_a_killed_command_goes_on(tmp_path):
     (tmp_path / "in").mkdir()
     arguments = corpus(tmp_path / "in")
-    program = ("import os, sys, data\nload = data.Work.run\n"
-               "def run(self, stage, n, make):\n    if stage == sys.argv[1]:\n        load(self, stage, 1, make)\n        os.kill(os.getpid(), 9)\n    return load(self, stage, n, make)\n"
-               f"data.Work.run = run\ndata.split_files = lambda files: [[file] for file in files]\ndata.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})")
+    program = f"""
+import os, sys, data
+load = data.Work.run
+def run(self, stage, n, make):
+    def logged(i):
+        print(stage, i, flush=True)
+        return make(i)
+    if stage == sys.argv[1]:
+        load(self, stage, 1, logged)
+        os.kill(os.getpid(), 9)
+    return load(self, stage, n, logged)
+data.Work.run = run
+data.split_files = lambda files: [[file] for file in files]
+data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})
+"""
     start = lambda stage: subprocess.run([sys.executable, "-c", program, stage], cwd=os.path.dirname(data.__file__), capture_output=True, text=True)
-    for stage in ("documents", "tokens"):
-        assert start(stage).returncode == -signal.SIGKILL
-    work, = (tmp_path / "out").iterdir()
-    made = (work / "documents" / "0" / "text.npy").stat().st_mtime_ns
-    done = start("never")
+    *killed, done = map(start, ("documents", "tokens", "never"))
+    assert [one.returncode for one in killed] == [-signal.SIGKILL] * 2
     assert done.returncode == 0 and os.listdir(tmp_path / "out") == ["web"], done.stderr
-    assert made < time.time_ns() and data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
+    first, second, third = ({line for line in run.stdout.splitlines() if line.startswith(("documents ", "tokens "))}
+                            for run in (*killed, done))
+    assert first == {"documents 0"} and "tokens 0" in second and third
+    assert not (first & second or second & third or first & third)  # what was there is not made again
+    assert data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
 
 
 def test_millions_of_signatures_are_compared_in_little_memory(tmp_path):
@@ -2866,7 +2944,7 @@ def test_report_is_one_page(tmp_path):
 
 ADD = dict(task_id="add", prompt="def add(a, b):\n", entry_point="add", canonical_solution="    return a + b\n",
            test="# token-4711 \ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(20, 30) == 50\n")
-HUMANEVAL = os.environ.get("HUMANEVAL")  # path of HumanEval.jsonl.gz: its own solutions are judged
+HUMANEVAL = os.environ.get("HUMANEVAL", "")  # path of HumanEval.jsonl.gz: its own solutions are judged
 LINUX = sys.platform == "linux"
 CONTAINED = LINUX and judge(ADD, "    import os; assert os.getpid() == 2; return a + b\n").passed
 
@@ -3003,14 +3081,12 @@ def test_mbpp():
 
 
 def test_limits():
-    started = time.monotonic()
     bodies = ["    while True: pass\n", "    import time; time.sleep(60)\n", "    return [0] * 10**9\n", "    return 'x' * (20 << 20)\n",
               "    return iter(int, 1)\n", "    return 0\nwhile True: pass\n", "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n"]
     verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
     assert not any(v.passed for v in verdicts)
     assert [v.reason for v in verdicts[:4]] == ["timed out", "timed out", "out of memory", f"gave an answer of {(20 << 20) + 13} bytes"]
     assert verdicts[5].reason == "timed out", verdicts  # and how endless recursion ends depends on the version of Python
-    assert time.monotonic() - started < 12
     assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
     assert not judge(dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0).passed
     with pytest.raises(ValueError, match="timeout"):
@@ -3065,32 +3141,37 @@ def test_nothing_stays(scratch):
     assert gone(scratch) and not os.listdir(scratch)
 
 
-@pytest.mark.parametrize("how", ["interrupt", "kill"])
+@INHERITED
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
-def test_interrupted(how, scratch):
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport synth\nfrom test_all import ADD\n"
-            "synth.judge_all([(ADD, '    while True: pass\\n')] * 9, timeout=30.0, workers=2)")
-    env = dict(os.environ, TMPDIR=str(scratch))
-    process = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__))], env=env, stderr=subprocess.DEVNULL)
+def test_interrupted(number, code, inherited, scratch):
+    program = (f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
+               "data.command()(lambda: synth.judge_all([problem] * 9, timeout=30.0, workers=2))()")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, env=dict(os.environ, TMPDIR=str(scratch)),
+                               stderr=subprocess.DEVNULL, preexec_fn=inherit(inherited))
     while len(processes(scratch)) < 8:  # two of each: server, keeper, tests, program
+        assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT if how == "interrupt" else signal.SIGKILL)
-    process.wait(5)
-    assert gone(scratch) and (how == "kill" or not os.listdir(scratch))
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert gone(scratch) and (number == signal.SIGKILL or not os.listdir(scratch))
 
 
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
 def test_killed_worker_is_replaced(scratch):
+    killed = []
+
     def kill():
         while len(processes(scratch)) < 6:  # both workers are up and run a problem
             time.sleep(0.01)
-        os.kill(min(processes(scratch)), signal.SIGKILL)
+        killed.append(min(processes(scratch)))
+        os.kill(killed[0], signal.SIGKILL)
     threading.Thread(target=kill, daemon=True).start()
     assert all(v.passed for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2))
-    assert gone(scratch) and not os.listdir(scratch)
+    assert killed and gone(scratch) and not os.listdir(scratch)
 
 
-@pytest.mark.skipif(HUMANEVAL is None, reason="HUMANEVAL names no file")
+@pytest.mark.skipif(not os.path.isfile(HUMANEVAL), reason=f"HUMANEVAL={HUMANEVAL} in the environment names no file")
 def test_humaneval():
     with gzip.open(HUMANEVAL, "rt") as f:
         problems = [json.loads(line) for line in f]
@@ -3106,7 +3187,7 @@ def test_speed():
     verdicts = judge_all([(ADD, "    return a + b\n" if i % 2 else "    return a\n") for i in range(1000)])
     seconds = time.monotonic() - started
     print(f"1,000 problems in {seconds:.1f} s")
-    assert [v.passed for v in verdicts] == [i % 2 == 1 for i in range(1000)] and seconds < 30
+    assert [v.passed for v in verdicts] == [i % 2 == 1 for i in range(1000)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3257,7 +3338,8 @@ def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path)
     assert len(records(tmp_path / "o.jsonl")) == 410 and len(teacher.seen) < before + 30
 
 
-def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
+@INHERITED
+def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inherited):
     teacher.answer = lambda question, n: time.sleep(0.01) or talk(n)
     command = [sys.executable, os.path.join(HERE, "synth.py"), "chat", "--teacher", teacher.url, "--count", "300", "--concurrency", "8", "--out", "o.jsonl"]
     ledger = tmp_path / "o.jsonl.paid.jsonl"
@@ -3270,8 +3352,9 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path):
     with open(ledger, "ab") as file:
         file.write(b'{"key": "half a li')
     before = ledger.read_bytes()
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
     while ledger.read_bytes().count(b"\n") < 200:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # waits for what is under way
     assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl.partial")) >= 200
@@ -3373,13 +3456,14 @@ def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
     assert "### User" in told and "about 40 questions" in told and not teacher.seen
 
 
-def test_rate_limit_is_shared_by_threads():
+def test_rate_limit_is_shared_by_threads(monkeypatch):
+    monkeypatch.setattr(synth.time, "monotonic", lambda: 100.0)
     args = collections.namedtuple("Args", "teacher judge dry_run max_tokens max_usd price_in price_out requests_per_minute tokens_per_minute max_answer")
     desk, asked = synth.Desk(args([], [], False, 0, 0, 0, 0, 600, 60_000, 10), ""), synth.Teacher("builtin")
     waits, desk.pause = [], lambda seconds: waits.append(seconds)
     for size in (10, 10, 1000):
         desk.admit(asked, size)
-    assert [round(w, 1) for w in waits] == [0.0, 0.1, 0.2] and round(asked.free_at - time.monotonic(), 1) == 1.2
+    assert waits == pytest.approx([0.0, 0.1, 0.2]) and asked.free_at == pytest.approx(101.2)
 
 
 def test_a_question_at_fault_is_left_out(teacher, tmp_path):
@@ -3678,12 +3762,13 @@ def test_batches_hold_the_right_targets_and_weights():
         assert set(w) <= {0.0, 0.25, 1.0}
 
 
-def test_documents_in_a_row_do_not_see_each_other():
+def test_documents_in_a_row_do_not_see_each_other(double):
     torch.manual_seed(0)
-    model = tiny()
+    model = tiny().double()
     a, b = torch.randint(0, 60, (1, 9)), torch.randint(0, 60, (1, 7))
     packed = model(torch.cat([a, b], 1), torch.tensor([[0] * 9 + [1] * 7]))
-    torch.testing.assert_close(packed, torch.cat([model(a), model(b)], 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed[:, :9], model(a), rtol=0, atol=1e-9)
+    torch.testing.assert_close(packed[:, 9:], model(b), rtol=0, atol=1e-6)  # at other positions, by tables in fp32
 
 
 def test_muon_orthogonalizes_matrices_of_any_shape():
@@ -3830,6 +3915,39 @@ def test_a_checkpoint_of_the_weights_that_failed_is_not_called_good(mini):
     done = run_train(mini, "--out", "runs/nan-saved", "--save-every", "1", *huge)
     assert done.returncode == 1
     assert "these very weights" in done.stderr and "good" not in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every command
+
+
+def catches(pid, *numbers):
+    """Whether the process has handlers of its own for these signals."""
+    with open(f"/proc/{pid}/status") as file:
+        caught = int(next(line for line in file if line.startswith("SigCgt")).split()[1], 16)
+    return all(caught >> number - 1 & 1 for number in numbers)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@INHERITED
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", [
+    ["-c", "import data, time; data.command('nothing is lost')(lambda: time.sleep(60))()"],
+    ["model.py", "--bench", "baby"],
+    pytest.param(["kernels.py", "--compile"], marks=pytest.mark.skipif(kernels.triton is None, reason="no Triton"))])
+def test_commands_end_on_signals(command, number, code, inherited):
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=inherit(inherited))
+    try:
+        while not catches(process.pid, signal.SIGINT, signal.SIGTERM):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in told, told
+        assert "-c" not in command or number != signal.SIGINT or "nothing is lost" in told
+    finally:
+        process.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4155,9 +4273,9 @@ def test_memory_falls_with_shards_and_recomputing():
 # grow.py
 
 @pytest.fixture
-def double(monkeypatch):
-    """Everything in fp64: softmax, norms and logits are otherwise computed in fp32 by design."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+def double():
+    with in_double():
+        yield
 
 
 FORMS = {
@@ -4254,14 +4372,17 @@ def test_the_check_can_fail(double):
         assert difference(many, grow.grow(many, n_kv_head=2)) > 1e-3
 
 
-def test_fp32_is_below_1e_5():
+def test_growing_is_exact_in_fp32_too():
     for form in FORMS:
         torch.manual_seed(1)
         source = Model(Config(**{**TINY, **FORMS[form]})).eval()
         large = grow.grow(source, d_model=96, n_layer=4)
         x = torch.randint(300, (2, 60))
-        a, b = source(x), large(x)
-        assert (a - b)[a > -math.inf].abs().max() < 1e-5
+        eager, got = source(x), large(x)
+        with in_double():
+            exact = source.double()(x)
+        alive = exact > -math.inf
+        assert_as_exact(got[alive], eager[alive], exact[alive], large.config.d_ff, form)
 
 
 def test_clones_receive_different_gradients():
@@ -4358,9 +4479,9 @@ def test_key_value_heads_averaged_and_repeated():
     for b in few.layers[0].qkv.bias[96:].split(24):                                # 6 heads -> 3 averages of 8
         assert b.std() > 0
     assert torch.allclose(few.layers[0].qkv.bias[96:104], phi.layers[0].qkv.bias[48:64].view(2, 8).mean(0))
-    x = torch.randint(300, (2, 20))
-    assert torch.allclose(back(x), small(x), atol=1e-4)
     assert torch.equal(back.layers[1].qkv.weight[48:96].view(2, 3, 8, 48)[:, 1], small.layers[1].qkv.weight[48:64].view(2, 8, 48))
+    with in_double():
+        assert difference(small.double(), back.double()) < 1e-12
 
 
 def test_new_tokens_are_unlikely(double):
@@ -4379,16 +4500,23 @@ def test_hugging_face_round_trip(tmp_path, form):
     assert again.config == large.config, [(f.name, getattr(again.config, f.name), getattr(large.config, f.name)) for f in dataclasses.fields(Config)]
     x = torch.randint(300, (1, 40))
     assert torch.equal(again(x), large(x))
-    if form == "phi3small":
-        return
-    transformers = pytest.importorskip("transformers")
+
+
+@needs("transformers")
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "phi3small"])  # which transformers does not have
+def test_transformers_opens_what_has_grown(tmp_path, form):
+    import transformers
+    large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
+    models.save(large, None, tmp_path)
+    x = torch.randint(300, (1, 40))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert (theirs(x).logits - large(x)).abs().max() < 1e-4 * large(x).abs().max()
 
 
+@needs("transformers")
 @pytest.mark.parametrize("family", ["phi", "phi3"])
 def test_padded_heads_in_hugging_face(tmp_path, family):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     source = tiny(family=family, n_head=4, n_kv_head=4, rotary_share=0.5)
     large = grow.grow(source, d_model=60, n_head=4)
     assert large.config.head_dim == 15 and large.config.rotary_dims == 6
@@ -4430,7 +4558,7 @@ def test_search_beats_its_seeds():
     assert found == again == sorted(found) and 1 <= min(found) and max(found) <= 1.25 * 3
     assert losses["searched"] <= min(losses[name] for name in ("pi", "ntk", "yarn")) and len({*losses.values()}) > 2
     long = grow.set_context(m, 96, found)
-    assert abs(grow.nats(long, documents) - losses["searched"]) < 1e-9 and m.config.context == 32 and not m.config.original_context
+    assert abs(grow.nats(long, documents) - losses["searched"]) < 1e-5 and m.config.context == 32 and not m.config.original_context
     total, count = long(documents[:, :-1], targets=documents[:, 1:])
     assert abs(total / count - losses["searched"]) < 1e-4
     with torch.no_grad():
@@ -4479,8 +4607,9 @@ def test_command(source, tmp_path, capsys):
     assert m.config.context == 256 and m.config.original_context == 64 and m.config.d_model == 96
 
 
+@needs("transformers")
 def test_context_in_hugging_face(source, tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     for family, rope in (("phi3", "yarn"), ("phi3", "ntk"), ("llama", "yarn"), ("phi", "yarn")):
         folder = tmp_path / (family + rope)
         models.save(tiny(family=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
@@ -4719,11 +4848,11 @@ def test_grpo_loss_by_hand():
         loss.sum().backward()
         np.testing.assert_allclose(now.grad.tolist(), [[-advantage * r * m for r, m in zip(ratios[0].tolist(), moves)]], rtol=1e-12)
         assert clipped.tolist() == [[not m for m in moves]]
-    now, reference = torch.tensor([[-1.0]]).requires_grad_(), torch.tensor([[-1.5]])
+    now, reference = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[-1.5]], dtype=torch.float64)
     loss, _, apart = align.grpo_loss(now, now.detach(), torch.tensor([[0.0]]), kl=0.1, reference=reference)
-    assert abs(apart.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-7
+    assert abs(apart.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
     loss.backward()
-    assert abs(now.grad.item() - 0.1 * (1 - math.exp(-0.5))) < 1e-7
+    assert abs(now.grad.item() - 0.1 * (1 - math.exp(-0.5))) < 1e-12
 
 
 def plain_log_probs(model, ids, start):
@@ -4734,7 +4863,8 @@ def plain_log_probs(model, ids, start):
 
 def peer(tmp_path, trainer, **options):
     """TRL's trainer over a tiny model of ours that transformers has opened, in fp32 on the CPU; and the same model here."""
-    trl, datasets = pytest.importorskip("trl", reason="TRL is not installed"), pytest.importorskip("datasets")
+    import datasets
+    import trl
     from transformers import PreTrainedTokenizerFast
     model, tokenizer = tiny(vocab_size=320, max_seq_len=96), Tokenizer.load("bytes")
     models.save(model, tokenizer, str(tmp_path / "model"))
@@ -4751,9 +4881,11 @@ def assert_same_gradients(ours, theirs):
     """Of the loss already backpropagated in both."""
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     for name, tensor in models.to_hf(SimpleNamespace(config=ours.config, embed=ours.embed, state_dict=lambda: {n: p.grad for n, p in ours.named_parameters()})).items():
-        torch.testing.assert_close(tensor, grads[name], rtol=1e-4, atol=1e-6, msg=name)
+        want = grads[name]
+        assert (tensor - want).abs().max() <= 1e-4 * want.abs().max() > 0, name
 
 
+@needs("trl", "datasets")
 def test_dpo_equals_trl(tmp_path):
     theirs, ours = peer(tmp_path, "DPO", beta=0.3)
     answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
@@ -4777,6 +4909,7 @@ def test_dpo_equals_trl(tmp_path):
     assert_same_gradients(ours, theirs.model)
 
 
+@needs("trl", "datasets")
 @pytest.mark.parametrize("normalize, theirs", [("token", "bnpo"), ("sequence", "grpo"), ("constant", "dr_grpo")])
 def test_grpo_equals_trl(tmp_path, normalize, theirs):
     trainer, ours = peer(tmp_path, "GRPO", beta=0.05, loss_type=theirs, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.28, max_completion_length=10, num_generations=2, temperature=0.7)
@@ -4807,9 +4940,9 @@ def test_grpo_equals_trl(tmp_path, normalize, theirs):
 
 
 @pytest.mark.parametrize("normalized", (False, True))
-def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized):
+def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized, double):
     torch.manual_seed(1)
-    model, twin = tiny(vocab_size=60), tiny(vocab_size=60)
+    model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
     answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
     reference = torch.randn(4) - 8
     task = task_of(align.DPO, "--beta", "0.3", "--smoothing", "0.2", *["--length-normalized"] * normalized)
@@ -4820,9 +4953,9 @@ def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized):
     for w, l in (scores[:2], scores[2:]):
         expected = expected - 0.8 * torch.log(torch.sigmoid(0.3 * (w - l))) - 0.2 * torch.log(torch.sigmoid(-0.3 * (w - l)))
     expected.backward()
-    assert abs(loss.item() - expected.item()) < 1e-5 and sums[0] == 2
+    assert abs(loss.item() - expected.item()) < 1e-9 and sums[0] == 2
     for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
 
 
 def grpo_rows():
@@ -4831,9 +4964,9 @@ def grpo_rows():
 
 
 @pytest.mark.parametrize("normalize", ("token", "sequence", "constant"))
-def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize):
+def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize, double):
     torch.manual_seed(1)
-    model, twin, rows = tiny(vocab_size=60), tiny(vocab_size=60), grpo_rows()
+    model, twin, rows = tiny(vocab_size=60).double(), tiny(vocab_size=60).double(), grpo_rows()
     task = task_of(align.GRPO, "--normalize", normalize, "--max-tokens", "10", "--temperature", "0.7")
     loss, sums = task.loss(model, *task.collate(rows))
     (loss / task.weight(rows)).backward()
@@ -4845,7 +4978,7 @@ def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize):
     expected.backward()
     assert sums[0] == 9
     for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)  # the weights of tokens are fp32
 
 
 # ---- completions and rewards
@@ -4931,7 +5064,6 @@ def test_grpo_rows_train_the_end_token_and_updates_share_the_answers(folder, mon
     model, tokenizer = models.load("runs/init", "cpu", torch.float32)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eot] *= 3
-    import contextlib
     task.begin(SimpleNamespace(model=model, device=torch.device("cpu"), dtype=torch.float32, autocast=contextlib.nullcontext, rank=0, world=1, resumed=False))
     rows = task.rows(8)
     assert len(task.parts) == 1 and len(rows) + len(task.parts[0]) == 32
@@ -5065,7 +5197,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, caps
     if kind == "dpo":
         records = log(folder, "runs/dpo-whole")
         first, last = ([r for r in records if "margin" in r][i] for i in (0, -1))
-        assert abs(first["loss"] - math.log(2)) < 1e-6 and abs(first["margin"]) < 1e-6 and last["margin"] > 0 and last["accuracy"] > 0.6
+        assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5 and last["margin"] > 0 and last["accuracy"] > 0.6
         assert any("val_margin" in r for r in records)
     if kind == "sft":
         values = losses(folder, "runs/sft-whole")
@@ -5462,6 +5594,6 @@ EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "qu
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
-        EXPERIMENTS[sys.argv[1]]()
+        data.command()(EXPERIMENTS[sys.argv[1]])()
     else:
         data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
