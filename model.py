@@ -432,11 +432,11 @@ class Model(nn.Module):
         """positions (B or 1, T) of the queries, documents as in hidden."""
         config = self.config
         T = positions.shape[1]
-        kv_ranges = kernels.kv_ranges(positions, config.window, documents)
-        kv_len = None if cache is None else cache.lengths + T
-        if kernels.use_triton(positions):
-            return Visible(kv_ranges, kv_len, None, None)
         num_keys = T if cache is None else cache.end
+        window = config.window if config.window and config.window < num_keys else None
+        kv_ranges = kernels.kv_ranges(positions, window, documents)
+        if kernels.use_triton(positions):
+            return Visible(kv_ranges, None if cache is None else cache.lengths + T, None, None)
         mask = kernels.attention_mask(positions, num_keys, kv_ranges)
         sparse_mask = None
         if config.dense_every > 1:
@@ -723,7 +723,8 @@ def sample(logits, temperature: float, top_k: int, top_p: float, draws):
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = sampling_probs(logits, temperature, top_k, top_p).cumsum(-1)
-    threshold = draws[:, None] * cumulative[:, -1:]
+    draws = draws[:, None].clamp(max=1 - 2 ** -24)      # rounding may have made 1 of what is just below
+    threshold = draws * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)
 
@@ -1537,7 +1538,8 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
     stored = {name: tensor for name, tensor in open_weights(path).items() if "rotary_emb.inv_freq" not in name}
     if config.tie_embeddings:
         stored.pop("lm_head.weight", None)      # a second copy of the embedding
-    dtype = dtype or stored["model.embed_tokens.weight"].dtype
+    norm = stored.get(hf_names(config, "model.norm.weight")[0])
+    dtype = dtype or (torch.float32 if norm is None else norm.dtype)
     weights = {}
     problems = []
     for name, like in stored_parameters(model).items():     # one by one: no two copies of all in memory
