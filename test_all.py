@@ -3746,9 +3746,10 @@ def test_packer_predicts_each_token_once_and_keeps_documents_whole():
     lengths = [5, 1, 40, 17, 33, 2, 8, 100, 31]
     tokens = stream(lengths)
     starts = np.cumsum([0] + lengths)
-    predicted = Counter(t for spans in train.Packer(tokens, 99, 32) for start, end in spans for t in range(start + 1, end))
+    documents = train.documents_of(SimpleNamespace(train=tokens), "train", 99)
+    predicted = Counter(t for spans in train.Packer(documents, 32) for start, end in spans for t in range(start + 1, end))
     assert predicted == Counter(t for t in range(len(tokens)) if t not in set(starts))
-    packer = train.Packer(tokens, 99, 32, seed=1)
+    packer = train.Packer(documents, 32, seed=[1])
     for _ in range(200):
         spans = next(packer)
         assert sum(end - start - 1 for start, end in spans) <= 32
@@ -3756,17 +3757,22 @@ def test_packer_predicts_each_token_once_and_keeps_documents_whole():
             first = starts[np.searchsorted(starts, start, "right") - 1]
             length = lengths[list(starts).index(first)]
             assert length > 33 or (start, end) == (first, first + length)
-    other = train.Packer(tokens, 99, 32, seed=1)
-    other.restore(packer.state())
+    other = train.Packer(documents, 32, seed=[1])
+    other.load_state_dict(packer.state_dict())
     assert [next(packer) for _ in range(50)] == [next(other) for _ in range(50)]
+
+
+def loader_args(**changes):
+    args = dict(context=16, batch_tokens=64, micro_batch=4, prompt_weight=0.25, skip=None, seed=0)
+    return SimpleNamespace(**{**args, **changes})
 
 
 def test_batches_hold_the_right_targets_and_weights():
     tokens = stream([6, 9, 4])
     mask = np.array([0, 0, 1, 1, 1, 1] + [0] * 4 + [1] * 5 + [1] * 4, np.uint8)
     dataset = SimpleNamespace(train=tokens, train_mask=mask)
-    mixture = train.Mixture([dataset], [1.0], 99, 16, 0.25, seed=0)
-    inputs, documents, targets, weights = train.collate(mixture.rows(4), 16)
+    batch = next(train.PackedLoader(loader_args(), [dataset], [1.0], 99))
+    inputs, documents, targets, weights = batch.micro_batches[0]
     assert inputs.shape == documents.shape == targets.shape == weights.shape == (4, 16)
     for x, doc, y, w in zip(inputs.tolist(), documents.tolist(), targets.tolist(), weights.tolist()):
         for t in range(16):
@@ -3792,13 +3798,13 @@ def test_documents_in_a_row_do_not_see_each_other(double):
 def test_muon_orthogonalizes_matrices_of_any_shape():
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 40, 12), (2, 12, 40)):
-        values = torch.linalg.svdvals(train.Muon.orthogonalize(torch.randn(shape), 5))
+        values = torch.linalg.svdvals(train.newton_schulz(torch.randn(shape)))
         assert values.min() > 0.3 and values.max() < 1.3
     # one step on W moves it by lr x 0.2 sqrt(max(rows, columns)) along the gradient's orthogonal factor
     w = torch.nn.Parameter(torch.zeros(6, 4))
     w.grad = torch.randn(6, 4)
     u, _, v = torch.linalg.svd(w.grad, full_matrices=False)
-    train.Muon([w], lr=0.1).step()
+    train.Muon([{"params": [w], "splits": [6]}], lr=0.1).step()
     step = -w.detach() / (0.1 * 0.2 * 6 ** 0.5)
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
@@ -3836,7 +3842,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
     assert run_train(mini, "--out", "runs/whole", "--save-every", "5").returncode == 0
     command = ["--out", "runs/cut", "--save-every", "5"]
     process = subprocess.Popen(train_command(*command), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (mini / "runs/cut/state.pt").exists():
+    while not list((mini / "runs/cut").glob("state-*")):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
@@ -3865,7 +3871,7 @@ def test_skipping_layers_is_trained_and_goes_on_exactly(mini):
     options = ["--n-layer", "4", "--skip", "4:2:20", "--save-every", "2"]
     assert run_train(mini, "--out", "runs/skip", *options).returncode == 0
     process = subprocess.Popen(train_command("--out", "runs/skip-cut", *options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (mini / "runs/skip-cut/state.pt").exists():
+    while not list((mini / "runs/skip-cut").glob("state-*")):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
@@ -4037,11 +4043,10 @@ def whole(mini):
 
 
 def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
-    done = run_train(mini, "--out", "runs/sharded", "--steps", "40", "--shard", "--recompute", "--micro-tokens", "128", launcher=TWO)
+    done = run_train(mini, "--out", "runs/sharded", "--steps", "40", "--fsdp", "--activation-checkpointing", "--micro-tokens", "128", launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     same_run(mini, "runs/uncut", "runs/sharded")
-    assert not (mini / "runs/sharded/model.safetensors").exists() and not (mini / "runs/sharded/state.pt").exists()
 
 
 def run_spoiled(folder, *options, launcher=()):
@@ -4075,7 +4080,7 @@ train.main()
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
 
 
-@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))],
+@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--fsdp",))],
                          ids=["alone", "two", "sharded"])
 def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
     out = f"runs/spoiled-{request.node.callspec.id}"
@@ -4084,7 +4089,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, req
     assert "at step 7 the loss is" in done.stderr, done.stderr
     assert "the norm of its gradient nan" in done.stderr, done.stderr
     assert f"the last good checkpoint is that of step 4 in {out};" in done.stderr
-    state = train.read_state(str(mini / out))
+    state = train.read_checkpoint(str(mini / out))
     assert state["step"] == 4
     assert all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
     assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
@@ -4110,7 +4115,7 @@ def test_a_run_notices_that_its_dataset_was_made_anew(mini):
     make(records[:200])
     assert run_spoiled(mini, *options).returncode == 1
     make(records[50:250])
-    assert refused() and train.read_state(str(mini / "runs/anew"))["step"] == 4
+    assert refused() and train.read_checkpoint(str(mini / "runs/anew"))["step"] == 4
     make(records[:200])  # the same tokens again: nothing has changed but the file's time
     done = run_train(mini, *options)
     assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
@@ -4139,7 +4144,7 @@ def cut(folder, options, launcher, lines, how):
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the ranks in /proc")
 def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
     options = ["--out", "runs/cut-often", "--steps", "40", "--save-every", "2"]
-    status, output = cut(mini, [*options, "--shard"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL))
+    status, output = cut(mini, [*options, "--fsdp"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL))
     assert status not in (0, None) and "Signal 9" in output, output
     assert list((mini / "runs/cut-often").glob("state-*"))
     status, output = cut(mini, options, (), 12, lambda p: p.terminate())                    # two ranks, sharded -> one
@@ -4147,7 +4152,7 @@ def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
     assert (mini / "runs/cut-often/state.pt").exists() and not list((mini / "runs/cut-often").glob("state-*"))
     status, output = cut(mini, options, TWO, 20, lambda p: p.terminate())                   # one rank -> two
     assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
-    status, output = cut(mini, [*options, "--shard"], TWO, 28, lambda p: p.terminate())     # replicated -> sharded
+    status, output = cut(mini, [*options, "--fsdp"], TWO, 28, lambda p: p.terminate())     # replicated -> sharded
     assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
     assert not (mini / "runs/cut-often/state.pt").exists() and not (mini / "runs/cut-often/model.safetensors").exists()
     done = run_train(mini, *options)
@@ -4204,7 +4209,7 @@ def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, mon
                         train.write_state(run, new, {name: tensor + 1 for name, tensor in tensors.items()}, sharded)
                     except KeyboardInterrupt:
                         pass
-                state = train.read_state(run)
+                state = train.read_checkpoint(run)
                 assert state["step"] in (8, 9) and torch.equal(state["tensors"]["a"][0], tensors["a"] + state["step"] - 8)
                 if left[0] > 0:
                     break
@@ -4231,7 +4236,7 @@ dist.destroy_process_group()
 
 
 def next_phase(folder, *options):
-    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--data", "mini", "--after", "runs/uncut", "--batch-tokens", "512",
+    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--data", "mini", "--continue-from", "runs/uncut", "--batch-tokens", "512",
                            "--compile", "no", "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--val-tokens", "1000", *options],
                           cwd=folder, capture_output=True, text=True, timeout=60)
 
@@ -4244,11 +4249,11 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     assert model.config.max_seq_len == 640 and model.config.rope_theta == 40000
     first = losses(mini, "runs/uncut")
     assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
-    kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
+    kept = {run: train.read_checkpoint(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
     assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
     assert kept["phase2"]["embed.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
-    for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--after"),
-                           (["--after", "runs/none"], "runs/none")):
+    for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--continue-from"),
+                           (["--continue-from", "runs/none"], "runs/none")):
         done = next_phase(mini, "--out", "runs/refused", *options)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
@@ -4258,17 +4263,17 @@ def dry(*options):
 
 
 def test_dry_run_and_the_papers_hyperparameters():
-    done = dry("--preset", "phi-4", "--gpus", "64", "--shard", "--recompute", "--peak-tflops", "990", "--lr", "1e-4")
+    done = dry("--preset", "phi-4", "--gpus", "64", "--fsdp", "--activation-checkpointing", "--peak-tflops", "990", "--lr", "1e-4")
     assert done.returncode == 0, done.stderr
     for words in ("14,659,507,200 parameters", "5,760 rows", "GPU-hours", "--micro-tokens", "given    --lr 0.0001 instead", "--optimizer adamw", "10,000.0 B tokens"):
         assert words in done.stdout, done.stdout
     done = dry("--preset", "phi-3-medium", "--gpus", "8", "--peak-tflops", "990")
-    assert done.returncode == 0 and "add --recompute" in done.stdout, done.stdout
+    assert done.returncode == 0 and "add --activation-checkpointing" in done.stdout, done.stdout
     args = SimpleNamespace(schedule="cosine", warmup=0.1, decay=1.0, final_lr=0.1, steps=100)
-    rates = [train.schedule(step, args) for step in range(100)]
+    rates = [train.lr_multiplier(step, args) for step in range(100)]
     assert rates[0] == 0.1 and abs(rates[50] - 0.55) < 1e-9 and 0.1 <= rates[99] < 0.101 and max(rates) > 0.97
     args.schedule, args.warmup = "constant", 0
-    assert {train.schedule(step, args) for step in range(100)} == {1.0}
+    assert {train.lr_multiplier(step, args) for step in range(100)} == {1.0}
     for paper in train.PAPERS.values():
         assert paper["batch_tokens"] % paper["context"] == 0
 
