@@ -355,30 +355,23 @@ class Muon(torch.optim.Optimizer):
         return result
 
 
-def matrix_groups(model):
-    """The blocks' matrices as Muon wants them."""
-    config = model.config
-    heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    groups = []
-    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-        params = [block.get_submodule(name).weight for block in model.model.layers]
-        rows = len(params[0])
-        splits = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": [config.d_ff] * (rows // config.d_ff)}
-        groups.append({"params": params, "splits": splits.get(name, [rows])})
-    return groups
-
-
 def make_optimizers(model, args, dtype, compiled=False):
     """Muon for the matrices of the blocks (or AdamW for all), AdamW for embedding, head and norms."""
-    optimizers = []
-    if args.optimizer == "muon":
-        optimizers.append(Muon(matrix_groups(model), lr=args.muon_lr, weight_decay=args.weight_decay, dtype=dtype,
-                               compiled=compiled))
-    taken = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    rest = [p for p in model.parameters() if p not in taken]
-    groups = [{"params": [p for p in rest if p.ndim == 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}]
-    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.adam_eps, fused=True))
+    config = model.config
+    heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    fused = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": config.d_ff, "self_attn.o_proj": None, "mlp.down_proj": None}
+    groups = []
+    for name, splits in fused.items() if args.optimizer == "muon" else ():
+        params = [block.get_submodule(name).weight for block in model.model.layers]
+        groups.append({"params": params, "splits": splits or len(params[0])})
+    matrices = {p for group in groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p not in matrices]
+    decays = {"weight_decay": args.weight_decay}
+    optimizers = [torch.optim.AdamW([{"params": [p for p in rest if p.ndim == 2], **decays},
+                                     {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}],
+                                    lr=args.lr, betas=(0.9, args.beta2), eps=args.adam_eps, fused=True)]
+    if groups:
+        optimizers.append(Muon(groups, args.muon_lr, dtype=dtype, compiled=compiled, **decays))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -418,32 +411,30 @@ def measure_peak(device, dtype, size=None):
 
 def choose_dtype(device, wanted):
     """-> (torch dtype for matrix products, one line that says why). Weights and optimizer state stay in fp32."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if wanted in dtypes:
-        return dtypes[wanted], "asked for"
+    if wanted != "auto":
+        return DTYPES[wanted], "asked for"
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0) or torch.version.hip
-        return dtypes["bf16" if has_bf16 else "fp32"], "what this GPU has units for"
+        return DTYPES["bf16" if has_bf16 else "fp32"], "what this GPU has units for"
     if device.type == "mps":
         return torch.float32, "on MPS bf16 brings little for small models"
-    bf16, fp32 = (measure_peak(device, dtype, 256) for dtype in (torch.bfloat16, torch.float32))
-    reason = f"measured here: bf16 {bf16 / 1e9:.0f}, fp32 {fp32 / 1e9:.0f} GFLOP/s"
-    return dtypes["bf16" if bf16 > 1.3 * fp32 else "fp32"], reason
+    bf16, fp32 = (measure_peak(device, dtype, 256) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    return DTYPES["bf16" if bf16 > 1.3 * fp32 else "fp32"], f"measured here: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
 
 
-def choose_compile(device, wanted):
-    """-> (whether to compile, one line that says why)"""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def why_not_compile(device, wanted):
+    """-> the reason, or None"""
     if wanted == "no":
-        return False, "not compiled (asked for)"
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        return True, "blocks and Muon compiled"
+        return "asked for"
     if device.type != "cpu":
-        return False, f"not compiled: no Triton for {device.type}"
+        return None if importlib.util.find_spec("triton") else f"no Triton for {device.type}"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False, "not compiled: on CPUs without AVX-512 that was measured to be slower"
-    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        return False, "not compiled: no C++ compiler (g++ or clang++) found"
-    return True, "blocks compiled"
+        return "on CPUs without AVX-512 that was measured to be slower"
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return None if has_compiler else "no C++ compiler (g++ or clang++) found"
 
 
 def flops_per_token(config, context):
@@ -457,18 +448,16 @@ def memory(config, args, micro_batch, world):
     """{part: bytes on one GPU} with so many rows at a time: fp32 weights, their bf16 copies for the products, gradients,
     what the optimizers keep (Muon one number a weight, AdamW two), and what the backward pass needs."""
     n = config.num_parameters()
+    ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)     # embedding and head
     tokens = micro_batch * args.context
-    heads = config.n_head * config.head_dim
-    kv_heads = config.n_kv_head * config.head_dim
-    d_ff = (2 if config.family.activation == "gelu" else 3) * config.d_ff
-    matrices = config.n_layer * config.d_model * (2 * heads + 2 * kv_heads + d_ff)
-    ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    block = 2 * tokens * (4 * config.d_model + 2 * (heads + 2 * kv_heads) + heads + d_ff)
+    qkv = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    hidden = (2 if config.family.activation == "gelu" else 3) * config.d_ff
+    block = 2 * tokens * (5 * config.d_model + 2 * qkv + hidden)
     parts = {
         "weights, fp32": 4 * n,
-        "weights, bf16 copies": 2 * matrices,
+        "weights, bf16 copies": 2 * (n - ends),
         "gradients": 4 * n,
-        "optimizer": 8 * n - (4 * matrices if args.optimizer == "muon" else 0),
+        "optimizer": 4 * (n + ends) if args.optimizer == "muon" else 8 * n,
         "activations": config.n_layer * block,
         "loss": 8 * tokens * config.vocab_size}
     if args.activation_checkpointing:   # what enters each block, and all of the one block whose turn it is
@@ -476,7 +465,7 @@ def memory(config, args, micro_batch, world):
     if args.fsdp:
         for part in ("weights, fp32", "gradients", "optimizer"):
             parts[part] /= world
-        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer     # this block and the next, fp32 gradients of one
+        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer     # this block and the next, fp32 gradients
         parts["embedding and head"] = 8 * ends      # gathered, with their gradients
     return parts
 
@@ -490,7 +479,7 @@ def micro_batch_rows(args, config, rows, world=1, gigabytes=0.0):
     def fits(micro_batch):
         if args.micro_tokens or not gigabytes:
             return micro_batch * args.context <= (args.micro_tokens or 4096)
-        return sum(memory(config, args, micro_batch, world).values()) <= 0.92e9 * gigabytes
+        return sum(memory(config, args, micro_batch, world).values()) <= USABLE * 1e9 * gigabytes
     return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or fits(n)))
 
 
@@ -505,31 +494,30 @@ def rows_of_rank(args, world):
 
 def dry_run(args, config):
     """Print what a run would take, in memory and in time, without taking it."""
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device("cuda" if here else "cpu")
-    world = args.gpus or max(1, here)
+    world = args.gpus or max(1, torch.cuda.device_count())
     gigabytes = args.gpu_gb or gpu_gigabytes() or 80
     args.fsdp = args.fsdp and world > 1
     rows = rows_of_rank(args, world)
     micro_batch = micro_batch_rows(args, config, rows, world, gigabytes)
     parts = memory(config, args, micro_batch, world)
-    parts["all"] = sum(parts.values())
-    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a step on {world} "
-          f"GPU(s), --micro-tokens {micro_batch * args.context}")
+    total = sum(parts.values()) / 1e9
+    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a step on "
+          f"{world} GPU(s), --micro-tokens {micro_batch * args.context}")
     for part, size in parts.items():
         print(f"  {part:26} {size / 1e9:10.2f} GB")
-    fits = parts["all"] <= 0.92e9 * gigabytes
-    print(f"memory   of {gigabytes:.0f} GB, 8 % kept free: {'fits' if fits else 'does not fit; ' + LESS_MEMORY}")
-    peak = (args.peak_tflops or 0) * 1e12 or measure_peak(device, choose_dtype(device, args.dtype)[0])
+    advice = "fits" if total <= USABLE * gigabytes else f"does not fit: {LESS_MEMORY}"
+    print(f"memory   {total:.2f} of {gigabytes:.0f} GB {advice}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else measure_peak(device, choose_dtype(device, args.dtype)[0])
     flops = flops_per_token(config, args.context) * (4 / 3 if args.activation_checkpointing else 1)
     rate = 0.4 * peak * world / flops
-    tokens = args.steps * args.batch_tokens
-    source = "--peak-tflops" if args.peak_tflops else f"measured on this {device.type}"
-    print(f"speed    {rate:,.0f} tokens/s, assuming 40 % of the peak, {peak / 1e12:,.1f} TFLOP/s ({source})")
-    print(f"time     {tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {tokens / rate / 86400:,.1f} days, "
-          f"{tokens / rate / 3600 * world:,.0f} GPU-hours")
+    days = args.steps * args.batch_tokens / rate / 86400
+    print(f"speed    {rate:,.0f} tokens/s at 40 % of {peak / 1e12:,.1f} TFLOP/s, given or measured on this {device.type}")
+    print(f"time     {args.steps * args.batch_tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {days:,.1f} days, "
+          f"{days * 24 * world:,.0f} GPU-hours")
 
 
+USABLE = 0.92   # of a GPU's memory
 LESS_MEMORY = "lower --micro-tokens, add --activation-checkpointing, or use more GPUs with --fsdp"
 
 # ---------------------------------------------------------------- loss and evaluation
@@ -541,41 +529,37 @@ def next_token_loss(model, tokens, documents, targets, weights, active_layers=No
 
 
 @torch.no_grad()
-def evaluate(run, datasets, eot):
-    """-> {dataset: (nats a token, bits a byte)} over the first --val-tokens of its validation split, every token once.
+def validate(run, datasets, eot):
+    """-> {"val": {dataset: (nats a token, bits a byte)}} over the first --val-tokens of its validation split, every
+    token predicted once, and the same in words.
 
     Bits a byte compare across tokenizers; the end token costs bits and has no bytes. Where prompts are marked only
     solutions count.
     """
     args = run.args
-    ids = range(run.tokenizer.vocab_size)
-    num_bytes = torch.tensor([0 if i == run.tokenizer.eot else len(run.tokenizer.decode_bytes([i])) for i in ids])
-    run.model.eval()
+    tokenizer = run.tokenizer
+    num_bytes = [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
+    num_bytes = torch.tensor(num_bytes)
     results = {}
+    run.model.eval()
     for dataset in datasets:
         packer = Packer(documents_of(dataset, "val", eot, args.val_tokens), args.context)
         rows = [(dataset.val, dataset.val_mask, spans) for spans in packer]
-        losses = [torch.zeros((), device=run.device)]
         count = size = 0.0
-        for begin in range(run.rank * args.micro_batch, len(rows) + run.rank * args.micro_batch, run.world * args.micro_batch):
-            chunk = rows[begin:begin + args.micro_batch]
+        losses = torch.zeros((), device=run.device, dtype=torch.float64 if run.device.type != "mps" else None)
+        for begin in range(0, len(rows), run.world * args.micro_batch):
+            chunk = rows[begin + run.rank * args.micro_batch:][:args.micro_batch]
             # all ranks run full micro-batches: one shape to compile, and sharded weights are gathered together
             chunk += [(None, None, [])] * (args.micro_batch - len(chunk))
-            batch = collate(chunk, args.context, prompt_weight=0)
-            _, _, targets, weights = batch
+            tensors = collate(chunk, args.context, prompt_weight=0)
+            targets, weights = tensors[2:]
             with run.autocast():
-                losses.append(run.objective(next_token_loss, *(t.to(run.device) for t in batch))[0])
+                losses += run.objective(next_token_loss, *(tensor.to(run.device) for tensor in tensors))[0]
             count += weights.sum().item()
             size += (num_bytes[targets] * weights).sum().item()
-        loss_sum = torch.stack(losses).cpu().double().sum().item()
-        loss_sum, count, size = run.sum_over_ranks(loss_sum, count, size)
-        results[dataset.name] = loss_sum / max(count, 1), loss_sum / math.log(2) / max(size, 1)
+        nats, count, size = run.sum_over_ranks(losses.item(), count, size)
+        results[dataset.name] = nats / max(count, 1), nats / math.log(2) / max(size, 1)
     run.model.train()
-    return results
-
-
-def validate(run, datasets, eot):
-    results = evaluate(run, datasets, eot)
     words = [f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items()]
     return {"val": results}, ", ".join(words)
 
@@ -589,32 +573,29 @@ def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
     """{name: [(x, y) or (x, y, low, high)]} as a small SVG picture, the band from low to high shaded.
     ticks: {x: its name}."""
     def axis(values, is_log, begin, length):
-        """-> value -> place in the picture, and five (place, value)"""
-        values = np.array([value for value in values if value > 0 or not is_log])
-        scaled = np.log(values) if is_log else values
-        low, high = scaled.min(), max(scaled.max(), scaled.min() + 1e-9)
-
-        def place(value):
-            value = max(value, values.min())
-            return f"{begin + length * ((math.log(value) if is_log else value) - low) / (high - low):.1f}"
-        levels = np.linspace(low, high, 5)
-        return place, np.exp(levels) if is_log else levels
+        """-> value -> place in the picture, and the lowest and the highest value"""
+        values = [value for value in values if value > 0 or not is_log]
+        scale = math.log if is_log else float
+        low = min(values)
+        size = max(scale(max(values)) - scale(low), 1e-9)
+        return lambda value: begin + length * (scale(max(value, low)) - scale(low)) / size, (low, max(values))
 
     points = [point for curve in curves.values() for point in curve]
     heights = [value for point in points for value in point[1:]]
     if not any(value > 0 or not log_y for value in heights):
         return ""
     x, _ = axis([*ticks, *(point[0] for point in points)], log_x, 60, 600)
-    y, levels = axis(heights, log_y, 320, -300)
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" font-size="12">',
-           f'<rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>',
+    y, bounds = axis(heights, log_y, 320, -300)
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" font-size="12">'
+           f'<rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
            f'<text x="660" y="352" text-anchor="end">{unit}</text>']
-    for level in levels:
-        svg.append(f'<text x="8" y="{y(level)}">{level:.3g}</text><path d="M60 {y(level)}h600" stroke="#ddd"/>')
-    svg += [f'<text x="{x(at)}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
+    for level in (np.geomspace if log_y else np.linspace)(*bounds, 5):
+        at = f"{y(level):.1f}"
+        svg.append(f'<text x="8" y="{at}">{level:.3g}</text><path d="M60 {at}h600" stroke="#ddd"/>')
+    svg += [f'<text x="{x(at):.1f}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
     for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(COLORS))):
-        line, lows, highs = ([f"{x(p[0])},{y((*p, p[1], p[1])[k])}" for p in curve] for k in (1, 2, 3))
-        svg.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(lows + highs[::-1])}"/>'
+        line, low, high = ([f"{x(p[0]):.1f},{y((*p, p[1], p[1])[k]):.1f}" for p in curve] for k in (1, 2, 3))
+        svg.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(low + high[::-1])}"/>'
                    f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
                    f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
     return "\n".join([*svg, "</svg>\n"])
@@ -622,13 +603,16 @@ def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
 
 def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
     """The curves of log.jsonl's records, of the loss or another `key`, over tokens."""
-    curves = {"training": [(r["tokens"], r[key]) for r in records if key in r]}
-    for r in records:
-        for name, (value, _) in r.get("val", {}).items():
-            curves.setdefault(f"{name} validation", []).append((r["tokens"], value))
-    end = max([r["tokens"] for r in records], default=0)
+    curves = {}
+    for record in records:
+        values = {f"{name} validation": value for name, (value, _) in record.get("val", {}).items()}
+        if key in record:
+            values["training"] = record[key]
+        for name, value in values.items():
+            curves.setdefault(name, []).append((record["tokens"], value))
+    end = max([record["tokens"] for record in records], default=0)
     ticks = {end * i / 4: f"{end * i / 4e6:.3g} M" for i in range(5)}
-    return chart({name: curve for name, curve in curves.items() if curve}, f"{title}: {unit} over tokens", ticks)
+    return chart(curves, f"{title}: {unit} over tokens", ticks)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -874,7 +858,7 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
     in --out. The order in a script is: read data -> settle args.steps and args.micro_batch -> run = setup(...) ->
     loader -> train(run, ...).
 
-    config: the shape to train. resume_keys: the names of the options that a resumed run must share with its beginning.
+    config: the shape to train. resume_keys: the options that a resumed run must share with its beginning.
     fingerprints: {what the user calls a data set: what tells its contents}, compared with the checkpoint's as well.
     Bad or changed options end the process in a line with code 2; a run that has all its steps ends it with code 0.
     """
@@ -884,55 +868,55 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     args.fsdp = args.fsdp and world > 1
-    if world > 1 and not dist.is_initialized():
-        # numbers of the host go over gloo; the timeout is for machines that fall silent, and longer than rank 0 saves
+    if world > 1:       # what hosts tell each other goes over gloo; the timeout is longer than rank 0 saves
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
 
-    identity = {"hparams": {name: getattr(args, name) for name in resume_keys}, "fingerprints": fingerprints or {}}
+    identity = {"hparams": {key: getattr(args, key) for key in resume_keys}, "fingerprints": fingerprints or {}}
     checkpoint = source = read_checkpoint(args.out)
     if checkpoint:
         check_checkpoint(checkpoint, args, identity)
         if checkpoint["step"] >= args.steps:
-            print(f"{args.out} is trained already ({args.steps:,} steps); give another --out, or delete it, to train again")
+            print(f"{args.out} is trained already ({args.steps:,} steps); to train again, delete it or give another --out")
             leave()
-        note = f"going on from step {checkpoint['step']:,} of {args.steps:,} in {args.out}"
     elif glob.glob(os.path.join(glob.escape(args.out), "model*.safetensors*")):
         data.fail(f"{args.out} holds a model without a training state; give another --out, or delete it")
     elif args.continue_from:
         source = read_checkpoint(args.continue_from)
         if not source:
             data.fail(f"--continue-from {args.continue_from} has no training state; give --init for its weights alone")
-        if source["hparams"]["optimizer"] != args.optimizer:
-            data.fail(f"--continue-from {args.continue_from} was trained with --optimizer {source['hparams']['optimizer']}; "
-                      "give the same")
-        note = f"weights and optimizer state of step {source['step']:,} of {args.continue_from}"
+        optimizer = source["hparams"]["optimizer"]
+        if optimizer != args.optimizer:
+            data.fail(f"--continue-from {args.continue_from} was trained with --optimizer {optimizer}; give the same")
 
-    # Near the threshold a CPU would be measured otherwise another time, or on another rank: the first measurement counts.
+    # Near the threshold a CPU is measured otherwise another time, or on another rank: the first measurement counts.
     wanted = checkpoint["dtype"] if checkpoint and args.dtype == "auto" else args.dtype
     dtype, reason = gather_objects(choose_dtype(device, wanted))[0]
     identity["dtype"] = "bf16" if dtype == torch.bfloat16 else "fp32"
-    is_compiled, about_compiler = choose_compile(device, args.compile)
     torch.manual_seed(args.seed)
     objective = build_model(args, config, device, dtype, not source, world)
+    not_compiled = why_not_compile(device, args.compile)
+    is_compiled = not not_compiled
     optimizers = make_optimizers(objective.model, args, dtype, is_compiled and device.type == "cuda")
     if source:
         load_training_state(source["folder"], objective.model, optimizers)
     objective.train()
-    if is_compiled:
-        torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
-    for block in objective.model.model.layers:      # forward alone: the hooks that gather a block's weights stay outside
+    torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
+    for block in objective.model.model.layers:      # forward alone: hooks that gather a block's weights stay outside
         if is_compiled:
             block.forward = torch.compile(block.forward, dynamic=False)
         if args.activation_checkpointing:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     run = Run(args, objective, tokenizer, optimizers, device, dtype, rank, world, identity, checkpoint)
-    if source:
-        run.print0(note)
+    if checkpoint:
+        run.print0(f"going on from step {checkpoint['step']:,} of {args.steps:,} in {args.out}")
+    elif source:
+        run.print0(f"weights and optimizer state of step {source['step']:,} of {args.continue_from}")
     run.print0(f"model    {config.num_parameters():,} parameters: {config.n_layer} layers, {config.d_model} wide, {config.n_head} "
                f"query and {config.n_kv_head} key/value heads, vocabulary {config.vocab_size}")
-    run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); {about_compiler}")
+    run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); "
+               + (f"not compiled: {not_compiled}" if not_compiled else "blocks compiled"))
     return run
 
 
@@ -1044,13 +1028,13 @@ class Log:
                   "--muon-lr", 1)
 
 
-def read_log(path, step):
-    """The records up to a step: what was logged after the checkpoint will be logged again."""
-    records = []
-    if step:
-        with open(path) as file:
-            records = [json.loads(line) for line in file if line.endswith("}\n")]
-    return [record for record in records if record["step"] <= step]
+def read_log(path, last_step=math.inf):
+    """The whole records up to a step: what was logged after the checkpoint will be logged again."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        records = [json.loads(line) for line in file if line.endswith("}\n")]
+    return [record for record in records if record["step"] <= last_step]
 
 
 def set_rates(optimizers, multiplier):
@@ -1277,37 +1261,31 @@ def recipe(quick):
 
 
 def print_report(stages, book):
-    """The table of stages, and pass@1 by difficulty before and after finetuning."""
-    print(f"\n{'stage':20} {'tokens':>12} {'seconds':>8}  {'validation, bits a byte':38} pass@1 on held-out problems")
+    """What each stage took and gave, and pass@1 by difficulty before and after finetuning."""
     evaluations = []
+    print(f"\n{'stage':20} {'seconds':>8}  result")
     for stage in stages:
-        meta = os.path.join(stage.product, "meta.json")
-        log = os.path.join(stage.product, "log.jsonl")
-        tokens = bits = score = ""
+        meta, log = (os.path.join(stage.product, name) for name in ("meta.json", "log.jsonl"))
+        result = ""
         if os.path.exists(meta):
-            tokens = models.read_json(meta)["train"]["tokens"]
+            result = f"{models.read_json(meta)['train']['tokens']:,} tokens"
         elif os.path.exists(log):
-            with open(log) as file:
-                records = [json.loads(line) for line in file]
-            tokens = records[-1]["tokens"]
-            validation = [record["val"] for record in records if "val" in record][-1]
-            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in validation.items())
+            last = read_log(log)[-1]
+            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in last["val"].items())
+            result = f"{last['tokens']:,} tokens; validation, bits a byte: {bits}"
         elif stage.product.endswith("eval.json"):
             evaluations.append(models.read_json(stage.product))
-            score = f"{evaluations[-1]['pass@1']:.1%}"
-        print(f"{stage.title:20} {tokens:>12,} {book[stage.product]['seconds']:8.1f}  {bits:38} {score}" if tokens else
-              f"{stage.title:20} {'':12} {book[stage.product]['seconds']:8.1f}  {bits:38} {score}")
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
-    seconds = sum(book[stage.product]["seconds"] for stage in stages)
-    print(f"{'all':33} {seconds:8.1f}  at most {memory:.2f} GB of memory in a process\n")
+            result = f"pass@1 {evaluations[-1]['pass@1']:.1%} on held-out problems"
+        print(f"{stage.title:20} {book[stage.product]['seconds']:8.1f}  {result}")
+    print(f"{'all':20} {sum(book[stage.product]['seconds'] for stage in stages):8.1f}\n")
     levels = sorted(evaluations[-1]["levels"], key=int)
-    heads = [f"k = {level}" for level in levels] + ["all"]
-    print(f"{'pass@1 ± standard error':36}" + "".join(f"{head:>16}" for head in heads))
+    print(f"{'pass@1 ± standard error':36}" + "".join(f"{'k = ' + level:>16}" for level in levels) + f"{'all':>16}")
     for name, result in zip(("pretrained on code + textbooks", "finetuned on exercises"), evaluations):
         cells = [*(result["levels"][level] for level in levels), result]
         print(f"{name:36}" + "".join(f"{cell['pass@1']:>9.1%} ±{cell['se']:5.1%}" for cell in cells))
-    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two steps.\n"
-          "Ours are held-out compositions of the teacher's own operations: a far easier test, on a model some hundred times smaller.")
+    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two "
+          "steps.\nOurs are held-out compositions of the teacher's own operations: a far easier test, on a model some "
+          "hundred times smaller.")
 
 
 # ---------------------------------------------------------------- options
@@ -1349,21 +1327,21 @@ def loop_options(option):
     rate = data.number(float, 0)
     share = data.number(float, 0, 1)
     option("--micro-tokens", None, "most tokens in one forward pass of a process; lower it when memory runs out (default: what a "
-           "GPU's memory holds by our estimate; 4096 on a CPU)", type=count, metavar="N")
+           "GPU's memory holds by our estimate; 4096 on a CPU)", type=count)
     option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
-    option("--lr", 0.003, "peak learning rate of AdamW", type=rate, metavar="RATE")
-    option("--muon-lr", 0.01, "peak learning rate of Muon", type=rate, metavar="RATE")
-    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=rate, metavar="RATE")
-    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999), metavar="BETA")
-    option("--adam-eps", 1e-10, "AdamW's epsilon", type=rate, metavar="EPS")
+    option("--lr", 0.003, "peak learning rate of AdamW", type=rate)
+    option("--muon-lr", 0.01, "peak learning rate of Muon", type=rate)
+    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=rate)
+    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999))
+    option("--adam-eps", 1e-10, "AdamW's epsilon", type=rate)
     option("--schedule", "linear", "form in which the learning rate falls", choices=("linear", "cosine", "constant"))
-    option("--warmup", 0.02, "share of the steps with rising learning rate", type=share, metavar="SHARE")
-    option("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end", type=share, metavar="SHARE")
-    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=share, metavar="SHARE")
-    option("--clip", 1.0, "largest norm of the gradient; 0: any", type=rate, metavar="NORM")
-    option("--val-every", 500, "steps between validations; one always comes last", type=count, metavar="N")
-    option("--save-every", 250, "steps between checkpoints", type=count, metavar="N")
-    option("--log-every", 10, "steps between records in log.jsonl", type=count, metavar="N")
+    option("--warmup", 0.02, "share of the steps with rising learning rate", type=share)
+    option("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end", type=share)
+    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=share)
+    option("--clip", 1.0, "largest norm of the gradient; 0: any", type=rate)
+    option("--val-every", 500, "steps between validations; one always comes last", type=count)
+    option("--save-every", 250, "steps between checkpoints", type=count)
+    option("--log-every", 10, "steps between records in log.jsonl", type=count)
     option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
     option("--dtype", "auto", "compute dtype; auto measures", choices=("auto", "fp32", "bf16"))
     option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
@@ -1381,33 +1359,31 @@ def make_parser():
     several = data.number(int, 2)
     positive = data.number(float, 0)
     option("--data", None, "dataset directories (or names under data/) and their shares; without this option the whole recipe "
-           "runs", nargs="+", metavar="NAME[:WEIGHT]")
+           "runs", nargs="+")
     option("--quick", False, "the recipe on chains of one and two operations, in a third of the time, with a model that has "
            "learned little", action="store_true")
-    option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
-    option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from", metavar="RUN")
+    option("--out", "runs/base", "run directory to write, and to go on from")
+    option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from")
     option("--continue-from", None, "run whose weights and optimizer state to start from: its next phase, with data, context, "
-           "rates and steps of its own (give another --seed for another order of the same data)", metavar="RUN")
+           "rates and steps of its own (give another --seed for another order of the same data)")
     option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for the options not given",
            choices=models.PRESETS)
     for name in SHAPE:
-        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=count, metavar="N")
+        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=count)
     option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's",
-           type=data.number(float, 1), metavar="BASE")
-    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=several, metavar="N")
-    option("--batch-tokens", 4096, "tokens a step, over all processes", type=several, metavar="N")
-    option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=count, metavar="N")
-    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1),
-           metavar="WEIGHT")
+           type=data.number(float, 1))
+    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=several)
+    option("--batch-tokens", 4096, "tokens a step, over all processes", type=several)
+    option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=count)
+    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1))
     option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of an answer, falling to "
-           "MIN at the TOKENS-th and later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
-    option("--val-tokens", 65536, "validation tokens of each dataset", type=several, metavar="N")
+           "MIN at the TOKENS-th and later", type=models.parse_skip)
+    option("--val-tokens", 65536, "validation tokens of each dataset", type=several)
     loop_options(option)
     option("--dry-run", False, "print what training would take in memory and time, and stop", action="store_true")
-    option("--gpus", None, "of --dry-run (default: those here)", type=count, metavar="N")
-    option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=positive, metavar="GB")
-    option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=positive,
-           metavar="RATE")
+    option("--gpus", None, "of --dry-run (default: those here)", type=count)
+    option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=positive)
+    option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=positive)
     return parser
 
 
