@@ -1,63 +1,57 @@
 """Make a larger model of a trained one: more width, heads, layers, vocabulary or context.
 
-    python grow.py runs/small runs/large --d-model 256 --n-layer 10   # computes the same function, and goes on learning
+    python grow.py runs/small runs/large --d-model 256 --n-layer 10   # computes the same, and learns on
     python grow.py microsoft/phi-1_5 runs/phi-2 --to phi-2            # how phi-2 began, but exactly
-    python grow.py runs/base runs/long --context 4096 --data web      # LongRoPE: searches its factors on long documents
+    python grow.py runs/base runs/long --context 4096 --data web      # LongRoPE's search, on long documents
 
 The result is a model directory to start from: python train.py --init DST --data ... --out ...
 
-Every matrix W (out, in) becomes W' = E_out W S_inᵀ. E copies channels: its rows are rows of the identity. S reads
-them: each of n copies of a channel by 1/n, so that SᵀE is the identity and the layers compute what they did before.
-axis_table says which axis each matrix writes, and which it reads. Read on from there.
+Every matrix W (out, in) becomes W' = E_out W S_inᵀ. E copies channels: its rows are rows of the identity. S
+reads them, each of n copies by 1/n, so that SᵀE is the identity and each layer computes what it did.
+axis_table is the heart: it says which axes each matrix writes (E_out), and which it reads (S_in).
 """
 import copy
 import dataclasses
 import functools
 import math
-import random
 import re
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 import model as models
 
-METHODS = {
-    "exact": "the same function: what is read of a channel is shared by its copies (HyperCloning, arXiv 2409.12903), "
-             "odd widths are padded",
-    "tile": "weights repeated as they are (phi-1's way)",
-    "wr": "weights reused in the corner, the rest is new",
-}
+METHODS = ("exact", "tile", "wr")
 SHAPE = ("d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_ff", "vocab_size")
-
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---------------------------------------------------------------- shape
 
-def target_config(config, method="exact", d_model=None, n_layer=None, n_head=None, n_kv_head=None, head_dim=None,
-                  d_ff=None, vocab_size=None):
-    """The models.Config to grow to. What is not given follows d_model: heads keep their size where they can, key/value
-    heads and d_ff their ratio. ValueError where the shape shrinks, or cannot be reached by this method."""
+def target_config(config, method="exact", d_model=None, n_layer=None, n_head=None, n_kv_head=None,
+                  head_dim=None, d_ff=None, vocab_size=None):
+    """The models.Config to grow to. What is not given follows d_model: heads keep their size where they can,
+    key/value heads and d_ff their ratio. ValueError where the shape shrinks, or this method cannot reach
+    it."""
     d_model = d_model or config.d_model
     width = d_model / config.d_model
-    scaled_heads = config.n_head * width
-    n_head = n_head or int(scaled_heads if scaled_heads.is_integer() else config.n_head)
+    heads_of_same_size, rest = divmod(config.n_head * d_model, config.d_model)
+    n_head = n_head or (config.n_head if rest else heads_of_same_size)
     group = config.n_head // config.n_kv_head
     n_kv_head = n_kv_head or (n_head if n_head % group else n_head // group)
     stores_size = "head_size" in config.family.fields       # config.json says the size of a head
     head_dim = head_dim or (config.head_dim if stores_size else d_model // n_head)
     if not stores_size and n_head * head_dim != d_model:
-        raise ValueError(f"d_model must be n_head x head_dim in the family {config.model_type}, and {d_model} is not "
-                         f"{n_head} x {head_dim}")
+        raise ValueError(f"d_model must be n_head x head_dim in the family {config.model_type}, and "
+                         f"{d_model} is not {n_head} x {head_dim}")
     rotary_share = config.partial_rotary_factor
     if head_dim > config.head_dim and config.model_type in ("phi", "phi3"):
-        # the same channels turn as before (in other families all do); one step up, because rotary_dims rounds down
+        # the same channels turn as before (in other families all do); one step up, as rotary_dims rounds down
         rotary_share = math.nextafter(config.rotary_dims / head_dim, 1)
     new = dataclasses.replace(
         config, d_model=d_model, n_layer=n_layer or config.n_layer, n_head=n_head, n_kv_head=n_kv_head,
@@ -65,13 +59,16 @@ def target_config(config, method="exact", d_model=None, n_layer=None, n_head=Non
         vocab_size=vocab_size or config.vocab_size, partial_rotary_factor=rotary_share)
     for name in SHAPE:
         if getattr(new, name) < getattr(config, name) and name != "n_kv_head":
-            raise ValueError(f"{name} {getattr(new, name)} is less than the source's {getattr(config, name)}; grow.py "
-                             "only enlarges (d_model = n_head x head_dim, unless all three are given)")
+            raise ValueError(f"{name} {getattr(new, name)} is less than the source's "
+                             f"{getattr(config, name)}; grow.py only enlarges (unless given, "
+                             "head_dim is d_model / n_head)")
     if config.n_kv_head % min(n_kv_head, config.n_kv_head):
-        raise ValueError(f"n_kv_head {n_kv_head} must divide the source's {config.n_kv_head}, which are averaged in groups")
+        raise ValueError(f"n_kv_head {n_kv_head} must divide the source's {config.n_kv_head}, which are "
+                         "averaged in groups")
     if new.rotary_dims != config.rotary_dims and (method == "exact" or config.original_max_seq_len):
-        raise ValueError(f"heads of {head_dim} channels have no exact form, because they turn by other rotary frequencies "
-                         f"than those of {config.head_dim}; keep these, by --head-dim {config.head_dim}")
+        raise ValueError(f"heads of {head_dim} channels have no exact form, because they turn by other "
+                         f"rotary frequencies than those of {config.head_dim}: give --head-dim "
+                         f"{config.head_dim}")
     if method == "exact" and width % 1:
         new.norm_eps /= width       # as the variance, see norm_scale in grow
     elif method == "exact" and config.tie_embeddings and "logit_divisor" in config.family.fields:
@@ -81,19 +78,18 @@ def target_config(config, method="exact", d_model=None, n_layer=None, n_head=Non
 
 # ---------------------------------------------------------------- axes
 
-# What the rows of new channels are: so many times the mean of all rows, plus so many times noise of the weights' scale
+# The rows of new channels: these multiples of the mean of all rows, and of noise of the weights' scale
 ZERO = 0.0, 0.0
 MEAN = 1.0, 0.0         # a residual stream padded with its mean, which LayerNorm takes away
 RANDOM = 0.0, 1.0
 NEAR_MEAN = 1.0, 0.01   # new tokens, which are unlikely then
 
-
-class Axis(NamedTuple):
-    """The b channels of a dimension that had a channels, as the rows of the matrices E, S and D (b, a)."""
-    source: torch.Tensor    # (b,) the channel that each is a copy of, where E, S and D are not zero; -1: a new one
-    new_rows: tuple         # see above
-    share: torch.Tensor     # (b,) S: what is read of each, 1/n of n copies
-    spread: torch.Tensor    # (b,) D: shares with signs, such as -1/2 and 1/2, whose sum is zero over the n copies
+# A dimension that had a channels and grows to b. All but new_rows are (b,).
+# source: the channel that each is a copy of, which is where E, S and D (b, a) are not zero; -1: a new channel
+# new_rows: see above
+# share: S, what is read of each, 1/n of n copies
+# spread: D, the shares with signs, such as -1/2 and 1/2, whose sum over the n copies is zero
+Axis = namedtuple("Axis", "source new_rows share spread")
 
 
 def make_axis(source, new_rows, divided):
@@ -113,9 +109,10 @@ def make_axis(source, new_rows, divided):
 def head_sources(config, new):
     """The source's head of each query head and each key/value head, so that attention computes the same.
 
-    A copy of a query has to look into a copy of the same key/value head, so each of these becomes as many neighbours
-    as its queries need room, and the whole is tiled. Where blocksparse heads look depends on their number modulo the
-    stride, so only heads of equal remainder are copies; a head without such a source is new (-1).
+    A copy of a query has to look into a copy of the same key/value head, so each of these becomes as many
+    neighbours as its queries need room, and the whole is tiled. Where blocksparse heads look depends on their
+    number modulo the stride, so only heads of equal remainder are copies; a head without such a source is new
+    (-1).
     """
     group = config.n_head // config.n_kv_head
     new_group = new.n_head // new.n_kv_head
@@ -128,16 +125,15 @@ def head_sources(config, new):
         fitting = [query for query in range(first, first + group) if (query - head) % stride == 0]
         queries.append(min(fitting, key=queries.count, default=-1))
     if not set(range(config.n_head)) <= set(queries):
-        raise ValueError(f"{config.n_head} query heads on {config.n_kv_head} key/value heads have no exact form as "
-                         f"{new.n_head} on {new.n_kv_head} (blocksparse stride {stride}); multiply both by one whole number")
+        raise ValueError(f"{config.n_head} query heads on {config.n_kv_head} key/value heads have no exact "
+                         f"form as {new.n_head} on {new.n_kv_head} (blocksparse stride {stride}); multiply "
+                         "both by one whole number")
     return queries, kv_heads
 
 
 def axis_table(config, new, method):
-    """Module -> (the axes that its rows write, one for each matrix that is fused in it; the axis that its columns read).
-
-    config: the source's, but with no more key/value heads than the target has.
-    """
+    """Module -> the axes that its rows write, one for each matrix that is fused in it; the axis that its
+    columns read. config: the source's, but with no more key/value heads than the target has."""
     exact = method == "exact"
     reused = method == "wr"
 
@@ -152,7 +148,7 @@ def axis_table(config, new, method):
         return make_axis(source, new_rows, exact)
 
     query_heads, kv_heads = head_sources(config, new) if exact else (in_turn("n_head"), in_turn("n_kv_head"))
-    queries = head_axis(query_heads, ZERO if exact else RANDOM)     # a query of 0 finds nothing in new channels of keys
+    queries = head_axis(query_heads, ZERO if exact else RANDOM)     # 0 finds nothing in new channels of keys
     keys = values = head_axis(kv_heads, RANDOM)
     hidden = make_axis(in_turn("d_ff"), RANDOM, exact)
     tokens = make_axis(in_turn("vocab_size", True), NEAR_MEAN, False)
@@ -181,12 +177,14 @@ def expand_rows(weight, axis, new_rows=None):
 def expand_cols(weight, axis, decibels):
     """W Sᵀ + N Dᵀ: (o, a) -> (o, b). New columns, which read zeros, are random.
 
-    N Dᵀ: noise at this signal-to-noise ratio lets copies receive different gradients. What is added for one copy of a
-    channel is taken away for another, so the output stays (HyperCloning, section 3.3).
+    N Dᵀ: noise at this signal-to-noise ratio lets copies receive different gradients. What is added for one
+    copy of a channel is taken away for another, so the output stays (HyperCloning, section 3.3).
     """
     grown = expand_rows(weight.T, axis, RANDOM).T * axis.share.to(weight)
-    noise = 10 ** (-decibels / 20) * weight.std() * torch.randn_like(weight)
-    return grown + noise[:, axis.source] * axis.spread.to(weight)
+    if axis.spread.any():
+        noise = 10 ** (-decibels / 20) * weight.std() * torch.randn_like(weight)
+        grown += noise[:, axis.source] * axis.spread.to(weight)
+    return grown
 
 
 # ---------------------------------------------------------------- growing
@@ -194,9 +192,9 @@ def expand_cols(weight, axis, decibels):
 def layer_sources(config, n_layer, depth):
     """For each new layer the source's layer, and whether it is inserted and adds nothing yet.
 
-    repeat: round(i / n_layer · old), the map of phi-1's authors. identity: each layer stays, followed by copies of
-    itself, evenly spread, whose output projections are zero. Dense and sparse layers alternate by their number, so
-    there insertions come in whole periods.
+    repeat: round(i / n_layer · old), the map of phi-1's authors. identity: each layer stays, followed by
+    copies of itself, evenly spread, whose output projections are zero. Dense and sparse layers alternate by
+    their number, so there insertions come in whole periods.
     Example: 3 -> 6 layers is [0, 0, 1, 1, 2, 2], of which identity inserts the second of each pair.
     """
     old = config.n_layer
@@ -217,10 +215,12 @@ def layer_sources(config, n_layer, depth):
 def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     """A larger models.Model with this one's knowledge; the source stays as it is.
 
-    target: some of SHAPE; what is not given follows d_model (see target_config). method: one of METHODS.
-    depth: "identity" (exact's) or "repeat" (the others'). noise: signal-to-noise ratio in decibels of what tells copies
-    apart, inf for none. Warns where the function changes although the method is exact. Works in the weights' own
-    type: 16 bits round. Memory: the two models and one tensor.
+    method: exact, the same function (HyperCloning, arXiv 2409.12903); tile, weights repeated as they are; wr,
+    weights reused in the corner. target: some of SHAPE; what is not given follows d_model (see
+    target_config). depth: "identity" (exact's) or "repeat" (the others'), see layer_sources. noise:
+    signal-to-noise ratio in decibels of what tells copies apart, inf for none. Warns where the function
+    changes although the method is exact. Works in the weights' own type: 16 bits round. Memory: the two
+    models and a few copies of one tensor.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -232,13 +232,13 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     if exact and depth == "repeat" and new.n_layer > config.n_layer:
         warnings.warn("repeated layers change the function; depth identity keeps it", stacklevel=3)
     if exact and n_kv_head < config.n_kv_head:
-        warnings.warn(f"key/value heads are averaged ({config.n_kv_head} -> {n_kv_head}); train on to make up for it",
-                      stacklevel=3)
+        warnings.warn(f"key/value heads are averaged ({config.n_kv_head} -> {n_kv_head}); train on to make "
+                      "up for it", stacklevel=3)
     table = axis_table(dataclasses.replace(config, n_kv_head=n_kv_head), new, method)
     residual = table["lm_head"][1]
 
-    # What has to be made up for. Softmax divides by sqrt(head_dim), Gemma multiplies embeddings by sqrt(d_model),
-    # padding leaves 1 / width of the variance, and a tied output layer reads the copies in the embedding in full.
+    # What has to be made up for: softmax divides by sqrt(head_dim), Gemma multiplies embeddings by
+    # sqrt(d_model), padding leaves 1 / width of the variance, a tied output layer reads all copies in full
     width = new.d_model / config.d_model if exact else 1.0
     query_scale = math.sqrt(new.head_dim / config.head_dim) if exact else 1.0
     embed_scale = width ** -0.5 if config.model_type == "gemma" else 1.0
@@ -250,15 +250,16 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     def expand(module, kind, weight):
         is_bias = kind == "bias"
         if module.endswith("norm"):
-            grown = expand_rows(weight, residual, ZERO if is_bias else MEAN)
-            offset = 0.0 if is_bias else config.family.norm_offset
-            scale = (1.0 if is_bias else norm_scale) * (final_scale if module == "norm" else 1.0)
-            return (grown + offset) * scale - offset
+            scale = final_scale if module == "norm" else 1.0
+            if is_bias:
+                return expand_rows(weight, residual, ZERO) * scale
+            offset = config.family.norm_offset
+            return expand_rows(weight + offset, residual, MEAN) * norm_scale * scale - offset
         rows, columns = table[module]
         parts = list(models.split_rows(config, weight, len(rows)))
         if module == "qkv_proj":
             parts[0] = parts[0] * query_scale
-            for i in (1, 2):    # fewer key/value heads are means of neighbours (Ainslie et al., arXiv 2305.13245)
+            for i in (1, 2):    # fewer key/value heads are means of neighbours (GQA, arXiv 2305.13245)
                 parts[i] = parts[i].unflatten(0, (n_kv_head, -1, config.head_dim)).mean(1).flatten(0, 1)
         grown = torch.cat([expand_rows(part, axis) for part, axis in zip(parts, rows)])
         if module == "embed_tokens":
@@ -270,7 +271,7 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     source = model.state_dict()
     layers = layer_sources(config, new.n_layer, depth)
     weights = {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         for name, like in models.stored_parameters(large).items():
             layer, is_inserted = 0, False
@@ -289,11 +290,12 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
 # ---------------------------------------------------------------- context
 
 def rope_methods(config, max_seq_len):
-    """What each published method divides the frequency of each pair of channels by, and multiplies cos and sin by.
+    """How each published method reaches max_seq_len: what it divides the frequency of each pair of channels
+    by, and what it multiplies cos and sin by.
 
-    PI (arXiv 2306.15595) divides all alike. NTK enlarges rope_theta instead, so that fast pairs hardly change and the
-    slowest as in PI. YaRN (arXiv 2309.00071, section 3.2, alpha 1, beta 32) keeps pairs that turn often within the
-    original context, and divides those that do not turn once.
+    PI (arXiv 2306.15595) divides all alike. NTK enlarges rope_theta instead, so that fast pairs hardly change
+    and the slowest as in PI. YaRN (arXiv 2309.00071, section 3.2, alpha 1, beta 32) keeps pairs that turn
+    often within the original context, and divides those that do not turn once.
     """
     original = config.original_max_seq_len or config.max_seq_len
     scale = max_seq_len / original
@@ -312,8 +314,8 @@ def rope_methods(config, max_seq_len):
 
 
 def set_context(model, max_seq_len, factors, mscale=None):
-    """The same weights with another context: factors (None: plain) for sequences beyond the original one, ones (or the
-    source's) up to it; cos and sin times mscale, None for the paper's formula."""
+    """The same weights with another context: factors (None: plain) for sequences beyond the original one,
+    ones (or the source's) up to it; cos and sin times mscale, None for the paper's formula."""
     config = model.config
     change = dict(max_seq_len=max_seq_len)
     if factors:
@@ -338,34 +340,29 @@ def document_loss(model, documents):
 def search(model, max_seq_len, documents, population=64, iterations=40, seed=0):
     """LongRoPE's evolutionary search for the long factors (arXiv 2402.13753, section 3.3 and algorithm 1).
 
-    Factors rise from pair to pair and lie in [1, 1.25 scale], in steps of 0.01. PI, NTK, YaRN, the source's factors if
-    it has some, and mutations of them begin; the best half lives on beside a quarter of mutations and a quarter of
-    crossovers. Without the paper's second variable, the number of first tokens that are not scaled: Hugging Face's
-    models do not have it.
+    Factors rise from pair to pair and lie in [1, 1.25 scale], in steps of 0.01. PI, NTK, YaRN and the
+    source's factors, if it has some, begin; the best half lives on beside a quarter of mutations and a
+    quarter of crossovers of it. Without the paper's second variable, the number of first tokens that are not
+    scaled: Hugging Face's models do not have it.
     """
     methods = rope_methods(model.config, max_seq_len)
     highest = math.floor(125 * methods["pi"][0][0]) / 100
-    rng = random.Random(seed)
+    rng = np.random.default_rng(seed)
     quarter = population // 4
 
     @functools.cache
     def loss(factors):
         return document_loss(set_context(model, max_seq_len, factors), documents)
 
-    def legal(factors):     # sorted, any choice rises
-        return tuple(min(max(round(factor, 2), 1.0), highest) for factor in sorted(factors))
-
-    def mutate(factors):
-        return legal(factor * math.exp(rng.gauss(0, 0.2)) if rng.random() < 0.3 else factor for factor in factors)
-
     best = [tuple(factors) for factors, _ in methods.values() if factors]
-    alive = best + [mutate(rng.choice(best)) for _ in range(population)]
     for _ in tqdm(range(iterations), "searching", unit="generation", disable=None):
-        best = sorted(set(alive), key=loss)[:population - 2 * quarter]
-        mutated = [mutate(rng.choice(best)) for _ in range(quarter)]
-        crossed = [legal(map(rng.choice, zip(rng.choice(best), rng.choice(best)))) for _ in range(quarter)]
-        alive = best + mutated + crossed
-    return list(min(alive, key=loss))
+        a, b, c = np.array(best)[rng.integers(len(best), size=(3, quarter))]     # (quarter, rotary_dims / 2)
+        mutated = a * np.exp(rng.normal(0, 0.2, a.shape) * (rng.random(a.shape) < 0.3))
+        crossed = np.where(rng.random(a.shape) < 0.5, b, c)
+        children = np.concatenate([mutated, crossed]).round(2).clip(1, highest)
+        children.sort()     # any choice rises then
+        best = sorted({*best, *map(tuple, children.tolist())}, key=loss)[:population - 2 * quarter]
+    return list(best[0])
 
 
 # ---------------------------------------------------------------- the command
@@ -375,7 +372,8 @@ def parse_args(arguments=None):
     option = parser.option
     parser.add_argument("source", metavar="SRC", help="run directory, Hugging Face directory or hub name")
     parser.add_argument("target", metavar="DST", help="directory to write")
-    option("--to", None, "take the shape of this preset, of the source's family", choices=models.PRESETS, metavar="PRESET")
+    option("--to", None, "take the shape of this preset, of the source's family", choices=models.PRESETS,
+           metavar="PRESET")
     numbers = {name: (None, f"new {name}; what is not given follows d_model") for name in SHAPE}
     numbers.update(
         context=(None, "tokens of the new context"),
@@ -385,17 +383,18 @@ def parse_args(arguments=None):
     for name, (default, text) in numbers.items():
         option("--" + name.replace("_", "-"), default, text, type=data.number(int, 1), metavar="N")
     option("--seed", 0, "of noise, new weights and search", type=int)
-    option("--method", "exact", "; ".join(map(": ".join, METHODS.items())), choices=METHODS)
-    option("--depth", None, "new layers: identity adds nothing at first, repeat copies whole layers (default: identity "
-           "for exact, else repeat)", choices=("identity", "repeat"))
-    option("--noise", 10.0, "signal-to-noise ratio in decibels of what tells copies apart; inf: none", type=float, metavar="DB")
+    option("--method", "exact", "exact: the same function; tile: weights repeated as they are (phi-1's way); "
+           "wr: weights reused in the corner, the rest is new", choices=METHODS)
+    option("--depth", None, "new layers: identity adds nothing at first, repeat copies whole layers "
+           "(default: identity for exact, else repeat)", choices=("identity", "repeat"))
+    option("--noise", 10.0, "signal-to-noise ratio in decibels of what tells copies apart; inf: none",
+           type=float, metavar="DB")
     option("--rope", "searched", "how rotary positions reach the new context",
            choices=("searched", "pi", "ntk", "yarn", "none"))
-    option("--data", None, "dataset (directory, or name under data/) or text file: factors are searched on half of its "
-           "long documents, and all methods compared on the other half; also for the check")
+    option("--data", None, "dataset (directory, or name under data/) or text file: factors are searched on "
+           "half of its long documents, and all methods compared on the other half; also for the check")
     option("--device", "cpu", "where to grow, check and search", choices=("cpu", models.default_device()))
-    option("--dtype", "auto", "of the weights; auto: the source's, but fp32 for exact, whose small differences 16 bits "
-           "would round away", choices=DTYPES)
+    option("--dtype", "fp32", "of the weights; 16 bits round away small differences of exact", choices=DTYPES)
     args = parser.parse_args(arguments)
     if args.rope != "searched" and not args.context:
         parser.error(f"--rope {args.rope} belongs to --context N")
@@ -417,28 +416,29 @@ def read_stream(name, tokenizer):
 
 
 def long_documents(stream, eot, length, count=10):
-    """The beginnings of documents of more than `length` tokens, (n, length + 1), and what they are; where there are
-    no two, pieces of the stream."""
+    """The beginnings of documents of more than `length` tokens, (n, length + 1), and what they are; where
+    there are no two, pieces of the stream."""
     ends = (stream == eot).nonzero().flatten() + 1
     choices = {
         f"documents of more than {length:,} tokens": stream.tensor_split(ends),
-        f"pieces of joined documents (there are no two of more than {length:,} tokens)": stream.split(length + 1),
+        f"pieces of joined documents (no two have more than {length:,} tokens)": stream.split(length + 1),
     }
     for kind, pieces in choices.items():
         rows = [piece[:length + 1] for piece in pieces if len(piece) > length]
         if len(rows) > 1:
             return torch.stack(rows[::max(1, len(rows) // count)][:count]), kind
-    raise ValueError(f"--data holds {len(stream):,} tokens, too few for a length of {length:,}; give longer documents")
+    raise ValueError(f"--data holds {len(stream):,} tokens, too few for a length of {length:,}; give "
+                     "longer documents")
 
 
 def describe(config):
     return (f"{config.num_parameters():,} parameters: n_layer {config.n_layer}, d_model {config.d_model}, "
-            f"n_head {config.n_head}, n_kv_head {config.n_kv_head}, head_dim {config.head_dim}, d_ff {config.d_ff}, "
-            f"vocab_size {config.vocab_size}, max_seq_len {config.max_seq_len}")
+            f"n_head {config.n_head}, n_kv_head {config.n_kv_head}, head_dim {config.head_dim}, "
+            f"d_ff {config.d_ff}, vocab_size {config.vocab_size}, max_seq_len {config.max_seq_len}")
 
 
 def extend_context(args, model, stream, eot):
-    """The model with --context by the method --rope; with --data, all methods' losses are printed beside each other."""
+    """The model with --context by the method --rope; with --data, all methods' losses are printed."""
     methods = rope_methods(model.config, args.context)
     if args.data:
         documents, kind = long_documents(stream, eot, args.context)
@@ -458,8 +458,9 @@ def target_shape(args, config):
     if args.to:
         preset = models.PRESETS[args.to]
         if preset.model_type != config.model_type:
-            raise ValueError(f"--to {args.to} is of the family {preset.model_type}, the source of {config.model_type}; "
-                             "take a preset of its family, or give --d-model, --n-layer, ...")
+            raise ValueError(f"--to {args.to} is of the family {preset.model_type}, the source of "
+                             f"{config.model_type}; take a preset of its family, or give --d-model, "
+                             "--n-layer, ...")
         for name in SHAPE[:-1]:
             shape[name] = shape[name] or getattr(preset, name)
     return shape
@@ -471,15 +472,13 @@ def run(args):
     state = Path(args.source, "state.pt")
     if (target / "state.pt").exists() or target.resolve() == state.parent.resolve():
         raise ValueError(f"{target} is the source or a training run; give another DST, or delete it")
-    exact = args.method == "exact"
-    dtype = DTYPES[args.dtype] or (torch.float32 if exact else None)
-    source, tokenizer = models.load(args.source, args.device, dtype)
+    source, tokenizer = models.load(args.source, args.device, DTYPES[args.dtype])
     config = source.config
     if args.trained_context:
         config.max_seq_len = min(args.trained_context, config.max_seq_len)
     if args.context and args.context <= config.max_seq_len:
-        raise ValueError(f"--context {args.context} is not more than the source's {config.max_seq_len} already; grow.py "
-                         "only enlarges")
+        raise ValueError(f"--context {args.context} is not more than the source's {config.max_seq_len} "
+                         "already; grow.py only enlarges")
     stream = torch.arange(1024) * 7919 % config.vocab_size      # as good as any for a check
     if tokenizer:
         stream = read_stream(args.data or __file__, tokenizer)
@@ -488,19 +487,20 @@ def run(args):
 
     print("source  ", describe(config))
     with warnings.catch_warnings(record=True) as caught:
-        grown = grow(source, args.method, depth=args.depth, noise=args.noise, seed=args.seed, **target_shape(args, config))
+        grown = grow(source, args.method, depth=args.depth, noise=args.noise, seed=args.seed,
+                     **target_shape(args, config))
     inexact = [str(warning.message) for warning in caught]
-    if not exact:
+    if args.method != "exact":
         inexact.append(f"{args.method}; --method exact keeps the function")
     if args.context:
         grown = extend_context(args, grown, stream, tokenizer.eot if tokenizer else -1)
     elif grown.config == config:
-        raise ValueError(f"nothing to grow: {args.source} has this shape already; give --to, --d-model, --n-layer, "
-                         "--context, ...")
+        raise ValueError(f"nothing to grow: {args.source} has this shape already; give --to, --d-model, "
+                         "--n-layer, --context, ...")
     mscale = grown.config.rope_mscale(False)
     if mscale != config.rope_mscale(False):
-        inexact.append(f"cos and sin are scaled by {mscale:.4f} at all lengths, as transformers does; short texts "
-                       "change until trained on")
+        inexact.append(f"cos and sin are scaled by {mscale:.4f} at all lengths, as transformers does; short "
+                       "texts change until trained on")
     print("target  ", describe(grown.config))
     for reason in inexact:
         print("note     not exact:", reason)
@@ -511,15 +511,15 @@ def run(args):
     worst = (after - before).abs().max()
     largest = before.abs().max()
     print(f"check    {rows.numel() - 1} tokens: loss {document_loss(source, rows):.4f} -> "
-          f"{document_loss(grown, rows):.4f}; largest logit difference {worst:.2g} (logits up to {largest:.3g})")
-    rounds = source.dtype != torch.float32
-    if not (inexact or rounds or worst <= 1e-3 * max(1.0, largest)):
-        data.fail("the grown model does not compute the source's function, so nothing was written; this is a bug: "
-                  "please report the command", 1)
+          f"{document_loss(grown, rows):.4f}; largest logit difference {worst:.2g} (logits up to "
+          f"{largest:.3g})")
+    if not (inexact or args.dtype != "fp32" or worst <= 1e-3 * max(1.0, largest)):
+        data.fail("the grown model does not compute the source's function, so nothing was written; this is a "
+                  "bug: please report the command", 1)
     models.save(grown, tokenizer, target)
     if state.exists():
-        print("note     the optimizer's state (state.pt) is dropped: training goes on as a new run, whose warmup builds "
-              "it up again")
+        print("note     the optimizer's state (state.pt) is dropped: training goes on as a new run, whose "
+              "warmup builds it up again")
     context = f" --context {args.context}" if args.context else ""
     print(f"saved    {target}; go on with: python train.py --init {target} --data ... --out ...{context}")
 

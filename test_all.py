@@ -4712,17 +4712,17 @@ def context(times=(2, 4, 8, 16), original=128):
     longest, found = max(times) * original, {}
     for s in SEEDS:
         base, tokenizer = models.load(name("base", s), "cpu", torch.float32)
-        base.config = dataclasses.replace(base.config, context=original)  # the preset's is longer
+        base.config = dataclasses.replace(base.config, max_seq_len=original)  # the preset's is longer
         stream = grow.read_stream("long", tokenizer)
-        documents, _ = grow.long_documents(stream, tokenizer.eot, longest, 45)
-        documents = documents[5:, :longest + 1]  # the five longest are what the search saw
+        seen = {tuple(document.tolist()[:original]) for m in times for document in grow.long_documents(stream, tokenizer.eot, m * original)[0][::2]}
+        documents, _ = grow.long_documents(stream, tokenizer.eot, longest, 60)
+        documents = torch.stack([document for document in documents if tuple(document.tolist()[:original]) not in seen])
 
         def perplexity(model, length):
-            return math.exp(grow.nats(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1)))
+            return math.exp(grow.document_loss(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1)))
         for m in (1, *times):
-            factors = grow.rope_factors(base.config, m)
-            candidates = {method: grow.set_context(base, m * original, factors.get(method), scale) for method, scale in
-                          (("none", None), ("pi", 1.0), ("ntk", 1.0), ("yarn", 0.1 * math.log(m) + 1))} if m > 1 else {"none": base}
+            candidates = {method: grow.set_context(base, m * original, *change) for method, change in
+                          grow.rope_methods(base.config, m * original).items()} if m > 1 else {"none": base}
             candidates["searched"] = models.load(name(f"searched-{m}", s), "cpu", torch.float32)[0] if m > 1 else base
             candidates["searched, then 100 steps"] = models.load(name(f"tuned-{m}", s), "cpu", torch.float32)[0]  # at 1 x the plain model's
             for method, candidate in candidates.items():
