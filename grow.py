@@ -393,7 +393,7 @@ def parse_args(arguments=None):
            choices=("searched", "pi", "ntk", "yarn", "none"))
     option("--data", None, "dataset (directory, or name under data/) or text file: factors are searched on "
            "half of its long documents, and all methods compared on the other half; also for the check")
-    option("--device", "cpu", "where to grow, check and search", choices=("cpu", models.default_device()))
+    option("--device", "cpu", "where to grow, check and search", choices={"cpu", models.default_device()})
     option("--dtype", "fp32", "of the weights; 16 bits round away small differences of exact", choices=DTYPES)
     args = parser.parse_args(arguments)
     if args.rope != "searched" and not args.context:

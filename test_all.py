@@ -3596,6 +3596,15 @@ def test_exact_heads(double, change, target):
     assert difference(source, large) < 1e-12
 
 
+def test_a_tied_output_layer_keeps_its_final_norm_under_mup():
+    """phi-3-small's divisor of the logits is a width; other tied models read both copies, so their norm is halved."""
+    for form, factor in (("phi3small", 1.0), ("phi3 tied partial", 0.5)):
+        source = tiny(**FORMS[form])
+        large = grow.grow(source, d_model=96)
+        assert large.config.logit_divisor == source.config.logit_divisor * 2 * factor
+        assert torch.equal(large.model.norm.weight, source.model.norm.weight.repeat(2) * factor)
+
+
 def test_the_check_can_fail(double):
     source = spiked()
     many = spiked(n_kv_head=6)
