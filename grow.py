@@ -274,9 +274,8 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         for name, like in models.stored_parameters(large).items():
-            layer, is_inserted = 0, False
-            for number in re.findall(r"layers.(\d+)", name):
-                layer, is_inserted = layers[int(number)]
+            number = re.search(r"\d+", name)
+            layer, is_inserted = layers[int(number[0])] if number else (0, False)
             weight = source[re.sub(r"\d+", str(layer), name)]
             module, kind = name.split(".")[-2:]
             is_silent = is_inserted and module in ("o_proj", "down_proj")
