@@ -897,6 +897,7 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
     """Gemma's line breaks and <table>, phi-3's </s>."""
