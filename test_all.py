@@ -4248,7 +4248,7 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
     kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
     assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
-    assert kept["phase2"]["model.embed_tokens.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
+    assert kept["phase2"]["model.embed_tokens.weight/step"][0] == kept["uncut"]["model.embed_tokens.weight/step"][0] + 6
     for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--after"),
                            (["--after", "runs/none"], "runs/none")):
         done = next_phase(mini, "--out", "runs/refused", *options)
@@ -5115,7 +5115,7 @@ def test_grpo_learns_to_say_one_byte_and_equal_rewards_change_nothing(folder, mo
     records = [r for r in log(folder, "runs/byte") if "loss" in r]
     first, last = (np.mean([r["pass@1"] for r in part]) for part in (records[:5], records[-5:]))
     assert last > first + 0.4 and last > 0.8, (first, last)
-    assert {"length", "entropy", "dropped", "ended"} <= records[0].keys()
+    assert {"length", "dropped", "ended"} <= records[0].keys()
     entropy = [r["entropy"] for r in records if "entropy" in r]  # of steps that had something to learn from
     assert entropy[0] > entropy[-1]
     monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: [1.0] * len(texts))
@@ -5174,7 +5174,7 @@ class Decider(torch.nn.Module):
     """Says two letters of a to d, all likely; an answer is right if its first letter is "b". """
     def __init__(self):
         super().__init__()
-        self.embed, self.config = torch.nn.Embedding(1, 1), SimpleNamespace(context=64)
+        self.device, self.config = torch.device("cpu"), SimpleNamespace(max_seq_len=64)
 
     def forward(self, tokens):
         logits = torch.zeros(*tokens.shape, 261)
