@@ -63,8 +63,8 @@ class Config:
     logit_divisor: float = 1.0
     sparse_block: int = 64                  # a block of so many tokens sees
     sparse_local: int = 16                  # so many blocks back, itself included,
-    sparse_stride: int = 8                  # and of the older ones every so-manieth
-    dense_every: int = 1                    # every so-manieth layer is dense; 1: all are
+    sparse_stride: int = 8                  # and one of so many older ones
+    dense_every: int = 1                    # one of so many layers is dense; 1: all are
     dummy_tokens: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -373,13 +373,13 @@ class Block(nn.Module):
 # Constants on the device are made once: a copy from the host cannot be captured in a CUDA graph. And outside of
 # inference mode: what is made while generating must serve training too.
 
-@functools.lru_cache
+@functools.cache
 @torch.inference_mode(False)
 def _constant(values: tuple, device):
     return torch.tensor(values, device=device)
 
 
-@functools.lru_cache
+@functools.cache
 @torch.inference_mode(False)
 def _inverse_frequencies(theta: float, dims: int, factors: tuple | None, device):
     """(dims / 2,) float32: the angle that each rotated pair of channels turns by from one position to the
@@ -495,7 +495,7 @@ class Model(nn.Module):
         if cache is not None:
             positions = positions + cache.lengths[:, None]                      # (B, T)
             lengths = cache.lengths + (T if num_tokens is None else num_tokens)
-            cache.open(positions)
+            cache.place(positions)
         elif T > config.max_seq_len:
             raise ValueError(f"{T} tokens do not fit the context of {config.max_seq_len}")
         x = self.embed(tokens)
@@ -536,14 +536,14 @@ class Model(nn.Module):
     def prefill(self, texts: list[list[int]], cache, active_layers=None):
         """Read whole texts into the rows of an empty or used cache -> the last state of each, (B,
         d_model)."""
-        longest = max(map(len, texts))
         # a few at a time: activations and scores would take more memory than the cache
-        rows_at_once = max(1, 4096 // longest)
+        rows_at_once = max(1, 4096 // max(map(len, texts)))
         last = []
         for begin in range(0, len(texts), rows_at_once):
             part = texts[begin:begin + rows_at_once]
-            rows = cache.rows(begin, begin + len(part))
+            rows = cache.rows(slice(begin, begin + len(part)))
             rows.lengths.zero_()
+            longest = max(map(len, part))
             num_tokens = torch.tensor([len(text) for text in part], device=self.device)
             padded = [text + [0] * (longest - len(text)) for text in part]
             x = self.hidden(torch.tensor(padded, device=self.device), cache=rows, num_tokens=num_tokens,
@@ -569,44 +569,44 @@ class Model(nn.Module):
         stop = {stop} if isinstance(stop, int) else set(stop or ())
         outputs = [[] for _ in prompts]
         limits = [min(max_new_tokens, self.config.max_seq_len - len(prompt)) for prompt in prompts]
-        rows = [row for row, limit in enumerate(limits) if limit > 0]   # the prompt of each row of the cache
-        if not rows:
+        prompt_of = [number for number, limit in enumerate(limits) if limit > 0]    # for each row of the cache
+        if not prompt_of:
             return outputs
-        draws = uniform_draws(seed, len(prompts), max_new_tokens)[rows].to(self.device)
+        draws = uniform_draws(seed, len(prompts), max(limits))[prompt_of].to(self.device)
         max_layers, min_layers, decay_tokens = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
 
-        def emit(row, token) -> bool:       # -> whether the row goes on
-            outputs[row].append(token)
-            cancelled = stream is not None and stream(row, token)
-            return not cancelled and token not in stop and len(outputs[row]) < limits[row]
+        def emit(number, token) -> bool:    # -> whether the text goes on
+            outputs[number].append(token)
+            cancelled = stream is not None and stream(number, token)
+            return not cancelled and token not in stop and len(outputs[number]) < limits[number]
 
-        capacity = max(len(prompts[row]) + limits[row] for row in rows)
-        cache = KVCache(self.config, len(rows), capacity, self.device, self.dtype)
-        logits = self.logits(self.prefill([prompts[row] for row in rows], cache, max_layers))
+        capacity = max(len(prompts[number]) + limits[number] for number in prompt_of)
+        cache = KVCache(self.config, len(prompt_of), capacity, self.device, self.dtype)
+        logits = self.logits(self.prefill([prompts[number] for number in prompt_of], cache, max_layers))
         decode = DecodeStep(self, cache)
-        alive = list(range(len(rows)))
-        for n in range(max_new_tokens):
+        running = list(range(len(prompt_of)))       # rows of the cache
+        for n in range(max(limits)):
             tokens = sample(logits, temperature, top_k, top_p, draws[:, n])
-            tokens_read = tokens.tolist()
-            ended = [i for i in alive if not emit(rows[i], tokens_read[i])]
-            alive = [i for i in alive if i not in ended]
-            if not alive:
+            new_tokens = tokens.tolist()
+            ended = [row for row in running if not emit(prompt_of[row], new_tokens[row])]
+            running = [row for row in running if row not in ended]
+            if not running:
                 break
-            if ended:
-                cache.lengths[ended] = 0            # they run along, from the beginning of their row
-            if len(alive) <= len(rows) * 7 // 8:    # dropping rows copies the cache, so they leave in groups
-                cache = cache.select(alive)
+            if ended:   # they are computed along; from length 0 on they stay within the capacity
+                cache.lengths[ended] = 0
+            if len(running) <= len(prompt_of) * 7 // 8:     # dropping rows copies the cache: they leave in groups
+                cache = cache.rows(running)
                 decode = DecodeStep(self, cache)
-                rows = [rows[i] for i in alive]
-                tokens, draws = tokens[alive], draws[alive]
-                alive = list(range(len(rows)))
+                prompt_of = [prompt_of[row] for row in running]
+                tokens, draws = tokens[running], draws[running]
+                running = list(range(len(prompt_of)))
             active_layers = layers_at(n, max_layers, min_layers, decay_tokens) if skip else None
             logits = decode(tokens, active_layers)
-            for i in alive:
-                length = len(prompts[rows[i]]) + len(outputs[rows[i]])
-                if self.outgrows(length):
-                    text = prompts[rows[i]] + outputs[rows[i]]
-                    logits[i] = self.logits(self.prefill([text], cache.rows(i, i + 1), max_layers))[0]
+            for row in running:
+                text = prompts[prompt_of[row]] + outputs[prompt_of[row]]
+                if self.outgrows(len(text)):
+                    rows = cache.rows(slice(row, row + 1))
+                    logits[row] = self.logits(self.prefill([text], rows, max_layers))[0]
         return outputs
 
     def outgrows(self, length: int) -> bool:
@@ -621,7 +621,7 @@ class Model(nn.Module):
             if not fits or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
                 raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to {config.max_seq_len}, "
                                  f"all in the vocabulary of {config.vocab_size}")
-        if skip and not 2 <= skip[1] <= skip[0] <= config.n_layer:
+        if skip and not (2 <= skip[1] <= skip[0] <= config.n_layer and min(skip) > 0):
             raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= "
                              f"{config.n_layer}")
 
@@ -648,17 +648,21 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+        self.slots = None       # where the next tokens are written, (batch * T,), and
+        self.end = 0            # how many columns are looked at; see place
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def open(self, positions) -> None:
-        """Make ready for new tokens at these positions, (batch, T)."""
+    def place(self, positions) -> None:
+        """Make ready for new tokens at these positions, (batch, T), within the capacity."""
         first_slots = torch.arange(len(positions), device=positions.device) * self.capacity
         self.slots = (positions + first_slots[:, None]).flatten()
         self.end = self.capacity
-        if positions.device.type != "cuda":     # there, reading a number would wait for the device
+        # On CUDA all columns are looked at: reading a length would wait for the device, and a graph needs fixed
+        # shapes. The kernels stop at each row's own length.
+        if positions.device.type != "cuda":
             self.end = int(positions[:, -1].max()) + 1
             if self.end > self.capacity:
                 raise ValueError(f"{self.end} tokens do not fit the cache of {self.capacity}")
@@ -669,19 +673,12 @@ class KVCache:
             stored.flatten(0, 1).index_copy_(0, self.slots, new.flatten(0, 1).to(stored.dtype))
         return self.keys[layer, :, :self.end], self.values[layer, :, :self.end]
 
-    def rows(self, begin: int, end: int) -> "KVCache":
-        """These rows, in the same memory."""
-        view = copy.copy(self)
-        view.keys, view.values = self.keys[:, begin:end], self.values[:, begin:end]
-        view.lengths = self.lengths[begin:end]
-        return view
-
-    def select(self, rows: list[int]) -> "KVCache":
-        """A copy of these rows."""
-        selected = copy.copy(self)
-        selected.keys, selected.values = self.keys[:, rows], self.values[:, rows]
-        selected.lengths = self.lengths[rows]
-        return selected
+    def rows(self, index) -> "KVCache":
+        """These rows: of a slice in the same memory, of a list a copy."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, index], self.values[:, index]
+        part.lengths = self.lengths[index]
+        return part
 
 
 class DecodeStep:
@@ -695,6 +692,7 @@ class DecodeStep:
         self.model = model
         self.cache = cache
         self.graphs = {}
+        self.memory_pool = None
 
     def run(self, tokens, active_layers=None):
         x = self.model.hidden(tokens[:, None], cache=self.cache, active_layers=active_layers)
@@ -709,9 +707,11 @@ class DecodeStep:
             self.run(tokens, active_layers)         # compiles and autotunes, which must not be captured
         torch.cuda.current_stream(tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.memory_pool):
             logits = self.run(tokens, active_layers)
-        self.cache.lengths.copy_(lengths)           # what the warm-up wrote beyond is written again
+        self.memory_pool = graph.pool()
+        # the warm-up went one token ahead; the replay writes the same key and value again
+        self.cache.lengths.copy_(lengths)
         return graph, tokens, logits
 
     def __call__(self, tokens, active_layers=None):
@@ -817,8 +817,6 @@ def parse_skip(text: str) -> tuple[int, ...]:
 
 class QuantizedLinear(nn.Module):
     """A linear layer, or an embedding, with weights of 4 or 8 bits: kernels.quantize."""
-    # the same once more, as ATen's products for few rows want it; made when it is first needed
-    cpu_pack = None
 
     def __init__(self, rows: int, width: int, bits: int, group: int, bias=None):
         super().__init__()
@@ -836,10 +834,14 @@ class QuantizedLinear(nn.Module):
         rows = (part[tokens.flatten()] for part in (self.qweight, self.scale, self.zero))
         return kernels.dequantize(*rows, self.bits).view(*tokens.shape, -1)
 
+    @functools.cached_property
+    def cpu_pack(self):
+        """The same once more, as ATen's products for few rows want it."""
+        return kernels.pack_for_cpu(self.qweight, self.scale, self.zero, self.bits)
+
     def forward(self, x):
-        if x.device.type == "cpu" and self.cpu_pack is None:
-            self.cpu_pack = kernels.pack_for_cpu(self.qweight, self.scale, self.zero, self.bits)
-        y = kernels.quantized_linear(x, self.qweight, self.scale, self.zero, self.bits, self.cpu_pack)
+        cpu_pack = self.cpu_pack if x.device.type == "cpu" else None
+        y = kernels.quantized_linear(x, self.qweight, self.scale, self.zero, self.bits, cpu_pack)
         return y if self.bias is None else y + self.bias
 
 
@@ -860,7 +862,7 @@ def quantize(model: Model, bits: int) -> Model:
         layer_bits = 8 if name == "lm_head" else bits
         group = math.gcd(width, 64) if layer_bits == 4 else width
         if math.gcd(width, 64) < 8:
-            continue
+            raise ValueError(f"{name} has rows of {width} weights; only multiples of 8 can be quantized")
         small = QuantizedLinear(rows, width, layer_bits, group, module.bias)
         if not module.weight.is_meta:
             small.qweight, small.scale, small.zero = kernels.quantize(module.weight, small.bits, group)
@@ -1079,9 +1081,9 @@ class Tokenizer:
         if not files:
             special = sorted(self.special.items(), key=lambda item: item[1])
             added = [{"id": i, "content": name, **ADDED_TOKEN} for name, i in special]
-            vocab = {visible(token): i for token, i in self.ranks.items()}
+            vocab = {gpt2_text(token): i for token, i in self.ranks.items()}
             # tiktoken merges whatever two parts make a token, so each way to cut a token in two is a merge.
-            merges = [[visible(token[:n]), visible(token[n:])]
+            merges = [[gpt2_text(token[:n]), gpt2_text(token[n:])]
                       for token in sorted(self.ranks, key=self.ranks.get) for n in range(1, len(token))
                       if token[:n] in self.ranks and token[n:] in self.ranks]
             config = dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.eot_token)
@@ -1179,7 +1181,7 @@ class SentencePiece(Tokenizer):
         return super().decode(ids).removeprefix("" if self.prepend == "never" else " ")
 
 
-def visible(token):
+def gpt2_text(token):
     return token.decode("latin-1").translate(TO_VISIBLE)
 
 
@@ -1328,43 +1330,54 @@ def read_safetensors(path: str) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- hub
 
 def download(url: str, path: str, headers=None) -> None:
-    """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call,
-    goes on from path.part. FileNotFoundError, PermissionError or OSError when it cannot be had."""
+    """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call, goes on
+    from path.part. FileNotFoundError, PermissionError or OSError when it cannot be had."""
     import requests
-    from tqdm import tqdm
     part = path + ".part"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     problem = "cut again and again"
     for attempt in range(5):
         time.sleep(min(attempt, 3))
-        received = os.path.getsize(part) if os.path.exists(part) else 0
-        resume = {"Accept-Encoding": "identity", "Range": f"bytes={received}-"}
         try:
-            with requests.get(url, headers={**resume, **(headers or {})}, stream=True, timeout=30) as answer:
-                status = answer.status_code
-                if status == 404:
-                    raise FileNotFoundError(f"{url} does not exist")
-                if status in (401, 403):
-                    raise PermissionError(f"{url} is not given away without permission: accept the licence "
-                                          "there and set HF_TOKEN")
-                if status == 416:       # nothing is left to send, or what we have is of another file
-                    os.remove(part)
-                answer.raise_for_status()
-                received = received if status == 206 else 0
-                total = received + int(answer.headers.get("Content-Length", 0))
-                bar = tqdm(desc=path, initial=received, total=total, unit="B", unit_scale=True, disable=None)
-                with open(part, "ab" if received else "wb") as file, bar:
-                    for chunk in answer.iter_content(1 << 16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
+            if _download_rest(url, part, headers or {}):
+                os.replace(part, path)
+                return
         except requests.RequestException as error:
             problem = type(error).__name__
-            continue
-        if os.path.getsize(part) >= total:
-            os.replace(part, path)
-            return
     raise OSError(f"{url} cannot be fetched ({problem}): go online, set HF_ENDPOINT to a mirror, or give a "
                   "directory")
+
+
+def _download_rest(url: str, part: str, headers) -> bool:
+    """Append to the file `part` what is missing -> whether it is whole."""
+    import requests
+    from tqdm import tqdm
+    received = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {"Accept-Encoding": "identity", **headers}
+    if received:
+        headers["Range"] = f"bytes={received}-"
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+        status = answer.status_code
+        if status == 404:
+            raise FileNotFoundError(f"{url} does not exist")
+        if status in (401, 403):
+            raise PermissionError(f"{url} is not given away without permission: check the spelling, or accept the "
+                                  "licence there and set HF_TOKEN")
+        length = answer.headers.get("Content-Length")
+        total = int(length) if length else None
+        if status == 206:
+            begin, total = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"]).groups()
+            total = int(total) if int(begin) == received else -1
+        if status == 416 or total == -1:    # what we have is of another file
+            os.remove(part)
+            return False
+        answer.raise_for_status()
+        bar = tqdm(desc=part, initial=received, total=total, unit="B", unit_scale=True, disable=None)
+        with open(part, "ab" if status == 206 else "wb") as file, bar:
+            for chunk in answer.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+    return total is None or os.path.getsize(part) == total
 
 
 def snapshot_download(path_or_name, weights: bool = True) -> str:
@@ -1386,7 +1399,7 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
 
-    def fetch(file: str, required: bool = False) -> bool:
+    def fetch(file: str, required: bool = False) -> bool:      # -> whether the model has this file
         path = os.path.join(folder, file)
         missing = path + ".missing"             # so that nobody is asked again
         if os.path.exists(path) or os.path.exists(missing):
@@ -1398,7 +1411,7 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
             if required:
                 raise FileNotFoundError(f"no {file} of {name}, neither in a directory here nor at "
                                         f"{endpoint}; check the spelling") from None
-            write_atomically(missing, lambda file: None)
+            write_atomically(missing, lambda empty: None)
         return os.path.exists(path)
 
     os.makedirs(folder, exist_ok=True)
@@ -1407,7 +1420,7 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
         fetch("config.json", required=True)
-        for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "cl100k_base.tiktoken"):
             fetch(file)
         if weights and fetch("model.safetensors.index.json"):
             index = read_json(os.path.join(folder, "model.safetensors.index.json"))
@@ -1497,6 +1510,10 @@ def config_json(model: Model) -> dict:
         config = dataclasses.replace(config, short_mscale=config.rope_mscale(long=False),
                                      long_mscale=config.rope_mscale(long=True))
     keys = {**FIELDS, **config.family.fields}
+    for field in dataclasses.fields(Config):
+        is_default = getattr(config, field.name) in (field.default, [])
+        if field.name not in keys and field.name != "model_type" and not is_default:
+            raise ValueError(f"a config.json of {config.model_type} has no place for {field.name}")
     values = {key: getattr(config, field) for field, key in keys.items() if field not in ROPE_SCALING_FIELDS}
     rope_scaling = {"type": "longrope"}
     for field in ROPE_SCALING_FIELDS:
@@ -1524,6 +1541,8 @@ def config_json(model: Model) -> dict:
 def read_config(file: str) -> Config:
     """A config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
     source = read_json(file)
+    if not isinstance(source, dict):
+        raise ValueError(f"{file} is not a model's configuration")
     model_type = source.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{file} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
@@ -1533,8 +1552,8 @@ def read_config(file: str) -> Config:
     flat = {**source, **rope}
     values = {"n_kv_head": flat.get(keys["n_head"]), **family.defaults}
     values.update((field, flat[key]) for field, key in keys.items() if flat.get(key) is not None)
-    required = [field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING]
-    lacking = [keys[name] for name in required if name in keys and values.get(name) is None]
+    required = [field.name for field in dataclasses.fields(Config)[:7]]
+    lacking = [keys[name] for name in required if values.get(name) is None]
     if lacking:
         raise ValueError(f"{file} lacks {', '.join(lacking)}")
 
@@ -1550,11 +1569,12 @@ def read_config(file: str) -> Config:
         is_older_name = model_type == "gemma" and value in ("gelu", None)
         if value != wanted and not is_older_name:
             raise ValueError(f"{file} has {key} {value!r}; only {wanted!r} is supported")
-    if values.get("head_size") == values["d_model"] / values["n_head"]:
-        del values["head_size"]
     try:
-        return Config(model_type=model_type, **values)
-    except (ValueError, TypeError) as error:
+        config = Config(model_type=model_type, **values)
+        if config.head_size and config.head_size * config.n_head == config.d_model:
+            config.head_size = None
+        return config
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 

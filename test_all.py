@@ -162,7 +162,7 @@ def test_init_is_seeded_and_scaled():
     torch.manual_seed(3); a = Model(Config(**TINY))
     torch.manual_seed(3); b = Model(Config(**TINY))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3 and abs(a.model.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
+    assert abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3 and abs(a.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def test_causal_and_loss():
 
 def test_autocast_stream():
     m, x, seen = tiny(), torch.randint(300, (1, 6)), []
-    m.model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    m.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         total, _ = m(x, targets=x)
     assert seen == [torch.bfloat16] and total.dtype == torch.float32
@@ -202,7 +202,7 @@ def test_block_compiles_without_breaks(documents):
     eager = m(x, d)
     with in_double():
         exact = tiny().double()(x, d)
-    for block in m.model.model.layers:
+    for block in m.model.layers:
         block.compile(dynamic=False, fullgraph=True)
     assert_as_exact(m(x, d), eager, exact, 64)
     assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate([[1, 2, 3], [4]], 5)  # and generation does not go through it
@@ -346,7 +346,7 @@ def test_interpreted_attention_stays_whole_in_a_compiled_block():
     m, x = tiny(), torch.randint(300, (2, 20))
     documents, results = (torch.arange(20) // 7).expand(2, 20), []
     for compiled in (False, True):
-        for block in m.model.model.layers if compiled else ():
+        for block in m.model.layers if compiled else ():
             block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
         m.zero_grad()
         total, _ = m(x, documents, targets=x.roll(-1, 1))
@@ -403,6 +403,7 @@ def test_cached_equals_uncached_in_ragged_batches():
         stop = {w[len(w) // 2] for w in want if w}
         assert m.generate(prompts, 40, stop=stop) == [plain(m, p, 40, stop) for p in prompts]
     assert m.generate([], 3) == []
+    assert [w[:64] for w in m.generate([[1, 2]], 10 ** 12)] == [plain(m, [1, 2], 62)]   # to the end of the context
 
 
 def test_cache_logits(double):
@@ -1108,6 +1109,8 @@ def hub(tmp_path, monkeypatch):
                 return self.send_error(416)
             self.send_response(206 if begin else 200)
             self.send_header("Content-Length", str(len(body) - begin))
+            if begin:
+                self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
             self.end_headers()
             end = len(body)
             if state.cut and file == "model.safetensors":
@@ -1136,11 +1139,22 @@ def test_hub_model_is_fetched_once_and_resumed_when_cut(hub):
     m, tok = model.load("someone/phi", device="cpu")
     assert torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight)
     assert tok.fingerprint == small_tokenizer().fingerprint
-    assert weight_requests(hub) == ["bytes=0-", "bytes=65536-", "bytes=131072-"] and len(hub.blobs["model.safetensors"]) > 180000
+    assert weight_requests(hub) == [None, "bytes=65536-", "bytes=131072-"] and len(hub.blobs["model.safetensors"]) > 180000
     hub.stop()  # and once it is here nobody is asked
     count = len(hub.seen)
     model.load("someone/phi", device="cpu")
     assert len(hub.seen) == count
+
+
+def test_a_server_without_ranges_or_with_another_file_begins_anew(hub, tmp_path):
+    """What was cut is not joined with an answer that begins elsewhere, nor taken for whole."""
+    folder = tmp_path / "cache/someone/phi"
+    os.makedirs(folder)
+    (folder / "model.safetensors.part").write_bytes(bytes(len(hub.blobs["model.safetensors"]) + 5))   # of another file: 416
+    (folder / "tokenizer.json.part").write_bytes(hub.blobs["tokenizer.json"][:100])
+    m, tok = model.load("someone/phi", device="cpu")
+    assert torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight) and tok.eot == small_tokenizer().eot
+    assert weight_requests(hub)[-1] is None and not [file for file in os.listdir(folder) if file.endswith(".part")]
 
 
 def test_hub_model_in_shards(hub):
@@ -1305,6 +1319,18 @@ def test_quantized_directory(tmp_path, form, bits):
         models.quantize(again, 4)
 
 
+def test_what_cannot_be_quantized_or_saved_is_named(tmp_path):
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj has rows of 100 weights"):
+        models.quantize(sharp(d_ff=100), 8)
+    with pytest.raises(ValueError, match="llama has no place for window"):
+        models.save(sharp(model_type="llama", window=8), None, tmp_path)
+    assert not os.path.exists(tmp_path / "config.json")
+    for broken in ("[]", json.dumps({"model_type": "llama", "num_attention_heads": 0})):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ValueError, match="config.json"):
+            models.read_config(str(tmp_path / "config.json"))
+
+
 def test_loss_of_a_quantized_model():
     """Perplexity of a quantized model is a use of it; and the loss is that of its own logits."""
     m = models.quantize(sharp(), 4)
@@ -1328,8 +1354,9 @@ def test_skip_decoding(form):
         logits = m(torch.tensor([text]), active_layers=exits[None])
     assert logits[0, 2:-1].argmax(-1).tolist() == together[0]
     assert models.layers_at(torch.arange(6), 8, 2, 4).tolist() == [8, 6, 5, 4, 2, 2]
-    with pytest.raises(ValueError, match="skip 9:3 must be"):
-        m.generate(PROMPTS, 5, skip=(9, 3))
+    for refused in ((9, 3), (8, 1), (8, 2, 0)):
+        with pytest.raises(ValueError, match="must be layers"):
+            m.generate(PROMPTS, 5, skip=refused)
 
 
 def test_finetuning_for_skip_decoding_follows_the_marks():
