@@ -5,13 +5,14 @@ Each operation stands as reference -> kernels -> autograd -> public function; th
 KV key/value heads, G = H / KV, D channels a head, R rotated channels, V words of the vocabulary. Softmax, norms and losses
 are computed in float32 (or what is wider) whatever the input type.
 
-    attention(q (B, T, H, D), k, v (B, S, KV, D), scale=, window=, documents=, kv_start=, kv_len=, blocksparse=, mask=)
-    attention_mask(T, S, the same, num_heads=, device=)      for mask=, once a forward: what CPUs use
-    document_bounds(documents (B, T)) -> (2, B, T)           for documents=, once a forward
-    rotary(q, k, cos, sin)                                   cos, sin (T, R/2) or (B, T, R/2)
+    attention(q (B, T, H, D), k, v (B, S, KV, D), scale, kv_ranges=, kv_len=, blocksparse=, mask=) -> (B, T, H, D)
+    kv_ranges(positions (B or 1, T), window, documents) -> (2, B or 1, T) or None, once a forward
+    attention_mask(positions, S, kv_ranges, blocksparse, num_heads) -> (B or 1, 1 or H, T, S) or None, once a forward
+    rotary(q, k, cos, sin)                                   cos, sin (T, R/2) or (B or 1, T, R/2)
     rms_norm(x, weight, eps, residual=None), layer_norm(x, weight, bias, eps, residual=None) -> y, or (y, x + residual)
     swiglu, geglu, geglu_clamped (gate_up (..., 2F)), gelu (x)
     cross_entropy(x (..., d), weight (V, d), targets (...), weights=None, bias=None) -> (sum in nats, sum of weights)
+    linear(x, weight, bias=None)
     quantize(weight (N, K), bits, group) -> (qweight, scale, zero), dequantize, quantized_linear, pack_for_cpu
 """
 from __future__ import annotations  # so that annotations name tl.constexpr where Triton is missing too
@@ -30,13 +31,12 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
+    jit = triton.jit
 except ImportError:
     triton = None
+    jit = lambda function: function
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on CPU tensors, to check their numbers
-LOG2E = math.log2(math.e)
-
-jit = triton.jit if triton else lambda function: function
 
 
 # ---------------------------------------------------------------- where the kernels run
@@ -48,9 +48,19 @@ def use_triton(x) -> bool:
     return bool(triton) and (x.is_cuda or INTERPRETED)
 
 
-def use_fused(x) -> bool:
-    """The same for what a compiled block fuses by itself from the references: only outside of one."""
-    return use_triton(x) and not torch.compiler.is_compiling()
+@functools.cache
+def _compiled(function):
+    torch._dynamo.config.recompile_limit = 64  # one row and many, with gradients and without, are compiled apart
+    return torch.compile(function)
+
+
+def fused(function):
+    """On a GPU this function as torch.compile fuses it, forward and backward; within a compiled block the block does that."""
+    @functools.wraps(function)
+    def choose(x, *args, **kwargs):
+        alone = triton and x.is_cuda and not torch.compiler.is_compiling()
+        return (_compiled(function) if alone else function)(x, *args, **kwargs)
+    return choose
 
 
 def launch(kernel, grid, device, *args, **constants) -> None:
@@ -67,101 +77,91 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+@jit
+def _load_float32(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
 # ---------------------------------------------------------------- attention: masks and reference
 
-def document_bounds(documents):
-    """(B, T) ids, each run of equal ones a document -> int32 (2, B, T): where each token's document begins and ends."""
-    T = documents.shape[1]
-    columns = torch.arange(T, device=documents.device)
-    changes = documents[:, 1:] != documents[:, :-1]
-    begins = torch.where(F.pad(changes, (1, 0)), columns, 0).cummax(1).values
-    ends = torch.where(F.pad(changes, (0, 1)), columns + 1, T).flip(1).cummin(1).values.flip(1)
-    return torch.stack((begins, ends)).int()
+def kv_ranges(positions, window=None, documents=None):
+    """What limits T queries besides causality -> int32 (2, B or 1, T): the first key that each sees and, where each query is a
+    key too, one past the last query that sees that key; None without a limit.
 
-
-def attention_mask(T: int, S: int, *, window=None, documents=None, kv_start=None, kv_len=None, blocksparse=None,
-                   num_heads: int = 1, device=None):
-    """What attention's arguments of the same names let T queries see of S keys: bool (B or 1, 1 or num_heads, T, S).
-
-    None where causality says it all and T is 1 or S.
+    positions (B or 1, T); window: how many of the latest keys a query sees; documents (B, T): those of its own run of equal ids.
     """
-    dense = not blocksparse or S <= blocksparse[0] * blocksparse[1]
-    window = S if window is None else window
-    if T in (1, S) and dense and window >= S and documents is None and kv_start is None and kv_len is None:
+    if window is None and documents is None:
         return None
-    keys = torch.arange(S, device=device)
-    length = torch.as_tensor(S if kv_len is None else kv_len, device=device).view(-1, 1, 1)
-    positions = length - T + torch.arange(T, device=device)[:, None]               # (B or 1, T, 1)
-    low = positions - window + 1
+    first = torch.zeros_like(positions) if window is None else (positions - window + 1).clamp(min=0)
     if documents is not None:
-        low = torch.maximum(low, documents[0, :, :, None])
-    origin = 0
-    if kv_start is not None:
-        origin = kv_start.view(-1, 1, 1)
-        # padding sees itself, since a softmax over nothing is not a number
-        low = torch.maximum(low, torch.minimum(origin, positions))
-    visible = ((keys <= positions) & (keys >= low))[:, None]                       # (B or 1, 1, T, S)
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
+        first = torch.maximum(first, torch.where(begins, positions, 0).cummax(1).values)
+    last = torch.searchsorted(first, positions.expand_as(first).contiguous(), right=True)
+    return torch.stack((first, last)).int()
+
+
+def attention_mask(positions, S: int, kv_ranges=None, blocksparse=None, num_heads: int = 1):
+    """What queries at these positions (B or 1, T) see of S keys: bool (B or 1, 1 or num_heads, T, S), arguments as in attention.
+    None where causality says it all: T = S, or single queries at the last key."""
+    T = positions.shape[1]
+    dense = not blocksparse or S <= blocksparse[0] * blocksparse[1]
+    if dense and kv_ranges is None and (T == S or T == 1 and not positions.is_cuda and int(positions.min()) == S - 1):
+        return None
+    keys = torch.arange(S, device=positions.device)
+    positions = positions[:, None, :, None]
+    visible = keys <= positions                                                    # (B or 1, 1, T, S)
+    if kv_ranges is not None:
+        visible = visible & (keys >= kv_ranges[0, :, None, :, None])
     if not dense:
         block, local, stride = blocksparse
-        key_block = ((keys - origin) // block).view(-1, 1, 1, S)
-        distance = ((positions - origin) // block)[:, None] - key_block
-        heads = torch.arange(num_heads, device=device).view(-1, 1, 1)
-        visible = visible & ((distance < local) | ((key_block + heads + 1) % stride == 0))
+        heads = torch.arange(num_heads, device=keys.device)[:, None, None]
+        vertical = (keys // block + heads + 1) % stride == 0                       # (num_heads, 1, S)
+        visible = visible & (vertical | (positions // block - keys // block < local))
     return visible
 
 
 def attention_reference(q, k, v, scale: float, mask=None):
-    """q (B, T, H, D), k and v (B, S, KV, D), mask bool or additive -> (B, T, H, D). Two batched products; query heads that
+    """q (B, T, H, D), k and v (B, S, KV, D), mask bool -> (B, T, H, D). Two batched products; query heads that
     share a key head are folded into T, so that keys are not repeated."""
     B, T, H, D = q.shape
     S, KV = k.shape[1:3]
     q = (q * scale).transpose(1, 2).reshape(B, KV, -1, D)                          # (B, T, H, D) -> (B, KV, G·T, D)
-    scores = at_least_float32(q @ k.permute(0, 2, 3, 1))                           # (B, KV, G·T, S)
+    scores = at_least_float32(q @ k.permute(0, 2, 3, 1)).view(B, H, T, S)          # (B, KV, G·T, S) -> (B, H, T, S)
     if mask is not None:
-        scores = scores.view(B, H, T, S)
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        scores = scores.view(B, KV, -1, S)
-    y = scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)                         # (B, KV, G·T, D)
+        scores = scores.masked_fill(~mask, -math.inf)
+    y = scores.softmax(-1).to(v.dtype).view(B, KV, -1, S) @ v.transpose(1, 2)      # (B, KV, G·T, D)
     return y.view(B, H, T, D).transpose(1, 2)
 
 
 def _attention_torch(q, k, v, scale: float, mask):
     """Attention without our kernels; without a mask it is causal, T being 1 or S."""
     T = q.shape[1]
-    grad = torch.is_grad_enabled() and q.requires_grad
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and (grad or T <= 16):
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type == "cpu" and half and (T <= 16 or torch.is_grad_enabled() and q.requires_grad):
         if mask is None and T > 1:
             mask = torch.ones(T, T, dtype=torch.bool).tril()
         return attention_reference(q, k, v, scale, mask)  # PyTorch's own is 3 to 4 times slower in these types on CPUs
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     causal = mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 # ---------------------------------------------------------------- attention: Triton kernels
 
-# Every mask is an interval of keys [low, high) for each query, its own position being high - 1. A block of queries sweeps its
-# keys in three phases: a masked head, where some queries do not look back so far, an unmasked interior, and a masked tail at
-# the diagonal. Blocksparse attention (phi-3-small) adds a sweep over its vertical blocks and a condition in the masked phases.
+# Every mask is an interval of keys [first key, own position] for each query. A block of queries sweeps its keys in three phases: a
+# masked head, where some queries do not look back so far, an unmasked interior, and a masked tail at the diagonal. Blocksparse
+# attention (phi-3-small) adds a sweep over its vertical blocks and a condition in the masked phases.
 # A tile of rows is a tuple, (HEAD channels,) or (HEAD channels, TAIL channels): a head of 96 is 64 + 32 and pays for no 128.
 # A row is a query or, in decoding, one of PACK query heads that share a key head: row r is head r % PACK of query r // PACK.
 
 SPARSE_BLOCK = 16 if INTERPRETED else 64  # phi-3-small's block, and of blocksparse kernels the tile of keys
-NO_WINDOW = 2 ** 30
 
 # a tensor (B, rows, heads, D) as a kernel sees it
 Heads = namedtuple("Heads", "data batch_stride stride head_stride")
-# what a query sees besides causality; missing limits are None
-Ranges = namedtuple("Ranges", "window doc_start doc_end kv_start kv_len kv_len_stride")
-# constants: LIMITED, whether Ranges limits the keys; STRIDE 0, not blocksparse; VERTICAL, with a sweep over vertical blocks
+# what limits the queries besides causality; missing limits are None
+Limits = namedtuple("Limits", "first last batch_stride kv_len")
+# constants. LIMITED: whether there are kv_ranges. STRIDE: 0 where not blocksparse. VERTICAL: sweep vertical blocks by themselves
 Meta = namedtuple("Meta", "D HEAD TAIL H G PACK LIMITED BLOCK LOCAL STRIDE VERTICAL")
-
-
-@jit
-def _load_float32(pointers, inside):
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -204,7 +204,7 @@ def _store(X, tile, factor, start, count, META):
     """Every row of the tile times its factor."""
     for part in tl.static_range(len(tile)):
         pointers, inside = _pointers(X, start, count, META, part, tile[part].shape[0])
-        tl.store(pointers, tile[part] * factor[:, None], mask=inside)
+        tl.store(pointers, tile[part] * factor, mask=inside)
 
 
 @jit
@@ -227,7 +227,7 @@ def _dot(a, b):
 
 @jit
 def _add_dot(acc, alpha, p, x):
-    """acc · alpha + p x: (M, D), (M,), (M, N), (N, D) -> (M, D)."""
+    """acc · alpha + p x: (M, D), (M, 1), (M, N), (N, D) -> (M, D)."""
     p = p.to(x[0].dtype)
     head = tl.dot(p, x[0], acc[0] * alpha)
     if len(x) > 1:
@@ -237,35 +237,15 @@ def _add_dot(acc, alpha, p, x):
 
 
 @jit
-def _first_keys(RANGES, b, tokens, T, offset):
-    """The first key that each of these queries sees."""
-    low = tl.maximum(tokens + offset - RANGES.window + 1, 0)
-    if RANGES.doc_start is not None:
-        low = tl.maximum(low, tl.load(RANGES.doc_start + b * T + tokens))
-    if RANGES.kv_start is not None:  # padding sees itself
-        low = tl.maximum(low, tl.minimum(tl.load(RANGES.kv_start + b).to(tl.int32), tokens + offset))
-    return low
-
-
-@jit
-def _last_query(RANGES, b, key, T, offset):
-    """One past the last query that sees this key."""
-    end = tl.minimum(key - offset + RANGES.window, T)
-    if RANGES.doc_end is not None:
-        end = tl.minimum(end, tl.load(RANGES.doc_end + b * T + key))
-    return end
-
-
-@jit
-def _visible(positions, low, keys, origin, head, META):
+def _visible(positions, first, keys, head, META):
     """Which keys these queries see; all shapes broadcast."""
     visible = keys <= positions
     if META.LIMITED:
-        visible = visible & (keys >= low)
+        visible = visible & (keys >= first)
     if META.STRIDE:
-        key_block = (keys - origin) // META.BLOCK
-        distance = (positions - origin) // META.BLOCK - key_block
-        visible = visible & ((distance < META.LOCAL) | ((key_block + head + 1) % META.STRIDE == 0))
+        key_block = keys // META.BLOCK
+        local = positions // META.BLOCK - key_block < META.LOCAL
+        visible = visible & (local | ((key_block + head + 1) % META.STRIDE == 0))
     return visible
 
 
@@ -273,7 +253,7 @@ def _visible(positions, low, keys, origin, head, META):
 def _attn_inner(state, queries, keys, begin, end, step, scale, META, BLOCK_N, MASKED, BACKWARD):
     """Queries over the tiles of keys from begin to end. state: (acc, m_i, l_i) of online softmax in units of log2 (Dao et al.,
     arXiv 2205.14135, algorithm 1). BACKWARD: (dQ, log2 of the softmax's denominators, row sums of out · dout)."""
-    q, do, positions, low, origin, head = queries
+    q, do, positions, first, head = queries
     K, V, S = keys
     for start in range(begin, end, step):
         acc, m_i, l_i = state
@@ -281,8 +261,7 @@ def _attn_inner(state, queries, keys, begin, end, step, scale, META, BLOCK_N, MA
         v = _load(V, start, S, META, BLOCK_N, MASKED)
         scores = _dot(q, k) * scale                                                # (M, N)
         if MASKED:
-            columns = start + tl.arange(0, BLOCK_N)[None, :]
-            visible = _visible(positions[:, None], low[:, None], columns, origin, head, META)
+            visible = _visible(positions, first, start + tl.arange(0, BLOCK_N)[None, :], head, META)
             scores = tl.where(visible, scores, float("-inf"))
         if BACKWARD:
             ds = tl.exp2(scores - m_i[:, None]) * (_dot(do, v) - l_i[:, None])
@@ -299,42 +278,42 @@ def _attn_inner(state, queries, keys, begin, end, step, scale, META, BLOCK_N, MA
 
 
 @jit
-def _attn_sweep(state, q, do, K, V, RANGES, b, h, row_start, T, S, scale, META, BLOCK_M, BLOCK_N, BACKWARD):
+def _attn_sweep(state, q, do, K, V, LIMITS, pair, row_start, T, S, scale, META, BLOCK_M, BLOCK_N, BACKWARD):
     """_attn_inner over all keys that BLOCK_M rows of one head see, phase by phase; of several splits (grid axis 2) over one."""
+    b = pair // META.H
+    h = pair % META.H
     length = S
-    origin = 0
-    if RANGES.kv_len is not None:
-        length = tl.load(RANGES.kv_len + b * RANGES.kv_len_stride).to(tl.int32)
-    if RANGES.kv_start is not None:
-        origin = tl.load(RANGES.kv_start + b).to(tl.int32)
+    if LIMITS.kv_len is not None:
+        length = tl.load(LIMITS.kv_len + b).to(tl.int32)
     rows = row_start + tl.arange(0, BLOCK_M)
     tokens = tl.minimum(rows // META.PACK, T - 1)
-    low = _first_keys(RANGES, b, tokens, T, length - T)
-    head = h.to(tl.int32) * META.PACK + (rows % META.PACK)[:, None]
-    queries = q, do, tokens + length - T, low, origin, head
-    keys = _of_head(K, b, h // META.G), _of_head(V, b, h // META.G), S
-    first = row_start // META.PACK + length - T  # the first and last query's position
-    last = tl.minimum(first + BLOCK_M, length) - 1
+    start = row_start // META.PACK + length - T  # the first query's position
+    stop = tl.minimum(start + BLOCK_M, length)
     begin = 0
     whole = 0  # from here on every query looks back
+    first = tokens
     if META.LIMITED:
-        begin = tl.min(low, 0)
-        whole = tl.max(low, 0)
+        first = tl.load(LIMITS.first + b * LIMITS.batch_stride + tokens)
+        begin = tl.min(first, 0)
+        whole = tl.max(first, 0)
+    head = h.to(tl.int32) * META.PACK + rows % META.PACK
+    queries = q, do, (tokens + length - T)[:, None], first[:, None], head[:, None]
+    keys = _of_head(K, b, h // META.G), _of_head(V, b, h // META.G), S
     if META.VERTICAL:
-        near = origin + tl.maximum((first - origin) // META.BLOCK - META.LOCAL + 1, 0) * META.BLOCK
-        column = origin + (META.STRIDE - (h.to(tl.int32) + 1) % META.STRIDE) % META.STRIDE * META.BLOCK
         # before `near` all these queries see the vertical blocks and nothing else
+        near = tl.maximum(start // META.BLOCK - META.LOCAL + 1, 0) * META.BLOCK
+        column = (META.STRIDE - (h.to(tl.int32) + 1) % META.STRIDE) % META.STRIDE * META.BLOCK
         state = _attn_inner(state, queries, keys, column, near, META.STRIDE * META.BLOCK, scale, META, BLOCK_N, META.LIMITED, BACKWARD)
         begin = tl.maximum(begin, near)
-        whole = tl.maximum(whole, near + ((last - origin) // META.BLOCK - (first - origin) // META.BLOCK) * META.BLOCK)
-    split_size = tl.cdiv(last + 1 - begin, BLOCK_N * tl.num_programs(2)) * BLOCK_N
+        whole = tl.maximum(whole, near + ((stop - 1) // META.BLOCK - start // META.BLOCK) * META.BLOCK)
+    split_size = tl.cdiv(stop - begin, BLOCK_N * tl.num_programs(2)) * BLOCK_N
     begin += tl.program_id(2) * split_size
-    end = tl.minimum(begin + split_size, last + 1)
+    end = tl.minimum(begin + split_size, stop)
     interior = begin + tl.cdiv(tl.maximum(whole - begin, 0), BLOCK_N) * BLOCK_N
-    tail = interior + tl.maximum(tl.minimum(first + 1, end) - interior, 0) // BLOCK_N * BLOCK_N
+    tail = interior + tl.maximum(tl.minimum(start + 1, end) - interior, 0) // BLOCK_N * BLOCK_N
     bounds = begin, interior, tail, end
     for phase in tl.static_range(3):
-        if phase or META.LIMITED or META.STRIDE:
+        if phase or META.LIMITED or META.VERTICAL:
             masked = phase != 1 or META.STRIDE > 0 and not META.VERTICAL
             state = _attn_inner(state, queries, keys, bounds[phase], tl.minimum(bounds[phase + 1], end), BLOCK_N, scale, META,
                                 BLOCK_N, masked, BACKWARD)
@@ -344,46 +323,45 @@ def _attn_sweep(state, q, do, K, V, RANGES, b, h, row_start, T, S, scale, META, 
 def autotuned(*shapes):
     """Time these (BLOCK_M, BLOCK_N, warps, stages) on first use, once for each Meta and type. What does not fit a chip's shared
     memory is passed over."""
-    def decorate(function):
-        if triton is None:
-            return function
-        tiles = [(32, 16, 4, 1)] if INTERPRETED else shapes
-        configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages) for m, n, warps, stages in tiles]
-        return triton.autotune(configs, ["META"])(jit(function))
-    return decorate
+    if triton is None:
+        return jit
+    shapes = [(32, 16, 4, 1)] if INTERPRETED else shapes
+    configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages) for m, n, warps, stages in shapes]
+    return lambda function: triton.autotune(configs, ["META"])(jit(function))
 
 
 @autotuned((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1))
-def _attn_fwd(Q, K, V, OUT, LSE, RANGES, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program: BLOCK_M rows of one head -> OUT and LSE, the log2 of the softmax's denominators; of several splits each its
-    own."""
+def _attn_fwd(Q, K, V, OUT, LSE, LIMITS, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program: BLOCK_M rows of one head -> OUT and LSE, the log2 of the softmax's denominators; each split has its own."""
     row_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
     pair = tl.program_id(0).to(tl.int64)
-    split_pair = pair + tl.program_id(2) * tl.num_programs(0)
-    q = _load(_of_head(Q, pair // META.H, pair % META.H), row_start, T * META.PACK, META, BLOCK_M, True)
+    count = T * META.PACK
+    q = _load(_of_head(Q, pair // META.H, pair % META.H), row_start, count, META, BLOCK_M, True)
     state = _zeros(META, BLOCK_M), tl.full((BLOCK_M,), -1e30, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    acc, m_i, l_i = _attn_sweep(state, q, q, K, V, RANGES, pair // META.H, pair % META.H, row_start, T, S, scale, META, BLOCK_M,
-                                BLOCK_N, False)
+    acc, m_i, l_i = _attn_sweep(state, q, q, K, V, LIMITS, pair, row_start, T, S, scale, META, BLOCK_M, BLOCK_N, False)
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
-    _store(_of_head(OUT, split_pair // META.H, pair % META.H), acc, 1 / l_i, row_start, T * META.PACK, META)
+    pair += tl.program_id(2) * tl.num_programs(0)
+    _store(_of_head(OUT, pair // META.H, pair % META.H), acc, 1 / l_i[:, None], row_start, count, META)
     rows = row_start + tl.arange(0, BLOCK_M)
-    tl.store(LSE + split_pair * T * META.PACK + rows, m_i + tl.log2(l_i), mask=rows < T * META.PACK)
+    tl.store(LSE + pair * count + rows, m_i + tl.log2(l_i), mask=rows < count)
 
 
 @jit
 def _combine_splits(PART, LSE, OUT, num_splits, D, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     """One program a row: the mean of its splits' outputs, weighed by their denominators."""
-    dims = tl.arange(0, WIDTH)
-    split = tl.arange(0, SPLITS)
-    rows = tl.program_id(0).to(tl.int64) + split * tl.num_programs(0)
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, WIDTH)[None, :]
+    split = tl.arange(0, SPLITS)[:, None]
+    rows = row + split * tl.num_programs(0)
     lse = tl.load(LSE + rows, mask=split < num_splits, other=float("-inf"))
-    weight = tl.exp2(lse - tl.max(lse, 0))[:, None]
-    part = _load_float32(PART + rows[:, None] * D + dims[None, :], (split < num_splits)[:, None] & (dims < D)[None, :])
-    tl.store(OUT + tl.program_id(0).to(tl.int64) * D + dims, tl.sum(part * weight, 0) / tl.sum(weight), mask=dims < D)
+    weight = tl.exp2(lse - tl.max(lse))
+    part = _load_float32(PART + rows * D + dims, (split < num_splits) & (dims < D))
+    out = tl.sum(part * weight, 0, keep_dims=True) / tl.sum(weight)
+    tl.store(OUT + row * D + dims, out, mask=dims < D)
 
 
 @autotuned((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1))
-def _attn_bwd_dq(Q, K, V, OUT, DO, LSE, DELTA, DQ, RANGES, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr,
+def _attn_bwd_dq(Q, K, V, OUT, DO, LSE, DELTA, DQ, LIMITS, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr):
     """One program: BLOCK_M queries of one head -> DQ, and DELTA, the row sums of out · dout."""
     row_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -397,41 +375,33 @@ def _attn_bwd_dq(Q, K, V, OUT, DO, LSE, DELTA, DQ, RANGES, T, S, scale, META: tl
     for part in tl.static_range(len(out)):
         delta += tl.sum(out[part].to(tl.float32) * do[part].to(tl.float32), 1)
     rows = row_start + tl.arange(0, BLOCK_M)
-    lse = tl.load(LSE + pair * T + rows, mask=rows < T, other=0.0)
     tl.store(DELTA + pair * T + rows, delta, mask=rows < T)
-    state = _zeros(META, BLOCK_M), lse, delta
-    dq, _, _ = _attn_sweep(state, q, do, K, V, RANGES, b, h, row_start, T, S, scale, META, BLOCK_M, BLOCK_N, True)
-    _store(_of_head(DQ, b, h), dq, _natural(scale, BLOCK_M), row_start, T, META)
+    state = _zeros(META, BLOCK_M), _load_float32(LSE + pair * T + rows, rows < T), delta
+    dq, _, _ = _attn_sweep(state, q, do, K, V, LIMITS, pair, row_start, T, S, scale, META, BLOCK_M, BLOCK_N, True)
+    _store(_of_head(DQ, b, h), dq, scale * 0.6931471805599453, row_start, T, META)  # log2(e) belongs to the exponent alone
 
 
 @jit
-def _natural(scale, ROWS):
-    """The scale without log2(e), which belongs to the exponent alone, of each row."""
-    return tl.full((ROWS,), 0.6931471805599453, tl.float32) * scale
-
-
-@jit
-def _dkdv_inner(state, keys, queries, RANGES, b, begin, end, T, S, scale, META, BLOCK_M, MASKED):
+def _dkdv_inner(state, keys, queries, LIMITS, begin, end, T, S, scale, META, BLOCK_M, MASKED):
     """A tile of keys over the queries from begin to end, everything transposed."""
     k, v, columns = keys
-    Q, DO, LSE, DELTA, head = queries
+    Q, DO, LSE, DELTA, FIRST, head = queries
     for start in range(begin, end, BLOCK_M):
         dk, dv = state
-        rows = start + tl.arange(0, BLOCK_M)
+        rows = start + tl.arange(0, BLOCK_M)[None, :]
         q = _load(Q, start, T, META, BLOCK_M, MASKED)
         do = _load(DO, start, T, META, BLOCK_M, MASKED)
-        p = tl.exp2(_dot(k, q) * scale - _load_float32(LSE + rows, rows < T)[None, :])         # (N, M)
+        p = tl.exp2(_dot(k, q) * scale - _load_float32(LSE + rows, rows < T))      # (N, M)
         if MASKED:
-            low = _first_keys(RANGES, b, tl.minimum(rows, T - 1), T, S - T)
-            visible = _visible((rows + S - T)[None, :], low[None, :], columns[:, None], 0, head, META)
-            p = tl.where(visible & (rows < T)[None, :], p, 0.0)
-        ds = p * (_dot(v, do) - _load_float32(DELTA + rows, rows < T)[None, :])
+            first = tl.load(FIRST + rows, mask=rows < T, other=0) if META.LIMITED else rows
+            p = tl.where(_visible(rows + S - T, first, columns, head, META) & (rows < T), p, 0.0)
+        ds = p * (_dot(v, do) - _load_float32(DELTA + rows, rows < T))
         state = _add_dot(dk, 1.0, ds, q), _add_dot(dv, 1.0, p, do)
     return state
 
 
 @autotuned((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))
-def _attn_bwd_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, RANGES, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr,
+def _attn_bwd_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, LIMITS, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):
     """One program: BLOCK_N keys of one key/value head -> DK and DV, summed over its G query heads: nothing is added atomically."""
     key_start = tl.program_id(1) * BLOCK_N
@@ -440,49 +410,55 @@ def _attn_bwd_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, RANGES, T, S, scale, META: t
     kv = pair % (META.H // META.G)
     k = _load(_of_head(K, b, kv), key_start, S, META, BLOCK_N, True)
     v = _load(_of_head(V, b, kv), key_start, S, META, BLOCK_N, True)
-    keys = k, v, key_start + tl.arange(0, BLOCK_N)
+    keys = k, v, key_start + tl.arange(0, BLOCK_N)[:, None]
     state = _zeros(META, BLOCK_N), _zeros(META, BLOCK_N)
     # as in _attn_sweep: queries at the diagonal, those that see all keys, those past the first key's last
     last_key = tl.minimum(key_start + BLOCK_N, S) - 1
     begin = tl.maximum(key_start - (S - T), 0)
     interior = begin + tl.cdiv(tl.maximum(last_key - (S - T) - begin, 0), BLOCK_M) * BLOCK_M
+    first = LIMITS.first
+    whole = T
+    end = T
+    if META.LIMITED:
+        first += b * LIMITS.batch_stride
+        whole = tl.load(LIMITS.last + b * LIMITS.batch_stride + key_start)
+        end = tl.load(LIMITS.last + b * LIMITS.batch_stride + last_key)
     for g in range(META.G):
         head = (kv * META.G + g).to(tl.int32)
         row = (b * META.H + head) * T
-        queries = _of_head(Q, b, head), _of_head(DO, b, head), LSE + row, DELTA + row, head
-        whole = _last_query(RANGES, b, key_start, T, S - T)
-        end = _last_query(RANGES, b, last_key, T, S - T)
+        queries = _of_head(Q, b, head), _of_head(DO, b, head), LSE + row, DELTA + row, first, head
+        local_end = T
         if META.STRIDE:
             block = key_start // META.BLOCK
             local_end = tl.where((block + head + 1) % META.STRIDE == 0, T, (block + META.LOCAL) * META.BLOCK - (S - T))
-            whole = tl.minimum(whole, local_end)
-            end = tl.minimum(end, local_end)
-        bounds = begin, interior, interior + tl.maximum(whole - interior, 0) // BLOCK_M * BLOCK_M, end
+        tail = interior + tl.maximum(tl.minimum(whole, local_end) - interior, 0) // BLOCK_M * BLOCK_M
+        bounds = begin, interior, tail, tl.minimum(end, local_end)
         for phase in tl.static_range(3):
-            state = _dkdv_inner(state, keys, queries, RANGES, b, bounds[phase], tl.minimum(bounds[phase + 1], end), T, S, scale,
+            state = _dkdv_inner(state, keys, queries, LIMITS, bounds[phase], tl.minimum(bounds[phase + 1], bounds[3]), T, S, scale,
                                 META, BLOCK_M, phase != 1)
     dk, dv = state
-    _store(_of_head(DK, b, kv), dk, _natural(scale, BLOCK_N), key_start, S, META)
-    _store(_of_head(DV, b, kv), dv, tl.full((BLOCK_N,), 1.0, tl.float32), key_start, S, META)
+    _store(_of_head(DK, b, kv), dk, scale * 0.6931471805599453, key_start, S, META)
+    _store(_of_head(DV, b, kv), dv, 1.0, key_start, S, META)
 
 
 # ---------------------------------------------------------------- attention: autograd and public function
 
-def _attention_args(q, k, v, scale: float, window, documents, kv_start, kv_len, blocksparse, pack: int = 1):
-    """What all kernels of attention take: K and V; RANGES, S, scale; META."""
-    rows, H, D = q.shape[1:]
-    doc_start, doc_end = (None, None) if documents is None else documents
-    ranges = Ranges(window, doc_start, doc_end, kv_start, kv_len, 0 if kv_len is None else kv_len.stride(0))
-    head = max(16, 1 << D.bit_length() - 1)  # 96 is 64 + 32, 80 is 64 + 16, 128 has no tail
-    tail = 0 if D <= head else max(16, triton.next_power_of_2(D - head))
-    limited = window < NO_WINDOW or documents is not None or kv_start is not None
-    sparse = *(blocksparse or (SPARSE_BLOCK, 0, 0)), bool(blocksparse) and pack == 1
-    meta = Meta(*map(tl.constexpr, (D, head, tail, H, H // k.shape[2], pack, limited, *sparse)))
-    return _heads(k), _heads(v), (ranges, rows // pack, k.shape[1], scale * LOG2E), meta
-
-
 def _heads(x) -> Heads:
     return Heads(x, *x.stride()[:3])
+
+
+def _attention_args(q, k, v, scale: float, kv_ranges, kv_len, blocksparse, pack: int = 1):
+    """What all kernels of attention take: K, V; LIMITS, T, S, scale; META."""
+    rows, H, D = q.shape[1:]
+    head = max(16, 1 << D.bit_length() - 1)  # 96 is 64 + 32, 80 is 64 + 16, 128 has no tail
+    tail = 0 if D <= head else max(16, triton.next_power_of_2(D - head))
+    limits = Limits(None, None, 0, kv_len)
+    if kv_ranges is not None:
+        kv_ranges = kv_ranges.expand(2, len(q), -1)
+        limits = Limits(*kv_ranges, kv_ranges.stride(1), kv_len)
+    sparse = *(blocksparse or (1, 0, 0)), bool(blocksparse) and pack == 1
+    meta = Meta(*map(tl.constexpr, (D, head, tail, H, H // k.shape[2], pack, kv_ranges is not None, *sparse)))
+    return _heads(k), _heads(v), (limits, rows // pack, k.shape[1], scale * math.log2(math.e)), meta
 
 
 def _launch_attention(kernel, heads: int, block: str, length: int, q, *args, META) -> None:
@@ -497,12 +473,12 @@ def _launch_attention(kernel, heads: int, block: str, length: int, q, *args, MET
 
 # operators, so that a compiled block holds them whole
 
-@torch.library.custom_op("minphi::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, float scale, int window, "
-                         "Tensor? documents, Tensor? kv_start, Tensor? kv_len, int[] blocksparse) -> (Tensor, Tensor)")
-def _attention(q, k, v, scale, window, documents, kv_start, kv_len, blocksparse):
+@torch.library.custom_op("minphi::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, float scale, "
+                         "Tensor? kv_ranges, Tensor? kv_len, int[] blocksparse) -> (Tensor, Tensor)")
+def _attention(q, k, v, scale, kv_ranges, kv_len, blocksparse):
     """-> output (B, T, H, D), log2 of the softmax's denominators (B, H, T)."""
     out, lse = _empty_output(q)
-    K, V, shape, meta = _attention_args(q, k, v, scale, window, documents, kv_start, kv_len, blocksparse)
+    K, V, shape, meta = _attention_args(q, k, v, scale, kv_ranges, kv_len, blocksparse)
     _launch_attention(_attn_fwd, q.shape[2], "BLOCK_M", q.shape[1], q, K, V, _heads(out), lse, *shape, META=meta)
     return out, lse
 
@@ -514,16 +490,15 @@ def _empty_output(q, *_):
 
 
 @torch.library.custom_op("minphi::attention_backward", mutates_args=(), schema="(Tensor do, Tensor q, Tensor k, Tensor v, "
-                         "Tensor out, Tensor lse, float scale, int window, Tensor? documents, int[] blocksparse) -> "
-                         "(Tensor, Tensor, Tensor)")
-def _attention_backward(do, q, k, v, out, lse, scale, window, documents, blocksparse):
-    K, V, shape, meta = _attention_args(q, k, v, scale, window, documents, None, None, blocksparse)
+                         "Tensor out, Tensor lse, Tensor? kv_ranges, float scale, int[] blocksparse) -> (Tensor, Tensor, Tensor)")
+def _attention_backward(do, q, k, v, out, lse, kv_ranges, scale, blocksparse):
+    K, V, shape, meta = _attention_args(q, k, v, scale, kv_ranges, None, blocksparse)
     dq, dk, dv = _empty_gradients(do, q, k, v)
     delta = torch.empty_like(lse)
-    dout = _heads(do.contiguous())
-    _launch_attention(_attn_bwd_dq, q.shape[2], "BLOCK_M", q.shape[1], q, K, V, _heads(out), dout, lse, delta, _heads(dq), *shape,
+    do = _heads(do.contiguous())
+    _launch_attention(_attn_bwd_dq, q.shape[2], "BLOCK_M", q.shape[1], q, K, V, _heads(out), do, lse, delta, _heads(dq), *shape,
                       META=meta)
-    _launch_attention(_attn_bwd_dkdv, k.shape[2], "BLOCK_N", k.shape[1], q, K, V, dout, lse, delta, _heads(dk), _heads(dv), *shape,
+    _launch_attention(_attn_bwd_dkdv, k.shape[2], "BLOCK_N", k.shape[1], q, K, V, do, lse, delta, _heads(dk), _heads(dv), *shape,
                       META=meta)
     return dq, dk, dv
 
@@ -534,24 +509,22 @@ def _empty_gradients(do, q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.window, documents, _, _, ctx.blocksparse = inputs
-    ctx.save_for_backward(q, k, v, *output, documents)
+    q, k, v, ctx.scale, kv_ranges, _, ctx.blocksparse = inputs
+    ctx.save_for_backward(q, k, v, *output, kv_ranges)
 
 
 def _backward(ctx, do, _):
-    *saved, documents = ctx.saved_tensors
-    gradients = _attention_backward(do, *saved, ctx.scale, ctx.window, documents, ctx.blocksparse)
-    return *gradients, None, None, None, None, None, None
+    return *_attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.blocksparse), None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _decode(q, k, v, *limits):
+def _decode(q, k, v, *options):
     """A few queries over a long cache: the keys are split over programs (Flash-Decoding, Dao et al. 2023)."""
     B, T, H, D = q.shape
     S, KV = k.shape[1:3]
-    rows = T * H // KV                                                             # rows of a key head: (T, G)
+    rows = T * H // KV                                                             # of a key head: (T, G)
     q = q.reshape(B, T, KV, -1, D).transpose(1, 2).reshape(B, KV, rows, D).transpose(1, 2)
     block_n = 16 if INTERPRETED else 64
     # as many splits as the capacity and the processors allow: the length lies on the device
@@ -559,335 +532,110 @@ def _decode(q, k, v, *limits):
     part = q.new_empty(num_splits * B, KV, rows, D, dtype=torch.float32)
     lse = q.new_empty(num_splits * B, KV, rows, dtype=torch.float32)
     out = q.new_empty(B, KV, T, H // KV, D)
-    K, V, shape, meta = _attention_args(q, k, v, *limits, pack=H // KV)
-    block_m = max(16, triton.next_power_of_2(rows))
+    K, V, shape, meta = _attention_args(q, k, v, *options, pack=H // KV)
     launch(_attn_fwd.fn, (B * KV, 1, num_splits), q.device, _heads(q), K, V, _heads(part.transpose(1, 2)), lse, *shape, META=meta,
-           BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=2)
+           BLOCK_M=max(16, triton.next_power_of_2(rows)), BLOCK_N=block_n, num_warps=4, num_stages=2)
     launch(_combine_splits, (B * H * T,), q.device, part, lse, out, num_splits, D, WIDTH=triton.next_power_of_2(D),
            SPLITS=triton.next_power_of_2(num_splits))
     return out.transpose(1, 2).reshape(B, T, H, D)
 
 
-def attention(q, k, v, *, scale=None, window=None, documents=None, kv_start=None, kv_len=None, blocksparse=None, mask=None):
+def attention(q, k, v, scale: float, *, kv_ranges=None, kv_len=None, blocksparse=None, mask=None):
     """Causal grouped-query attention: q (B, T, H, D), k and v (B, S, KV, D), any strides -> (B, T, H, D).
 
-    Query t stands at position kv_len - T + t and sees the keys up to its own. kv_len: how many keys there are, a number or an
-    integer tensor, () or (B,), of a cache's length on its device; None: S. window: how many of the latest keys a query sees.
-    documents: (2, B, T) of document_bounds, T = S: tokens see their own document. kv_start (B,): the first key that is no padding.
+    Query t stands at position kv_len - T + t and sees the keys up to its own. kv_len (B,): how many keys there are, the lengths of
+    a cache with room for S, on its device; None: S. kv_ranges: of the function of that name, where queries see less.
     blocksparse: (block, local, stride), phi-3-small's pattern (arXiv 2404.14219, section 2): a block of queries sees its `local`
-    newest blocks of keys, and of the older ones every stride-th, which ones being each head's own; blocks count from kv_start.
-    mask: attention_mask of the same arguments, or an additive one; the reference alone uses it, and builds none then.
+    newest blocks of keys, and of the older ones every stride-th, which ones being each head's own.
+    mask: attention_mask of the same arguments; the reference alone uses it, and builds none then.
     """
     B, T, H, D = q.shape
-    scale = D ** -0.5 if scale is None else scale
-    if isinstance(kv_len, int):
-        k, v, kv_len = k[:, :kv_len], v[:, :kv_len], None
+    S = k.shape[1]
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    cached = kv_start is not None or kv_len is not None
-    # float32 and wider heads pass shared memory; what has a cache needs no gradients
-    served = D <= 256 and (q.dtype != torch.float32 or INTERPRETED) and not (grad and cached)
+    # float32 and wider heads pass shared memory; of gradients the kernels know those of training
+    trains = kv_len is None and (kv_ranges is None or T == S)
+    served = D <= 256 and (q.dtype != torch.float32 or INTERPRETED) and (trains or not grad)
     if use_triton(q) and served and (not blocksparse or blocksparse[0] == SPARSE_BLOCK):
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        kv_len = None if kv_len is None else kv_len.expand(B)
-        limits = scale, NO_WINDOW if window is None else window, documents, kv_start, kv_len, list(blocksparse or ())
-        if grad or documents is not None or T > 8 or T * H // k.shape[2] > 64:
-            return _attention(q, k, v, *limits)[0]
-        return _decode(q, k, v, *limits)
-    if kv_len is not None:
-        length = int(kv_len.max()) if mask is None else mask.shape[-1]
-        k, v = k[:, :length], v[:, :length]
-        kv_len = None if kv_len.dim() == 0 else kv_len
+        options = scale, kv_ranges, kv_len, list(blocksparse or ())
+        if grad or T > 8 or T * H // k.shape[2] > 64:
+            return _attention(q, k, v, *options)[0]
+        return _decode(q, k, v, *options)
     if mask is None:
-        mask = attention_mask(T, k.shape[1], window=window, documents=documents, kv_start=kv_start, kv_len=kv_len,
-                              blocksparse=blocksparse, num_heads=H, device=q.device)
+        length = S if kv_len is None else kv_len[:, None]
+        positions = length - T + torch.arange(T, device=q.device)[None]
+        mask = attention_mask(positions, S, kv_ranges, blocksparse, H)
     return _attention_torch(q, k, v, scale, mask)
 
 
-# ---------------------------------------------------------------- norms
+# ---------------------------------------------------------------- norms, rotary positions, activations
 
-def rms_norm_reference(x, weight, eps: float):
-    wide = at_least_float32(x)
-    scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / x.shape[-1] + eps)  # a sum: mean is 2.5 times slower on CPUs
-    return (wide * scale * weight).to(x.dtype)
-
-
-def layer_norm_reference(x, weight, bias, eps: float):
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
-
-
-@jit
-def _norm_fwd(X, RESIDUAL, WEIGHT, BIAS, Y, SUM, STATS, width, eps, WIDTH: tl.constexpr):
-    """One program a row: SUM = X + RESIDUAL, rounded as a plain addition would be; Y = norm(SUM). Without BIAS it is RMSNorm."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    inside = columns < width
-    offsets = row * width + columns
-    x = _load_float32(X + offsets, inside)
-    if RESIDUAL is not None:
-        x += _load_float32(RESIDUAL + offsets, inside)
-        x = x.to(SUM.dtype.element_ty)
-        tl.store(SUM + offsets, x, mask=inside)
-        x = x.to(tl.float32)
-    mean = 0.0
-    if BIAS is not None:
-        mean = tl.sum(x, 0) / width
-        x = tl.where(inside, x - mean, 0.0)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    y = x * scale * _load_float32(WEIGHT + columns, inside)
-    if BIAS is not None:
-        y += _load_float32(BIAS + columns, inside)
-    tl.store(Y + offsets, y, mask=inside)
-    tl.store(STATS + row * 2, mean)
-    tl.store(STATS + row * 2 + 1, scale)
-
-
-@jit
-def _norm_bwd(X, DY, DSUM, WEIGHT, STATS, DX, DWEIGHT, DBIAS, rows, width, CENTERED: tl.constexpr, WIDTH: tl.constexpr):
-    """One program a share of the rows; it adds up DWEIGHT and DBIAS of its rows in registers."""
-    columns = tl.arange(0, WIDTH)
-    inside = columns < width
-    weight = _load_float32(WEIGHT + columns, inside)
-    dweight = tl.zeros((WIDTH,), tl.float32)
-    dbias = tl.zeros((WIDTH,), tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        offsets = row.to(tl.int64) * width + columns
-        scale = tl.load(STATS + row * 2 + 1)
-        x = _load_float32(X + offsets, inside)
-        x = tl.where(inside, (x - tl.load(STATS + row * 2)) * scale, 0.0)
-        dy = _load_float32(DY + offsets, inside)
-        dweight += dy * x
-        dbias += dy
-        dy *= weight
-        dx = dy - x * (tl.sum(dy * x, 0) / width)
-        if CENTERED:
-            dx -= tl.sum(dy, 0) / width
-        dx *= scale
-        if DSUM is not None:
-            dx += _load_float32(DSUM + offsets, inside)
-        tl.store(DX + offsets, dx, mask=inside)
-    tl.store(DWEIGHT + tl.program_id(0) * width + columns, dweight, mask=inside)
-    tl.store(DBIAS + tl.program_id(0) * width + columns, dbias, mask=inside)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps):
-        x = x.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        width = x.shape[-1]
-        rows = x.numel() // width
-        y = torch.empty_like(x)
-        total = x if residual is None else torch.empty_like(x)
-        stats = x.new_empty(rows, 2, dtype=torch.float32)
-        block = triton.next_power_of_2(width)
-        ctx.constants = dict(WIDTH=block, num_warps=min(16, max(4, block // 512)))
-        ctx.centered = bias is not None
-        launch(_norm_fwd, (rows,), x.device, x, residual, weight, bias, y, total, stats, width, eps, **ctx.constants)
-        ctx.save_for_backward(total, weight, stats)
-        return y, None if residual is None else total
-
-    @staticmethod
-    def backward(ctx, dy, dtotal):
-        x, weight, stats = ctx.saved_tensors
-        rows, width = len(stats), x.shape[-1]
-        programs = min(rows, 4 * num_sms(x.device))
-        dx = torch.empty_like(x)
-        dtotal = None if dtotal is None else dtotal.contiguous()
-        dweight, dbias = x.new_empty(2, programs, width, dtype=torch.float32)
-        launch(_norm_bwd, (programs,), x.device, x, dy.contiguous(), dtotal, weight, stats, dx, dweight, dbias, rows, width,
-               CENTERED=ctx.centered, **ctx.constants)
-        dweight, dbias = (d.sum(0).to(weight.dtype) for d in (dweight, dbias))
-        return dx, None if dtotal is None else dx, dweight, dbias if ctx.centered else None, None
-
-
-def layer_norm(x, weight, bias, eps: float, residual=None):
-    """(x - mean) / sqrt(variance + eps) · weight + bias over the last dimension, in x's type (Ba et al., arXiv 1607.06450).
+@fused
+def rms_norm(x, weight, eps: float, residual=None):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in x's type (Zhang and Sennrich, arXiv 1910.07467).
 
     residual: another summand; then -> (norm(x + residual), x + residual), in one pass over memory.
     """
-    if use_fused(x):
-        y, total = _Norm.apply(x, residual, weight, bias, eps)
-    else:
-        total = x if residual is None else x + residual
-        y = rms_norm_reference(total, weight, eps) if bias is None else layer_norm_reference(total, weight, bias, eps)
+    total = x if residual is None else x + residual
+    wide = at_least_float32(total)
+    scale = torch.rsqrt(wide.square().sum(-1, keepdim=True) / x.shape[-1] + eps)  # a sum: mean is 2.5 times slower on CPUs
+    y = (wide * scale * weight).to(x.dtype)
     return y if residual is None else (y, total)
 
 
-def rms_norm(x, weight, eps: float, residual=None):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in x's type (Zhang and Sennrich, arXiv 1910.07467); residual:
-    see layer_norm."""
-    return layer_norm(x, weight, None, eps, residual)
+@fused
+def layer_norm(x, weight, bias, eps: float, residual=None):
+    """(x - mean) / sqrt(variance + eps) · weight + bias (Ba et al., arXiv 1607.06450); the rest as in rms_norm."""
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y if residual is None else (y, total)
 
 
-# ---------------------------------------------------------------- rotary positions
-
-def rotary_reference(x, cos, sin):
-    """x (B, T, H, D); cos and sin as in rotary."""
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                                # (T, 1, R/2) or (B, T, 1, R/2)
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).to(x.dtype)
-
-
-@jit
-def _rotate(X, Y, COS, SIN, cos_b, T, H, sign, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """One program: HEADS heads of one token. A channel of the first half of the rotated ones has its partner HALF further on."""
-    token = tl.program_id(0).to(tl.int64)
-    b = token // T
-    t = token % T
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    dims = tl.arange(0, WIDTH)[None, :]
-    inside = (heads < H) & (dims < D)
-    rotated = dims < 2 * HALF
-    angle = b * cos_b + t * HALF + dims % HALF
-    cos = tl.load(COS + angle, mask=rotated, other=1.0)
-    sin = tl.load(SIN + angle, mask=rotated, other=0.0) * tl.where(dims < HALF, -sign, sign)
-    partner = tl.where(dims < HALF, HALF, -HALF)
-    x = X.data + b * X.batch_stride + t * X.stride + heads * X.head_stride + dims
-    y = _load_float32(x, inside) * cos
-    y += _load_float32(x + partner, inside & rotated) * sin
-    tl.store(Y + (token * H + heads) * D + dims, y, mask=inside)
-
-
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def rotate(x, cos, sin, sign: float):
-        B, T, H, D = x.shape
-        x = x if x.stride(3) == 1 else x.contiguous()
-        y = x.new_empty(x.shape)
-        heads = min(16, triton.next_power_of_2(H))
-        launch(_rotate, (B * T, triton.cdiv(H, heads)), x.device, _heads(x), y, cos, sin, cos.stride(0) if cos.dim() == 3 else 0,
-               T, H, sign, D=D, HALF=cos.shape[-1], HEADS=heads, WIDTH=triton.next_power_of_2(D))
-        return y
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _Rotary.rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return _Rotary.rotate(dy, *ctx.saved_tensors, -1.0), None, None
-
-
+@fused
 def rotary(q, k, cos, sin):
     """Rotate the channel pairs (i, i + R/2) of q (B, T, H, D) and k (B, T, KV, D) by their position's angle (RoFormer, arXiv
-    2104.09864, half layout) -> q, k, new tensors. cos, sin: float32 (T, R/2) or (B, T, R/2). Of D > R channels the rest stays."""
-    if use_fused(q):
-        cos, sin = cos.contiguous(), sin.contiguous()
-        return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
-    return rotary_reference(q, cos, sin), rotary_reference(k, cos, sin)
+    2104.09864, half layout) -> q, k. cos, sin: float32 (T, R/2) or (B or 1, T, R/2). Of D > R channels the rest stays."""
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                                # (B or 1, T, 1, R/2)
+    rotated = []
+    for x in (q, k):
+        first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+        rotated.append(torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).to(x.dtype))
+    return tuple(rotated)
 
-
-# ---------------------------------------------------------------- activations
 
 def gelu(x):
     """The tanh form of gelu (Hendrycks and Gimpel, arXiv 1606.08415), as in phi-1 to phi-2."""
     return F.gelu(x, approximate="tanh")
 
 
-def swiglu_reference(gate_up):
+@fused
+def swiglu(gate_up):
+    """(..., 2F) -> (..., F): silu(gate) · up, gate being the first half (Shazeer, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
-def geglu_reference(gate_up):
+@fused
+def geglu(gate_up):
+    """(..., 2F) -> (..., F): gelu(gate) · up with the tanh form of gelu (Gemma)."""
     gate, up = gate_up.chunk(2, -1)
     return gelu(gate) * up
 
 
-def geglu_clamped_reference(gate_up):
+@fused
+def geglu_clamped(gate_up):
+    """(..., 2F) -> (..., F): phi-3-small's: gate · sigmoid(1.702 gate) · (up + 1), gate at most 20 and up within ± 20. Its
+    checkpoint interleaves gate and up; here, as everywhere, gate is the first half."""
     gate, up = gate_up.chunk(2, -1)
     gate = gate.clamp(max=20.0)
     return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-20.0, 20.0) + 1)
 
 
-@jit
-def _activate(gate, KIND: tl.constexpr):
-    """-> activation(gate) and its derivative. gelu's tanh form is gate · sigmoid(inner), as silu is with its own inner."""
-    inner = gate
-    slope = 1.0
-    if KIND == "geglu":
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
-    elif KIND == "geglu_clamped":
-        inner = 1.702 * gate
-        slope = 1.702
-    s = tl.sigmoid(inner)
-    return gate * s, s + gate * s * (1 - s) * slope
-
-
-@jit
-def _glu(GATE_UP, Y, DGATE_UP, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Y of GATE_UP's two halves; where DGATE_UP is given, that, Y being the upstream gradient."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    offsets = row * 2 * width + columns
-    raw_gate = _load_float32(GATE_UP + offsets, inside)
-    raw_up = _load_float32(GATE_UP + offsets + width, inside)
-    gate = raw_gate
-    up = raw_up
-    if KIND == "geglu_clamped":
-        gate = tl.minimum(gate, 20.0)
-        up = tl.clamp(up, -20.0, 20.0)
-    activated, slope = _activate(gate, KIND)
-    multiplier = up + 1 if KIND == "geglu_clamped" else up
-    y = Y + row * width + columns
-    if DGATE_UP is None:
-        tl.store(y, (activated * multiplier), mask=inside)
-    else:
-        dy = _load_float32(y, inside)
-        dgate = tl.where(raw_gate == gate, dy * multiplier * slope, 0.0)  # what was clamped has no gradient
-        dup = tl.where(raw_up == up, dy * activated, 0.0)
-        tl.store(DGATE_UP + offsets, dgate, mask=inside)
-        tl.store(DGATE_UP + offsets + width, dup, mask=inside)
-
-
-class _Glu(torch.autograd.Function):
-    @staticmethod
-    def launch(gate_up, y, dgate_up, kind):
-        width = y.shape[-1]
-        grid = y.numel() // width, triton.cdiv(width, 1024)
-        launch(_glu, grid, y.device, gate_up, y, dgate_up, width, KIND=kind, BLOCK=1024)
-
-    @staticmethod
-    def forward(ctx, gate_up, kind):
-        gate_up = gate_up.contiguous()
-        ctx.kind = kind
-        ctx.save_for_backward(gate_up)
-        y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-        _Glu.launch(gate_up, y, None, kind)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate_up, = ctx.saved_tensors
-        dgate_up = torch.empty_like(gate_up)
-        _Glu.launch(gate_up, dy.contiguous(), dgate_up, ctx.kind)
-        return dgate_up, None
-
-
-def swiglu(gate_up):
-    """(..., 2F) -> (..., F): silu(gate) · up, gate being the first half (Shazeer, arXiv 2002.05202)."""
-    return _Glu.apply(gate_up, "swiglu") if use_fused(gate_up) else swiglu_reference(gate_up)
-
-
-def geglu(gate_up):
-    """(..., 2F) -> (..., F): gelu(gate) · up with the tanh form of gelu (Gemma)."""
-    return _Glu.apply(gate_up, "geglu") if use_fused(gate_up) else geglu_reference(gate_up)
-
-
-def geglu_clamped(gate_up):
-    """(..., 2F) -> (..., F): phi-3-small's: gate · sigmoid(1.702 gate) · (up + 1), gate at most 20 and up within ± 20. Its
-    checkpoint interleaves gate and up; here, as everywhere, gate is the first half."""
-    return _Glu.apply(gate_up, "geglu_clamped") if use_fused(gate_up) else geglu_clamped_reference(gate_up)
-
-
 # ---------------------------------------------------------------- loss
 
-CHUNK_ROWS = 2048       # at least so many rows of logits at a time,
-CHUNK_BYTES = 2 ** 30   # more as long as they take no more than this
+CHUNK_ROWS = 2048       # so many rows of logits exist at once, or more: a larger chunk moves the weight's gradient less often,
+CHUNK_BYTES = 2 ** 30   # as long as they take no more than this
 
 
 def cross_entropy_reference(x, weight, targets, weights, bias=None):
@@ -898,37 +646,29 @@ def cross_entropy_reference(x, weight, targets, weights, bias=None):
 
 
 @jit
-def _cross_entropy_rows(LOGITS, TARGETS, WEIGHTS, LOSS, row_stride, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy_rows(LOGITS, TARGETS, WEIGHTS, LOSS, vocab, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     """One program a row: its weighted loss, and its logits overwritten by the loss's gradient with respect to them."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
     weight = tl.load(WEIGHTS + row)
-    LOGITS += row * row_stride
+    LOGITS += row * vocab
     # read before the reductions: after them another warp may have overwritten it. What is no word has weight 0
     target_logit = _load_float32(LOGITS + target, (target >= 0) & (target < vocab))
-    m_i = tl.full((BLOCK,), MASKED_OUT, tl.float32)
-    l_i = tl.zeros((BLOCK,), tl.float32)
+    columns = tl.arange(0, BLOCK)
+    m_i = -1e30
+    l_i = 0.0
     for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        logits = tl.load(LOGITS + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-        m_new = tl.maximum(m_i, logits)
-        l_i = l_i * tl.exp(m_i - m_new) + tl.exp(logits - m_new)
+        logits = tl.load(LOGITS + start + columns, mask=start + columns < vocab, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(m_i, tl.max(logits))
+        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(logits - m_new))
         m_i = m_new
-    m_row = tl.max(m_i, 0)
-    lse = m_row + tl.log(tl.sum(l_i * tl.exp(m_i - m_row), 0))
+    lse = m_i + tl.log(l_i)
     tl.store(LOSS + row, weight * (lse - target_logit))
     if GRADIENT:
         for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < vocab
-            p = tl.exp(_load_float32(LOGITS + columns, inside) - lse)
-            gradient = weight * tl.where(columns == target, p - 1, p)
-            tl.store(LOGITS + columns, gradient, mask=inside)
-
-
-def chunk_rows(vocab: int, itemsize: int) -> int:
-    """How many rows of logits exist at once, a multiple of 128: a larger chunk moves the weight's gradient less often."""
-    return max(CHUNK_ROWS, CHUNK_BYTES // (vocab * itemsize) // 128 * 128)
+            inside = start + columns < vocab
+            p = tl.exp(_load_float32(LOGITS + start + columns, inside) - lse)
+            tl.store(LOGITS + start + columns, weight * tl.where(start + columns == target, p - 1, p), mask=inside)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -937,33 +677,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, weights, bias, needs_grad):
-        N, V = len(x), len(weight)
-        losses = x.new_empty(N, dtype=torch.float32)
+        V = len(weight)
+        losses = torch.empty_like(weights)
         matrix = weight.to(x.dtype)
-        bias_x = None if bias is None else bias.to(x.dtype)
-        dx = torch.empty_like(x) if needs_grad else None
+        bias = None if bias is None else bias.to(x.dtype)
+        dx = torch.empty_like(x)
         dweight = dbias = None
-        num_rows = chunk_rows(V, x.itemsize)
-        for begin in range(0, N, num_rows):
+        num_rows = max(CHUNK_ROWS, CHUNK_BYTES // (V * x.itemsize) // 128 * 128)
+        for begin in range(0, len(x), num_rows):
             rows = slice(begin, begin + num_rows)
-            logits = F.linear(x[rows], matrix, bias_x)                             # (rows, V)
-            launch(_cross_entropy_rows, (len(logits),), x.device, logits, targets[rows], weights[rows], losses[rows], V, V,
+            logits = F.linear(x[rows], matrix, bias)                               # (num_rows, V)
+            launch(_cross_entropy_rows, (len(logits),), x.device, logits, targets[rows], weights[rows], losses[rows], V,
                    GRADIENT=needs_grad, BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8)
             if needs_grad:
                 dx[rows] = logits @ matrix
                 product = logits.t() @ x[rows]                                     # (V, d)
-                # one chunk needs no float32 sum
-                dweight = product if dweight is None else dweight.float().add_(product)
+                dweight = dweight.float().add_(product) if begin else product  # one chunk needs no float32 sum
                 if bias is not None:
-                    dbias = logits.sum(0, dtype=torch.float32) + (0 if dbias is None else dbias)
-        ctx.save_for_backward(dx, dweight, dbias)
-        ctx.dtypes = x.dtype, weight.dtype, weight.dtype
+                    dbias = logits.sum(0, dtype=torch.float32) + (dbias if begin else 0)
+        ctx.gradients = dx, dweight, dbias
         return losses.sum()
 
     @staticmethod
     def backward(ctx, upstream):
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        dx, dweight, dbias = (None if d is None else (d * upstream).to(dtype) for d, dtype in gradients)
+        dx, dweight, dbias = (None if gradient is None else gradient * upstream for gradient in ctx.gradients)
         return dx, dweight, None, None, dbias, None
 
 
@@ -988,7 +725,21 @@ def cross_entropy(x, weight, targets, weights=None, bias=None):
     return cross_entropy_reference(x, weight, targets, weights, bias), weights.sum()
 
 
-# ---------------------------------------------------------------- matrix products with quantized weights
+# ---------------------------------------------------------------- matrix products, of quantized weights too
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 itself."""
+    units = torch.cpu.get_capabilities()
+    return any(units.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def linear(x, weight, bias=None):
+    """x Wᵀ + bias; many rows in bf16 on a CPU without units for it go through float32, which is faster there."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() > 16 * x.shape[-1] and not cpu_has_bfloat16():
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
+    return F.linear(x, weight, bias)
+
 
 def quantize(weight, bits: int, group: int):
     """weight (N, K), K a multiple of group -> (qweight uint8 (N, K · bits / 8), scale (N, K / group), zero (N, K / group), both
@@ -1001,22 +752,21 @@ def quantize(weight, bits: int, group: int):
     if bits not in (4, 8) or K % group or group % 8:
         raise ValueError(f"{bits} bits in groups of {group} do not fit rows of {K}: give 4 or 8 bits and a divisor of {K} that is "
                          "a multiple of 8")
-    x = weight.detach().float().view(N, K // group, group)
+    x = weight.detach().float().view(N, -1, group)
     if bits == 8:
         scale = _round_up(x.abs().amax(-1) / 127)
-        zero = -128 * scale
-        return _codes(x, scale, zero, 255).view(N, K), scale, zero
+        return _codes(x, scale, -128 * scale, 255).view(N, K), scale, -128 * scale
     candidates = []
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
         zero = (x.amin(-1) * shrink).bfloat16()
         scale = _round_up((x.amax(-1) * shrink - zero.float()) / 15)
         error = (_restore(_codes(x, scale, zero, 15), scale, zero) - x).square().sum(-1)
-        candidates.append((error, scale, zero))
-    errors, scales, zeros = (torch.stack(values) for values in zip(*candidates, strict=True))
-    best = errors.argmin(0, keepdim=True)                                          # (1, N, K / group)
-    scale, zero = scales.gather(0, best)[0], zeros.gather(0, best)[0]
+        candidates.append(torch.stack((error, scale, zero)))                       # (3, N, K / group)
+    candidates = torch.stack(candidates)
+    best = candidates[:, 0].argmin(0).expand(1, 3, N, -1)
+    _, scale, zero = candidates.gather(0, best)[0].bfloat16()
     low, high = _codes(x, scale, zero, 15).chunk(2, -1)
-    return (low | high << 4).view(N, K // 2), scale, zero
+    return (low | high << 4).view(N, -1), scale, zero
 
 
 def _round_up(scale):
@@ -1046,51 +796,40 @@ def dequantize(qweight, scale, zero, bits: int, dtype=torch.float32):
 def pack_for_cpu(qweight, scale, zero, bits: int):
     """The same weight as ATen's products of few rows read it, (weights, scales), or None where they do not serve: of 4 bits they
     take groups of 32 to 256 and N % 16 = 0, of 8 bits one symmetric group a row and K % 64 = 0."""
-    N, groups = scale.shape
-    codes = _unpack(qweight, groups, bits)
-    if bits == 8:
-        if groups > 1 or codes.shape[2] % 64 or not torch.equal(zero, -128 * scale):
-            return None
-        return (codes[:, 0] ^ 128).view(torch.int8), scale[:, 0].contiguous()
-    if codes.shape[2] not in (32, 64, 128, 256) or N % 16:
-        return None
-    scales = torch.stack((scale, (zero.float() + 8 * scale.float()).bfloat16()), -1)  # theirs is w = (code - 8) · scale + zero
-    weights = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
-    return weights, scales.transpose(0, 1).contiguous()                            # (groups, N, 2)
-
-
-@functools.cache
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bf16 itself; without such units products of many rows are faster in float32."""
-    units = torch.cpu.get_capabilities()
-    return any(units.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    codes = _unpack(qweight, scale.shape[1], bits)
+    group = codes.shape[2]
+    if bits == 8 and len(scale) == scale.numel() and group % 64 == 0 and torch.equal(zero, -128 * scale):
+        return (qweight ^ 128).view(torch.int8), scale[:, 0].contiguous()
+    if bits == 4 and group in (32, 64, 128, 256) and len(scale) % 16 == 0:
+        weights = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
+        offsets = zero.float() + 8 * scale.float()  # theirs is w = (code - 8) · scale + offset
+        return weights, torch.stack((scale, offsets.bfloat16()), -1).transpose(0, 1).contiguous()      # (groups, N, 2)
+    return None
 
 
 @jit
 def _quantized_linear(X, QWEIGHT, SCALE, ZERO, PART, m, n, k, BITS: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """X Wᵀ for few rows of X. One program: BLOCK_N rows of W, restored in registers, over every so-manieth BYTES of them; the
-    caller adds the parts up."""
+    """X Wᵀ for few rows of X. One program: BLOCK_N rows of W, restored in registers, BYTES of each at a time, for one split of the
+    steps; the caller adds the splits' parts up."""
     GROUP_BYTES: tl.constexpr = GROUP * BITS // 8
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    columns = tl.arange(0, BYTES)[None, :]
-    QWEIGHT += outs[:, None] * (k * BITS // 8) + columns
-    SCALE += outs * (k // GROUP)
-    ZERO += outs * (k // GROUP)
+    outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
+    columns = tl.arange(0, BYTES)
+    X += rows.to(tl.int64) * k + columns[None, :]
+    QWEIGHT += outs * (k * BITS // 8) + columns[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(tl.program_id(1), k * BITS // 8 // BYTES, tl.num_programs(1)):
         group = step * BYTES // GROUP_BYTES
-        codes = tl.load(QWEIGHT + step * BYTES, mask=outs[:, None] < n, other=0)
-        scale = _load_float32(SCALE + group, outs < n)
-        zero = _load_float32(ZERO + group, outs < n)
-        x = X + rows.to(tl.int64) * k + group * GROUP + step * BYTES % GROUP_BYTES + columns
+        codes = tl.load(QWEIGHT + step * BYTES, mask=outs < n, other=0)            # (BYTES, BLOCK_N)
+        scale = _load_float32(SCALE + outs * (k // GROUP) + group, outs < n)
+        zero = _load_float32(ZERO + outs * (k // GROUP) + group, outs < n)
+        first = group * GROUP + step * BYTES % GROUP_BYTES
         for half in tl.static_range(8 // BITS):  # of 4 bits the first half of the group, then the second
-            code = (codes >> (4 * half)) & (2 ** BITS - 1)
-            w = (zero[:, None] + scale[:, None] * code.to(tl.float32)).to(X.dtype.element_ty)
-            acc = tl.dot(tl.load(x + half * GROUP_BYTES, mask=rows < m, other=0.0), tl.trans(w), acc)
-    PART += (tl.program_id(1).to(tl.int64) * m + rows) * n
-    tl.store(PART + outs[None, :], acc, mask=(rows < m) & (outs[None, :] < n))
+            w = zero + scale * (codes >> 4 * half & 2 ** BITS - 1).to(tl.float32)
+            x = tl.load(X + first + half * GROUP_BYTES, mask=rows < m, other=0.0)
+            acc = tl.dot(x, w.to(x.dtype), acc)
+    tl.store(PART + (tl.program_id(1).to(tl.int64) * m + rows) * n + outs, acc, mask=(rows < m) & (outs < n))
 
 
 def _quantized_linear_triton(x, qweight, scale, zero, bits: int):
@@ -1115,54 +854,47 @@ def quantized_linear(x, qweight, scale, zero, bits: int, cpu_pack=None):
     rows = x.reshape(-1, x.shape[-1])
     if use_triton(x):
         y = _quantized_linear_triton(rows.contiguous(), qweight, scale, zero, bits)
-    elif cpu_pack is not None and len(rows) <= 16:  # ATen's products are fast with bf16 activations alone
-        weights, scales = cpu_pack
-        rows = rows.bfloat16()
-        if bits == 8:
-            y = torch.ops.aten._weight_int8pack_mm(rows, weights, scales)
-        else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weights, rows.shape[1] // len(scales), scales)
-    else:
-        slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not cpu_has_bfloat16()
-        dtype = torch.float32 if slow else x.dtype
+    elif cpu_pack is None or len(rows) > 16:
+        dtype = torch.bfloat16 if x.device.type == "cpu" and cpu_has_bfloat16() else at_least_float32(x).dtype
         y = F.linear(rows.to(dtype), dequantize(qweight, scale, zero, bits, dtype))
+    elif bits == 8:  # ATen's products are fast with bf16 activations alone
+        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), *cpu_pack)
+    else:
+        weights, scales = cpu_pack
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), weights, x.shape[-1] // len(scales), scales)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------- benchmark
 
 def bench() -> None:
-    """Each operation beside its peers: milliseconds of the forward pass and of forward and backward, and the former's rate."""
+    """Attention and loss beside their peers: milliseconds of the forward pass, of forward and backward, and TFLOP/s of the latter."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    peers = {}
-    with contextlib.suppress(ImportError):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        peers["liger"] = lambda: LigerFusedLinearCrossEntropyLoss(reduction="sum")(head, x, targets)
 
     def tensor(*shape):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
-    def row(name, work, **peers):
+    def row(name, flops, **peers):
         for peer, forward in peers.items():
             upstream = torch.randn_like(forward())
-            milliseconds = [triton.testing.do_bench(call, rep=300, return_mode="median")
-                            for call in (forward, lambda forward=forward: forward().backward(upstream))]
-            print(f"{name:36}{peer:8}{milliseconds[0]:10.3f}{milliseconds[1]:10.3f}{work / milliseconds[0] / 1e9:10.2f}", flush=True)
+            calls = forward, lambda: forward().backward(upstream)
+            ms, both = (triton.testing.do_bench(call, rep=300, return_mode="median") for call in calls)
+            print(f"{name:36}{peer:8}{ms:9.3f}{both:9.3f}{flops / both / 1e9:7.0f}", flush=True)
 
-    print(f"{torch.cuda.get_device_name()}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'operation, bf16':36}{'peer':8}{'ms':>10}{'+ back':>10}  TFLOP/s or TB/s")
+    print(f"{torch.cuda.get_device_name()}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
     for H, KV, D in ((48, 48, 128), (32, 8, 128), (32, 32, 96), (32, 32, 64)):
         q, k, v = tensor(4, 4096, H, D), tensor(4, 4096, KV, D), tensor(4, 4096, KV, D)
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
         sdpa = functools.partial(F.scaled_dot_product_attention, *heads_first, is_causal=True, enable_gqa=True)
-        row(f"attention, 4 x 4096, {H}/{KV} x {D}", 4 * H * 4096 ** 2 * 2 * D, ours=functools.partial(attention, q, k, v),
+        row(f"attention, 4 x 4096, {H}/{KV} x {D}", 7 * 4 * H * 4096 ** 2 * D, ours=lambda: attention(q, k, v, D ** -0.5),
             cudnn=sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa), flash=sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa))
     x, head, targets = tensor(8192, 4096), tensor(100352, 4096), torch.randint(100352, (8192,), device="cuda")
-    row("cross entropy, 8192 x 4096 x 100352", 2 * 8192 * 4096 * 100352, ours=lambda: cross_entropy(x, head, targets)[0],
-        torch=lambda: F.linear_cross_entropy(x, head, targets, reduction="sum"), **peers)
-    weight = tensor(4096)
-    row("rms_norm, 8192 x 4096", 4 * 8192 * 4096 / 1e3, ours=lambda: rms_norm(x, weight, 1e-5),
-        torch=lambda: F.rms_norm(x, (4096,), weight, 1e-5))
+    peers = dict(ours=lambda: cross_entropy(x, head, targets)[0],
+                 torch=lambda: F.linear_cross_entropy(x, head, targets, reduction="sum"))
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        peers["liger"] = lambda: LigerFusedLinearCrossEntropyLoss(reduction="sum")(head, x, targets)
+    row("loss, 8192 x 4096 x 100352", 6 * 8192 * 4096 * 100352, **peers)
 
 
 if __name__ == "__main__":
