@@ -314,9 +314,8 @@ def _attn_sweep(state, q, do, K, V, LIMITS, pair, row_start, T, S, scale, META, 
     bounds = begin, interior, tail, end
     for phase in tl.static_range(3):
         if phase or META.LIMITED or META.VERTICAL:
-            masked = phase != 1 or META.STRIDE > 0 and not META.VERTICAL
             state = _attn_inner(state, queries, keys, bounds[phase], tl.minimum(bounds[phase + 1], end), BLOCK_N, scale, META,
-                                BLOCK_N, masked, BACKWARD)
+                                BLOCK_N, phase != 1 or META.STRIDE > 0 and not META.VERTICAL, BACKWARD)
     return state
 
 
@@ -330,7 +329,7 @@ def autotuned(*shapes):
     return lambda function: triton.autotune(configs, ["META"])(jit(function))
 
 
-@autotuned((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1))
+@autotuned((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 8, 2))
 def _attn_fwd(Q, K, V, OUT, LSE, LIMITS, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One program: BLOCK_M rows of one head -> OUT and LSE, the log2 of the softmax's denominators; each split has its own."""
     row_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
@@ -360,7 +359,7 @@ def _combine_splits(PART, LSE, OUT, num_splits, D, WIDTH: tl.constexpr, SPLITS: 
     tl.store(OUT + row * D + dims, out, mask=dims < D)
 
 
-@autotuned((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1))
+@autotuned((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1))
 def _attn_bwd_dq(Q, K, V, OUT, DO, LSE, DELTA, DQ, LIMITS, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr):
     """One program: BLOCK_M queries of one head -> DQ, and DELTA, the row sums of out · dout."""
@@ -393,14 +392,16 @@ def _dkdv_inner(state, keys, queries, LIMITS, begin, end, T, S, scale, META, BLO
         do = _load(DO, start, T, META, BLOCK_M, MASKED)
         p = tl.exp2(_dot(k, q) * scale - _load_float32(LSE + rows, rows < T))      # (N, M)
         if MASKED:
-            first = tl.load(FIRST + rows, mask=rows < T, other=0) if META.LIMITED else rows
+            first = rows
+            if META.LIMITED:
+                first = tl.load(LIMITS.first + FIRST + rows, mask=rows < T, other=0)
             p = tl.where(_visible(rows + S - T, first, columns, head, META) & (rows < T), p, 0.0)
         ds = p * (_dot(v, do) - _load_float32(DELTA + rows, rows < T))
         state = _add_dot(dk, 1.0, ds, q), _add_dot(dv, 1.0, p, do)
     return state
 
 
-@autotuned((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))
+@autotuned((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 1), (16, 32, 4, 1))
 def _attn_bwd_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, LIMITS, T, S, scale, META: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):
     """One program: BLOCK_N keys of one key/value head -> DK and DV, summed over its G query heads: nothing is added atomically."""
@@ -416,13 +417,12 @@ def _attn_bwd_dkdv(Q, K, V, DO, LSE, DELTA, DK, DV, LIMITS, T, S, scale, META: t
     last_key = tl.minimum(key_start + BLOCK_N, S) - 1
     begin = tl.maximum(key_start - (S - T), 0)
     interior = begin + tl.cdiv(tl.maximum(last_key - (S - T) - begin, 0), BLOCK_M) * BLOCK_M
-    first = LIMITS.first
+    first = b * LIMITS.batch_stride
     whole = T
     end = T
     if META.LIMITED:
-        first += b * LIMITS.batch_stride
-        whole = tl.load(LIMITS.last + b * LIMITS.batch_stride + key_start)
-        end = tl.load(LIMITS.last + b * LIMITS.batch_stride + last_key)
+        whole = tl.load(LIMITS.last + first + key_start)
+        end = tl.load(LIMITS.last + first + last_key)
     for g in range(META.G):
         head = (kv * META.G + g).to(tl.int32)
         row = (b * META.H + head) * T
