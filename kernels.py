@@ -100,7 +100,7 @@ def kv_ranges(positions, window=None, documents=None):
     """
     if window is None and documents is None:
         return None
-    first = torch.zeros_like(positions) if window is None else (positions - window + 1).clamp(min=0)
+    first = (positions - (window or 2 ** 40) + 1).clamp(min=0)
     if documents is not None:
         begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
         first = torch.maximum(first, torch.where(begins, positions, 0).cummax(1).values)
@@ -329,8 +329,12 @@ def _attn_sweep(
         begin = tl.min(first, 0)
         whole = tl.max(first, 0)
     heads = head * META.PACK + rows % META.PACK
-    queries = q, do, (tokens + length - T)[:, None], first[:, None], heads[:, None]
-    keys = _of_head(K, pair // META.G, META.KV), _of_head(V, pair // META.G, META.KV), S
+    queries = (
+        q, do,
+        (tokens + length - T)[:, None], first[:, None], heads[:, None])
+    keys = (
+        _of_head(K, pair // META.G, META.KV),
+        _of_head(V, pair // META.G, META.KV), S)
     if META.VERTICAL:
         # before `near` all these queries see the vertical blocks and nothing else
         near = tl.maximum(start // META.BLOCK - META.LOCAL + 1, 0) * META.BLOCK
@@ -364,7 +368,9 @@ def autotuned(*shapes):
     if triton is None:
         return jit
     shapes = [(32, 16, 4, 1)] if INTERPRETED else shapes
-    configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages) for m, n, warps, stages in shapes]
+    configs = [
+        triton.Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)
+        for m, n, warps, stages in shapes]
     return lambda function: triton.autotune(configs, ["META"])(jit(function))
 
 
@@ -444,7 +450,7 @@ def _attn_bwd_dq(
         T, META, BLOCK_M, True)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(len(out)):
-        delta += tl.sum(out[part].to(tl.float32) * do[part].to(tl.float32), 1)
+        delta += tl.sum(out[part].to(tl.float32) * do[part], 1)
     rows = start + tl.arange(0, BLOCK_M)
     tl.store(
         DELTA + pair * T + rows, delta,
@@ -470,19 +476,20 @@ def _dkdv_inner(
     for start in range(begin, end, BLOCK_M):
         dk, dv = state
         rows = start + tl.arange(0, BLOCK_M)[None, :]
+        inside = rows < T
         q = _load(
             Q, start, T, META, BLOCK_M, MASKED)
         do = _load(
             DO, start, T, META, BLOCK_M, MASKED)
-        p = tl.exp2(_dot(k, q) * scale - _load_float32(LSE + rows, rows < T))      # (N, M)
+        p = tl.exp2(_dot(k, q) * scale - _load_float32(LSE + rows, inside))      # (N, M)
         if MASKED:
             low = rows
             if META.LIMITED:
-                low = tl.load(first + rows, mask=rows < T, other=0)
+                low = tl.load(first + rows, mask=inside, other=0)
             p = tl.where(
-                _visible(rows, low, columns, head, META) & (rows < T),
+                _visible(rows, low, columns, head, META) & inside,
                 p, 0.0)
-        ds = p * (_dot(v, do) - _load_float32(DELTA + rows, rows < T))
+        ds = p * (_dot(v, do) - _load_float32(DELTA + rows, inside))
         state = _add_dot(dk, ds, q), _add_dot(dv, p, do)
     return state
 
@@ -555,7 +562,9 @@ def _attn_bwd_dkdv(
 def _grid(x, block: str):
     """A program for each pair of x (B, rows, heads, D), on axis 0, which may pass 65,535, and each block
     of its rows."""
-    return lambda constants: (x.shape[0] * x.shape[2], triton.cdiv(x.shape[1], constants[block]))
+    return lambda constants: (
+        x.shape[0] * x.shape[2],
+        triton.cdiv(x.shape[1], constants[block]))
 
 
 def _launch_attention(
@@ -578,10 +587,12 @@ def _launch_attention(
         tile = dict(
             BLOCK_M=blocksparse[0], BLOCK_N=blocksparse[0],
             num_warps=8, num_stages=2)
-    sparse = blocksparse or (1, 0, 0)
-    constants = D, head, tail, H, KV, H // KV, pack, kv_ranges is not None, *sparse, vertical
-    meta = Meta(*map(tl.constexpr, constants))
-    args = [Heads(x, *x.stride()[:3]) if x.dim() == 4 else x for x in tensors]
+    meta = Meta(*map(tl.constexpr, (
+        D, head, tail, H, KV, H // KV, pack, kv_ranges is not None,
+        *(blocksparse or (1, 0, 0)), vertical)))
+    args = [
+        Heads(x, *x.stride()[:3]) if x.dim() == 4 else x
+        for x in tensors]
     launch(
         kernel, grid, q.device, *args, limits,
         rows // pack, S,
@@ -607,7 +618,9 @@ def _attention(q, k, v, *options):
 @_attention.register_fake
 def _empty_output(q, *_):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(B, H, T, dtype=torch.float32))
 
 
 @torch.library.custom_op(
@@ -655,10 +668,11 @@ def _decode(q, k, v, *options):
     B, T, H, D = q.shape
     S, KV = k.shape[1:3]
     rows = T * H // KV                                                             # of a key head: (T, G)
-    q = q.reshape(B, T, KV, -1, D).transpose(1, 2).reshape(B, KV, rows, D).transpose(1, 2)
+    q = q.reshape(B, T, KV, -1, D).transpose(1, 2)                                 # (B, KV, T, G, D)
+    q = q.reshape(B, KV, rows, D).transpose(1, 2)
     # as many splits as the capacity and the processors allow, a power of two: the length lies on the device
-    wanted = triton.cdiv(2 * num_sms(q.device), B * KV)
-    num_splits = triton.next_power_of_2(min(triton.cdiv(S, 64), wanted, 128))
+    num_splits = triton.next_power_of_2(min(
+        triton.cdiv(S, 64), triton.cdiv(2 * num_sms(q.device), B * KV), 128))
     part = q.new_empty(
         num_splits * B, KV, rows, D,
         dtype=torch.float32)
@@ -695,9 +709,11 @@ def attention(
     # float32 and wider heads pass shared memory; of gradients the kernels know those of training
     served = D <= 256 and (q.itemsize == 2 or INTERPRETED) and not (grad and (T != S or kv_len is not None))
     if use_triton(q) and served:
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (
+            x if x.stride(3) == 1 else x.contiguous()
+            for x in (q, k, v))
         options = scale, kv_ranges, kv_len, list(blocksparse or ())
-        if grad or T > 8 or T * H // k.shape[2] > 64:
+        if grad or T * H > 64 * k.shape[2]:
             return _attention(q, k, v, *options)[0]
         return _decode(q, k, v, *options)
     if mask is None and (kv_ranges is not None or kv_len is not None or blocksparse or T not in (1, S)):
@@ -708,9 +724,8 @@ def attention(
         # PyTorch's own is 3 to 4 times slower in these types on CPUs
         return attention_reference(q, k, v, scale, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    causal = mask is None and T > 1
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal,
+        q, k, v, mask, is_causal=mask is None and T > 1,
         scale=scale, enable_gqa=True).transpose(1, 2)
 
 
@@ -942,8 +957,8 @@ def quantize(weight, bits: int, group: int):
     for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
         zero = (x.amin(-1) * shrink).bfloat16()
         scale = _round_up((x.amax(-1) * shrink - zero.float()) / 15)
-        error = (_restore(_codes(x, scale, zero, 15), scale, zero) - x).square().sum(-1)
-        candidates.append(torch.stack((error, scale, zero)))                       # (3, N, K / group)
+        error = _restore(_codes(x, scale, zero, 15), scale, zero) - x
+        candidates.append(torch.stack((error.square().sum(-1), scale, zero)))      # (3, N, K / group)
     candidates = torch.stack(candidates)
     best = candidates[:, 0].argmin(0).expand(1, 3, N, -1)
     _, scale, zero = candidates.gather(0, best)[0].bfloat16()
@@ -957,7 +972,8 @@ def _round_up(scale):
 
 
 def _codes(x, scale, zero, top: int):
-    return ((x - zero[..., None].float()) / scale[..., None].float()).round_().clamp_(0, top).to(torch.uint8)
+    codes = (x - zero[..., None].float()) / scale[..., None].float()
+    return codes.round_().clamp_(0, top).byte()
 
 
 def _restore(
@@ -991,7 +1007,8 @@ def pack_for_cpu(qweight, scale, zero, bits: int):
     codes = _unpack(
         qweight, scale.shape[1], bits)
     group = codes.shape[2]
-    if bits == 8 and len(scale) == scale.numel() and group % 64 == 0 and torch.equal(zero, -128 * scale):
+    if (bits == 8 and len(scale) == scale.numel() and group % 64 == 0 and
+            torch.equal(zero, -128 * scale)):
         return (qweight ^ 128).view(torch.int8), scale[:, 0].contiguous()
     if bits == 4 and group in (32, 64, 128, 256) and len(scale) % 16 == 0:
         weights = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
@@ -1026,8 +1043,7 @@ def _quantized_linear(
                 tl.load(x + half * GROUP_BYTES, mask=rows < m, other=0.0),
                 w.to(X.dtype.element_ty), acc)
     tl.store(
-        PART + (tl.program_id(1).to(tl.int64) * m + rows) * n + outs,
-        acc,
+        PART + (tl.program_id(1) * m + rows) * n + outs, acc,
         mask=(rows < m) & (outs < n))
 
 
@@ -1094,16 +1110,15 @@ def bench() -> None:
 
     def row(name, flops, **peers):
         for peer, forward in peers.items():
-            upstream = torch.randn_like(forward())
-            ms, both = map(triton.testing.do_bench, (forward, lambda: forward().backward(upstream)))
+            ms, both = map(triton.testing.do_bench, (forward, lambda: forward().sum().backward()))
             print(f"{name:30}{peer:8}{ms:9.3f} ms{both:9.3f} ms{flops / both / 1e9:6.0f} TFLOP/s")
 
-    print(torch.cuda.get_device_name(), datetime.date.today(), "torch", torch.__version__, "triton", triton.__version__)
+    print(torch.cuda.get_device_name(), datetime.date.today(), torch.__version__, triton.__version__)
     for H, D in ((48, 128), (32, 96)):
         q, k, v = (tensor(4, 4096, H, D) for _ in range(3))
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
         sdpa = functools.partial(
-            F.scaled_dot_product_attention, *heads_first, is_causal=True)
+            F.scaled_dot_product_attention,
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         row(
             f"attention 4 x 4096, {H} x {D}", 28 * H * 4096 ** 2 * D,
             ours=lambda: attention(q, k, v, D ** -0.5),
@@ -1123,7 +1138,7 @@ def bench() -> None:
 
 
 if __name__ == "__main__":
-    if triton is None or not torch.cuda.is_available():
+    if not (triton and torch.cuda.is_available()):
         raise SystemExit("kernels.py: its benchmark needs a GPU and Triton; without one,"
                          " `python test_all.py compile` shows what the compiler makes of the kernels")
     bench()
