@@ -70,7 +70,7 @@ def fused(function):
     return choose
 
 
-def launch(kernel, grid, device, *args, **constants) -> None:
+def launch(kernel, grid, device, *args, **constants):
     """Run a kernel on this device: by itself Triton takes the current one, whatever the tensors are on."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[grid](*args, **constants)
