@@ -306,12 +306,13 @@ HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 
 
 @interpreted
-@HALF_AND_FULL
-@pytest.mark.parametrize("D,T,S,window,starts,blocksparse", [
-    (64, 70, 70, None, None, None), (80, 37, 37, 20, None, None), (96, 70, 70, None, [[13], [29]], None),
-    (128, 33, 33, 7, [[13], [29]], None), (256, 35, 35, None, None, None), (20, 40, 40, None, None, None),
-    (64, 5, 9, None, None, None), (64, 9, 30, None, None, None), (64, 90, 90, None, None, (16, 2, 3)),
-    (80, 75, 75, None, [[20], [40]], (16, 2, 3)), (64, 40, 90, None, None, (16, 1, 2))])
+@pytest.mark.parametrize("dtype,D,T,S,window,starts,blocksparse", [
+    (torch.float32, 64, 70, 70, None, None, None), (torch.float16, 80, 37, 37, 20, None, None),
+    (torch.float32, 96, 70, 70, None, [[13], [29]], None), (torch.float16, 128, 33, 33, 7, [[13], [29]], None),
+    (torch.float16, 256, 35, 35, None, None, None), (torch.float32, 20, 40, 40, None, None, None),
+    (torch.float32, 64, 5, 9, None, None, None), (torch.float16, 64, 9, 30, None, None, None),
+    (torch.float16, 64, 70, 70, None, None, (16, 1, 3)), (torch.float32, 80, 70, 70, None, [[20], [40]], (16, 2, 3)),
+    (torch.float32, 64, 40, 90, None, None, (16, 1, 2))])
 def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     torch.manual_seed(0)
     positions = torch.arange(S - T, S)[None]
