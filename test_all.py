@@ -333,11 +333,11 @@ def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     (torch.float16, 80, None, None), (torch.float32, 64, 19, None), (torch.float16, 64, None, (16, 2, 3))])
 def test_interpreted_decoding_over_a_static_cache(dtype, T, D, window, blocksparse):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, heads, D).to(dtype) for n, heads in ((T, 6), (150, 2), (150, 2)))
-    for kv_len in (torch.tensor([30, 31]), torch.tensor([150, 99])):
+    q, k, v = (torch.randn(2, n, heads, D).to(dtype) for n, heads in ((T, 6), (400, 2), (400, 2)))
+    for kv_len in (torch.tensor([30, 31]), torch.tensor([400, 99])):
         positions = kv_len[:, None] - T + torch.arange(T)
         ranges = kernels.kv_ranges(positions, window)
-        mask = kernels.attention_mask(positions, 150, ranges, blocksparse, 6)
+        mask = kernels.attention_mask(positions, 400, ranges, blocksparse, 6)
         exact = kernels.attention_reference(*(x.double() for x in (q, k, v)), D ** -0.5, mask)
         eager = kernels.attention_reference(q, k, v, D ** -0.5, mask)
         got = kernels.attention(q, k, v, D ** -0.5, kv_ranges=ranges, kv_len=kv_len, blocksparse=blocksparse)
