@@ -9,8 +9,8 @@
 
 A run that was interrupted goes on exactly where it was when the same command is given again, on any number of
 processes: weights, optimizer and position in the data are in the directory state-STEP, which
-torch.distributed.checkpoint pickles: go on only from runs of people you trust. The run directory is at any time
-a model that sample.py, transformers and others open.
+torch.distributed.checkpoint pickles: go on only from runs of people you trust. The run directory is at any
+time a model that sample.py, transformers and others open.
 """
 import argparse
 import concurrent.futures
@@ -1018,9 +1018,26 @@ class Log:
         self.saved_step = step if run.checkpoint else None
         self.peak = run.world * measure_peak(run.device, run.dtype)
         self.window = []    # of each step: (loss, norm of the gradient, sums of loss_fn), tokens, seconds
+        self.first_step = step
+        is_hidden = None if run.rank == 0 else True     # None: where there is no terminal
+        self.progress = tqdm(total=run.args.steps, initial=step, unit="step", disable=is_hidden)
         if run.rank == 0:
             text = "".join(json.dumps(record) + "\n" for record in self.records)
             models.write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def add(self, step, losses, norm, num_tokens, seconds):
+        """What a step gave: this rank's part of its loss and sums, the tokens of all ranks."""
+        norm = norm.to(self.run.device).reshape(1) / self.run.world     # all ranks have the same
+        self.window.append((torch.cat([losses[:1], norm, losses[1:]]), num_tokens, seconds))
+        self.tokens += int(num_tokens)
+        self.progress.update()
+        steps_left = self.run.args.steps - step
+        if step == self.first_step + 1:
+            self.warm = time.perf_counter()     # the first step compiled and took memory
+        elif step == self.first_step + 10 and steps_left:
+            seconds = round((time.perf_counter() - self.warm) / 9 * steps_left)
+            left = datetime.timedelta(seconds=seconds)
+            self.run.print0(f"time     about {left} for the {steps_left:,} steps left, by the first ten")
 
     def write(self, step, entry):
         record = {"step": step, "tokens": self.tokens, **entry}
@@ -1030,7 +1047,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def summarize(self, step, log_entry):
-        """Wait for the device, and write a record of the steps since the last one -> it, in words. What is
+        """Wait for the device, and write a record of the steps since the last one. What is
         not finite ends the run here: it came after the last record, so no checkpoint has weights that took
         it."""
         start = time.perf_counter()
@@ -1053,7 +1070,7 @@ class Log:
         speed = {"tokens_per_second": round(rate), "seconds": round(seconds, 3), "mfu": round(mfu, 3)}
         self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr, **speed})
         words = [f"{name} {value:.3f}" for name, value in entry.items()]
-        return ", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"])
+        self.progress.set_postfix_str(", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"]))
 
     def fail(self, step, loss, norm):
         out = self.run.args.out
@@ -1110,17 +1127,17 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     """The loop, from the checkpoint's step to args.steps.
 
     loader: an iterator of Batches with a state that depends on nothing but the options and the step:
-        next(loader) -> Batch       in the main thread, all ranks at once: it may call the model and collectives
+        next(loader) -> Batch       in the main thread, all ranks at once: may call the model and collectives
         loader.state_dict()         as after the last Batch that was given; all ranks call it, and it may use
                                     collectives. torch.load(weights_only=True) must be able to read it
         loader.load_state_dict(s)   called before the first next, if run.checkpoint
     loss_fn(model, *tensors) -> (loss_sum, sums): a scalar with a gradient; a 1-D tensor without one, empty or
-        such as rewards and counts, which is added up over micro-batches, ranks and the steps between two records.
-        It is called under autocast with the micro-batch on the device.
-    log_entry(sums: list of floats, or []) -> dict: what log.jsonl says besides the loss. Called once a record on
-        every rank, so a loader may keep counts (passed, dropped, ...) of its own and give them here.
-    validate() -> (entry, words) or None: for log.jsonl ({"val": {name: (value, value2)}} is drawn in loss.svg)
-        and for the screen. All ranks call it, the model in training mode; it switches to eval mode itself.
+        such as rewards and counts, which is added up over micro-batches, ranks and the steps of a record. It
+        is called under autocast with the micro-batch on the device.
+    log_entry(sums: list of floats, or []) -> dict: what log.jsonl says besides the loss. Called once a record
+        on every rank, so a loader may keep counts (passed, dropped, ...) of its own and give them here.
+    validate() -> (entry, words) or None: for log.jsonl ({"val": {name: (value, value2)}} is drawn in
+        loss.svg) and for the screen. All ranks call it, the model in training mode; it switches to eval.
     chart_options: further arguments of loss_svg, such as {"key": "pass@1", "unit": "pass@1"}.
     """
     args = run.args
@@ -1135,8 +1152,6 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     run.print0(f"data     {about}, {args.micro_batch} rows at a time on each of {run.world} process(es)")
     log = Log(run, first_step)
     stop = Stop()
-    is_hidden = None if run.rank == 0 else True     # None: where there is no terminal
-    progress = tqdm(total=args.steps, initial=first_step, unit="step", disable=is_hidden)
 
     def validate_now(step):
         result = validate() if validate else None
@@ -1150,43 +1165,37 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
         validate_now(first_step)        # the run was cut between its checkpoint and its validation
     for step in range(first_step + 1, args.steps + 1):
         start = time.perf_counter()
+        # set the rates
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_multiplier(step - 1, args)
 
+        # micro-steps
         batch = next(loader)
         weight, num_tokens, asked = run.sum_over_ranks(batch.weight, batch.num_tokens, stop.signal)
         losses = micro_steps(run, module, loss_fn, batch.micro_batches, weight)
 
+        # clip, and step
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
         for optimizer in run.optimizers:
             optimizer.step()
         run.model.zero_grad(set_to_none=True)
 
-        norm = full_tensor(norm).to(run.device).reshape(1) / run.world
-        row = torch.cat([losses[:1], norm, losses[1:]])
-        log.window.append((row, num_tokens, time.perf_counter() - start))
-        log.tokens += int(num_tokens)
-        progress.update()
+        # log, save, validate
+        log.add(step, losses, full_tensor(norm), num_tokens, time.perf_counter() - start)
         is_last = step == args.steps
         is_saved = asked or is_last or step % args.save_every == 0
         if is_saved or step % args.log_every == 0:
-            progress.set_postfix_str(log.summarize(step, log_entry))
+            log.summarize(step, log_entry)
         if is_saved:
             save(run, log, loader, step)
         if asked:
-            progress.close()
+            log.progress.close()
             run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
         if is_last or step % args.val_every == 0:
             validate_now(step)
-        if step == first_step + 1:
-            warm = time.perf_counter()      # the first step compiled and took memory
-        elif step == first_step + 10 and not is_last:
-            seconds = round((time.perf_counter() - warm) / 9 * (args.steps - step))
-            left = datetime.timedelta(seconds=seconds)
-            run.print0(f"time     about {left} for the {args.steps - step:,} steps left, by the first ten")
-    progress.close()
+    log.progress.close()
     report(run, log, chart_options or {})
 
 
@@ -1255,9 +1264,9 @@ def recipe_stages(quick):
               f"{runs}/phi/eval.json", held_out / 50)]
 
 
-# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they wait
-# for each other, by default so long that beside other busy processes most of a step is waiting; glibc's allocator
-# gives freed activations back to the system and faults them in again at every step.
+# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they
+# wait for each other, by default so long that beside other busy processes most of a step is waiting; glibc's
+# allocator gives freed activations back to the system and faults them in again at every step.
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
@@ -1356,7 +1365,7 @@ def print_report(stages, book):
 
 # ---------------------------------------------------------------- options
 
-# What the papers say of pretraining, in our options: shares of the paper's steps. The rest stays at our defaults.
+# What the papers say of pretraining, in our options: shares of the paper's steps. Our defaults do the rest.
 PHI_1 = dict(       # arXiv 2306.11644, section 2.3: 750 warmup steps of 36,000
     optimizer="adamw", lr=1e-3, schedule="linear", warmup=0.0208, warmdown_frac=1.0, final_lr=0.0,
     weight_decay=0.1, context=2048, batch_tokens=1024 * 2048)
@@ -1504,7 +1513,8 @@ def pretrain(args):
     run = setup(args, config, tokenizer, RESUME_KEYS, fingerprints)
     loader = PackedLoader(args, datasets, weights, tokenizer.eot, run.rank, run.world)
     shares = [f"{dataset.name} {weight / sum(weights):.0%}" for dataset, weight in zip(datasets, weights)]
-    about = (f"{', '.join(shares)}; {args.steps * args.batch_tokens / 1e6:.1f} M tokens in {args.steps:,} steps of "
+    millions = args.steps * args.batch_tokens / 1e6
+    about = (f"{', '.join(shares)}; {millions:.1f} M tokens in {args.steps:,} steps of "
              f"{args.batch_tokens // args.context:,} x {args.context}")
     train(run, loader, next_token_loss, lambda: validate(run, datasets, tokenizer.eot), about=about)
 
