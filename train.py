@@ -957,7 +957,8 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
     optimizers = make_optimizers(objective.model, args, dtype, device.type == "cuda" and not reason_against)
     if source:
         load_training_state(source["folder"], objective.model, optimizers)
-    torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
+    if not reason_against:
+        torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
     for block in objective.model.model.layers:      # forward alone: hooks that gather weights stay outside
         if not reason_against:
             block.forward = torch.compile(block.forward, dynamic=False)
