@@ -1422,8 +1422,9 @@ def to_hf(model: Model) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save(model: Model, tokenizer, path: str) -> None:
-    """Write a Hugging Face directory of the model's family; each file replaces its predecessor at once."""
+def save(model: Model, tokenizer, path: str, tensors=None, gather=lambda tensor: tensor) -> None:
+    """Write a Hugging Face directory of the model's family; each file replaces its predecessor at once.
+    tensors and gather: of write_safetensors, where the weights are not in one place."""
     config = model.config
     path = str(path)
     token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -1437,7 +1438,7 @@ def save(model: Model, tokenizer, path: str) -> None:
         write_json(os.path.join(path, "generation_config.json"), {**token_ids, "eos_token_id": ends})
         tokenizer.save(path)
     write_json(os.path.join(path, "config.json"), {**config_json(model), **token_ids})
-    write_safetensors(os.path.join(path, "model.safetensors"), to_hf(model))
+    write_safetensors(os.path.join(path, "model.safetensors"), to_hf(model) if tensors is None else tensors, gather)
 
 
 def config_json(model: Model) -> dict:
