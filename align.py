@@ -155,23 +155,25 @@ def collate(answers, rows, context):
     Padding is on the right, where causal attention never looks. T is a quarter, a half or all of the context:
     with and without gradients that makes six shapes of compiled blocks, and torch keeps eight.
     """
-    longest = max([len(answer.ids) - 1 for answer in answers], default=0)
+    longest = max([len(ids) - 1 for ids, *_ in answers], default=0)
     length = min(size for size in (-(-context // 4), -(-context // 2), context) if size >= longest)
     tokens = torch.zeros(rows, length, dtype=torch.long)
     targets = torch.full_like(tokens, -1)
     advantages, old = torch.zeros(2, rows, length)
-    for row, answer in enumerate(answers):
-        end = len(answer.ids) - 1
-        part = slice(answer.start - 1, end)
-        tokens[row, :end] = torch.tensor(answer.ids[:-1])
-        targets[row, part] = torch.tensor(answer.ids[answer.start:])
-        advantages[row, part] = answer.advantage
-        old[row, part] = torch.tensor(answer.old)
+    for row, (ids, start, advantage, old_log_probs) in enumerate(answers):
+        part = slice(start - 1, len(ids) - 1)
+        tokens[row, :part.stop] = torch.tensor(ids[:-1])
+        targets[row, part] = torch.tensor(ids[start:])
+        advantages[row, part] = advantage
+        old[row, part] = torch.tensor(old_log_probs)
     return tokens, targets, advantages, old
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Losses
+
+
+LOGITS_AT_ONCE = 2**25      # 128 MB in float32
 
 
 def token_log_probs(model, tokens, targets, temperature: float = 1.0):
@@ -188,7 +190,7 @@ def token_log_probs(model, tokens, targets, temperature: float = 1.0):
         logits = model.logits(states) / temperature
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    size = max(64, 2**25 // model.config.vocab_size)
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = [checkpoint(log_probs, *chunk, use_reentrant=False, preserve_rng_state=False)
              for chunk in zip(states.split(size), targets.split(size))]
     flat = torch.cat(parts)                                                     # (N)
@@ -266,9 +268,9 @@ def rollout(model, tokenizer, problems, args, temperature, seeds):
         answers[unfinished[slot]].append(token)
         return has_ended(unfinished[slot])
 
-    if unfinished:
-        model.generate([problems[row]["ids"] + answers[row] for row in unfinished], args.max_tokens, temperature,
-                       stop=tokenizer.stops, seed=[seeds[row] for row in unfinished], stream=emit)
+    prompts = [problems[row]["ids"] + answers[row] for row in unfinished]
+    seeds = [seeds[row] for row in unfinished]
+    model.generate(prompts, args.max_tokens, temperature, stop=tokenizer.stops, seed=seeds, stream=emit)
     texts = [tokenizer.decode([i for i in ids if i not in tokenizer.stops]) for ids in answers]
     return [(ids, re.split(r"\n(?=\S)", text)[0] if "test" in problem else text)
             for problem, ids, text in zip(problems, answers, texts)]
@@ -336,13 +338,14 @@ def open_init(args):
     return config, models.Tokenizer.load(folder)
 
 
-def setup(args, config, tokenizer, num_rows, records):
-    """-> train.Run, of steps of num_rows rows; records: what a resumed run must find unchanged."""
+def setup(args, config, tokenizer, num_rows, records, width=1):
+    """-> train.Run, of steps of num_rows rows, `width` sequences each; records: what a resumed run must find
+    unchanged."""
     if not records:
         raise ValueError(f"--data {' '.join(args.data)}: nothing is left to train on; the context is {args.context} tokens")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rows = -(-num_rows // world)
-    args.micro_batch = train.micro_batch_rows(args, config, rows, world, train.gpu_gigabytes())
+    most = train.micro_batch_rows(args, config, -(-num_rows // world) * width, world, train.gpu_gigabytes())
+    args.micro_batch = max(1, most // width)
     keys = [key for key in (*train.RESUME_KEYS, *RESUME_KEYS) if key in args]
     return train.setup(args, config, tokenizer, keys, {" ".join(args.data): hash_of(records)})
 
@@ -448,7 +451,7 @@ def dpo(args):
         if pair[0] != pair[1] and max(len(answer.ids) for answer in pair) <= args.context:
             pairs[is_held_out(prompt, args.held_out)].append(pair)
     args.steps = args.steps or math.ceil(args.epochs * len(pairs[False]) / args.batch)
-    run = setup(args, config, tokenizer, args.batch, pairs[False])
+    run = setup(args, config, tokenizer, args.batch, pairs[False], width=2)
     loss_fn = dpo_loss_fn(args, open_reference(run))
 
     def next_rows(state):
