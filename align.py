@@ -17,6 +17,7 @@ import math
 import os
 import re
 from decimal import Decimal
+from statistics import mean
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -521,7 +522,7 @@ def grpo(args):
                     groups.append([[answer._replace(advantage=a)] for answer, a in zip(group_answers, group)])
             parts = [sum(groups[i::args.updates], []) for i in range(args.updates)]
             state["steps"] = [sorted(part, key=lambda row: -len(row[0].ids)) for part in parts]
-            state["metrics"] = {"pass@1": np.mean(passed), "length": mean_length(answers),
+            state["metrics"] = {"pass@1": mean(passed), "length": mean_length(answers),
                                 "dropped": 1 - len(groups) / args.prompts}
         return state["steps"].pop(0)
 
@@ -531,8 +532,8 @@ def grpo(args):
 
     def validate():
         answers, passed = zip(*solve_together(run, tests, 0.0, 0))
-        words = f"pass@1 {np.mean(passed):.1%} of {len(tests)} problems, {mean_length(answers):.1f} tokens an answer"
-        return {"val": {"problems": (np.mean(passed), mean_length(answers))}}, words
+        words = f"pass@1 {mean(passed):.1%} of {len(tests)} problems, {mean_length(answers):.1f} tokens an answer"
+        return {"val": {"problems": (mean(passed), mean_length(answers))}}, words
 
     loader = RowLoader(run, next_rows, {"position": 0, "steps": [], "metrics": {}},
                        weight=lambda rows: sum(len(ids) - start for row in rows for ids, start, *_ in row))
@@ -542,7 +543,7 @@ def grpo(args):
 
 
 def mean_length(answers):
-    return float(np.mean([len(answer.ids) - answer.start for answer in answers]))
+    return mean(len(answer.ids) - answer.start for answer in answers)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -593,10 +594,10 @@ def pivotal_pairs(model, tokenizer, problem, args):
 
     @functools.cache
     def success(begun):
-        return np.mean(sample(begun, args.samples, "search")[1])
+        return mean(sample(begun, args.samples, "search")[1])
 
     answers, passed = sample((), args.samples, "search")
-    if not 0.2 <= np.mean(passed) <= 0.8:       # as in the paper: what is always or never solved has no pivot
+    if not 0.2 <= mean(passed) <= 0.8:       # as in the paper: what is always or never solved has no pivot
         return
     for ids in answers[passed.index(1.0)], answers[passed.index(0.0)]:
         log_probs, = answer_log_probs(model, [Answer(prompt + ids, len(prompt))], 1, args.context)
@@ -604,7 +605,7 @@ def pivotal_pairs(model, tokenizer, problem, args):
             others = likeliest_others(model, [*prompt, *begun], token)
             other = min(others, key=lambda other: change * success((*begun, other)))
             pair = (token, other) if change > 0 else (other, token)
-            odds = [float(np.mean(sample((*begun, side), 4 * args.samples, "confirm")[1])) for side in pair]
+            odds = [mean(sample((*begun, side), 4 * args.samples, "confirm")[1]) for side in pair]
             if odds[0] - odds[1] >= args.gap:
                 chosen, rejected = pair
                 yield {"prompt": tokenizer.decode([*prompt, *begun]), "chosen": tokenizer.decode([chosen]),

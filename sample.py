@@ -346,7 +346,7 @@ class Engine(threading.Thread):
             return
         self.make_room(len(self.active))
         if self.decode is None:
-            self.decode = models.DecodeStep(self.model, self.cache.rows(0, len(self.active)))
+            self.decode = models.DecodeStep(self.model, self.cache.rows(slice(0, len(self.active))))
         tokens = torch.tensor([request.ids[-1] for request in self.active], device=self.model.device)
         logits = self.decode(tokens)
         for slot, request in enumerate(self.active):
@@ -375,7 +375,7 @@ class Engine(threading.Thread):
     def prefill(self, begin: int, end: int):
         """The whole texts of these slots into the cache -> their logits."""
         texts = [request.ids for request in self.active[begin:end]]
-        return self.model.logits(self.model.prefill(texts, self.cache.rows(begin, end)))
+        return self.model.logits(self.model.prefill(texts, self.cache.rows(slice(begin, end))))
 
     def leave(self, slot: int) -> None:
         """The last row takes the place of this one."""
