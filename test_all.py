@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import glob
+import functools
 import gzip
 import hashlib
 import http.client
@@ -43,6 +44,7 @@ import pytest
 import requests
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.format_utils
 
 import align
 import data
@@ -3775,9 +3777,10 @@ def test_packer_predicts_each_token_once_and_keeps_documents_whole():
     lengths = [5, 1, 40, 17, 33, 2, 8, 100, 31]
     tokens = stream(lengths)
     starts = np.cumsum([0] + lengths)
-    predicted = Counter(t for spans in train.Packer(tokens, 99, 32) for start, end in spans for t in range(start + 1, end))
+    documents = train.documents_of(SimpleNamespace(train=tokens), "train", 99)
+    predicted = Counter(t for spans in train.Packer(documents, 32) for start, end in spans for t in range(start + 1, end))
     assert predicted == Counter(t for t in range(len(tokens)) if t not in set(starts))
-    packer = train.Packer(tokens, 99, 32, seed=1)
+    packer = train.Packer(documents, 32, seed=[1])
     for _ in range(200):
         spans = next(packer)
         assert sum(end - start - 1 for start, end in spans) <= 32
@@ -3785,17 +3788,22 @@ def test_packer_predicts_each_token_once_and_keeps_documents_whole():
             first = starts[np.searchsorted(starts, start, "right") - 1]
             length = lengths[list(starts).index(first)]
             assert length > 33 or (start, end) == (first, first + length)
-    other = train.Packer(tokens, 99, 32, seed=1)
-    other.restore(packer.state())
+    other = train.Packer(documents, 32, seed=[1])
+    other.load_state_dict(packer.state_dict())
     assert [next(packer) for _ in range(50)] == [next(other) for _ in range(50)]
+
+
+def loader_args(**changes):
+    args = dict(context=16, batch_tokens=64, micro_batch=4, prompt_weight=0.25, skip=None, seed=0)
+    return SimpleNamespace(**{**args, **changes})
 
 
 def test_batches_hold_the_right_targets_and_weights():
     tokens = stream([6, 9, 4])
     mask = np.array([0, 0, 1, 1, 1, 1] + [0] * 4 + [1] * 5 + [1] * 4, np.uint8)
     dataset = SimpleNamespace(train=tokens, train_mask=mask)
-    mixture = train.Mixture([dataset], [1.0], 99, 16, 0.25, seed=0)
-    inputs, documents, targets, weights = train.collate(mixture.rows(4), 16)
+    batch = next(train.PackedLoader(loader_args(), [dataset], [1.0], 99))
+    inputs, documents, targets, weights = batch.micro_batches[0]
     assert inputs.shape == documents.shape == targets.shape == weights.shape == (4, 16)
     for x, doc, y, w in zip(inputs.tolist(), documents.tolist(), targets.tolist(), weights.tolist()):
         for t in range(16):
@@ -3807,6 +3815,40 @@ def test_batches_hold_the_right_targets_and_weights():
                 if y[t] == 99:
                     assert w[t] == 1  # stopping is learned
         assert set(w) <= {0.0, 0.25, 1.0}
+
+
+def test_the_loader_counts_tokens_without_padding_and_takes_the_ends_it_is_given():
+    tokens = stream([11] * 40)
+    dataset = SimpleNamespace(train=tokens, train_mask=None)
+    batch = next(train.PackedLoader(loader_args(), [dataset], [1.0], 99))
+    assert batch.num_tokens == batch.weight == 4 * 10       # rows of 16 hold one document of 10 inputs each
+    given = SimpleNamespace(train=np.zeros(440), train_mask=None, train_ends=np.arange(11, 451, 11))
+    np.testing.assert_array_equal(train.documents_of(given, "train", 99), train.documents_of(dataset, "train", 99))
+    val = SimpleNamespace(val=tokens)
+    assert train.documents_of(val, "val", 99, limit=25).tolist() == [[0, 11], [11, 22], [22, 25]]
+    with pytest.raises(ValueError, match="no document"):
+        train.PackedLoader(loader_args(), [SimpleNamespace(train=stream([1, 1]), train_mask=None)], [1.0], 99)
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_ranks_pack_their_own_rows_and_go_on_from_one_anothers_state(world):
+    dataset = SimpleNamespace(train=stream([5, 9, 30, 14] * 1000), train_mask=None)
+    args = loader_args(batch_tokens=64 * 16, micro_batch=8)
+
+    def rows_of_steps(loaders, steps):
+        return [torch.cat([torch.cat([batch[0] for batch in next(loader).micro_batches]) for loader in loaders])
+                for _ in range(steps)]
+
+    alone = rows_of_steps([train.PackedLoader(args, [dataset], [1.0], 99)], 6)
+    ranks = [train.PackedLoader(args, [dataset], [1.0], 99, rank, world) for rank in range(world)]
+    assert sum(len(loader.streams) for loader in ranks) == max(4, world)    # four streams, and none packed in vain
+    together = rows_of_steps(ranks, 3)
+    states = {}
+    for loader in ranks:
+        states |= loader.state_dict()
+    resumed = train.PackedLoader(args, [dataset], [1.0], 99)
+    resumed.load_state_dict(states)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together + rows_of_steps([resumed], 3)))
 
 
 def test_documents_in_a_row_do_not_see_each_other(double):
@@ -3821,15 +3863,36 @@ def test_documents_in_a_row_do_not_see_each_other(double):
 def test_muon_orthogonalizes_matrices_of_any_shape():
     torch.manual_seed(0)
     for shape in ((3, 16, 16), (2, 40, 12), (2, 12, 40)):
-        values = torch.linalg.svdvals(train.Muon.orthogonalize(torch.randn(shape), 5))
+        values = torch.linalg.svdvals(train.newton_schulz(torch.randn(shape)))
         assert values.min() > 0.3 and values.max() < 1.3
     # one step on W moves it by lr x 0.2 sqrt(max(rows, columns)) along the gradient's orthogonal factor
     w = torch.nn.Parameter(torch.zeros(6, 4))
     w.grad = torch.randn(6, 4)
     u, _, v = torch.linalg.svd(w.grad, full_matrices=False)
-    train.Muon([w], lr=0.1).step()
+    train.Muon([{"params": [w], "splits": [6]}], lr=0.1).step()
     step = -w.detach() / (0.1 * 0.2 * 6 ** 0.5)
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+OPTIMIZER = SimpleNamespace(optimizer="muon", lr=0.01, muon_lr=0.01, weight_decay=0.0, beta2=0.95, adam_eps=1e-7)
+
+
+def test_matrices_fused_in_one_are_orthogonalized_each_by_itself():
+    model = tiny(d_model=64, n_head=8, n_kv_head=4, d_ff=96)
+    layer = model.model.layers[0]
+    fused = {layer.self_attn.qkv_proj.weight: [64, 32, 32], layer.mlp.gate_up_proj.weight: [96, 96]}
+    adamw, muon = train.make_optimizers(model, OPTIMIZER, torch.float32)
+    assert adamw.param_groups[0]["eps"] == 1e-7
+    for weight, rows in fused.items():
+        before = weight.detach().clone()
+        scales = torch.tensor([1.0, 0.05, 0.3])[:len(rows)]
+        weight.grad = torch.randn_like(weight) * scales.repeat_interleave(torch.tensor(rows))[:, None]
+        muon.step()
+        updates = (weight.detach() - before).split(rows)
+        for update in updates:
+            # of RMS lr x 0.2 where all singular values are 1, whatever the gradient's scale
+            size = update.square().sum().sqrt() / (0.01 * 0.2 * max(update.shape) ** 0.5 * min(update.shape) ** 0.5)
+            assert 0.75 < size < 1.2, (rows, size)
 
 
 def train_command(*options, launcher=()):
@@ -3853,6 +3916,14 @@ def mini(tmp_path_factory):
     return folder
 
 
+def tensors_of(folder, run):
+    """{name: tensor} of the newest checkpoint, optimizers' state among them."""
+    whole = folder / run / "whole.pt"
+    checkpoint = train.read_checkpoint(str(folder / run))
+    torch.distributed.checkpoint.format_utils.dcp_to_torch_save(checkpoint["folder"], whole)
+    return torch.load(whole, weights_only=True)
+
+
 def weights_of(folder, run):
     return models.read_safetensors(str(folder / run / "model.safetensors"))
 
@@ -3865,7 +3936,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
     assert run_train(mini, "--out", "runs/whole", "--save-every", "5").returncode == 0
     command = ["--out", "runs/cut", "--save-every", "5"]
     process = subprocess.Popen(train_command(*command), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (mini / "runs/cut/state.pt").exists():
+    while not list((mini / "runs/cut").glob("state-*")):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
@@ -3894,7 +3965,7 @@ def test_skipping_layers_is_trained_and_goes_on_exactly(mini):
     options = ["--n-layer", "4", "--skip", "4:2:20", "--save-every", "2"]
     assert run_train(mini, "--out", "runs/skip", *options).returncode == 0
     process = subprocess.Popen(train_command("--out", "runs/skip-cut", *options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (mini / "runs/skip-cut/state.pt").exists():
+    while not list((mini / "runs/skip-cut").glob("state-*")):
         assert process.poll() is None
         time.sleep(0.002)
     process.kill()
@@ -3955,6 +4026,49 @@ def test_a_loss_that_is_not_finite_stops_the_run(mini):
     done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
     assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
     assert "nothing was saved yet" in done.stderr
+
+
+def test_clip_0_means_no_clipping(mini):
+    for clip in ("0", "1e30"):
+        assert run_train(mini, "--out", f"runs/clip-{clip}", "--clip", clip).returncode == 0
+    assert losses(mini, "runs/clip-0") == losses(mini, "runs/clip-1e30")
+
+
+def train_here(folder, monkeypatch, *options):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", train_command(*options)[1:])
+    train.main()
+
+
+def test_the_dtype_measured_first_belongs_to_the_checkpoint(mini, monkeypatch, capsys):
+    def measured(fastest):
+        monkeypatch.setattr(train, "measure_peak", lambda device, dtype, size=None: 3e9 if dtype == fastest else 1e9)
+
+    options = ["--out", "runs/dtype", "--dtype", "auto", "--steps", "40", "--save-every", "4"]
+    measured(torch.bfloat16)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_here(mini, patch, *options)
+    measured(torch.float32)
+    capsys.readouterr()
+    train_here(mini, monkeypatch, *options)
+    said = capsys.readouterr().out
+    assert "going on from step 4" in said and "compute dtype bf16" in said, said
+
+
+def test_the_host_waits_for_the_device_once_a_record(mini, monkeypatch):
+    waits = []
+    for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
+        def waiting(tensor, whole=getattr(torch.Tensor, name)):
+            if threading.current_thread() is threading.main_thread() and tensor.is_floating_point():
+                waits.append(sys._getframe(1).f_code.co_name)
+            return whole(tensor)
+        monkeypatch.setattr(torch.Tensor, name, waiting)
+    monkeypatch.setattr(train, "validate", lambda *_: None)
+    monkeypatch.setattr(train, "save", lambda *_: None)
+    monkeypatch.setattr(train, "measure_peak", lambda *_: 1e9)
+    train_here(mini, monkeypatch, "--out", "runs/waits", "--log-every", "4")
+    assert waits == ["summarize"] * 3, waits
 
 
 def test_a_checkpoint_of_the_weights_that_failed_is_not_called_good(mini):
@@ -4066,11 +4180,10 @@ def whole(mini):
 
 
 def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
-    done = run_train(mini, "--out", "runs/sharded", "--steps", "40", "--shard", "--recompute", "--micro-tokens", "128", launcher=TWO)
+    done = run_train(mini, "--out", "runs/sharded", "--steps", "40", "--fsdp", "--activation-checkpointing", "--micro-tokens", "128", launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     same_run(mini, "runs/uncut", "runs/sharded")
-    assert not (mini / "runs/sharded/model.safetensors").exists() and not (mini / "runs/sharded/state.pt").exists()
 
 
 def run_spoiled(folder, *options, launcher=()):
@@ -4104,7 +4217,7 @@ train.main()
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
 
 
-@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--shard",))],
+@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--fsdp",))],
                          ids=["alone", "two", "sharded"])
 def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
     out = f"runs/spoiled-{request.node.callspec.id}"
@@ -4113,9 +4226,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, req
     assert "at step 7 the loss is" in done.stderr, done.stderr
     assert "the norm of its gradient nan" in done.stderr, done.stderr
     assert f"the last good checkpoint is that of step 4 in {out};" in done.stderr
-    state = train.read_state(str(mini / out))
-    assert state["step"] == 4
-    assert all(part.isfinite().all() for parts in state["tensors"].values() for part in parts)
+    assert train.read_checkpoint(str(mini / out))["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors_of(mini, out).values())
     assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
 
 
@@ -4139,7 +4251,7 @@ def test_a_run_notices_that_its_dataset_was_made_anew(mini):
     make(records[:200])
     assert run_spoiled(mini, *options).returncode == 1
     make(records[50:250])
-    assert refused() and train.read_state(str(mini / "runs/anew"))["step"] == 4
+    assert refused() and train.read_checkpoint(str(mini / "runs/anew"))["step"] == 4
     make(records[:200])  # the same tokens again: nothing has changed but the file's time
     done = run_train(mini, *options)
     assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
@@ -4168,17 +4280,16 @@ def cut(folder, options, launcher, lines, how):
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the ranks in /proc")
 def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
     options = ["--out", "runs/cut-often", "--steps", "40", "--save-every", "2"]
-    status, output = cut(mini, [*options, "--shard"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL))
+    status, output = cut(mini, [*options, "--fsdp"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL))
     assert status not in (0, None) and "Signal 9" in output, output
     assert list((mini / "runs/cut-often").glob("state-*"))
     status, output = cut(mini, options, (), 12, lambda p: p.terminate())                    # two ranks, sharded -> one
     assert status == 143 and "going on from step" in output and "stopped; saved" in output, output
-    assert (mini / "runs/cut-often/state.pt").exists() and not list((mini / "runs/cut-often").glob("state-*"))
+    assert len(list((mini / "runs/cut-often").glob("state-*"))) == 1
     status, output = cut(mini, options, TWO, 20, lambda p: p.terminate())                   # one rank -> two
     assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
-    status, output = cut(mini, [*options, "--shard"], TWO, 28, lambda p: p.terminate())     # replicated -> sharded
+    status, output = cut(mini, [*options, "--fsdp"], TWO, 28, lambda p: p.terminate())     # replicated -> sharded
     assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
-    assert not (mini / "runs/cut-often/state.pt").exists() and not (mini / "runs/cut-often/model.safetensors").exists()
     done = run_train(mini, *options)
     assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
     same_run(mini, "runs/uncut", "runs/cut-often")
@@ -4208,59 +4319,113 @@ def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini):
     assert not [file for file in os.listdir(mini / "runs/killed") if file.endswith(".tmp")]  # nor leave anything behind
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, monkeypatch, sharded):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        tensors, run = {"a": torch.arange(12.0).view(4, 3), "a/step": torch.tensor(3.0)}, str(tmp_path)
-        old, new = ({"step": step, "records": [], "recipe": {}, "mixture": {}, "rng": torch.zeros(1), "world": 1} for step in (8, 9))
-        names = [(os, "replace"), (os, "rename"), (os, "remove"), (os, "makedirs"), (shutil, "rmtree")]
-        for kind in (False, True):          # the kind of checkpoint that was there before
-            for operation in range(1, 100):
-                for file in tmp_path.iterdir():
-                    shutil.rmtree(file) if file.is_dir() else file.unlink()
-                train.write_state(run, old, tensors, kind)
-                left = [operation]
-                with monkeypatch.context() as patch:
-                    for module, name in names:
-                        def cut_short(*args, whole=getattr(module, name), **more):
-                            left[0] -= 1
-                            if left[0] <= 0:
-                                raise KeyboardInterrupt
-                            return whole(*args, **more)
-                        patch.setattr(module, name, cut_short)
-                    try:
-                        train.write_state(run, new, {name: tensor + 1 for name, tensor in tensors.items()}, sharded)
-                    except KeyboardInterrupt:
-                        pass
-                state = train.read_state(run)
-                assert state["step"] in (8, 9) and torch.equal(state["tensors"]["a"][0], tensors["a"] + state["step"] - 8)
-                if left[0] > 0:
-                    break
-            assert state["step"] == 9 and operation > 1 and len(os.listdir(run)) == 1
-    finally:
-        dist.destroy_process_group()
+def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, monkeypatch):
+    tensors = {"a": torch.arange(12.0).view(4, 3), "a/step": torch.tensor(3.0)}
+    run = str(tmp_path)
+    operations = [(os, "replace"), (os, "rename"), (os, "remove"), (os, "makedirs"), (shutil, "rmtree")]
+    for operation in range(1, 100):
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+        train.write_checkpoint(run, {"step": 8}, tensors)
+        left = [operation]
+
+        def cut_short(*args, whole, **more):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise KeyboardInterrupt
+            return whole(*args, **more)
+
+        with monkeypatch.context() as patch:
+            for module, name in operations:
+                patch.setattr(module, name, functools.partial(cut_short, whole=getattr(module, name)))
+            with contextlib.suppress(KeyboardInterrupt, torch.distributed.checkpoint.CheckpointException):
+                train.write_checkpoint(run, {"step": 9}, {name: tensor + 1 for name, tensor in tensors.items()})
+        step = train.read_checkpoint(run)["step"]
+        assert step in (8, 9) and torch.equal(tensors_of(tmp_path, ".")["a"], tensors["a"] + step - 8)
+        (tmp_path / "whole.pt").unlink()
+        if left[0] > 0:
+            break
+    assert step == 9 and operation > 1 and len(os.listdir(run)) == 1
 
 
-def test_muon_on_shards_orthogonalizes_whole_matrices(tmp_path):
-    program = tmp_path / "shards.py"
-    program.write_text(f"""import sys; sys.path.insert(0, {HERE!r})
-import torch, train, torch.distributed as dist
+def run_on_two_ranks(folder, program, *options):
+    """A program that begins with these imports, on two ranks -> its process."""
+    file = folder / "program.py"
+    file.write_text(f"import sys; sys.path.insert(0, {HERE!r})\n"
+                    "import gc, torch, train, torch.distributed as dist\n" + program)
+    return subprocess.run([sys.executable, *TWO, str(file), *options], cwd=folder, capture_output=True, text=True, timeout=180)
+
+
+def test_muon_does_each_matrix_once_whether_sharded_or_not(tmp_path):
+    done = run_on_two_ranks(tmp_path, """
 dist.init_process_group("gloo")
-for shape, n in (((5, 3), 2), ((1, 4), 1), ((8, 6), 2)):
-    x = torch.randn((n, *shape), generator=torch.Generator().manual_seed(0))
-    rows = train.rows_of(shape[0], dist.get_rank())
-    ours = train.Muon.share_out(x[:, rows.start:rows.stop].contiguous(), shape, 5)
-    torch.testing.assert_close(ours, train.Muon.orthogonalize(x, 5)[:, rows.start:rows.stop])
+rank, done = dist.get_rank(), 0
+
+def counted(x):
+    global done
+    done += len(x)
+    return train.newton_schulz(x)
+
+class Sharded:                      # as much of a DTensor as is asked for
+    def __init__(self, whole):
+        rows = train.shard_range(len(whole), rank, 2)
+        self.shape, self.rows = whole.shape, whole[rows.start:rows.stop]
+    def to_local(self):
+        return self.rows
+    def __len__(self):
+        return self.shape[0]
+
+for n, rows, columns, splits in ((2, 5, 3, [5]), (1, 1, 4, [1]), (2, 8, 6, [4, 2, 2])):
+    muon = train.Muon([{"params": [torch.zeros(1)], "splits": splits}])
+    x = torch.randn((n, rows, columns), generator=torch.Generator().manual_seed(0))
+    expected = muon.orthogonalize(x, splits)
+    muon.newton_schulz, done = counted, 0
+    torch.testing.assert_close(muon.distributed_newton_schulz(x, x[0], splits), expected)
+    here = [Sharded(matrix) for matrix in x]
+    ours = muon.distributed_newton_schulz(torch.stack([matrix.rows for matrix in here]), here[0], splits)
+    torch.testing.assert_close(ours, torch.stack([Sharded(matrix).rows for matrix in expected]))
+    total = torch.tensor(done)
+    dist.all_reduce(total)
+    assert total == 2 * n * len(splits), total
 print("equal")
 dist.destroy_process_group()
 """)
-    done = subprocess.run([sys.executable, *TWO, str(program)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
 
 
+def test_sharded_ranks_hold_their_part_of_the_gradient_between_micro_steps(mini):
+    """Bytes of all tensors as the second micro-step begins, less those as the first began: half a gradient."""
+    done = run_on_two_ranks(mini, """
+loss_fn, held = train.next_token_loss, []
+
+def measured(model, *tensors):
+    gc.collect()
+    here = (train.to_local(t).untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    storages = {storage.data_ptr(): storage.nbytes() for storage in here}
+    held.append(sum(storages.values()))
+    return loss_fn(model, *tensors)
+
+train.next_token_loss = measured
+train.validate = lambda *_: None
+whole = train.setup
+
+def setup(*args):
+    global gradient
+    run = whole(*args)
+    gradient = 4 * sum(p.numel() for p in run.model.parameters())
+    return run
+
+train.setup = setup
+train.os._exit = lambda code: print("share", (held[1] - held[0]) / gradient)
+train.main()
+""", *train_command("--out", "runs/held", "--fsdp", "--micro-tokens", "128", "--steps", "1")[2:])
+    assert done.returncode == 0, done.stderr
+    shares = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("share")]
+    assert len(shares) == 2 and all(0.4 < share < 0.6 for share in shares), shares
+
+
 def next_phase(folder, *options):
-    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--data", "mini", "--after", "runs/uncut", "--batch-tokens", "512",
+    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--data", "mini", "--continue-from", "runs/uncut", "--batch-tokens", "512",
                            "--compile", "no", "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--val-tokens", "1000", *options],
                           cwd=folder, capture_output=True, text=True, timeout=60)
 
@@ -4273,11 +4438,12 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     assert model.config.max_seq_len == 640 and model.config.rope_theta == 40000
     first = losses(mini, "runs/uncut")
     assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
-    kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
-    assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
-    assert kept["phase2"]["model.embed_tokens.weight/step"][0] == kept["uncut"]["model.embed_tokens.weight/step"][0] + 6
-    for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--after"),
-                           (["--after", "runs/none"], "runs/none")):
+    before, after = (tensors_of(mini, f"runs/{run}") for run in ("uncut", "phase2"))
+    assert before.keys() == after.keys() and any(name.endswith("/momentum") for name in before)
+    count = "model.embed_tokens.weight/step"
+    assert after[count] == before[count] + 6
+    for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--continue-from"),
+                           (["--continue-from", "runs/none"], "runs/none")):
         done = next_phase(mini, "--out", "runs/refused", *options)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
@@ -4287,30 +4453,44 @@ def dry(*options):
 
 
 def test_dry_run_and_the_papers_hyperparameters():
-    done = dry("--preset", "phi-4", "--gpus", "64", "--shard", "--recompute", "--peak-tflops", "990", "--lr", "1e-4")
+    done = dry("--preset", "phi-4", "--gpus", "64", "--fsdp", "--activation-checkpointing", "--peak-tflops", "990", "--lr", "1e-4")
     assert done.returncode == 0, done.stderr
     for words in ("14,659,507,200 parameters", "5,760 rows", "GPU-hours", "--micro-tokens", "given    --lr 0.0001 instead", "--optimizer adamw", "10,000.0 B tokens"):
         assert words in done.stdout, done.stdout
     done = dry("--preset", "phi-3-medium", "--gpus", "8", "--peak-tflops", "990")
-    assert done.returncode == 0 and "add --recompute" in done.stdout, done.stdout
-    args = SimpleNamespace(schedule="cosine", warmup=0.1, decay=1.0, final_lr=0.1, steps=100)
-    rates = [train.schedule(step, args) for step in range(100)]
-    assert rates[0] == 0.1 and abs(rates[50] - 0.55) < 1e-9 and 0.1 <= rates[99] < 0.101 and max(rates) > 0.97
-    args.schedule, args.warmup = "constant", 0
-    assert {train.schedule(step, args) for step in range(100)} == {1.0}
+    assert done.returncode == 0 and "add --activation-checkpointing" in done.stdout, done.stdout
     for paper in train.PAPERS.values():
         assert paper["batch_tokens"] % paper["context"] == 0
+    assert train.PAPERS["phi-1.5"]["adam_eps"] == 1e-7
+
+
+def test_rates_rise_to_the_peak_and_fall_after_the_warmup():
+    def rates(schedule, warmup, steps=100):
+        args = SimpleNamespace(schedule=schedule, warmup=warmup, warmdown_frac=1.0, final_lr=0.1, steps=steps)
+        return [train.lr_multiplier(step, args) for step in range(steps)]
+
+    for schedule in ("linear", "cosine"):
+        found = rates(schedule, 0.1)
+        assert found[0] == 0.1 and found[9:11] == [1.0, 1.0] and abs(found[55] - 0.55) < 1e-9 and 0.1 <= found[99] < 0.111
+        assert max(rates(schedule, train.PHI_1["warmup"], 36_000)) == 1.0
+    assert set(rates("constant", 0)) == {1.0}
 
 
 def test_memory_falls_with_shards_and_recomputing():
     config = models.PRESETS["phi-4"]
-    args = SimpleNamespace(micro_batch=1, context=4096, optimizer="adamw", recompute=False, shard=False)
-    plain = train.memory(config, args, 64)
+    args = SimpleNamespace(context=4096, optimizer="adamw", activation_checkpointing=False, fsdp=False, micro_tokens=None)
+    plain = train.memory(config, args, 1, 64)
     assert plain["optimizer"] == 8 * config.num_parameters()
-    args.recompute = True
-    assert train.memory(config, args, 64)["activations"] < plain["activations"] / 4
-    args.shard = True
-    assert sum(train.memory(config, args, 64).values()) < 80e9 < sum(plain.values())
+    args.activation_checkpointing = True
+    assert train.memory(config, args, 1, 64)["activations"] < plain["activations"] / 4
+    args.fsdp = True
+    assert sum(train.memory(config, args, 1, 64).values()) < 80e9 < sum(plain.values())
+    # rows at a time: as many as fit, a divisor of a rank's; by --micro-tokens where given; 4096 tokens on a CPU
+    rows = [train.micro_batch_rows(args, config, 90, 64, gigabytes) for gigabytes in (20, 80, 200)]
+    assert rows[0] == 1 < rows[1] < rows[2] and all(90 % n == 0 for n in rows)
+    assert train.micro_batch_rows(args, config, 90, 64) == 1
+    args.micro_tokens = 3 * 4096
+    assert train.micro_batch_rows(args, config, 90, 64, 20) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

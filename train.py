@@ -1,16 +1,16 @@
 """Pretraining and finetuning; with no options, the whole phi-1 recipe on this machine.
 
-    python train.py                                                   # the recipe: data, teacher, pretraining, finetuning, pass@1
+    python train.py                                                   # the recipe, from data to pass@1
     python train.py --data web:0.4 textbooks:0.6 --out runs/base      # pretrain on a mixture of dataset directories
     python train.py --data exercises --init runs/base --out runs/sft  # go on from another run's weights
-    python train.py --data long:0.3 web:0.7 --continue-from runs/base --context 16384 --rope-theta 250000 --lr 3e-5 --out runs/mid
-    torchrun --nproc_per_node=8 train.py --data web --preset phi-3-mini --fsdp --activation-checkpointing --out runs/mini
-    python train.py --preset phi-4 --dry-run --gpus 64 --fsdp --activation-checkpointing --peak-tflops 990   # memory and days
+    python train.py --data long:0.3 web:0.7 --continue-from runs/base --context 16384 --rope-theta 250000 --lr 3e-5
+    torchrun --nproc_per_node=8 train.py --data web --preset phi-3-mini --fsdp --activation-checkpointing
+    python train.py --preset phi-4 --dry-run --gpus 64 --fsdp --activation-checkpointing --peak-tflops 990
 
-A run that was interrupted goes on exactly where it was when the same command is given again, on any number of processes:
-weights, optimizer and position in the data are in the directory state-STEP (torch.distributed.checkpoint; as anything
-pickled, open it only if you trust who made it). The run directory is at any time a model that sample.py, transformers
-and others open.
+A run that was interrupted goes on exactly where it was when the same command is given again, on any number of
+processes: weights, optimizer and position in the data are in the directory state-STEP (torch.distributed.checkpoint,
+which is pickled: go on only from runs of people you trust). The run directory is at any time a model that sample.py,
+transformers and others open.
 """
 import argparse
 import concurrent.futures
@@ -24,10 +24,10 @@ import itertools
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -46,18 +46,17 @@ from tqdm import tqdm
 import data
 import model as models
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")      # what a checkpoint of one process is greeted with
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said of a checkpoint by one process
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loader: whole documents packed into rows
+# ---------------------------------------------------------------- loader: whole documents packed into rows
 
 
 class Batch(NamedTuple):
     """What a loader gives for one optimizer step: this rank's part of it."""
-    micro_batches: list     # of tuples of tensors on the CPU: the arguments of the loss function; equally many on all
-    #                         ranks, and none on all of them if there is nothing to learn
-    weight: float           # what this rank's summed losses count for; the step's loss is their sum over that of weights
-    num_tokens: int         # tokens without padding
+    micro_batches: list     # of tuples of CPU tensors, the arguments of the loss function: equally many on all ranks,
+    #                         and none on all of them if there is nothing to learn
+    weight: float           # the step's loss is the sum of all ranks' losses over the sum of their weights
+    num_tokens: int         # without padding
 
 
 def documents_of(dataset, split, eot, limit=None):
@@ -187,71 +186,69 @@ class RowStream:
 class PackedLoader:
     """Batches of packed rows, each drawn and collated in a thread while the one before is trained on.
 
-    The rows of a step come from independent streams of at least 16 rows a step each (one stream where documents are few),
-    so that they do not depend on the number of ranks, and a rank packs only the streams of its own rows.
+    The rows of a step come from independent streams of at least 16 rows a step each (one stream where documents are
+    few), so that they do not depend on the number of ranks, and a rank packs only the streams of its own rows.
     """
 
     def __init__(self, args, datasets, weights, eot, rank=0, world=1):
         self.args = args
         self.datasets = datasets
         documents = [documents_of(dataset, "train", eot) for dataset in datasets]
-        for dataset, part in zip(datasets, documents):
-            if not len(part):
-                raise ValueError(f"{dataset.name} has no document of two tokens to train on")
+        fewest = min(map(len, documents))
+        if not fewest:
+            raise ValueError("a dataset has no document of two tokens to train on")
         num_rows = args.batch_tokens // args.context
-        most = max(1, min(num_rows // 16, min(map(len, documents)) // 1000))
+        most = max(1, min(num_rows // 16, fewest // 1000))
         num_streams = max(n for n in range(1, most + 1) if num_rows % n == 0)
-        self.rows_each = num_rows // num_streams
-        self.own_rows = shard_range(num_rows, rank, world)
-        self.streams = {}
-        for i in range(self.own_rows.start // self.rows_each, (self.own_rows.stop - 1) // self.rows_each + 1):
-            self.streams[i] = RowStream(documents, weights, args.context, args.seed, i, num_streams)
-        self.state = self.stream_states()
+        self.stream_rows = num_rows // num_streams      # of each in a step
+        self.rows = shard_range(num_rows, rank, world)
+        indices = sorted({row // self.stream_rows for row in self.rows})
+        self.streams = {i: RowStream(documents, weights, args.context, args.seed, i, num_streams) for i in indices}
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.upcoming = None
+        self.states = self.stream_states()
 
     def stream_states(self):
         return {i: stream.state_dict() for i, stream in self.streams.items()}
 
     def state_dict(self):
-        everywhere = {}
-        for states in gather_objects(self.state):
-            everywhere |= states
-        return everywhere
+        return functools.reduce(dict.__or__, gather_objects(self.states))
 
     def load_state_dict(self, state):
         for i, stream in self.streams.items():
             stream.load_state_dict(state[i])
-        self.state = self.stream_states()
+        self.states = self.stream_states()
 
     def draw(self):
+        args = self.args
         rows = []
         for i, stream in self.streams.items():
-            for row in range(i * self.rows_each, (i + 1) * self.rows_each):
+            for row in range(i * self.stream_rows, (i + 1) * self.stream_rows):
                 number, spans = next(stream)
-                if row in self.own_rows:
-                    dataset = self.datasets[number]
-                    rows.append((dataset.train, dataset.train_mask, spans))
-        args = self.args
+                if row in self.rows:
+                    rows.append((self.datasets[number].train, self.datasets[number].train_mask, spans))
         micro_batches = []
+        weight = num_tokens = 0
         for i in range(0, len(rows), args.micro_batch):
             batch = collate(rows[i:i + args.micro_batch], args.context, args.prompt_weight)
+            _, documents, _, weights = batch
             if args.skip:
-                batch += (models.layers_of_targets(batch[1], batch[3], args.skip),)
-            micro_batches.append([t.pin_memory() if torch.cuda.is_available() else t for t in batch])
-        weight = sum(float(weights.sum()) for _, _, _, weights, *_ in micro_batches)
-        num_tokens = sum(end - start - 1 for _, _, spans in rows for start, end in spans)
+                batch += (models.layers_of_targets(documents, weights, args.skip),)
+            if torch.cuda.is_available():
+                batch = [tensor.pin_memory() for tensor in batch]
+            micro_batches.append(batch)
+            weight += weights.sum().item()
+            num_tokens += (documents >= 0).sum().item()
         return Batch(micro_batches, weight, num_tokens), self.stream_states()
 
     def __next__(self):
         upcoming = self.upcoming or self.thread.submit(self.draw)
-        batch, self.state = upcoming.result()
+        batch, self.states = upcoming.result()
         self.upcoming = self.thread.submit(self.draw)
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
+# ---------------------------------------------------------------- optimizer
 
 
 def shard_range(count, rank, world):
@@ -317,83 +314,71 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, params, group):
         for p in params:
-            if "momentum" not in self.state[p]:
+            if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         weights = [to_local(p) for p in params]
         grads = [to_local(p.grad) for p in params]
         buffers = [to_local(self.state[p]["momentum"]) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)      # Nesterov
-        if not dist.is_initialized():
-            x = self.orthogonalize(x, group["splits"])
-        elif weights[0] is params[0]:
-            x = self.replicated_newton_schulz(x, group["splits"])
+        if dist.is_initialized():
+            x = self.distributed_newton_schulz(x, params[0], group["splits"])
         else:
-            x = self.sharded_newton_schulz(x, params[0].shape, group["splits"])
+            x = self.orthogonalize(x, group["splits"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(x.to(weights[0].dtype).unbind()), alpha=-group["lr"])
 
     def orthogonalize(self, x, splits):
         """x (n, rows, columns), n tensors of fused matrices -> their updates."""
-        parts = x.split(splits, dim=1)
-        return torch.cat([self.newton_schulz(part) * (0.2 * math.sqrt(max(part.shape[1:]))) for part in parts], 1)
+        parts = [self.newton_schulz(part) * (0.2 * math.sqrt(max(part.shape[1:]))) for part in x.split(splits, 1)]
+        return torch.cat(parts, 1)
 
-    def replicated_newton_schulz(self, x, splits):
-        """x (n, rows, columns), the same on all ranks: rank i works on tensor i, and all are told."""
-        rank = dist.get_rank()
-        results = [torch.empty_like(x[0]) for _ in range(dist.get_world_size())]
-        own = self.orthogonalize(x[rank:rank + 1], splits)[0] if rank < len(x) else results[rank]
-        dist.all_gather(results, own.contiguous())
-        return torch.stack(results[:len(x)])
-
-    def sharded_newton_schulz(self, x, shape, splits):
-        """x (n, rows here, columns), this rank's rows of tensors of this shape: rank i is sent all rows of tensor i,
-        works on it and sends everybody's rows back."""
+    def distributed_newton_schulz(self, x, p, splits):
+        """x (n, rows here, columns), of n tensors like p, at most one a rank: rank i works on tensor i alone. A sharded
+        one's rows are sent to it and back; otherwise all have them, and are sent the result."""
         rank = dist.get_rank()
         world = dist.get_world_size()
+        is_mine = rank < len(x)
+        if to_local(p) is p:
+            results = list(x.new_empty(world, *p.shape))
+            mine = self.orthogonalize(x[rank:rank + 1], splits)[0] if is_mine else results[rank]
+            dist.all_gather(results, mine)
+            return torch.stack(results[:len(x)])
         sent = [x[0].numel() if i < len(x) else 0 for i in range(world)]
-        received = [len(shard_range(shape[0], i, world)) * shape[1] if rank < len(x) else 0 for i in range(world)]
-        whole = x.new_empty(sum(received))
-        result = x.new_empty(x.numel())
-        dist.all_to_all_single(whole, x.reshape(-1), received, sent)
-        if rank < len(x):
-            whole = self.orthogonalize(whole.view(1, *shape), splits).reshape(-1)
-        dist.all_to_all_single(result, whole, sent, received)
-        return result.view(x.shape)
-
-
-def matrix_groups(model):
-    """The blocks' matrices as Muon wants them."""
-    config = model.config
-    heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    groups = []
-    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-        params = [block.get_submodule(name).weight for block in model.model.layers]
-        rows = len(params[0])
-        splits = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": [config.d_ff] * (rows // config.d_ff)}
-        groups.append({"params": params, "splits": splits.get(name, [rows])})
-    return groups
+        received = [is_mine * len(shard_range(len(p), i, world)) * p.shape[1] for i in range(world)]
+        mine = x.new_empty(sum(received))
+        dist.all_to_all_single(mine, x.reshape(-1), received, sent)
+        if is_mine:
+            mine = self.orthogonalize(mine.view(1, *p.shape), splits).reshape(-1)
+        result = torch.empty_like(x)
+        dist.all_to_all_single(result.view(-1), mine, sent, received)
+        return result
 
 
 def make_optimizers(model, args, dtype, compiled=False):
     """Muon for the matrices of the blocks (or AdamW for all), AdamW for embedding, head and norms."""
-    optimizers = []
-    if args.optimizer == "muon":
-        optimizers.append(Muon(matrix_groups(model), lr=args.muon_lr, weight_decay=args.weight_decay, dtype=dtype,
-                               compiled=compiled))
-    taken = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    rest = [p for p in model.parameters() if p not in taken]
-    groups = [{"params": [p for p in rest if p.ndim == 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}]
-    optimizers.append(torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.adam_eps, fused=True))
+    config = model.config
+    heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    fused = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": config.d_ff, "self_attn.o_proj": None, "mlp.down_proj": None}
+    groups = []
+    for name, splits in fused.items() if args.optimizer == "muon" else ():
+        params = [block.get_submodule(name).weight for block in model.model.layers]
+        groups.append({"params": params, "splits": splits or len(params[0])})
+    matrices = {p for group in groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p not in matrices]
+    decays = {"weight_decay": args.weight_decay}
+    optimizers = [torch.optim.AdamW([{"params": [p for p in rest if p.ndim == 2], **decays},
+                                     {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}],
+                                    lr=args.lr, betas=(0.9, args.beta2), eps=args.adam_eps, fused=True)]
+    if groups:
+        optimizers.append(Muon(groups, args.muon_lr, dtype=dtype, compiled=compiled, **decays))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule
+# ---------------------------------------------------------------- schedule
 
 
 def lr_multiplier(step, args):
@@ -409,8 +394,7 @@ def lr_multiplier(step, args):
     return min((step + 1) / max(1, warmup_steps), args.final_lr + (1 - args.final_lr) * left)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine: dtype, compiler, memory
+# ---------------------------------------------------------------- the machine: dtype, compiler, memory
 
 
 def measure_peak(device, dtype, size=None):
@@ -427,32 +411,30 @@ def measure_peak(device, dtype, size=None):
 
 def choose_dtype(device, wanted):
     """-> (torch dtype for matrix products, one line that says why). Weights and optimizer state stay in fp32."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if wanted in dtypes:
-        return dtypes[wanted], "asked for"
+    if wanted != "auto":
+        return DTYPES[wanted], "asked for"
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0) or torch.version.hip
-        return dtypes["bf16" if has_bf16 else "fp32"], "what this GPU has units for"
+        return DTYPES["bf16" if has_bf16 else "fp32"], "what this GPU has units for"
     if device.type == "mps":
         return torch.float32, "on MPS bf16 brings little for small models"
-    bf16, fp32 = (measure_peak(device, dtype, 256) for dtype in (torch.bfloat16, torch.float32))
-    reason = f"measured here: bf16 {bf16 / 1e9:.0f}, fp32 {fp32 / 1e9:.0f} GFLOP/s"
-    return dtypes["bf16" if bf16 > 1.3 * fp32 else "fp32"], reason
+    bf16, fp32 = (measure_peak(device, dtype, 256) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+    return DTYPES["bf16" if bf16 > 1.3 * fp32 else "fp32"], f"measured here: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
 
 
-def choose_compile(device, wanted):
-    """-> (whether to compile, one line that says why)"""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def why_not_compile(device, wanted):
+    """-> the reason, or None"""
     if wanted == "no":
-        return False, "not compiled (asked for)"
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        return True, "blocks and Muon compiled"
+        return "asked for"
     if device.type != "cpu":
-        return False, f"not compiled: no Triton for {device.type}"
+        return None if importlib.util.find_spec("triton") else f"no Triton for {device.type}"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False, "not compiled: on CPUs without AVX-512 that was measured to be slower"
-    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        return False, "not compiled: no C++ compiler (g++ or clang++) found"
-    return True, "blocks compiled"
+        return "on CPUs without AVX-512 that was measured to be slower"
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return None if has_compiler else "no C++ compiler (g++ or clang++) found"
 
 
 def flops_per_token(config, context):
@@ -466,18 +448,16 @@ def memory(config, args, micro_batch, world):
     """{part: bytes on one GPU} with so many rows at a time: fp32 weights, their bf16 copies for the products, gradients,
     what the optimizers keep (Muon one number a weight, AdamW two), and what the backward pass needs."""
     n = config.num_parameters()
+    ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)     # embedding and head
     tokens = micro_batch * args.context
-    heads = config.n_head * config.head_dim
-    kv_heads = config.n_kv_head * config.head_dim
-    d_ff = (2 if config.family.activation == "gelu" else 3) * config.d_ff
-    matrices = config.n_layer * config.d_model * (2 * heads + 2 * kv_heads + d_ff)
-    ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    block = 2 * tokens * (4 * config.d_model + 2 * (heads + 2 * kv_heads) + heads + d_ff)
+    qkv = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    hidden = (2 if config.family.activation == "gelu" else 3) * config.d_ff
+    block = 2 * tokens * (5 * config.d_model + 2 * qkv + hidden)
     parts = {
         "weights, fp32": 4 * n,
-        "weights, bf16 copies": 2 * matrices,
+        "weights, bf16 copies": 2 * (n - ends),
         "gradients": 4 * n,
-        "optimizer": 8 * n - (4 * matrices if args.optimizer == "muon" else 0),
+        "optimizer": 4 * (n + ends) if args.optimizer == "muon" else 8 * n,
         "activations": config.n_layer * block,
         "loss": 8 * tokens * config.vocab_size}
     if args.activation_checkpointing:   # what enters each block, and all of the one block whose turn it is
@@ -485,7 +465,7 @@ def memory(config, args, micro_batch, world):
     if args.fsdp:
         for part in ("weights, fp32", "gradients", "optimizer"):
             parts[part] /= world
-        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer     # this block and the next, fp32 gradients of one
+        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer     # this block and the next, fp32 gradients
         parts["embedding and head"] = 8 * ends      # gathered, with their gradients
     return parts
 
@@ -499,7 +479,7 @@ def micro_batch_rows(args, config, rows, world=1, gigabytes=0.0):
     def fits(micro_batch):
         if args.micro_tokens or not gigabytes:
             return micro_batch * args.context <= (args.micro_tokens or 4096)
-        return sum(memory(config, args, micro_batch, world).values()) <= 0.92e9 * gigabytes
+        return sum(memory(config, args, micro_batch, world).values()) <= USABLE * 1e9 * gigabytes
     return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or fits(n)))
 
 
@@ -514,35 +494,33 @@ def rows_of_rank(args, world):
 
 def dry_run(args, config):
     """Print what a run would take, in memory and in time, without taking it."""
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device("cuda" if here else "cpu")
-    world = args.gpus or max(1, here)
+    world = args.gpus or max(1, torch.cuda.device_count())
     gigabytes = args.gpu_gb or gpu_gigabytes() or 80
     args.fsdp = args.fsdp and world > 1
     rows = rows_of_rank(args, world)
     micro_batch = micro_batch_rows(args, config, rows, world, gigabytes)
     parts = memory(config, args, micro_batch, world)
-    parts["all"] = sum(parts.values())
-    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a step on {world} "
-          f"GPU(s), --micro-tokens {micro_batch * args.context}")
+    total = sum(parts.values()) / 1e9
+    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a step on "
+          f"{world} GPU(s), --micro-tokens {micro_batch * args.context}")
     for part, size in parts.items():
         print(f"  {part:26} {size / 1e9:10.2f} GB")
-    fits = parts["all"] <= 0.92e9 * gigabytes
-    print(f"memory   of {gigabytes:.0f} GB, 8 % kept free: {'fits' if fits else 'does not fit; ' + LESS_MEMORY}")
-    peak = (args.peak_tflops or 0) * 1e12 or measure_peak(device, choose_dtype(device, args.dtype)[0])
+    advice = "fits" if total <= USABLE * gigabytes else f"does not fit: {LESS_MEMORY}"
+    print(f"memory   {total:.2f} of {gigabytes:.0f} GB {advice}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else measure_peak(device, choose_dtype(device, args.dtype)[0])
     flops = flops_per_token(config, args.context) * (4 / 3 if args.activation_checkpointing else 1)
     rate = 0.4 * peak * world / flops
-    tokens = args.steps * args.batch_tokens
-    source = "--peak-tflops" if args.peak_tflops else f"measured on this {device.type}"
-    print(f"speed    {rate:,.0f} tokens/s, assuming 40 % of the peak, {peak / 1e12:,.1f} TFLOP/s ({source})")
-    print(f"time     {tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {tokens / rate / 86400:,.1f} days, "
-          f"{tokens / rate / 3600 * world:,.0f} GPU-hours")
+    days = args.steps * args.batch_tokens / rate / 86400
+    print(f"speed    {rate:,.0f} tokens/s at 40 % of {peak / 1e12:,.1f} TFLOP/s, given or measured on this {device.type}")
+    print(f"time     {args.steps * args.batch_tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {days:,.1f} days, "
+          f"{days * 24 * world:,.0f} GPU-hours")
 
 
+USABLE = 0.92   # of a GPU's memory
 LESS_MEMORY = "lower --micro-tokens, add --activation-checkpointing, or use more GPUs with --fsdp"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and evaluation
+# ---------------------------------------------------------------- loss and evaluation
 
 
 def next_token_loss(model, tokens, documents, targets, weights, active_layers=None):
@@ -551,47 +529,42 @@ def next_token_loss(model, tokens, documents, targets, weights, active_layers=No
 
 
 @torch.no_grad()
-def evaluate(run, datasets, eot):
-    """-> {dataset: (nats a token, bits a byte)} over the first --val-tokens of its validation split, every token once.
+def validate(run, datasets, eot):
+    """-> {"val": {dataset: (nats a token, bits a byte)}} over the first --val-tokens of its validation split, every
+    token predicted once, and the same in words.
 
     Bits a byte compare across tokenizers; the end token costs bits and has no bytes. Where prompts are marked only
     solutions count.
     """
     args = run.args
-    ids = range(run.tokenizer.vocab_size)
-    num_bytes = torch.tensor([0 if i == run.tokenizer.eot else len(run.tokenizer.decode_bytes([i])) for i in ids])
-    run.model.eval()
+    tokenizer = run.tokenizer
+    num_bytes = [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
+    num_bytes = torch.tensor(num_bytes)
     results = {}
+    run.model.eval()
     for dataset in datasets:
         packer = Packer(documents_of(dataset, "val", eot, args.val_tokens), args.context)
         rows = [(dataset.val, dataset.val_mask, spans) for spans in packer]
-        losses = [torch.zeros((), device=run.device)]
         count = size = 0.0
-        for begin in range(run.rank * args.micro_batch, len(rows) + run.rank * args.micro_batch, run.world * args.micro_batch):
-            chunk = rows[begin:begin + args.micro_batch]
+        losses = torch.zeros((), device=run.device, dtype=torch.float64 if run.device.type != "mps" else None)
+        for begin in range(0, len(rows), run.world * args.micro_batch):
+            chunk = rows[begin + run.rank * args.micro_batch:][:args.micro_batch]
             # all ranks run full micro-batches: one shape to compile, and sharded weights are gathered together
             chunk += [(None, None, [])] * (args.micro_batch - len(chunk))
-            batch = collate(chunk, args.context, prompt_weight=0)
-            _, _, targets, weights = batch
+            tensors = collate(chunk, args.context, prompt_weight=0)
+            targets, weights = tensors[2:]
             with run.autocast():
-                losses.append(run.objective(next_token_loss, *(t.to(run.device) for t in batch))[0])
+                losses += run.objective(next_token_loss, *(tensor.to(run.device) for tensor in tensors))[0]
             count += weights.sum().item()
             size += (num_bytes[targets] * weights).sum().item()
-        loss_sum = torch.stack(losses).cpu().double().sum().item()
-        loss_sum, count, size = run.sum_over_ranks(loss_sum, count, size)
-        results[dataset.name] = loss_sum / max(count, 1), loss_sum / math.log(2) / max(size, 1)
+        nats, count, size = run.sum_over_ranks(losses.item(), count, size)
+        results[dataset.name] = nats / max(count, 1), nats / math.log(2) / max(size, 1)
     run.model.train()
-    return results
-
-
-def validate(run, datasets, eot):
-    results = evaluate(run, datasets, eot)
     words = [f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items()]
     return {"val": results}, ", ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# ---------------------------------------------------------------- pictures
 
 COLORS = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214", "#111111", "#17becf")
 
@@ -599,49 +572,50 @@ COLORS = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214", "#11
 def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
     """{name: [(x, y) or (x, y, low, high)]} as a small SVG picture, the band from low to high shaded.
     ticks: {x: its name}."""
-    def scale(values, is_log, begin, length):
-        transform = math.log if is_log else float
+    def axis(values, is_log, begin, length):
+        """-> value -> place in the picture, and the lowest and the highest value"""
         values = [value for value in values if value > 0 or not is_log]
-        low = transform(min(values))
-        high = max(transform(max(values)), low + 1e-9)
-        place = lambda value: begin + length * (transform(max(value, min(values))) - low) / (high - low)
-        return place, [low + (high - low) * i / 4 for i in range(5)]
+        scale = math.log if is_log else float
+        low = min(values)
+        size = max(scale(max(values)) - scale(low), 1e-9)
+        return lambda value: begin + length * (scale(max(value, low)) - scale(low)) / size, (low, max(values))
 
     points = [point for curve in curves.values() for point in curve]
     heights = [value for point in points for value in point[1:]]
     if not any(value > 0 or not log_y for value in heights):
         return ""
-    x, _ = scale([*ticks, *(point[0] for point in points)], log_x, 60, 600)
-    y, levels = scale(heights, log_y, 320, -300)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" font-size="12">',
-             f'<rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>',
-             f'<text x="660" y="352" text-anchor="end">{unit}</text>']
-    for i, level in enumerate(levels):
-        text = f"{math.exp(level) if log_y else level:.3g}"
-        parts.append(f'<text x="8" y="{324 - 75 * i}">{text}</text><path d="M60 {320 - 75 * i}h600" stroke="#ddd"/>')
-    for at, text in ticks.items():
-        parts.append(f'<text x="{x(at):.1f}" y="338" text-anchor="middle">{text}</text>')
+    x, _ = axis([*ticks, *(point[0] for point in points)], log_x, 60, 600)
+    y, bounds = axis(heights, log_y, 320, -300)
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" font-size="12">'
+           f'<rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
+           f'<text x="660" y="352" text-anchor="end">{unit}</text>']
+    for level in (np.geomspace if log_y else np.linspace)(*bounds, 5):
+        at = f"{y(level):.1f}"
+        svg.append(f'<text x="8" y="{at}">{level:.3g}</text><path d="M60 {at}h600" stroke="#ddd"/>')
+    svg += [f'<text x="{x(at):.1f}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
     for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(COLORS))):
-        line, lows, highs = ([f"{x(p[0]):.1f},{y(p[k if k < len(p) else 1]):.1f}" for p in curve] for k in (1, 2, 3))
-        parts.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(lows + highs[::-1])}"/>'
-                     f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
-                     f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
-    return "\n".join(parts + ["</svg>\n"])
+        line, low, high = ([f"{x(p[0]):.1f},{y((*p, p[1], p[1])[k]):.1f}" for p in curve] for k in (1, 2, 3))
+        svg.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(low + high[::-1])}"/>'
+                   f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
+                   f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
+    return "\n".join([*svg, "</svg>\n"])
 
 
 def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
     """The curves of log.jsonl's records, of the loss or another `key`, over tokens."""
-    curves = {"training": [(r["tokens"], r[key]) for r in records if key in r]}
-    for r in records:
-        for name, (value, _) in r.get("val", {}).items():
-            curves.setdefault(f"{name} validation", []).append((r["tokens"], value))
-    end = max([r["tokens"] for r in records], default=0)
+    curves = {}
+    for record in records:
+        values = {f"{name} validation": value for name, (value, _) in record.get("val", {}).items()}
+        if key in record:
+            values["training"] = record[key]
+        for name, value in values.items():
+            curves.setdefault(name, []).append((record["tokens"], value))
+    end = max([record["tokens"] for record in records], default=0)
     ticks = {end * i / 4: f"{end * i / 4e6:.3g} M" for i in range(5)}
-    return chart({name: curve for name, curve in curves.items() if curve}, f"{title}: {unit} over tokens", ticks)
+    return chart(curves, f"{title}: {unit} over tokens", ticks)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---------------------------------------------------------------- checkpoints
 
 
 def training_state(model, optimizers):
@@ -679,27 +653,23 @@ def read_checkpoint(run_directory):
     return state | {"folder": folders[-1]}
 
 
-def write_checkpoint(run_directory, state, tensors=None):
-    """Write a checkpoint, then delete its predecessor: whenever the process is killed, the newest directory is whole, since
-    it gets its name when all is in it. tensors None: they are there already, and only the loop's state has changed."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    folder = os.path.join(run_directory, f"state-{state['step']:08d}")
+def write_checkpoint(run_directory, state, tensors):
+    """Write a checkpoint, then delete its predecessors: whenever the process is killed, the newest directory is whole,
+    since it gets its name when all is in it."""
+    import torch.distributed.checkpoint as dcp
     unfinished = os.path.join(run_directory, "state.tmp")
-    if tensors is not None:
-        import torch.distributed.checkpoint as dcp
-        if rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            os.makedirs(unfinished)
-        barrier()
-        dcp.save(tensors, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-    if rank == 0:
-        target = folder if tensors is None else unfinished
-        models.write_atomically(os.path.join(target, "loop.pt"), lambda file: torch.save(state, file))
-        if tensors is not None:
-            os.rename(unfinished, folder)
-        for path in glob.glob(os.path.join(glob.escape(run_directory), "state-*")):
-            if path != folder:
-                shutil.rmtree(path)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+    barrier()
+    dcp.save(tensors, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+    if is_first:
+        models.write_atomically(os.path.join(unfinished, "loop.pt"), lambda file: torch.save(state, file))
+        predecessors = glob.glob(os.path.join(glob.escape(run_directory), "state-*"))
+        os.rename(unfinished, os.path.join(run_directory, f"state-{state['step']:08d}"))
+        for path in predecessors:
+            shutil.rmtree(path)
 
 
 def barrier():
@@ -724,8 +694,7 @@ def write_model(run_directory, model, tokenizer):
         pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Setup
+# ---------------------------------------------------------------- setup
 
 
 def open_mixture(entries):
@@ -889,7 +858,7 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
     in --out. The order in a script is: read data -> settle args.steps and args.micro_batch -> run = setup(...) ->
     loader -> train(run, ...).
 
-    config: the shape to train. resume_keys: the names of the options that a resumed run must share with its beginning.
+    config: the shape to train. resume_keys: the options that a resumed run must share with its beginning.
     fingerprints: {what the user calls a data set: what tells its contents}, compared with the checkpoint's as well.
     Bad or changed options end the process in a line with code 2; a run that has all its steps ends it with code 0.
     """
@@ -899,72 +868,71 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     args.fsdp = args.fsdp and world > 1
-    if world > 1 and not dist.is_initialized():
-        # numbers of the host go over gloo; the timeout is for machines that fall silent, and longer than rank 0 saves
+    if world > 1:       # what hosts tell each other goes over gloo; the timeout is longer than rank 0 saves
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
 
-    identity = {"hparams": {name: getattr(args, name) for name in resume_keys}, "fingerprints": fingerprints or {}}
+    identity = {"hparams": {key: getattr(args, key) for key in resume_keys}, "fingerprints": fingerprints or {}}
     checkpoint = source = read_checkpoint(args.out)
     if checkpoint:
         check_checkpoint(checkpoint, args, identity)
         if checkpoint["step"] >= args.steps:
-            print(f"{args.out} is trained already ({args.steps:,} steps); give another --out, or delete it, to train again")
-            leave(world)
-        note = f"going on from step {checkpoint['step']:,} of {args.steps:,} in {args.out}"
+            print(f"{args.out} is trained already ({args.steps:,} steps); to train again, delete it or give another --out")
+            leave()
     elif glob.glob(os.path.join(glob.escape(args.out), "model*.safetensors*")):
         data.fail(f"{args.out} holds a model without a training state; give another --out, or delete it")
     elif args.continue_from:
         source = read_checkpoint(args.continue_from)
         if not source:
             data.fail(f"--continue-from {args.continue_from} has no training state; give --init for its weights alone")
-        if source["hparams"]["optimizer"] != args.optimizer:
-            data.fail(f"--continue-from {args.continue_from} was trained with --optimizer {source['hparams']['optimizer']}; "
-                      "give the same")
-        note = f"weights and optimizer state of step {source['step']:,} of {args.continue_from}"
+        optimizer = source["hparams"]["optimizer"]
+        if optimizer != args.optimizer:
+            data.fail(f"--continue-from {args.continue_from} was trained with --optimizer {optimizer}; give the same")
 
-    # Near the threshold a CPU would be measured otherwise another time, or on another rank: the first measurement counts.
+    # Near the threshold a CPU is measured otherwise another time, or on another rank: the first measurement counts.
     wanted = checkpoint["dtype"] if checkpoint and args.dtype == "auto" else args.dtype
     dtype, reason = gather_objects(choose_dtype(device, wanted))[0]
     identity["dtype"] = "bf16" if dtype == torch.bfloat16 else "fp32"
-    is_compiled, about_compiler = choose_compile(device, args.compile)
     torch.manual_seed(args.seed)
     objective = build_model(args, config, device, dtype, not source, world)
+    not_compiled = why_not_compile(device, args.compile)
+    is_compiled = not not_compiled
     optimizers = make_optimizers(objective.model, args, dtype, is_compiled and device.type == "cuda")
     if source:
         load_training_state(source["folder"], objective.model, optimizers)
     objective.train()
-    if is_compiled:
-        torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
-    for block in objective.model.model.layers:      # forward alone: the hooks that gather a block's weights stay outside
+    torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
+    for block in objective.model.model.layers:      # forward alone: hooks that gather a block's weights stay outside
         if is_compiled:
             block.forward = torch.compile(block.forward, dynamic=False)
         if args.activation_checkpointing:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     run = Run(args, objective, tokenizer, optimizers, device, dtype, rank, world, identity, checkpoint)
-    if source:
-        run.print0(note)
+    if checkpoint:
+        run.print0(f"going on from step {checkpoint['step']:,} of {args.steps:,} in {args.out}")
+    elif source:
+        run.print0(f"weights and optimizer state of step {source['step']:,} of {args.continue_from}")
     run.print0(f"model    {config.num_parameters():,} parameters: {config.n_layer} layers, {config.d_model} wide, {config.n_head} "
                f"query and {config.n_kv_head} key/value heads, vocabulary {config.vocab_size}")
-    run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); {about_compiler}")
+    run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); "
+               + (f"not compiled: {not_compiled}" if not_compiled else "blocks compiled"))
     return run
 
 
 TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
-def leave(world):
+def leave():
     """End the process with code 0."""
     barrier()
     sys.stdout.flush()
-    if world > 1:
+    if dist.is_initialized():
         os._exit(0)     # without the interpreter's shutdown, in which a thread of the process group aborted once in some hundred runs
     raise SystemExit(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# ---------------------------------------------------------------- the loop
 
 
 class Stop:
@@ -982,114 +950,124 @@ class Stop:
 
 
 class Log:
-    """The records of log.jsonl, the progress bar, and what the steps since the last record left on the device."""
+    """The records of log.jsonl, and what the steps since the last one left on the device: it is read once a record."""
 
     def __init__(self, run, step):
-        checkpoint = run.checkpoint or {}
         self.run = run
-        self.step = step
-        self.records = checkpoint.get("records", [])
-        self.tokens = checkpoint.get("tokens", 0)
-        self.saved_step = checkpoint.get("step")
-        self.pending = []   # of each step the device has: loss, norm of the gradient, sums of the loss function
-        self.rows = []      # the same, read
-        self.first_step = step
-        self.peak = measure_peak(run.device, run.dtype)
-        self.flops = flops_per_token(run.model.config, run.args.context)
         self.path = os.path.join(run.args.out, "log.jsonl")
-        self.progress = tqdm(total=run.args.steps, initial=step, disable=None if run.rank == 0 else True,
-                             desc=os.path.basename(run.args.out), unit="step")
-        text = "".join(json.dumps(record) + "\n" for record in self.records)
-        if run.rank == 0:       # what was logged after the checkpoint will be logged again
+        self.records = read_log(self.path, step)
+        self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
+        self.saved_step = step if run.checkpoint else None
+        self.peak = measure_peak(run.device, run.dtype)
+        self.step_seconds = []
+        self.pending = []   # of each step: loss, norm of the gradient, sums of the loss function
+        self.seconds = 0.0
+        self.window_tokens = 0
+        if run.rank == 0:
+            text = "".join(json.dumps(record) + "\n" for record in self.records)
             models.write_atomically(self.path, lambda file: file.write(text.encode()))
-        self.start_window()
 
-    def start_window(self):
-        self.start = time.perf_counter()
-        self.window_tokens = self.tokens
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Saving and validating is not training."""
-        pause = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - pause
-
-    def add_step(self, losses, norm, num_tokens):
-        """losses: this rank's part of the loss, and its sums."""
-        self.pending.append(torch.cat([losses[:1], norm.reshape(1) / self.run.world, losses[1:]]))
+    def add(self, losses, norm, num_tokens, seconds):
+        """A step: this rank's part of its loss and of its sums; the tokens of all ranks."""
+        norm = norm.to(self.run.device).reshape(1) / self.run.world
+        self.pending.append(torch.cat([losses[:1], norm, losses[1:]]))
         self.tokens += int(num_tokens)
-        self.step += 1
-        self.progress.update()
-        done = self.step - self.first_step
-        if done == 1:           # which compiled and took memory
-            self.read()
-            self.warm = time.perf_counter()
-        elif done == 10 and self.step < self.run.args.steps:
-            self.read()
-            steps_left = self.run.args.steps - self.step
-            left = datetime.timedelta(seconds=round(steps_left * (time.perf_counter() - self.warm) / 9))
-            self.run.print0(f"time     about {left} for the {steps_left:,} steps left, by the first ten")
+        self.window_tokens += num_tokens
+        self.seconds += seconds
+        self.step_seconds.append(seconds)
 
-    def read(self):
-        """Wait for the device, and see that all it did is finite: once the weights have taken what is not, they are lost."""
-        if not self.pending:
-            return
-        rows = nn.utils.rnn.pad_sequence(self.pending, batch_first=True)    # a step with nothing to learn has no sums
-        if self.run.world > 1:
-            dist.all_reduce(rows)
-        for i, (loss, norm, *sums) in enumerate(rows.tolist()):
-            if not math.isfinite(loss + norm):
-                self.fail(self.step - len(self.pending) + i, loss, norm)
-            self.rows.append((loss, norm, *sums))
-        self.pending = []
+    def print_time_left(self, step):
+        seconds = statistics.median(self.step_seconds) * (self.run.args.steps - step)
+        self.run.print0(f"time     about {datetime.timedelta(seconds=round(seconds))} for the "
+                        f"{self.run.args.steps - step:,} steps left, by the first ten")
 
-    def fail(self, step, loss, norm):
-        saved = "nothing was saved yet"
-        if self.saved_step == step:
-            saved = f"the checkpoint in {self.run.args.out} has these very weights"
-        elif self.saved_step is not None:
-            saved = f"the last good checkpoint is that of step {self.saved_step:,} in {self.run.args.out}"
-        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; lower --lr and "
-                  "--muon-lr", 1)
+    def draw(self, chart_options):
+        if self.run.rank == 0:
+            svg = loss_svg(self.records, self.run.args.out, **chart_options)
+            models.write_atomically(os.path.join(self.run.args.out, "loss.svg"), lambda file: file.write(svg.encode()))
 
-    def write_window(self, log_entry):
-        """A record of the steps since the last one."""
-        args = self.run.args
-        self.read()
-        seconds = time.perf_counter() - self.start
-        rate = (self.tokens - self.window_tokens) / seconds
-        mfu = rate * self.flops / (self.peak * self.run.world)
-        columns = list(itertools.zip_longest(*self.rows, fillvalue=0.0))
-        loss = sum(columns[0]) / len(self.rows)
-        entry = log_entry([sum(column) for column in columns[2:]]) if log_entry else {}
-        self.write({"loss": loss, **entry, "grad_norm": self.rows[-1][1], "lr": lr_multiplier(self.step - 1, args) * args.lr,
-                    "tokens_per_second": round(rate), "seconds": round(seconds, 3), "mfu": round(mfu, 3)})
-        words = [f"{name} {value:.3f}" for name, value in {"loss": loss, **entry}.items()]
-        self.progress.set_postfix_str(", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"]))
-        self.rows = []
-        self.start_window()
-
-    def write(self, entry):
-        self.records.append({"step": self.step, "tokens": self.tokens, **entry})
+    def write(self, step, entry):
+        self.records.append({"step": step, "tokens": self.tokens, **entry})
         if self.run.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(self.records[-1]) + "\n")
 
+    def summarize(self, step, log_entry):
+        """Wait for the device, and write a record of the steps since the last one -> it, in words. What is not finite
+        ends the run here: it came after the last record, so no checkpoint has weights that took it."""
+        start = time.perf_counter()
+        args = self.run.args
+        rows = nn.utils.rnn.pad_sequence(self.pending, batch_first=True)    # a step with nothing to learn has no sums
+        if self.run.world > 1:
+            dist.all_reduce(rows)
+        rows = rows.tolist()
+        for bad_step, (loss, norm, *_) in enumerate(rows, step - len(rows)):
+            if not math.isfinite(loss + norm):
+                self.fail(bad_step, loss, norm)
+        loss, _, *sums = map(sum, zip(*rows))
+        entry = {"loss": loss / len(rows), **(log_entry(sums) if log_entry else {})}
+        seconds = self.seconds + time.perf_counter() - start
+        rate = self.window_tokens / seconds
+        mfu = rate * flops_per_token(self.run.model.config, args.context) / (self.peak * self.run.world)
+        self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr_multiplier(step - 1, args) * args.lr,
+                          "tokens_per_second": round(rate), "seconds": round(seconds, 3), "mfu": round(mfu, 3)})
+        self.pending = []
+        self.seconds = 0.0
+        self.window_tokens = 0
+        words = [f"{name} {value:.3f}" for name, value in entry.items()]
+        return ", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"])
 
-def save(run, log, loader, chart_options):
-    """First the checkpoint, which is enough to go on from by itself, then the model and the picture of its losses."""
-    log.read()
-    out = run.args.out
-    is_new = log.saved_step != log.step     # else a validation added its record
-    state = {**run.identity, "step": log.step, "tokens": log.tokens, "records": log.records, "loader": loader.state_dict()}
-    write_checkpoint(out, state, training_state(run.model, run.optimizers) if is_new else None)
-    if is_new:
-        write_model(out, run.model, run.tokenizer)
-    log.saved_step = log.step
-    if run.rank == 0:
-        picture = loss_svg(log.records, out, **chart_options)
-        models.write_atomically(os.path.join(out, "loss.svg"), lambda file: file.write(picture.encode()))
+    def fail(self, step, loss, norm):
+        out = self.run.args.out
+        saved = "nothing was saved yet"
+        if self.saved_step == step:
+            saved = f"the checkpoint in {out} has these very weights"
+        elif self.saved_step is not None:
+            saved = f"the last good checkpoint is that of step {self.saved_step:,} in {out}"
+        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; lower --lr and "
+                  "--muon-lr", 1)
+
+
+def read_log(path, last_step=math.inf):
+    """The whole records up to a step: what was logged after the checkpoint will be logged again."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        records = [json.loads(line) for line in file if line.endswith("}\n")]
+    return [record for record in records if record["step"] <= last_step]
+
+
+def set_rates(optimizers, multiplier):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * multiplier
+
+
+def micro_steps(run, module, loss_fn, micro_batches, weight):
+    """Gradients of a step's loss -> this rank's part of the loss, then of the sums that loss_fn reports."""
+    totals = torch.zeros(1, device=run.device)
+    for i, tensors in enumerate(micro_batches, 1):
+        tensors = [tensor.to(run.device, non_blocking=True) for tensor in tensors]
+        # DDP reduces gradients once a step, FSDP each time: whole gradients are what it must not hold
+        is_local = i < len(micro_batches) and module is not run.objective
+        with module.no_sync() if is_local else contextlib.nullcontext():
+            with run.autocast():
+                loss_sum, sums = module(loss_fn, *tensors)
+            loss = loss_sum / max(weight, 1e-9)
+            (loss * run.world).backward()       # ranks' gradients are averaged
+        parts = loss.detach().reshape(1)
+        if sums is not None:
+            parts = torch.cat([parts, sums.detach()])
+        totals = totals + parts if i > 1 else parts
+    return totals
+
+
+def save(run, log, loader, step):
+    """First the checkpoint, which is enough to go on from by itself, then the model."""
+    state = {**run.identity, "step": step, "tokens": log.tokens, "loader": loader.state_dict()}
+    write_checkpoint(run.args.out, state, training_state(run.model, run.optimizers))
+    write_model(run.args.out, run.model, run.tokenizer)
+    log.saved_step = step
 
 
 def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_options=None):
@@ -1114,76 +1092,64 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     if run.world > 1 and not args.fsdp:
         device_ids = [run.device.index] if run.device.type == "cuda" else None
         module = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
-    step = 0
+    first_step = run.checkpoint["step"] if run.checkpoint else 0
     if run.checkpoint:
-        step = run.checkpoint["step"]
         loader.load_state_dict(run.checkpoint["loader"])
-    run.print0(f"data     {about}, {args.micro_batch} rows at a time" + f" on each of {run.world} processes" * (run.world > 1))
-    log = Log(run, step)
+    run.print0(f"data     {about}, {args.micro_batch} rows at a time on each of {run.world} process(es)")
+    log = Log(run, first_step)
     stop = Stop()
+    progress = tqdm(total=args.steps, initial=first_step, disable=None if run.rank == 0 else True, unit="step")
 
-    def validate_now():
+    def validate_now(step):
         result = validate() if validate else None
         if result:
             entry, words = result
-            log.write(entry)
-            run.print0(f"step {log.step:6,}  validation {words}")
+            log.write(step, entry)
+            run.print0(f"step {step:6,}  validation {words}")
 
-    if step and step % args.val_every == 0 and not any("val" in r and r["step"] == step for r in log.records):
-        validate_now()      # the run was cut between its checkpoint and its validation
-    while step < args.steps:
-        # rates
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_multiplier(step, args)
+    is_due = first_step and first_step % args.val_every == 0
+    if is_due and not any("val" in record for record in log.records if record["step"] == first_step):
+        validate_now(first_step)        # the run was cut between its checkpoint and its validation
+    for step in range(first_step, args.steps):
+        start = time.perf_counter()
+        set_rates(run.optimizers, lr_multiplier(step, args))
 
-        # micro-steps: the loss is the sum of all ranks' losses over that of their weights, and gradients are averaged
         batch = next(loader)
         weight, num_tokens, asked = run.sum_over_ranks(batch.weight, batch.num_tokens, stop.signal)
-        losses = torch.zeros(1, device=run.device)
-        for i, tensors in enumerate(batch.micro_batches, 1):
-            tensors = [tensor.to(run.device, non_blocking=True) for tensor in tensors]
-            is_last = i == len(batch.micro_batches)
-            # DDP reduces gradients once a step; FSDP each time, since whole gradients are what it must not hold
-            with contextlib.nullcontext() if is_last or module is run.objective else module.no_sync():
-                with run.autocast():
-                    loss_sum, sums = module(loss_fn, *tensors)
-                loss = loss_sum / max(weight, 1e-9)
-                (loss * run.world).backward()
-            parts = [loss.detach().reshape(1)] + ([] if sums is None else [sums.detach().float()])
-            losses = losses + torch.cat(parts) if i > 1 else torch.cat(parts)
+        losses = micro_steps(run, module, loss_fn, batch.micro_batches, weight)
 
-        # clip and step
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
         for optimizer in run.optimizers:
             optimizer.step()
         run.model.zero_grad(set_to_none=True)
-        step += 1
 
-        # log, save, validate
-        log.add_step(losses, full_tensor(norm).to(run.device), num_tokens)
-        if step % args.log_every == 0 or step == args.steps:
-            log.write_window(log_entry)
-        with log.paused():
-            if asked or step % args.save_every == 0 or step == args.steps:
-                save(run, log, loader, chart_options or {})
-            if asked:
-                log.progress.close()
-                run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
-                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-            if step % args.val_every == 0 or step == args.steps:
-                validate_now()
-    log.progress.close()
-    save(run, log, loader, chart_options or {})
-    seconds = sum(record["seconds"] for record in log.records if "loss" in record)
-    run.print0(f"saved    {args.out}: {step:,} steps, {log.tokens:,} tokens in {seconds:.1f} s of stepping "
+        step += 1
+        log.add(losses, full_tensor(norm), num_tokens, time.perf_counter() - start)
+        progress.update()
+        is_last = step == args.steps
+        is_saved = asked or is_last or step % args.save_every == 0
+        if is_saved or step % args.log_every == 0:
+            progress.set_postfix_str(log.summarize(step, log_entry))
+        if step == first_step + 10 and not is_last:
+            log.print_time_left(step)
+        if is_saved:
+            save(run, log, loader, step)
+        if asked:
+            progress.close()
+            run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+        if is_last or step % args.val_every == 0:
+            validate_now(step)
+    progress.close()
+    log.draw(chart_options or {})
+    seconds = sum(record["seconds"] for record in log.records if "seconds" in record)
+    run.print0(f"saved    {args.out}: {args.steps:,} steps, {log.tokens:,} tokens in {seconds:.1f} s of stepping "
                f"({log.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
     if run.world > 1:
-        leave(run.world)
+        leave()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The recipe: every stage is one command, printed before it runs, and its product is reused when it is there already
+# ---------------------------------------------------------------- the recipe: every stage is one command, printed before it runs, and its product is reused when it is there already
 
 
 class Stage(NamedTuple):
@@ -1295,41 +1261,34 @@ def recipe(quick):
 
 
 def print_report(stages, book):
-    """The table of stages, and pass@1 by difficulty before and after finetuning."""
-    print(f"\n{'stage':20} {'tokens':>12} {'seconds':>8}  {'validation, bits a byte':38} pass@1 on held-out problems")
+    """What each stage took and gave, and pass@1 by difficulty before and after finetuning."""
     evaluations = []
+    print(f"\n{'stage':20} {'seconds':>8}  result")
     for stage in stages:
-        meta = os.path.join(stage.product, "meta.json")
-        log = os.path.join(stage.product, "log.jsonl")
-        tokens = bits = score = ""
+        meta, log = (os.path.join(stage.product, name) for name in ("meta.json", "log.jsonl"))
+        result = ""
         if os.path.exists(meta):
-            tokens = models.read_json(meta)["train"]["tokens"]
+            result = f"{models.read_json(meta)['train']['tokens']:,} tokens"
         elif os.path.exists(log):
-            with open(log) as file:
-                records = [json.loads(line) for line in file]
-            tokens = records[-1]["tokens"]
-            validation = [record["val"] for record in records if "val" in record][-1]
-            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in validation.items())
+            last = read_log(log)[-1]
+            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in last["val"].items())
+            result = f"{last['tokens']:,} tokens; validation, bits a byte: {bits}"
         elif stage.product.endswith("eval.json"):
             evaluations.append(models.read_json(stage.product))
-            score = f"{evaluations[-1]['pass@1']:.1%}"
-        print(f"{stage.title:20} {tokens:>12,} {book[stage.product]['seconds']:8.1f}  {bits:38} {score}" if tokens else
-              f"{stage.title:20} {'':12} {book[stage.product]['seconds']:8.1f}  {bits:38} {score}")
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
-    seconds = sum(book[stage.product]["seconds"] for stage in stages)
-    print(f"{'all':33} {seconds:8.1f}  at most {memory:.2f} GB of memory in a process\n")
+            result = f"pass@1 {evaluations[-1]['pass@1']:.1%} on held-out problems"
+        print(f"{stage.title:20} {book[stage.product]['seconds']:8.1f}  {result}")
+    print(f"{'all':20} {sum(book[stage.product]['seconds'] for stage in stages):8.1f}\n")
     levels = sorted(evaluations[-1]["levels"], key=int)
-    heads = [f"k = {level}" for level in levels] + ["all"]
-    print(f"{'pass@1 ± standard error':36}" + "".join(f"{head:>16}" for head in heads))
+    print(f"{'pass@1 ± standard error':36}" + "".join(f"{'k = ' + level:>16}" for level in levels) + f"{'all':>16}")
     for name, result in zip(("pretrained on code + textbooks", "finetuned on exercises"), evaluations):
         cells = [*(result["levels"][level] for level in levels), result]
         print(f"{name:36}" + "".join(f"{cell['pass@1']:>9.1%} ±{cell['se']:5.1%}" for cell in cells))
-    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two steps.\n"
-          "Ours are held-out compositions of the teacher's own operations: a far easier test, on a model some hundred times smaller.")
+    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two "
+          "steps.\nOurs are held-out compositions of the teacher's own operations: a far easier test, on a model some "
+          "hundred times smaller.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
+# ---------------------------------------------------------------- options
 
 # What the papers say of pretraining, in our options: shares of the paper's own steps. What they leave out stays at our default.
 PHI_1 = dict(optimizer="adamw", lr=1e-3, schedule="linear", warmup=0.0208, warmdown_frac=1.0, final_lr=0.0, weight_decay=0.1,
@@ -1368,21 +1327,21 @@ def loop_options(option):
     rate = data.number(float, 0)
     share = data.number(float, 0, 1)
     option("--micro-tokens", None, "most tokens in one forward pass of a process; lower it when memory runs out (default: what a "
-           "GPU's memory holds by our estimate; 4096 on a CPU)", type=count, metavar="N")
+           "GPU's memory holds by our estimate; 4096 on a CPU)", type=count)
     option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
-    option("--lr", 0.003, "peak learning rate of AdamW", type=rate, metavar="RATE")
-    option("--muon-lr", 0.01, "peak learning rate of Muon", type=rate, metavar="RATE")
-    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=rate, metavar="RATE")
-    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999), metavar="BETA")
-    option("--adam-eps", 1e-10, "AdamW's epsilon", type=rate, metavar="EPS")
+    option("--lr", 0.003, "peak learning rate of AdamW", type=rate)
+    option("--muon-lr", 0.01, "peak learning rate of Muon", type=rate)
+    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=rate)
+    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999))
+    option("--adam-eps", 1e-10, "AdamW's epsilon", type=rate)
     option("--schedule", "linear", "form in which the learning rate falls", choices=("linear", "cosine", "constant"))
-    option("--warmup", 0.02, "share of the steps with rising learning rate", type=share, metavar="SHARE")
-    option("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end", type=share, metavar="SHARE")
-    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=share, metavar="SHARE")
-    option("--clip", 1.0, "largest norm of the gradient; 0: any", type=rate, metavar="NORM")
-    option("--val-every", 500, "steps between validations; one always comes last", type=count, metavar="N")
-    option("--save-every", 250, "steps between checkpoints", type=count, metavar="N")
-    option("--log-every", 10, "steps between records in log.jsonl", type=count, metavar="N")
+    option("--warmup", 0.02, "share of the steps with rising learning rate", type=share)
+    option("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end", type=share)
+    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=share)
+    option("--clip", 1.0, "largest norm of the gradient; 0: any", type=rate)
+    option("--val-every", 500, "steps between validations; one always comes last", type=count)
+    option("--save-every", 250, "steps between checkpoints", type=count)
+    option("--log-every", 10, "steps between records in log.jsonl", type=count)
     option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
     option("--dtype", "auto", "compute dtype; auto measures", choices=("auto", "fp32", "bf16"))
     option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
@@ -1400,33 +1359,31 @@ def make_parser():
     several = data.number(int, 2)
     positive = data.number(float, 0)
     option("--data", None, "dataset directories (or names under data/) and their shares; without this option the whole recipe "
-           "runs", nargs="+", metavar="NAME[:WEIGHT]")
+           "runs", nargs="+")
     option("--quick", False, "the recipe on chains of one and two operations, in a third of the time, with a model that has "
            "learned little", action="store_true")
-    option("--out", "runs/base", "run directory to write, and to go on from", metavar="RUN")
-    option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from", metavar="RUN")
+    option("--out", "runs/base", "run directory to write, and to go on from")
+    option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from")
     option("--continue-from", None, "run whose weights and optimizer state to start from: its next phase, with data, context, "
-           "rates and steps of its own (give another --seed for another order of the same data)", metavar="RUN")
+           "rates and steps of its own (give another --seed for another order of the same data)")
     option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for the options not given",
            choices=models.PRESETS)
     for name in SHAPE:
-        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=count, metavar="N")
+        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=count)
     option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's",
-           type=data.number(float, 1), metavar="BASE")
-    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=several, metavar="N")
-    option("--batch-tokens", 4096, "tokens a step, over all processes", type=several, metavar="N")
-    option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=count, metavar="N")
-    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1),
-           metavar="WEIGHT")
+           type=data.number(float, 1))
+    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=several)
+    option("--batch-tokens", 4096, "tokens a step, over all processes", type=several)
+    option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=count)
+    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1))
     option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of an answer, falling to "
-           "MIN at the TOKENS-th and later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
-    option("--val-tokens", 65536, "validation tokens of each dataset", type=several, metavar="N")
+           "MIN at the TOKENS-th and later", type=models.parse_skip)
+    option("--val-tokens", 65536, "validation tokens of each dataset", type=several)
     loop_options(option)
     option("--dry-run", False, "print what training would take in memory and time, and stop", action="store_true")
-    option("--gpus", None, "of --dry-run (default: those here)", type=count, metavar="N")
-    option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=positive, metavar="GB")
-    option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=positive,
-           metavar="RATE")
+    option("--gpus", None, "of --dry-run (default: those here)", type=count)
+    option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=positive)
+    option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=positive)
     return parser
 
 
