@@ -4,21 +4,22 @@
     python align.py dpo --init runs/chat --data preferences.jsonl --out runs/dpo
     python align.py grpo --init runs/phi --data data/exercises.jsonl --out runs/rl
     python align.py pivotal --init runs/phi --data data/exercises.jsonl --out data/pivotal.jsonl
-    torchrun --nproc_per_node=8 align.py grpo --init runs/phi --fsdp --out runs/rl     # one process for each GPU
+    torchrun --nproc_per_node=8 align.py grpo --init runs/phi --fsdp --out runs/rl  # one process for each GPU
 
 sft reads chats, {"messages": [{"role", "content"}, ...]}; dpo preferences, {"prompt" or "messages", "chosen",
-"rejected"}; grpo problems with tests, or with answers that end in "#### number". pivotal writes preferences between
-single tokens, for dpo. The loop is train.py's: the same log, checkpoints and exact resumption when the same command
-is given again. `align.py dpo -h` lists the options of dpo.
+"rejected"}; grpo problems with tests, or with answers that end in "#### number". pivotal writes preferences
+between single tokens, for dpo. The loop is train.py's: the same log, checkpoints and exact resumption when
+the same command is given again. `align.py dpo -h` lists the options of dpo.
 """
 import functools
 import json
 import math
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
 from statistics import mean
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,10 +39,14 @@ import train
 
 
 class Answer(NamedTuple):
-    ids: list[int]              # of the prompt and the answer
-    start: int                  # where the answer begins
-    advantage: float = 0.0
+    tokens: list[int]           # what the model reads: a prompt, and the answer without its last token
+    targets: list[int]          # after each of them the next token, -1 where that is not of the answer
+    advantage: float = 1.0
     old: list | float = 0.0     # log-probabilities of the answer's tokens when they were drawn
+
+
+def make_answer(prompt, ids):
+    return Answer((prompt + ids)[:-1], [-1] * (len(prompt) - 1) + ids)
 
 
 def read_records(paths, convert):
@@ -72,18 +77,17 @@ def hash_of(*parts):
     return int.from_bytes(data.digest(repr(parts))[:6], "big")
 
 
-def is_held_out(prompt, fraction):
-    """Decided by the prompt's content, so that the split never moves and equal prompts stay together."""
-    return hash_of(prompt) < fraction * 2**48
+def is_held_out(key, fraction):
+    """Decided by content, so that the split never moves and equal prompts stay together."""
+    return hash_of(key) < fraction * 2**48
 
 
 def render(tokenizer, messages):
-    """Chat -> (ids in the family's template, mask): 1 for each token of an assistant's message and the one that
-    ends its turn.
+    """Chat -> (ids in the family's template, mask), 1 for the tokens of assistants' messages and their ends.
 
-    A message begins where the chat parts from the same chat cut before its content, so a token that holds both
-    the template's last line break and the content's first characters is learned. Without an end-of-turn token
-    (phi-2) the turn's closing text is learned instead.
+    A message begins where the chat parts from the same chat cut before its content, so a token that holds
+    both the template's last line break and the content's first characters is learned. Without an end-of-turn
+    token (phi-2) the turn's closing text is learned instead.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError('"messages" must be a list of objects with a role and a content')
@@ -99,36 +103,46 @@ def render(tokenizer, messages):
     return ids, mask
 
 
+def read_chat(tokenizer, context, record):
+    """A chat -> its row, cut to the context, if an assistant's tokens are left; and what tells it apart."""
+    ids, mask = render(tokenizer, record.get("messages"))
+    targets = [i if is_learned else -1 for i, is_learned in zip(ids, mask)][1:context + 1]
+    return [Answer(ids[:len(targets)], targets)] if max(targets, default=-1) >= 0 else None, ids
+
+
 def prompt_ids(tokenizer, text):
-    """Of a text to be continued. White space at its end belongs to the answer: a line break and the indentation
-    after it are one token."""
+    """Of a text to be continued. White space at its end belongs to the answer: a line break and the
+    indentation after it are one token."""
     return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
 
 
-def read_preference(tokenizer, record):
-    """A preference -> [chosen, rejected], and what tells its prompt.
+def read_preference(tokenizer, context, record):
+    """A preference -> its row, chosen and rejected, if they differ and fit the context; and its prompt.
 
     A prompt given as text is continued as it stands (a document that ends with the end-of-text token), as
-    messages in the chat template; "ids", as `pivotal` writes them, are taken as they are: no end token follows.
+    messages in the chat template; "ids", as `pivotal` writes them, are taken as they are: no end follows.
     """
     check_texts(record, "chosen", "rejected", *["prompt"] * ("messages" not in record))
     if record.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise ValueError("its ids are of another tokenizer; make the file again with align.py pivotal and this --init")
+        raise ValueError("its ids are of another tokenizer; make it again with align.py pivotal, this --init")
     pair = []
     for side in ("chosen", "rejected"):
         if "ids" in record:
-            before = record["ids"]["prompt"]
-            ids = before + record["ids"][side]
+            prompt = record["ids"]["prompt"]
+            ids = record["ids"][side]
         elif "messages" in record:
-            ids, mask = render(tokenizer, [*record["messages"], {"role": "assistant", "content": record[side]}])
-            before = ids[:common_prefix(ids, tokenizer.render(record["messages"]))]
-            ids = ids[:len(ids) - mask[::-1].index(1)]
+            last = {"role": "assistant", "content": record[side]}
+            chat, mask = render(tokenizer, [*record["messages"], last])
+            start = common_prefix(chat, tokenizer.render(record["messages"]))
+            prompt = chat[:start]
+            ids = chat[start:len(chat) - mask[::-1].index(1)]
         else:
-            before = prompt_ids(tokenizer, record["prompt"])
+            prompt = prompt_ids(tokenizer, record["prompt"])
             space = record["prompt"][len(record["prompt"].rstrip()):]
-            ids = before + tokenizer.encode(space + record[side]) + [tokenizer.eot]
-        pair.append(Answer(ids, len(before)))
-    return pair, record.get("messages", record.get("prompt"))
+            ids = tokenizer.encode(space + record[side]) + [tokenizer.eot]
+        pair.append(make_answer(prompt, ids))
+    fits = pair[0] != pair[1] and max(len(answer.tokens) for answer in pair) <= context
+    return pair if fits else None, record.get("messages", record.get("prompt"))
 
 
 def final_answer(text):
@@ -149,24 +163,27 @@ def read_problem(tokenizer, record):
     return {**record, "prompt": record["prompt"].rstrip(), "ids": prompt_ids(tokenizer, record["prompt"])}
 
 
-def collate(answers, rows, context):
-    """Answers, at most `rows` -> tokens, targets, advantages, old log-probabilities, (rows, T) each; targets are -1
-    outside of the answer.
+def padded_length(length, context):
+    """A quarter, a half or all of the context: few shapes for compiled blocks."""
+    lengths = (-(-context // 4), -(-context // 2), context)
+    return min(padded for padded in lengths if padded >= length)
 
-    Padding is on the right, where causal attention never looks. T is a quarter, a half or all of the context:
-    with and without gradients that makes six shapes of compiled blocks, and torch keeps eight.
+
+def collate(answers, rows, length):
+    """Answers -> tokens, targets, advantages, old log-probabilities, (rows, length) each.
+
+    Outside of answers targets are -1, advantages and log-probabilities 0. Padding is on the right, where
+    causal attention never looks.
     """
-    longest = max([len(ids) - 1 for ids, *_ in answers], default=0)
-    length = min(size for size in (-(-context // 4), -(-context // 2), context) if size >= longest)
     tokens = torch.zeros(rows, length, dtype=torch.long)
     targets = torch.full_like(tokens, -1)
     advantages, old = torch.zeros(2, rows, length)
-    for row, (ids, start, advantage, old_log_probs) in enumerate(answers):
-        part = slice(start - 1, len(ids) - 1)
-        tokens[row, :part.stop] = torch.tensor(ids[:-1])
-        targets[row, part] = torch.tensor(ids[start:])
-        advantages[row, part] = advantage
-        old[row, part] = torch.tensor(old_log_probs)
+    for row, answer in enumerate(answers):
+        tokens[row, :len(answer.tokens)] = torch.tensor(answer.tokens)
+        targets[row, :len(answer.tokens)] = torch.tensor(answer.targets)
+        mask = targets[row] >= 0
+        advantages[row, mask] = answer.advantage
+        old[row, mask] = torch.tensor(answer.old)
     return tokens, targets, advantages, old
 
 
@@ -177,7 +194,7 @@ def collate(answers, rows, context):
 LOGITS_AT_ONCE = 2**25      # 128 MB in float32
 
 
-def token_log_probs(model, tokens, targets, temperature: float = 1.0):
+def token_log_probs(model, tokens, targets):
     """Log-probabilities of the targets, (B, T) float32, 0 where there is none.
 
     The float32 logits of some positions exist at a time, of answers only, and once more in the backward pass.
@@ -188,8 +205,7 @@ def token_log_probs(model, tokens, targets, temperature: float = 1.0):
     states = model.hidden(tokens).flatten(0, 1)[positions]                      # (N, d_model)
 
     def log_probs(states, targets):
-        logits = model.logits(states) / temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -F.cross_entropy(model.logits(states), targets, reduction="none")
 
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = [checkpoint(log_probs, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -199,13 +215,14 @@ def token_log_probs(model, tokens, targets, temperature: float = 1.0):
 
 
 @torch.no_grad()
-def answer_log_probs(model, answers, size, context, temperature=1.0):
+def answer_log_probs(model, answers, size):
     """[log-probabilities of the answer's tokens] of each answer, `size` answers at a time."""
     lists = []
     for begin in range(0, len(answers), size):
         part = answers[begin:begin + size]
-        tokens, targets, *_ = collate(part, len(part), context)
-        log_probs = token_log_probs(model, tokens.to(model.device), targets.to(model.device), temperature).cpu()
+        length = max(len(answer.tokens) for answer in part)
+        tokens, targets, *_ = (tensor.to(model.device) for tensor in collate(part, len(part), length))
+        log_probs = token_log_probs(model, tokens, targets)
         lists += [row[mask].tolist() for row, mask in zip(log_probs, targets >= 0)]
     return lists
 
@@ -220,9 +237,11 @@ def dpo_loss(policy, reference, beta: float):
 
 
 def group_advantages(rewards):
-    """(problems, generations) -> the same shape: what an answer is worth beside the others of its problem. Not
-    divided by their standard deviation, which favours problems that are nearly always or never solved
-    (arXiv 2503.20783)."""
+    """(problems, generations) -> the same shape: what an answer is worth beside the others of its problem.
+
+    Not divided by their standard deviation, which favours problems that are nearly always or never solved
+    (Dr. GRPO, arXiv 2503.20783).
+    """
     return rewards - rewards.mean(1, keepdim=True)
 
 
@@ -248,12 +267,12 @@ def kl(log_probs, reference_log_probs):
 # Rollouts, and what they are worth
 
 
-def rollout(model, tokenizer, problems, args, temperature, seeds):
-    """Answers to problems' prompts -> [(ids of the answer, text to be judged)]; an answer goes on from the ids that
-    its problem has "begun" with.
+def rollout(model, tokenizer, problems, args, seeds):
+    """Answers to problems' prompts -> [ids of the answer], [text to be judged]; --batch-size at a time.
 
-    It ends with an end token, which belongs to it, with its function (a line at column 0), after --max-tokens, or
-    with the context: prompt and answer have --context tokens at most. A prompt that fills it gets no answer.
+    An answer goes on from the ids that its problem has "begun" with. It ends with an end token, which belongs
+    to it, with its function (a line at column 0), after --max-tokens, or with the context: prompt and answer
+    have --context tokens at most. A prompt that fills it gets no answer.
     """
     answers = [list(problem.get("begun", ())) for problem in problems]
 
@@ -261,45 +280,44 @@ def rollout(model, tokenizer, problems, args, temperature, seeds):
         ids = answers[row]
         room = min(args.max_tokens, args.context - len(problems[row]["ids"]))
         line = "test" in problems[row] and re.search(rb"\n\S", tokenizer.decode_bytes(ids[-2:]))
-        return len(ids) >= room or bool(line or tokenizer.stops.intersection(ids[-1:]))
-
-    unfinished = [row for row in range(len(problems)) if not has_ended(row)]
+        return len(ids) >= room or line or tokenizer.stops.intersection(ids[-1:])
 
     def emit(slot, token):
-        answers[unfinished[slot]].append(token)
-        return has_ended(unfinished[slot])
+        answers[rows[slot]].append(token)
+        return has_ended(rows[slot])
 
-    prompts = [problems[row]["ids"] + answers[row] for row in unfinished]
-    seeds = [seeds[row] for row in unfinished]
-    model.generate(prompts, args.max_tokens, temperature, stop=tokenizer.stops, seed=seeds, stream=emit)
+    unfinished = [row for row in range(len(problems)) if not has_ended(row)]
+    for begin in range(0, len(unfinished), args.batch_size):
+        rows = unfinished[begin:begin + args.batch_size]
+        prompts = [problems[row]["ids"] + answers[row] for row in rows]
+        model.generate(prompts, args.max_tokens, temperature=1.0, stop=tokenizer.stops,
+                       seed=[seeds[row] for row in rows], stream=emit)
     texts = [tokenizer.decode([i for i in ids if i not in tokenizer.stops]) for ids in answers]
-    return [(ids, re.split(r"\n(?=\S)", text)[0] if "test" in problem else text)
-            for problem, ids, text in zip(problems, answers, texts)]
+    for row, problem in enumerate(problems):
+        if "test" in problem:
+            texts[row] = re.split(r"\n(?=\S)", texts[row])[0]
+    return answers, texts
 
 
 def rewards(problems, texts):
     """1.0 for each text that passes its problem's tests in synth.py's sandbox, or whose final answer is the
-    problem's; else 0.0."""
+    problem's, else 0.0."""
     workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    programs = [(problem, text) for problem, text in zip(problems, texts) if "test" in problem]
+    pairs = list(zip(problems, texts))
+    programs = [pair for pair in pairs if "test" in pair[0]]
     verdicts = iter(synth.judge_all(programs, workers=workers))
-    return [float(next(verdicts).passed if "test" in problem
-                  else final_answer(text) == final_answer(problem["answer"]))
-            for problem, text in zip(problems, texts)]
-
-
-def solve(model, tokenizer, problems, args, temperature, seeds):
-    """-> [ids of the answer], [reward]; --batch-size answers are written at a time."""
-    answers = []
-    for begin in range(0, len(problems), args.batch_size):
-        part = slice(begin, begin + args.batch_size)
-        answers += rollout(model, tokenizer, problems[part], args, temperature, seeds[part])
-    return [ids for ids, _ in answers], rewards(problems, [text for _, text in answers])
+    passed = []
+    for problem, text in pairs:
+        if "test" in problem:
+            passed.append(float(next(verdicts).passed))
+        else:
+            passed.append(float(final_answer(text) == final_answer(problem["answer"])))
+    return passed
 
 
 def rollout_model(model, dtype):
-    """The model as it is now, in this type, with plain blocks: those of training may be compiled for other shapes, or
-    sharded. Each rank casts its part of a tensor before all gather it."""
+    """The model as it is now, in this type, with plain blocks: those of training may be compiled for other
+    shapes, or sharded. Each rank casts its part of a tensor before all gather it."""
     with torch.device("meta"):
         copy = models.Model(model.config)
     weights = {name: train.full_tensor(tensor.detach().to(dtype))
@@ -309,17 +327,18 @@ def rollout_model(model, dtype):
     return copy.requires_grad_(False)
 
 
-def solve_together(run, problems, temperature, position):
-    """-> [(Answer, reward)]; each rank solves some of the problems, and what is drawn does not depend on which."""
+def solve_together(run, problems, position):
+    """-> [(Answer, reward)]. Each rank solves some of the problems; which does not change what is drawn."""
     args = run.args
     numbers = train.shard_range(len(problems), run.rank, run.world)
     problems = problems[numbers.start:numbers.stop]
     seeds = [hash_of(args.seed, position, i) for i in numbers]
     model = rollout_model(run.model, run.dtype if run.device.type == "cuda" else torch.float32)
-    answers, passed = solve(model, run.tokenizer, problems, args, temperature, seeds)
-    answers = [Answer(problem["ids"] + ids, len(problem["ids"])) for problem, ids in zip(problems, answers)]
+    answers, texts = rollout(model, run.tokenizer, problems, args, seeds)
+    passed = rewards(problems, texts)
+    answers = [make_answer(problem["ids"], ids) for problem, ids in zip(problems, answers)]
     if args.updates > 1:
-        old = answer_log_probs(model, answers, args.micro_batch, args.context, temperature)
+        old = answer_log_probs(model, answers, args.micro_batch)
         answers = [answer._replace(old=log_probs) for answer, log_probs in zip(answers, old)]
     return sum(train.gather_objects(list(zip(answers, passed))), [])
 
@@ -333,25 +352,27 @@ def open_init(args):
     folder = models.snapshot_download(args.init, weights=False)
     config = models.read_config(os.path.join(folder, "config.json"))
     if (args.context or 0) > config.max_seq_len:
-        data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of {args.init}; lower "
-                  "it, or grow it first with grow.py")
+        data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of {args.init}; "
+                  "lower it, or grow it first with grow.py")
     args.context = args.context or min(config.max_seq_len, 2048)
     return config, models.Tokenizer.load(folder)
 
 
-def setup(args, config, tokenizer, num_rows, records, width=1):
-    """-> train.Run, of steps of num_rows rows, `width` sequences each; records: what a resumed run must find
-    unchanged."""
-    if not records:
-        raise ValueError(f"--data {' '.join(args.data)}: nothing is left to train on; the context is {args.context} tokens")
+def setup(args, config, tokenizer, num_rows, contents, width=1):
+    """-> train.Run, for steps of num_rows rows of `width` answers. contents: what a resumed run must find as
+    it was."""
+    files = " ".join(args.data)
+    if not contents:
+        raise ValueError(f"--data {files}: nothing is left to train on in a context of {args.context} tokens")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    most = train.micro_batch_rows(args, config, -(-num_rows // world) * width, world, train.gpu_gigabytes())
+    args.max_rows = -(-num_rows // world)
+    most = train.micro_batch_rows(args, config, args.max_rows * width, world, train.gpu_gigabytes())
     args.micro_batch = max(1, most // width)
     keys = [key for key in (*train.RESUME_KEYS, *RESUME_KEYS) if key in args]
-    return train.setup(args, config, tokenizer, keys, {" ".join(args.data): hash_of(records)})
+    return train.setup(args, config, tokenizer, keys, {files: hash_of(contents)})
 
 
-RESUME_KEYS = ("held_out", "batch", "beta", "prompts", "num_generations", "updates", "max_tokens", "temperature", "kl")
+RESUME_KEYS = ("held_out", "batch", "beta", "prompts", "num_generations", "updates", "max_tokens", "kl")
 
 
 def open_reference(run):
@@ -359,26 +380,26 @@ def open_reference(run):
     return models.load(run.args.init, run.device, run.dtype)[0].requires_grad_(False)
 
 
-def draw(records, begin, end, seed):
-    """The records from `begin` to `end` of an endless stream, shuffled anew each epoch."""
+def draw(state, records, count, seed):
+    """The next records of an endless stream, shuffled anew each epoch; state["position"] moves on."""
     drawn = []
-    while begin < end:
-        epoch, index = divmod(begin, len(records))
-        order = np.random.default_rng([seed, epoch]).permutation(len(records))[index:index + end - begin]
-        drawn += [records[i] for i in order]
-        begin += len(order)
+    while len(drawn) < count:
+        epoch, index = divmod(state["position"], len(records))
+        order = np.random.default_rng([seed, epoch]).permutation(len(records))
+        part = order[index:index + count - len(drawn)]
+        drawn += [records[i] for i in part]
+        state["position"] += len(part)
     return drawn
 
 
+@dataclass
 class RowLoader:
-    """Steps of rows, each a list of answers that stay together; next_rows(state) gives a step's, the same on all
-    ranks. weight(rows): by what their summed loss is divided."""
+    """Steps of rows, each a list of answers that stay together."""
 
-    def __init__(self, run, next_rows, state, weight):
-        self.run = run
-        self.next_rows = next_rows
-        self.state = state
-        self.weight = weight
+    run: train.Run
+    next_rows: Callable     # next_rows(state) -> the rows of a step, the same on all ranks
+    state: dict
+    weight: Callable        # weight(rows): by what their summed loss is divided
 
     def state_dict(self):
         return json.loads(json.dumps(self.state))       # a copy in plain lists
@@ -390,160 +411,143 @@ class RowLoader:
         return self.batch(self.next_rows(self.state))
 
     def batch(self, rows):
-        """This rank's rows, in equally many micro-batches on all ranks."""
+        """Short rows are more in a micro-batch than long ones. All ranks have equally many micro-batches."""
         run = self.run
-        size = run.args.micro_batch
-        mine = rows[run.rank::run.world]
-        parts = [mine[begin:begin + size] for begin in range(0, -(-len(rows) // run.world), size)]
-        micro_batches = [collate(sum(part, []), size * len(rows[0]), run.args.context) for part in parts]
-        return train.Batch(micro_batches, self.weight(mine), sum(len(ids) for row in mine for ids, *_ in row))
+        context = run.args.context
+        rows = sorted(rows, key=longest, reverse=True)
+        mine = []
+        micro_batches = []
+        while rows:
+            length = padded_length(longest(rows[0]), context)
+            size = min(run.args.micro_batch * (context // length), run.args.max_rows)
+            part = rows[run.rank:size * run.world:run.world]
+            micro_batches.append(collate(sum(part, []), size * len(rows[0]), length))
+            mine += part
+            rows = rows[size * run.world:]
+        num_tokens = sum(len(answer.tokens) for answer in sum(mine, []))
+        return train.Batch(micro_batches, self.weight(mine), num_tokens)
+
+
+def longest(row):
+    return max(len(answer.tokens) for answer in row)
+
+
+def count_targets(rows):
+    return sum(target >= 0 for answer in sum(rows, []) for target in answer.targets)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The kinds of training
 
 
-def sft(args):
-    """Next-token prediction on assistants' tokens alone, in packed conversations that do not see each other."""
+def cross_entropy(reference, args, model, tokens, targets, advantages, *_):
+    """sft, where advantages are 1; and grpo on policy, where ratios are 1: its gradient is the policy's."""
+    return model(tokens, targets=targets, weights=advantages)[0], None
+
+
+def preference_objective(reference, args, model, tokens, targets, *_):
+    """Of answers chosen, rejected, chosen, ... -> sum of losses, and what preference_metrics reads."""
+    with torch.no_grad():
+        reference_scores = token_log_probs(reference, tokens, targets).sum(1)
+    scores = token_log_probs(model, tokens, targets).sum(1)
+    losses, rewards = dpo_loss(scores.view(-1, 2), reference_scores.view(-1, 2), args.beta)
+    chosen, rejected = rewards.detach().unbind(1)
+    is_pair = (targets >= 0).any(1)[::2]        # other rows fill the micro-batch
+    sums = torch.stack([is_pair, chosen > rejected, chosen - rejected, chosen, rejected])
+    return (losses * is_pair).sum(), sums.sum(1)
+
+
+def preference_metrics(sums):
+    means = [value / sums[0] for value in sums[1:]]
+    return dict(zip(("accuracy", "margin", "reward_chosen", "reward_rejected"), means))
+
+
+def finetune(args, read, objective, weight, metrics=None, width=1):
+    """sft and dpo. read(tokenizer, context, record) -> a row of `width` answers or None, and what it is held
+    out by."""
     config, tokenizer = open_init(args)
-    splits = {"train": [], "val": []}
-    for ids, mask in read_records(args.data, lambda record: render(tokenizer, record.get("messages"))):
-        mask = mask[:args.context + 1]
-        if any(mask[1:]):
-            splits["val" if is_held_out(ids, args.held_out) else "train"].append((ids[:len(mask)], mask))
-    chats = SimpleNamespace(name="chats")
-    for split, rows in splits.items():
-        setattr(chats, split, np.array([i for ids, _ in rows for i in ids]))
-        setattr(chats, f"{split}_mask", np.array([i for _, mask in rows for i in mask]))
-        setattr(chats, f"{split}_ends", np.cumsum([len(ids) for ids, _ in rows]))
-    args.steps = args.steps or math.ceil(args.epochs * len(chats.train) / args.batch_tokens)
-    run = setup(args, config, tokenizer, args.batch_tokens // args.context, splits["train"])
-    loader = train.PackedLoader(args, [chats], [1.0], tokenizer.eot, run.rank, run.world)
-    about = f"{len(splits['train']):,} chats, {len(splits['val']):,} held out"
-    validate = functools.partial(train.validate, run, [chats], tokenizer.eot) if splits["val"] else None
-    train.train(run, loader, train.next_token_loss, validate, about=about)
-
-
-def dpo_loss_fn(args, reference):
-    def loss_fn(model, tokens, targets, *_):
-        with torch.no_grad():
-            reference_scores = token_log_probs(reference, tokens, targets).sum(1)
-        scores = token_log_probs(model, tokens, targets).sum(1)                 # of chosen, rejected, chosen, ...
-        losses, rewards = dpo_loss(scores.view(-1, 2), reference_scores.view(-1, 2), args.beta)
-        chosen, rejected = rewards.detach().unbind(1)
-        is_pair = (targets >= 0).any(1)[::2]                                    # other rows fill the micro-batch
-        losses = losses * is_pair
-        sums = torch.stack([is_pair, losses.detach(), chosen - rejected, chosen > rejected, chosen, rejected])
-        return losses.sum(), sums.sum(1)
-    return loss_fn
-
-
-def dpo_metrics(sums):
-    means = [value / sums[0] for value in sums[2:]]
-    return dict(zip(("margin", "accuracy", "reward_chosen", "reward_rejected"), means))
-
-
-def dpo(args):
-    """Direct preference optimization; a row is a pair."""
-    config, tokenizer = open_init(args)
-    records = read_records(args.data, functools.partial(read_preference, tokenizer))
-    pairs = {False: [], True: []}       # by whether they are held out
-    for pair, prompt in records:
-        if pair[0] != pair[1] and max(len(answer.ids) for answer in pair) <= args.context:
-            pairs[is_held_out(prompt, args.held_out)].append(pair)
-    args.steps = args.steps or math.ceil(args.epochs * len(pairs[False]) / args.batch)
-    run = setup(args, config, tokenizer, args.batch, pairs[False], width=2)
-    loss_fn = dpo_loss_fn(args, open_reference(run))
-
-    def next_rows(state):
-        begin = state["position"]
-        state["position"] += args.batch
-        return draw(pairs[False], begin, state["position"], args.seed)
+    records = read_records(args.data, functools.partial(read, tokenizer, args.context))
+    rows = [row for row, key in records if row and not is_held_out(key, args.held_out)]
+    held_out = [row for row, key in records if row and is_held_out(key, args.held_out)]
+    args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
+    run = setup(args, config, tokenizer, args.batch, rows, width)
+    loss_fn = functools.partial(objective, open_reference(run) if width == 2 else None, args)
 
     @torch.no_grad()
     def validate():
-        totals = torch.zeros(6, device=run.device)
-        for micro_batch in loader.batch(pairs[True]).micro_batches:
+        batch = loader.batch(held_out)
+        totals = []
+        for micro_batch in batch.micro_batches:
             with run.autocast():
-                totals += run.objective(loss_fn, *(tensor.to(run.device) for tensor in micro_batch))[1]
-        sums = run.sum_over_ranks(*totals.tolist())
-        loss = sums[1] / sums[0]
-        accuracy = dpo_metrics(sums)["accuracy"]
-        return {"val": {"pairs": (loss, accuracy)}}, f"loss {loss:.4f}, accuracy {accuracy:.1%}"
+                loss, sums = run.objective(loss_fn, *(tensor.to(run.device) for tensor in micro_batch))
+            totals.append([loss.item()] + ([] if sums is None else sums.tolist()))
+        weight, loss, *sums = run.sum_over_ranks(batch.weight, *map(sum, zip(*totals)))
+        entry = {"loss": loss / weight, **(metrics(sums) if metrics else {})}
+        words = [f"{name} {value:.4f}" for name, value in entry.items()]
+        return {"val": {args.kind: (loss / weight, entry.get("accuracy"))}}, ", ".join(words)
 
-    loader = RowLoader(run, next_rows, {"position": 0}, weight=len)
-    left, held_out = (len(pairs[side]) for side in (False, True))
-    about = f"{left:,} pairs, {held_out:,} held out, {len(records) - left - held_out:,} too long or equal left out"
-    train.train(run, loader, loss_fn, validate if held_out else None, dpo_metrics, about)
+    def next_rows(state):
+        return draw(state, rows, args.batch, args.seed)
+
+    loader = RowLoader(run, next_rows, {"position": 0}, weight)
+    unfit = len(records) - len(rows) - len(held_out)
+    about = f"{len(rows):,} rows, {len(held_out):,} held out, {unfit:,} with nothing to learn or too long"
+    train.train(run, loader, loss_fn, validate if held_out else None, metrics, about)
 
 
-def grpo_loss_fn(args, reference):
-    def loss_fn(model, tokens, targets, advantages, old):
-        if args.updates == 1 and args.temperature == 1 and not args.kl:
-            # on policy every ratio is 1, and the gradient that of cross-entropy weighted with the advantage
-            return model(tokens, targets=targets, weights=advantages)[0], None
-        log_probs = token_log_probs(model, tokens, targets, args.temperature)   # this and what follows: 0 outside answers
-        old = log_probs.detach() if args.updates == 1 else old
-        losses, clipped = clipped_surrogate(log_probs, old, advantages)
-        divergence = torch.zeros_like(losses)
-        if args.kl:
-            with torch.no_grad():
-                reference_log_probs = token_log_probs(reference, tokens, targets, args.temperature)
-            divergence = kl(log_probs, reference_log_probs)
-        sums = torch.stack([(targets >= 0).sum(), -log_probs.sum(), clipped.sum(), divergence.sum()])
-        return (losses + args.kl * divergence).sum(), sums.detach()
-    return loss_fn
+def policy_objective(reference, args, model, tokens, targets, advantages, old):
+    """-> sum of losses; number of tokens, and over them sums of -log p, whose mean is the entropy, of clipped
+    ratios, and of the divergence."""
+    if args.updates == 1 and not args.kl:
+        return cross_entropy(reference, args, model, tokens, targets, advantages)
+    log_probs = token_log_probs(model, tokens, targets)
+    old = log_probs.detach() if args.updates == 1 else old
+    losses, clipped = clipped_surrogate(log_probs, old, advantages)
+    divergence = torch.zeros_like(losses)
+    if args.kl:
+        with torch.no_grad():
+            reference_log_probs = token_log_probs(reference, tokens, targets)
+        divergence = kl(log_probs, reference_log_probs)
+    sums = torch.stack([(targets >= 0).sum(), -log_probs.sum(), clipped.sum(), divergence.sum()])
+    return (losses + args.kl * divergence).sum(), sums.detach()
 
 
 def grpo(args):
     """Group relative policy optimization: rollout, normalize, update; a row is an answer of the model's own.
 
-    As DAPO without its extras: each token counts the same, two clipping bounds. Groups of equal rewards are left out
-    without --kl, since nothing is learned from them; with it they stay, and are held near --init.
+    As DAPO without its extras: each token counts the same, two clipping bounds. Groups of equal rewards are
+    dropped, since they teach nothing; with --kl they stay, and are held near --init.
     """
     config, tokenizer = open_init(args)
-    read = functools.partial(read_problem, tokenizer)
-    problems = [problem for problem in read_records(args.data, read) if len(problem["ids"]) < args.context]
-    tests = read_records(args.val, read)
-    run = setup(args, config, tokenizer, args.prompts * args.num_generations // args.updates, problems)
+    problems = read_records(args.data, functools.partial(read_problem, tokenizer))
+    problems = [problem for problem in problems if len(problem["ids"]) < args.context]
+    run = setup(args, config, tokenizer, -(-args.prompts // args.updates) * args.num_generations, problems)
 
     def next_rows(state):
         if not state["steps"]:
-            begin = state["position"]
-            state["position"] += args.prompts
-            drawn = draw(problems, begin, state["position"], args.seed)
+            drawn = draw(state, problems, args.prompts, args.seed)
             drawn = [problem for problem in drawn for _ in range(args.num_generations)]
-            answers, passed = zip(*solve_together(run, drawn, args.temperature, begin))
+            answers, passed = zip(*solve_together(run, drawn, state["position"]))
             advantages = group_advantages(torch.tensor(passed).view(args.prompts, -1))
-            groups = []
-            for i, group in enumerate(advantages.tolist()):
-                if args.kl or any(group):
-                    group_answers = answers[i * len(group):(i + 1) * len(group)]
-                    groups.append([[answer._replace(advantage=a)] for answer, a in zip(group_answers, group)])
-            parts = [sum(groups[i::args.updates], []) for i in range(args.updates)]
-            state["steps"] = [sorted(part, key=lambda row: -len(row[0].ids)) for part in parts]
-            state["metrics"] = {"pass@1": mean(passed), "length": mean_length(answers),
+            rows = []
+            for answer, advantage in zip(answers, advantages.flatten().tolist()):
+                rows.append([answer._replace(advantage=advantage)])
+            size = args.num_generations
+            groups = [rows[begin:begin + size] for begin in range(0, len(rows), size)]
+            groups = [group for group, values in zip(groups, advantages) if args.kl or values.any()]
+            state["steps"] = [sum(groups[i::args.updates], []) for i in range(args.updates)]
+            state["metrics"] = {"pass@1": mean(passed), "length": count_targets(rows) / len(rows),
                                 "dropped": 1 - len(groups) / args.prompts}
-        return state["steps"].pop(0)
+        return [[Answer(*answer) for answer in row] for row in state["steps"].pop(0)]
 
     def log_entry(sums):
         means = [value / max(sums[0], 1) for value in sums[1:]]
         return loader.state["metrics"] | dict(zip(("entropy", "clipped", "kl"), means))
 
-    def validate():
-        answers, passed = zip(*solve_together(run, tests, 0.0, 0))
-        words = f"pass@1 {mean(passed):.1%} of {len(tests)} problems, {mean_length(answers):.1f} tokens an answer"
-        return {"val": {"problems": (mean(passed), mean_length(answers))}}, words
-
-    loader = RowLoader(run, next_rows, {"position": 0, "steps": [], "metrics": {}},
-                       weight=lambda rows: sum(len(ids) - start for row in rows for ids, start, *_ in row))
-    loss_fn = grpo_loss_fn(args, open_reference(run) if args.kl else None)
-    about = f"{len(problems):,} problems; {args.prompts} x {args.num_generations} answers for each {args.updates} steps"
-    train.train(run, loader, loss_fn, validate if tests else None, log_entry, about, {"key": "pass@1", "unit": "pass@1"})
-
-
-def mean_length(answers):
-    return mean(len(answer.ids) - answer.start for answer in answers)
+    loader = RowLoader(run, next_rows, {"position": 0, "steps": [], "metrics": {}}, count_targets)
+    loss_fn = functools.partial(policy_objective, open_reference(run) if args.kl else None, args)
+    about = f"{len(problems):,} problems; {args.prompts} x {args.num_generations} answers at a time"
+    train.train(run, loader, loss_fn, None, log_entry, about, {"key": "pass@1", "unit": "pass@1"})
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -551,7 +555,7 @@ def mean_length(answers):
 
 
 def subdivide(success, tokens, log_probs, gap):
-    """Pivotal token search (phi-4, arXiv 2412.08905, section 4.3): yields (tokens before, token, what it changes).
+    """Pivotal token search (phi-4, arXiv 2412.08905, section 4.3): yields (tokens before, token, its change).
 
     success(tokens): the chance of it after these tokens. A part of the answer over which it moves by `gap` is
     halved where half of its cost, -log p, is spent, down to single tokens; other parts are left alone, though
@@ -583,14 +587,16 @@ def likeliest_others(model, ids, token):
 def pivotal_pairs(model, tokenizer, problem, args):
     """Yields preferences between single tokens of the model's own answers to a problem.
 
-    The search compares many estimates and takes the extreme ones, so part of each gap that it finds is luck. A pair
-    is written if four times as many fresh answers, which took no part in the search, show the gap again.
+    The search compares many estimates and takes the extreme ones, so part of each gap that it finds is luck.
+    A pair is written if four times as many fresh answers, which took no part in the search, show the gap again.
     """
     prompt = problem["ids"]
 
     def sample(begun, count, stage):
+        problems = [{**problem, "begun": begun}] * count
         seeds = [hash_of(args.seed, prompt, begun, stage, i) for i in range(count)]
-        return solve(model, tokenizer, [{**problem, "begun": begun}] * count, args, args.temperature, seeds)
+        answers, texts = rollout(model, tokenizer, problems, args, seeds)
+        return answers, rewards(problems, texts)
 
     @functools.cache
     def success(begun):
@@ -599,18 +605,17 @@ def pivotal_pairs(model, tokenizer, problem, args):
     answers, passed = sample((), args.samples, "search")
     if not 0.2 <= mean(passed) <= 0.8:       # as in the paper: what is always or never solved has no pivot
         return
-    for ids in answers[passed.index(1.0)], answers[passed.index(0.0)]:
-        log_probs, = answer_log_probs(model, [Answer(prompt + ids, len(prompt))], 1, args.context)
-        for begun, token, change in subdivide(success, tuple(ids), log_probs, args.gap):
+    for answer in answers[passed.index(1.0)], answers[passed.index(0.0)]:
+        log_probs, = answer_log_probs(model, [make_answer(prompt, answer)], 1)
+        for begun, token, change in subdivide(success, tuple(answer), log_probs, args.gap):
             others = likeliest_others(model, [*prompt, *begun], token)
             other = min(others, key=lambda other: change * success((*begun, other)))
             pair = (token, other) if change > 0 else (other, token)
             odds = [mean(sample((*begun, side), 4 * args.samples, "confirm")[1]) for side in pair]
             if odds[0] - odds[1] >= args.gap:
-                chosen, rejected = pair
-                yield {"prompt": tokenizer.decode([*prompt, *begun]), "chosen": tokenizer.decode([chosen]),
-                       "rejected": tokenizer.decode([rejected]), "odds": odds, "task_id": problem.get("task_id"),
-                       "ids": {"prompt": [*prompt, *begun], "chosen": [chosen], "rejected": [rejected]},
+                ids = {"prompt": [*prompt, *begun], "chosen": [pair[0]], "rejected": [pair[1]]}
+                texts = {side: tokenizer.decode(side_ids) for side, side_ids in ids.items()}
+                yield {**texts, "odds": odds, "task_id": problem.get("task_id"), "ids": ids,
                        "tokenizer": tokenizer.fingerprint}
 
 
@@ -628,18 +633,23 @@ def pivotal(args):
         finished = True
     finally:        # what was found before an interruption took time too
         path = synth.write_output(args.out, pairs.values(), lambda: finished)
-        hint = "" if pairs else "; give more problems, a smaller --gap, or a model that solves some of them sometimes"
-        print(f"{path or 'nothing written'}: {len(pairs):,} pairs from {len(problems):,} problems{hint}")
+        print(f"{path or 'nothing written'}: {len(pairs):,} pairs from {len(problems):,} problems")
+        if not pairs:
+            print("give more problems, a smaller --gap, or a model that solves some of them sometimes")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# The command
 
 
+SFT = dict(read=read_chat, objective=cross_entropy, weight=count_targets)
+DPO = dict(read=read_preference, objective=preference_objective, weight=len, metrics=preference_metrics,
+           width=2)
 KINDS = {
-    "sft": (sft, "learn from chats", "runs/sft"),
-    "dpo": (dpo, "learn from preferences", "runs/dpo"),
+    "sft": (functools.partial(finetune, **SFT), "learn from chats", "runs/sft"),
+    "dpo": (functools.partial(finetune, **DPO), "learn from preferences", "runs/dpo"),
     "grpo": (grpo, "learn from rewards", "runs/grpo"),
-    "pivotal": (pivotal, "search for the tokens that decide, write preferences between them", "data/pivotal.jsonl")}
+    "pivotal": (pivotal, "write preferences between the single tokens that decide", "data/pivotal.jsonl")}
 
 
 def parse_options(arguments=None):
@@ -652,26 +662,25 @@ def parse_options(arguments=None):
     for kind, (_, about, out) in KINDS.items():
         sub = kinds.add_parser(kind, help=about, description=f"{about}; see align.py -h")
         option = sub.option
-        is_dataset = kind in ("sft", "dpo")
+        is_finetuning = kind in ("sft", "dpo")
         option("--init", "runs/phi", "run directory, Hugging Face directory or hub name to start from")
-        option("--data", None if is_dataset else ["data/exercises.jsonl"], "chats, preferences or problems, .jsonl or "
-               ".jsonl.gz", nargs="+", metavar="FILE", required=is_dataset)
+        files = None if is_finetuning else ["data/exercises.jsonl"]
+        option("--data", files, "chats, preferences or problems, .jsonl or .jsonl.gz", nargs="+",
+               metavar="FILE", required=is_finetuning)
         option("--out", out, "what to write")
-        option("--context", None, "tokens of a prompt and its answer (default: --init's, at most 2048)", type=several)
-        if is_dataset:
-            option("--epochs", 3.0 if kind == "sft" else 1.0, "passes over the data, where --steps is not given", type=positive)
+        option("--context", None, "tokens of a prompt with its answer (default: --init's, at most 2048)",
+               type=several)
+        if is_finetuning:
+            option("--epochs", 3.0 if kind == "sft" else 1.0, "passes over the data, without --steps",
+                   type=positive)
+            option("--batch", 32, "chats or pairs a step, over all processes", type=count)
             option("--held-out", 0.05, "share of the data to validate on", type=fraction)
         else:
             option("--max-tokens", 256, "tokens of an answer at most", type=count)
-            option("--temperature", 1.0, "of sampling", type=positive)
             option("--batch-size", 64, "answers generated at once", type=count)
-        if kind == "sft":
-            option("--batch-tokens", 4096, "tokens a step, over all processes", type=several)
         if kind == "dpo":
-            option("--batch", 32, "pairs a step, over all processes", type=count)
             option("--beta", 0.1, "how strongly --init is held on to", type=positive)
         if kind == "grpo":
-            option("--val", [], "problems solved greedily at each validation", nargs="+", metavar="FILE")
             option("--prompts", 16, "problems sampled at once", type=count)
             option("--num-generations", 8, "answers to each problem", type=several)
             option("--updates", 1, "optimizer steps made from them, each on its share", type=count)
@@ -683,13 +692,10 @@ def parse_options(arguments=None):
         else:
             option("--steps", 100 if kind == "grpo" else None, "optimizer steps", type=count)
             train.loop_options(option)
-            sub.set_defaults(continue_from=None, prompt_weight=0.0, skip=None, val_tokens=1 << 20, optimizer="adamw",
-                             weight_decay=0.0, lr=2e-5 if kind == "sft" else 1e-6, warmup=0.1, warmdown_frac=0.9,
-                             final_lr=0.0, val_every=100, save_every=100, log_every=1 if kind == "grpo" else 10)
-    args = parser.parse_args(arguments)
-    if args.kind == "grpo" and args.prompts % args.updates:
-        parser.error(f"--prompts {args.prompts} must be a multiple of --updates {args.updates}")
-    return args
+            sub.set_defaults(continue_from=None, optimizer="adamw", weight_decay=0.0, warmup=0.1,
+                             lr=2e-5 if kind == "sft" else 1e-6, warmdown_frac=0.9, final_lr=0.0,
+                             val_every=100, save_every=100, log_every=1 if kind == "grpo" else 10)
+    return parser.parse_args(arguments)
 
 
 @data.command()
