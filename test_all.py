@@ -11,8 +11,8 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import glob
 import functools
+import glob
 import gzip
 import hashlib
 import http.client
@@ -115,35 +115,154 @@ def assert_as_exact(got, eager, exact, length, what=""):
 
 # ------------------------------------------------------------------ kernels
 
-@pytest.mark.parametrize("T,S,causal", [(7, 7, True), (1, 13, False), (5, 13, True)])
-def test_attention_matches_repeated_heads(T, S, causal):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 6, T, 8) * 3, torch.randn(3, 2, S, 8), torch.randn(3, 2, S, 8)
-    keep = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
+def visible_keys(positions, S, window, documents, blocksparse, H):
+    """attention_mask's definition, one pair of a query and a key at a time."""
+    B, T = positions.shape
+    mask = torch.zeros(B, H, T, S, dtype=torch.bool)
+    for b, h, t, key in itertools.product(range(B), range(H), range(T), range(S)):
+        position = int(positions[b, t])
+        sees = key <= position and (window is None or key > position - window)
+        sees = sees and (documents is None or documents[b, key] == documents[b, position])
+        if blocksparse:
+            block, local, stride = blocksparse
+            distance = position // block - key // block
+            sees = sees and (distance < local or (key // block + h + 1) % stride == 0)
+        mask[b, h, t, key] = sees
+    return mask
 
-    def plainly(q, k, v):
-        scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
-        return scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    eager, exact = plainly(q, k, v), plainly(q.double(), k.double(), v.double())
-    additive = torch.zeros(3, 1, T, S).masked_fill(~keep, -torch.inf)
-    for mask, flag in ((keep, False), (additive, False), (None, causal)):
-        for function in (kernels.attention, kernels.attention_reference):
-            assert_as_exact(function(q, k, v, mask, causal=flag), eager, exact, S)
+
+DOCUMENTS = torch.arange(50) // 19 + torch.tensor([[0], [1]])
+DOCUMENTS[1, :30] = 0
+
+
+@pytest.mark.parametrize("window,documents,blocksparse", [
+    (None, None, None), (7, None, None), (20, DOCUMENTS, None), (None, DOCUMENTS, None), (None, None, (16, 2, 3)),
+    (None, DOCUMENTS, (16, 1, 2))])
+@pytest.mark.parametrize("positions", [torch.arange(50)[None], torch.arange(5) + torch.tensor([[45], [20]]), torch.tensor([[49]])])
+def test_attention_mask_is_its_definition(window, documents, blocksparse, positions):
+    if documents is not None and positions.shape[1] < 50:
+        documents = None
+    ranges = kernels.kv_ranges(positions, window, documents)
+    got = kernels.attention_mask(positions, 50, ranges, blocksparse, 3)
+    B = len(positions) if documents is None else 2
+    want = visible_keys(positions.expand(B, -1), 50, window, documents, blocksparse, 3)
+    if got is None:
+        got = torch.arange(50) <= positions[:, None, :, None]
+    assert torch.equal(got.expand(want.shape), want)
+    if ranges is not None and positions.shape[1] == 50:  # one past the last query that sees a key
+        last = torch.where(want[:, 0], torch.arange(50)[:, None] + 1, 0).amax(1)
+        assert torch.equal(ranges[1].expand(B, -1), last.int()) or blocksparse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T,S", [(7, 7), (1, 13), (5, 13)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_matches_repeated_heads(dtype, T, S, grad):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, T, 6, 8) * 3, torch.randn(3, S, 2, 8), torch.randn(3, S, 2, 8)
+    q, k, v = (x.to(dtype).requires_grad_(grad) for x in (q, k, v))
+    repeated = [x.double().repeat_interleave(3, 2) for x in (k, v)]
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), repeated[0]) * 0.3
+    scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril(S - T), -torch.inf)
+    want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), repeated[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert (kernels.attention(q, k, v, 0.3) - want).abs().max() < tolerance
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 4), value=9.0) for x in (k, v)]  # a static cache, filled to S
+    assert (kernels.attention(q, *padded, 0.3, kv_len=torch.tensor([S] * 3)) - want).abs().max() < tolerance
+
+
+def test_norms_rotary_and_activations_are_their_formulas():
+    torch.manual_seed(0)
+    x, residual, w, b = torch.randn(5, 7, 24) * 3, torch.randn(5, 7, 24), torch.rand(24) + 0.5, torch.randn(24)
+    total = (x + residual).double()
+    rms, summed = kernels.rms_norm(x, w, 1e-5, residual)
+    assert torch.equal(summed, x + residual)
+    assert (rms - total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w).abs().max() < 1e-5
+    assert torch.equal(kernels.rms_norm(summed, w, 1e-5), rms)
+    centered = total - total.mean(-1, keepdim=True)
+    layer, _ = kernels.layer_norm(x, w, b, 1e-5, residual)
+    assert (layer - (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b)).abs().max() < 1e-5
+    gate, up = x.double().chunk(2, -1)
+    assert (kernels.swiglu(x) - gate / (1 + (-gate).exp()) * up).abs().max() < 1e-5
+    tanh = (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate ** 3)).tanh()
+    assert (kernels.geglu(x) - gate * (1 + tanh) / 2 * up).abs().max() < 1e-5
+    gate, up = (gate * 5).clamp(max=20), (up * 5).clamp(-20, 20)
+    assert (kernels.geglu_clamped(x * 5) - gate * (1.702 * gate).sigmoid() * (up + 1)).abs().max() < 1e-4
+    q, k, angle = torch.randn(2, 9, 3, 20), torch.randn(2, 9, 1, 20), torch.randn(2, 9, 6) * 3
+    for angles in (angle, angle[:1], angle[0]):
+        turned = kernels.rotary(q, k, angles.cos(), angles.sin())
+        for before, after in zip((q, k), turned, strict=True):
+            pairs = torch.view_as_complex(torch.stack((before[..., :6], before[..., 6:12]), -1))
+            pairs = pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+            assert (after - torch.cat((pairs.real, pairs.imag, before[..., 12:]), -1)).abs().max() < 1e-5
 
 
 def test_loss_weights_and_all_ignored():
     torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    targets, weights = torch.randint(11, (2, 5)), torch.rand(2, 5)
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets, weights = torch.randint(11, (2, 5)), torch.randn(2, 5)  # of either sign: GRPO's are advantages
     targets[0, 1] = targets[1, 4] = -1
-    lp = (hidden @ weight.T).log_softmax(-1)
-    want = sum(-lp[b, t, targets[b, t]] * weights[b, t] for b in range(2) for t in range(5) if targets[b, t] >= 0)
-    total, count = kernels.cross_entropy(hidden, weight, targets, weights)
+    log_probs = (x @ weight.T).log_softmax(-1)
+    kept = [(b, t) for b in range(2) for t in range(5) if targets[b, t] >= 0]
+    want = sum(-log_probs[b, t, targets[b, t]] * weights[b, t] for b, t in kept)
+    total, count = kernels.cross_entropy(x, weight, targets, weights)
     assert torch.allclose(total, want) and torch.allclose(count, weights[targets >= 0].sum())
-    assert kernels.cross_entropy(hidden, weight, targets)[1] == 8
-    total, count = kernels.cross_entropy(hidden, weight, torch.full((2, 5), -1))
+    assert kernels.cross_entropy(x, weight, targets)[1] == 8
+    total, count = kernels.cross_entropy(x, weight, torch.full((2, 5), -1))
     total.backward()
-    assert total == 0 and count == 0 and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    assert total == 0 and count == 0 and torch.isfinite(x.grad).all() and torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.skipif(kernels.INTERPRETED, reason="for the kernels such a target counts as -1")
+def test_loss_names_a_target_outside_the_vocabulary():
+    with pytest.raises(IndexError, match="11"):
+        kernels.cross_entropy(torch.randn(3, 8), torch.randn(11, 8), torch.tensor([0, 11, 2]))
+
+
+def test_launch_makes_the_tensors_device_current(monkeypatch):
+    """Triton launches on the current device, whatever the tensors are on: `--device cuda:1` wrote through GPU 0."""
+    current, seen = [], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = {(2,): lambda *args, **constants: seen.append((*current, *args, constants))}
+    kernels.launch(kernel, (2,), torch.device("cuda:1"), "x", BLOCK=3)
+    assert seen == [(torch.device("cuda:1"), "x", {"BLOCK": 3})]
+    with open(kernels.__file__) as file:
+        assert file.read().count("kernel[grid](") == 1
+
+
+def test_sequences_times_heads_may_pass_65535():
+    x = torch.empty(40_000, 100, 2, 64, device="meta")
+    assert kernels._grid(x, "BLOCK_M")({"BLOCK_M": 64}) == (80_000, 2)
+
+
+@pytest.mark.skipif(kernels.INTERPRETED, reason="CPUs' own products")
+@pytest.mark.parametrize("bits,rows,width,group,packs", [
+    (4, 64, 128, 32, True), (4, 48, 128, 64, True), (8, 50, 128, 128, True), (4, 50, 128, 64, False),
+    (4, 48, 128, 16, False), (8, 50, 128, 64, False), (8, 50, 72, 72, False)])
+def test_quantized_products_on_cpus(bits, rows, width, group, packs):
+    torch.manual_seed(0)
+    weight = torch.randn(rows, width)
+    quantized = kernels.quantize(weight, bits, group)
+    restored = kernels.dequantize(*quantized, bits)
+    scale = quantized[1].float().repeat_interleave(group, 1)
+    assert ((restored - weight).abs() <= {4: 5, 8: 0.51}[bits] * scale).all()      # 4 bits may cut a range short
+    assert (restored - weight).norm() < {4: 0.12, 8: 0.01}[bits] * weight.norm()
+    pack = kernels.pack_for_cpu(*quantized, bits)
+    assert (pack is not None) == packs
+    for count in (1, 16, 17):
+        x = torch.randn(count, 1, width)
+        got = kernels.quantized_linear(x, *quantized, bits, pack)
+        assert got.dtype == x.dtype and got.shape == (count, 1, rows)
+        want = x @ restored.T
+        assert (got - want).norm() < 0.01 * want.norm()                            # activations are bf16
+    picked = torch.tensor([3, 0, 3])
+    assert torch.equal(kernels.dequantize(*(part[picked] for part in quantized), bits), restored[picked])
 
 
 # ------------------------------------------------------------------ model
@@ -212,19 +331,21 @@ def test_block_compiles_without_breaks(documents):
 
 # ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
 
-def compare(ours, reference, inputs, dtype, length):
-    """Outputs and all gradients for random upstream gradients, against fp64."""
+def compare(ours, reference, inputs, dtype, tolerance=2e-6):
+    """Outputs and all gradients for random upstream gradients: at most twice as far from float64 as plain PyTorch is in this type."""
     results = []
     for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float64)):
-        xs = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
-        with in_double() if to == torch.float64 else contextlib.nullcontext():
-            ys = function(*xs)
-        ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y is not None]
+        leaves = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         torch.manual_seed(1)
-        torch.autograd.backward(ys, [torch.randn(y.shape).to(dtype).to(y.dtype) for y in ys])
-        results.append([*ys, *(x.grad for x in xs)])
+        upstream = [torch.randn(y.shape).to(dtype).to(y.dtype) for y in outputs]
+        torch.autograd.backward(outputs, upstream)
+        results.append([*outputs, *(x.grad for x in leaves)])
     for n, (got, eager, exact) in enumerate(zip(*results, strict=True)):
-        assert_as_exact(got, eager, exact, length, f"result {n}")
+        size = exact.abs().max().item()
+        error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
+        assert size > 0 and error <= 2 * allowed + tolerance * size, (n, error, allowed, size)
 
 
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that test_kernels_under_the_interpreter starts")
@@ -232,94 +353,114 @@ HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 
 
 @interpreted
-@HALF_AND_FULL
-@pytest.mark.parametrize("D,T,window,packed,sparse", [(64, 70, None, False, None), (80, 37, 20, False, None), (96, 70, None, True, None), (128, 33, 7, True, None),
-                                                      (256, 35, None, False, None), (64, 90, None, False, (16, 2, 3)), (80, 75, None, True, (16, 2, 3))])
-def test_interpreted_attention(dtype, D, T, window, packed, sparse):
+@pytest.mark.parametrize("dtype,D,T,S,window,starts,blocksparse", [
+    (torch.float32, 64, 70, 70, None, None, None), (torch.float16, 80, 37, 37, 20, None, None),
+    (torch.float32, 96, 70, 70, None, [[13], [29]], None), (torch.float16, 128, 33, 33, 7, [[13], [29]], None),
+    (torch.float16, 256, 35, 35, None, None, None), (torch.float32, 20, 40, 40, None, None, None),
+    (torch.float32, 64, 5, 9, None, None, None), (torch.float16, 64, 9, 30, None, None, None),
+    (torch.float16, 64, 70, 70, None, None, (16, 1, 3)), (torch.float32, 80, 70, 70, None, [[20], [40]], (16, 2, 3)),
+    (torch.float32, 64, 40, 90, None, None, (16, 1, 2))])
+def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     torch.manual_seed(0)
-    B, H, kv = 2, 4, 2
-    columns = torch.arange(T).expand(B, T).contiguous()
-    low = (columns - window + 1).clamp(min=0) if window else torch.zeros_like(columns)
-    if packed:
-        low = torch.maximum(low, torch.where(columns >= torch.tensor([[13], [29]]), torch.tensor([[13], [29]]), 0))
-    bounds = torch.stack((low, torch.searchsorted(low, columns, right=True))).int() if window or packed else None
-    mask = kernels.interval_mask(low, T, sparse, H)
-    inputs = torch.randn(B, T, H, D) * 2, torch.randn(B, T, kv, D), torch.randn(B, T, kv, D)
+    positions = torch.arange(S - T, S)[None]
+    documents = torch.arange(T) // torch.tensor(starts) if starts else None
+    ranges = kernels.kv_ranges(positions, window, documents)
+    mask = kernels.attention_mask(positions, S, ranges, blocksparse, 4)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    inputs = torch.randn(2, T, 4, D) * 2, torch.randn(2, S, 2, D), torch.randn(2, S, 2, D)
+    scale = D ** -0.5 * 1.3
+    compare(lambda q, k, v: kernels.attention(q, k, v, scale, kv_ranges=ranges, blocksparse=blocksparse),
+            lambda q, k, v: kernels.attention_reference(q, k, v, scale, mask), inputs, dtype, 2e-6 if T == S else 1e-5)
 
-    def heads_first(function):
-        return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v)))
-    compare(heads_first(lambda q, k, v: kernels.attention(q, k, v, bounds, D ** -0.5 * 1.3, bounds is None, sparse)),
-            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype, max(D, T))
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 5, 30])
+@pytest.mark.parametrize("dtype,D,window,blocksparse", [
+    (torch.float16, 80, None, None), (torch.float32, 64, 19, None), (torch.float16, 64, None, (16, 2, 3))])
+def test_interpreted_decoding_over_a_static_cache(dtype, T, D, window, blocksparse):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, heads, D).to(dtype) for n, heads in ((T, 6), (400, 2), (400, 2)))
+    for kv_len in (torch.tensor([30, 31]), torch.tensor([400, 99])):
+        positions = kv_len[:, None] - T + torch.arange(T)
+        ranges = kernels.kv_ranges(positions, window)
+        mask = kernels.attention_mask(positions, 400, ranges, blocksparse, 6)
+        exact = kernels.attention_reference(*(x.double() for x in (q, k, v)), D ** -0.5, mask)
+        eager = kernels.attention_reference(q, k, v, D ** -0.5, mask)
+        got = kernels.attention(q, k, v, D ** -0.5, kv_ranges=ranges, kv_len=kv_len, blocksparse=blocksparse)
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2e-6
 
 
 @interpreted
 @HALF_AND_FULL
-@pytest.mark.parametrize("S", [1, 5, 70, 333])
-def test_interpreted_decoding_and_continued_prompts(dtype, S):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_interpreted_loss(dtype, biased, rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 0)
     torch.manual_seed(0)
-    low = torch.tensor([0, min(S - 1, 40)])
-    for D, T in ((80, 1), (64, min(S, 19))):
-        q, k, v = torch.randn(2, 6, T, D).to(dtype), torch.randn(2, 2, S, D).to(dtype), torch.randn(2, 2, S, D).to(dtype)
-        lows = torch.minimum(low[:, None], torch.arange(S))
-        mask = kernels.interval_mask(lows[:, S - T:], S)
-        got = kernels.attention(q, k, v, torch.stack((lows, lows)).int())
-        eager = kernels.attention_reference(q, k, v, mask)
-        with in_double():
-            exact = kernels.attention_reference(q.double(), k.double(), v.double(), mask)
-        assert_as_exact(got, eager, exact, max(D, S))
-
-
-@interpreted
-@HALF_AND_FULL
-def test_interpreted_norms_rotary_and_activations(dtype):
-    torch.manual_seed(0)
-    x, add, w, b = torch.randn(5, 7, 123) * 3, torch.randn(5, 7, 123), torch.rand(123) + 0.5, torch.randn(123)
-    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype, 123)
-    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype, 123)
-    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype, 123)
-    compare(lambda x, a, w, b: kernels.layer_norm(x, w, b, 1e-5, a), lambda x, a, w, b: (kernels.layer_norm_reference(x + a, w, b, 1e-5), x + a),
-            (x, add, w, b), dtype, 123)
-    for name in ("swiglu", "geglu", "geglu_clamped"):
-        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 16)
-    angle = torch.randn(9, 6) * 3
-    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
-    for cos, sin in ((cos, sin), [torch.stack((table, table.flip(0)))[:, None] for table in (cos, sin)]):
-        def plain_rotary(qkv):
-            x = qkv.view(2, 9, 7, 20).transpose(1, 2)
-            qk = kernels.rotary_reference(x[:, :5], cos, sin)
-            return qk[:, :3], qk[:, 3:], x[:, 5:]
-        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype, 2)
-
-
-@interpreted
-@HALF_AND_FULL
-@pytest.mark.parametrize("biased,z_loss", [(False, 0.0), (True, 0.01)])
-def test_interpreted_loss(dtype, biased, z_loss):
-    torch.manual_seed(0)
-    targets, weights = torch.randint(123, (23,)), torch.rand(23)
+    targets, weights = torch.randint(123, (45,)), torch.randn(45)  # advantages are weights of either sign
     targets[3] = targets[20] = -1
+    weights[7] = 0
     bias = [torch.randn(123)] if biased else []
-    compare(lambda h, w, *b: kernels.cross_entropy(h[None], w, targets[None], weights[None], *(b or [None]), z_loss)[0],
-            lambda h, w, *b: kernels.linear_cross_entropy_reference(h, w, targets, weights * (targets >= 0), *(b or [None]), z_loss),
-            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 123)
-    hidden = torch.randn(1, 4, 8, requires_grad=True)
-    total, count = kernels.cross_entropy(hidden, torch.randn(11, 8), torch.full((1, 4), -1))
-    total.backward()
-    assert total == 0 == count and not hidden.grad.any()
+    compare(lambda x, w, *b: kernels.cross_entropy(x[None], w, targets[None], weights[None], *b)[0],
+            lambda x, w, *b: kernels.cross_entropy_reference(x, w, targets, weights * (targets >= 0), *b),
+            [torch.randn(45, 33) * 2, torch.randn(123, 33), *bias], dtype, 1e-5)
+
+
+@interpreted
+def test_interpreted_loss_ignores_what_is_no_word():
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    loss, count = kernels.cross_entropy(x, weight, torch.tensor([3, -1, 11, 10 ** 12, -7, 10]))
+    loss.backward()
+    exact = torch.nn.functional.cross_entropy(x[[0, 5]] @ weight.T, torch.tensor([3, 10]), reduction="sum")
+    assert count == 2 and torch.allclose(loss, exact) and not x.grad[1:5].any() and x.grad[[0, 5]].all()
+    loss, count = kernels.cross_entropy(x, weight, torch.full((6,), -1))
+    assert loss == 0 == count
 
 
 @interpreted
 @HALF_AND_FULL
-@pytest.mark.parametrize("bits", [4, 8])
-def test_interpreted_quantized_products(dtype, bits):
+@pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (8, 64), (8, 16), (8, 192), (4, 96)])
+def test_interpreted_quantized_products(dtype, bits, group):
     torch.manual_seed(0)
-    weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
-    packed, scale, low = kernels.quantize(weight, bits, 32)
-    got = kernels.quantized_matmul(x, packed, scale, low, bits)
-    eager = kernels.quantized_matmul_reference(x, packed, scale, low, bits)
-    with in_double():
-        exact = kernels.quantized_matmul_reference(x.double(), packed, scale, low, bits)
-    assert_as_exact(got, eager, exact, 128)
+    weight, x = torch.randn(50, 192).to(dtype), torch.randn(2, 3, 192).to(dtype)
+    quantized = kernels.quantize(weight, bits, group)
+    restored = kernels.dequantize(*quantized, bits)
+    exact = x.double() @ restored.double().T
+    eager = x @ restored.to(dtype).T
+    got = kernels.quantized_linear(x, *quantized, bits)
+    assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 3e-6 * exact.abs().max()
+
+
+@interpreted
+def test_interpreted_pointers_pass_int32():
+    """300,000 tokens of phi-3-mini's qkv, 9,216 wide, are more than 2^31 numbers."""
+    tl = kernels.tl
+
+    @kernels.jit
+    def distances(X, OUT, start, stride, META: tl.constexpr):
+        pointers, _ = kernels._pointers((X, stride), start, start + 16, META, 0, 16)
+        tl.store(OUT + tl.arange(0, 16), tl.max((pointers.to(tl.int64) - X.to(tl.int64)) // 4, 1))
+    out = torch.zeros(16, dtype=torch.int64)
+    meta = kernels.Meta(*map(tl.constexpr, (16, 16, 0, *[1] * 9)))
+    distances[(1,)](torch.zeros(1), out, 300_000, 9216, meta)
+    assert out.tolist() == [(300_000 + row) * 9216 + 15 for row in range(16)]
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_interpreted_attention_stays_whole_when_compiled(backend):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 20, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    ranges = kernels.kv_ranges(torch.arange(20)[None], 7)
+
+    def loss(q, k, v):
+        return kernels.attention(q * 2, k, v, 0.3, kv_ranges=ranges).square().sum()
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*inputs), inputs)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
 
 
 @interpreted
@@ -334,11 +475,14 @@ def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
         total, _ = m(x, documents, targets=x.roll(-1, 1))
         total.backward()
         with torch.no_grad():
-            cache = model.Cache(m.config, [0, 0], 36, "cpu", torch.float32)
+            cache = model.KVCache(m.config, 2, 40, "cpu", torch.float32)
             parts = [m(x[:, :30], cache=cache), m(x[:, 30:34], cache=cache), m(x[:, 34:35], cache=cache)]
-            return [m(x), total.detach(), *parts, *(p.grad.clone() for p in m.parameters()), m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 3)]
+            m.hidden(x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1]))   # rows of unequal lengths
+            parts.append(m(x[:, 35:36], cache=cache))
+            text = m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 3)
+            return [m(x), total.detach(), *parts, *(p.grad.clone() for p in m.parameters()), text]
     *ours, text = everything()
-    monkeypatch.setattr(kernels, "fused", lambda device: False)
+    monkeypatch.setattr(kernels, "use_triton", lambda x: False)
     *wanted, plain_text = everything()
     assert text == plain_text and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, wanted, strict=True))
 
@@ -365,23 +509,119 @@ def test_kernels_under_the_interpreter():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
 
 
-def compile_one(chip, n):
-    label, kernel, constants = kernels.compile_cases(chip, every=False)[n]
-    return label, kernels.compile_for(chip, kernel, constants)
+# backend, version, threads a warp, shared memory in kB of a block
+CHIPS = {"sm_80": ("cuda", 80, 32, 163), "sm_86": ("cuda", 86, 32, 99), "sm_90": ("cuda", 90, 32, 227),
+         "gfx942": ("hip", "gfx942", 64, 64)}
+
+
+def recorded_launches(call):
+    """What the public functions would launch on a GPU: [(kernel, arguments, constants)]."""
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "use_triton", lambda x: True)
+        patch.setattr(kernels, "launch", lambda kernel, grid, device, *args, **constants:
+                      launches.append((kernel, args, constants)))
+        call()
+    return launches
+
+
+def attend(D, window=None, blocksparse=None, dtype=torch.bfloat16):
+    q, k, v = (torch.zeros(1, 64, heads, D, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+    ranges = kernels.kv_ranges(torch.arange(64)[None], window)
+    kernels.attention(q, k, v, 0.1, kv_ranges=ranges, blocksparse=blocksparse).sum().backward()
+
+
+def decode(D):
+    q, k, v = (torch.zeros(2, T, heads, D, dtype=torch.bfloat16) for T, heads in ((1, 8), (64, 2), (64, 2)))
+    kernels.attention(q, k, v, 0.1, kv_len=torch.tensor([50, 60]))
+
+
+def multiply_quantized(bits, group):
+    quantized = kernels.quantize(torch.zeros(64, 512), bits, group)
+    kernels.quantized_linear(torch.zeros(1, 512, dtype=torch.bfloat16), *quantized, bits)
+
+
+def take_loss():
+    x, weight = torch.zeros(64, 128, requires_grad=True), torch.zeros(4096, 128)
+    kernels.cross_entropy(x, weight, torch.zeros(64, dtype=torch.long))
+
+
+COMPILE_CASES = {
+    **{f"attention D {D}": functools.partial(attend, D) for D in (64, 80, 96, 128, 256)},
+    **{f"attention D {D} window": functools.partial(attend, D, 32) for D in (64, 80, 96, 128, 256)},
+    "attention D 128 blocksparse": functools.partial(attend, 128, None, (64, 16, 8)),
+    **{f"decode D {D}": functools.partial(decode, D) for D in (64, 80, 96, 128, 256)},
+    **{f"int{bits} groups of {group}": functools.partial(multiply_quantized, bits, group)
+       for bits, group in ((4, 32), (4, 64), (8, 16), (8, 512))},
+    "loss": take_loss}
+QUICK_CASES = ("attention D 96 window", "attention D 256", "decode D 80", "int4 groups of 32", "int8 groups of 16", "loss")
+
+
+def compile_kernel(chip, kernel, args, constants):
+    """Machine code without a GPU -> registers, spilled bytes, kB of shared memory, whether the matrix units serve."""
+    triton = kernels.triton
+    backend, version, warp, _ = CHIPS[chip]
+    target = triton.backends.compiler.GPUTarget(backend, version, warp)
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_device=lambda: chip, get_current_stream=lambda device: 0, get_current_target=lambda: target))
+    made = kernel.run(*args, grid=(1,), warmup=True, **constants)
+    if backend == "hip":
+        text = usage = made.asm["amdgcn"]
+        patterns = r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)"
+    else:
+        text = made.asm["ptx"]
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        patterns = r"REG:(\d+)", r"STACK:(\d+)"
+    registers, spilled = (int(re.search(pattern, usage)[1]) for pattern in patterns)
+    return registers, spilled, made.metadata.shared / 1024, "mma" in text or "mfma" in text
+
+
+def compile_case(chip, case, every):
+    """Each kernel of the case with its blocks, the smallest first, every one or until one fits the chip: rows of a table."""
+    rows = []
+    for kernel, args, constants in recorded_launches(COMPILE_CASES[case]):
+        choices = [{}]
+        if hasattr(kernel, "configs"):  # autotuned
+            choices = [config.all_kwargs() for config in reversed(kernel.configs)]
+            kernel = kernel.fn
+        for choice in choices:
+            options = {**constants, **choice}
+            made = compile_kernel(chip, kernel, args, options)
+            blocks = "{BLOCK_M}x{BLOCK_N}".format(**options) if "BLOCK_M" in options else "-"
+            rows.append((chip, case, kernel.__name__, blocks, *made, made[2] <= CHIPS[chip][3]))
+            if not every and rows[-1][-1]:
+                break
+    return rows
+
+
+def compiled_cases(cases, every):
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        jobs = list(itertools.product(CHIPS, cases))
+        yield from itertools.chain(*pool.map(compile_case, *zip(*jobs, strict=True), itertools.repeat(every)))
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted kernels are not compiled")
 def test_kernels_compile_for_every_chip():
-    jobs = [(chip, n) for n in range(len(kernels.compile_cases("sm_90", every=False))) for chip in kernels.CHIPS]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        made = list(pool.map(compile_one, *zip(*jobs, strict=True)))
-    for (chip, _), (label, result) in zip(jobs, made, strict=True):
-        assert result["shared"] <= kernels.CHIPS[chip][3] * 1024, (chip, label, result)
-        if chip == "sm_90" and not label.startswith(("attention dQ", "attention dKV")) and "backward" not in label:
-            assert result["spills"] == 0, (chip, label, result)
-        if label.startswith("attention"):
-            assert result["matrix"], (chip, label, result)
+    fitting = {}
+    for chip, case, kernel, _, _, spilled, _, matrix, fits in compiled_cases(QUICK_CASES, every=False):
+        fitting[chip, case, kernel] = fits
+        if fits and kernel == "_attn_fwd":
+            assert spilled == 0 and matrix, (chip, case, kernel)
+    assert len(fitting) == 4 * (3 + 3 + 2 + 1 + 1 + 1) and all(fitting.values()), fitting
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_float32_attention_and_small_groups_have_no_kernel():
+    """Their tiles do not fit shared memory, and products of matrices need 16 columns: PyTorch serves them."""
+    assert recorded_launches(functools.partial(attend, 128, dtype=torch.float32)) == [] or kernels.INTERPRETED
+    assert recorded_launches(functools.partial(attend, 264)) == []
+    for bits, group in ((4, 16), (8, 8)):
+        assert recorded_launches(functools.partial(multiply_quantized, bits, group)) == []
 
 
 # ------------------------------------------------------------------ generate
@@ -5907,6 +6147,14 @@ def skip(layers=12, over=80, steps=600):
                "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
 
 
+def compile_table():
+    """What the compiler makes of every kernel for every chip, without a GPU; the autotuner passes over what does not fit."""
+    print(f"{'chip':8}{'case':30}{'kernel':20}{'blocks':>9}{'registers':>10}{'spilled':>8}{'shared kB':>10}  matrix units")
+    for chip, case, kernel, blocks, registers, spilled, shared, matrix, fits in compiled_cases(COMPILE_CASES, every=True):
+        marks = ("yes" if matrix else "no") + ("" if fits else "   does not fit")
+        print(f"{chip:8}{case:30}{kernel:20}{blocks:>9}{registers:>10}{spilled:>8}{shared:>10.1f}  {marks}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: python test_all.py bench decode [RUN or preset], python test_all.py bench train [preset]
 
@@ -5993,7 +6241,7 @@ def bench_train(preset="baby", rows=16):
             print(f"{str(dtype)[6:]:10}{name:24}{tokens[:, 1:].numel() / min(seconds):12,.0f} tokens/s", flush=True)
 
 
-EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
+EXPERIMENTS = {"compile": compile_table, "growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
 
 BENCHMARKS = {"decode": bench_decode, "train": bench_train}
 

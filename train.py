@@ -27,11 +27,11 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 import warnings
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -87,13 +87,12 @@ class Packer:
         self.load_state_dict({"epoch": 0, "next": 0, "rows": []})
 
     def state_dict(self):
-        rows = [[used, list(spans)] for used, spans in self.rows]
-        return {"epoch": self.epoch, "next": self.next, "rows": rows}
+        return {"epoch": self.epoch, "next": self.next, "rows": list(self.rows)}
 
     def load_state_dict(self, state):
         self.epoch = state["epoch"]
         self.next = state["next"]
-        self.rows = [[used, list(spans)] for used, spans in state["rows"]]
+        self.rows = list(state["rows"])     # of (number of inputs, spans)
         self.cut()
 
     def cut(self):
@@ -116,28 +115,25 @@ class Packer:
         return self
 
     def __next__(self):
-        """The next row, as a list of (start, end) in the token stream; end - start - 1 summed is at most `length`."""
+        """The next row, as (start, end) in the token stream; end - start - 1 summed is at most `length`."""
         while len(self.rows) <= self.OPEN:
             if self.next == len(self.pieces):
                 if self.seed is None:
                     break
-                self.epoch += 1
-                self.next = 0
-                self.cut()
+                self.load_state_dict({"epoch": self.epoch + 1, "next": 0, "rows": self.rows})
             start, end = self.pieces[self.next].tolist()
             self.next += 1
             size = end - start - 1
             fitting = [row for row in self.rows if row[0] + size <= self.length]
-            row = max(fitting, key=lambda row: row[0], default=None)
-            if row is None:
-                row = [0, []]
-                self.rows.append(row)
-            row[0] += size
-            row[1].append((start, end))
+            used, spans = max(fitting, key=itemgetter(0), default=(0, ()))
+            if fitting:
+                self.rows.remove((used, spans))
+            self.rows.append((used + size, (*spans, (start, end))))
         if not self.rows:
             raise StopIteration
-        fullest = max(range(len(self.rows)), key=lambda i: self.rows[i][0])
-        return self.rows.pop(fullest)[1]
+        fullest = max(self.rows, key=itemgetter(0))      # of equal ones the oldest
+        self.rows.remove(fullest)
+        return fullest[1]
 
 
 def collate(rows, length, prompt_weight=1.0):
@@ -525,7 +521,7 @@ LESS_MEMORY = "lower --micro-tokens, add --activation-checkpointing, or use more
 
 def next_token_loss(model, tokens, documents, targets, weights, active_layers=None):
     """-> (weighted sum in nats, nothing else to report)"""
-    return model(tokens, documents, targets, weights, active_layers)[0], None
+    return model(tokens, documents, targets, weights, active_layers)[0], torch.empty(0, device=tokens.device)
 
 
 @torch.no_grad()
@@ -660,16 +656,20 @@ def write_checkpoint(run_directory, state, tensors):
     unfinished = os.path.join(run_directory, "state.tmp")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if is_first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.makedirs(unfinished)
+        os.makedirs(unfinished, exist_ok=True)
     barrier()
     dcp.save(tensors, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
     if is_first:
         models.write_atomically(os.path.join(unfinished, "loop.pt"), lambda file: torch.save(state, file))
-        predecessors = glob.glob(os.path.join(glob.escape(run_directory), "state-*"))
-        os.rename(unfinished, os.path.join(run_directory, f"state-{state['step']:08d}"))
-        for path in predecessors:
-            shutil.rmtree(path)
+        folder = os.path.join(run_directory, f"state-{state['step']:08d}")
+        os.rename(unfinished, folder)
+        remove(os.path.join(glob.escape(run_directory), "state-*"), but=folder)
+
+
+def remove(pattern, but=None):
+    for path in glob.glob(pattern):
+        if path != but:
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 def barrier():
@@ -872,6 +872,8 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
 
+    if rank == 0:
+        remove(os.path.join(glob.escape(args.out), "*.tmp"))        # what a killed process was writing
     identity = {"hparams": {key: getattr(args, key) for key in resume_keys}, "fingerprints": fingerprints or {}}
     checkpoint = source = read_checkpoint(args.out)
     if checkpoint:
@@ -959,7 +961,6 @@ class Log:
         self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
         self.saved_step = step if run.checkpoint else None
         self.peak = measure_peak(run.device, run.dtype)
-        self.step_seconds = []
         self.pending = []   # of each step: loss, norm of the gradient, sums of the loss function
         self.seconds = 0.0
         self.window_tokens = 0
@@ -974,12 +975,6 @@ class Log:
         self.tokens += int(num_tokens)
         self.window_tokens += num_tokens
         self.seconds += seconds
-        self.step_seconds.append(seconds)
-
-    def print_time_left(self, step):
-        seconds = statistics.median(self.step_seconds) * (self.run.args.steps - step)
-        self.run.print0(f"time     about {datetime.timedelta(seconds=round(seconds))} for the "
-                        f"{self.run.args.steps - step:,} steps left, by the first ten")
 
     def draw(self, chart_options):
         if self.run.rank == 0:
@@ -1055,9 +1050,7 @@ def micro_steps(run, module, loss_fn, micro_batches, weight):
                 loss_sum, sums = module(loss_fn, *tensors)
             loss = loss_sum / max(weight, 1e-9)
             (loss * run.world).backward()       # ranks' gradients are averaged
-        parts = loss.detach().reshape(1)
-        if sums is not None:
-            parts = torch.cat([parts, sums.detach()])
+        parts = torch.cat([loss.detach().reshape(1), sums.detach()])
         totals = totals + parts if i > 1 else parts
     return totals
 
@@ -1078,7 +1071,7 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
         loader.state_dict()         as after the last Batch that was given; all ranks call it, and it may use collectives.
                                     Numbers, strings, lists, dicts and tensors: torch.load(weights_only=True) reads it
         loader.load_state_dict(s)   called before the first next, if run.checkpoint
-    loss_fn(model, *tensors) -> (loss_sum, sums): scalar with a gradient; a 1-D tensor without one (or None), such as
+    loss_fn(model, *tensors) -> (loss_sum, sums): scalar with a gradient; a 1-D tensor without one, empty or such as
         rewards and counts, which is added up over micro-batches, ranks and the steps between two records. It is called
         under autocast with the micro-batch on the device.
     log_entry(sums: list of floats, or []) -> dict: what log.jsonl says besides the loss. Called once a logged step on
@@ -1130,8 +1123,12 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
         is_saved = asked or is_last or step % args.save_every == 0
         if is_saved or step % args.log_every == 0:
             progress.set_postfix_str(log.summarize(step, log_entry))
+        if step == first_step + 1:
+            warm = time.perf_counter()      # the first step compiled and took memory
         if step == first_step + 10 and not is_last:
-            log.print_time_left(step)
+            seconds = (time.perf_counter() - warm) / 9 * (args.steps - step)
+            left = datetime.timedelta(seconds=round(seconds))
+            run.print0(f"time     about {left} for the {args.steps - step:,} steps left, by the first ten")
         if is_saved:
             save(run, log, loader, step)
         if asked:
@@ -1149,7 +1146,8 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
         leave()
 
 
-# ---------------------------------------------------------------- the recipe: every stage is one command, printed before it runs, and its product is reused when it is there already
+# ---------------------------------------------------------------- the recipe
+# Every stage is one command, printed before it runs; its product is reused when it is there already.
 
 
 class Stage(NamedTuple):
