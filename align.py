@@ -46,7 +46,13 @@ class Answer(NamedTuple):
 
 
 def make_answer(prompt, ids):
-    return Answer((prompt + ids)[:-1], [-1] * (len(prompt) - 1) + ids)
+    tokens = prompt + ids
+    targets = [-1] * (len(prompt) - 1) + ids
+    return Answer(tokens[:-1], targets)
+
+
+def longest(answers):
+    return max(len(answer.tokens) for answer in answers)
 
 
 def read_records(paths, convert):
@@ -106,8 +112,11 @@ def render(tokenizer, messages):
 def read_chat(tokenizer, context, record):
     """A chat -> its row, cut to the context, if an assistant's tokens are left; and what tells it apart."""
     ids, mask = render(tokenizer, record.get("messages"))
-    targets = [i if is_learned else -1 for i, is_learned in zip(ids, mask)][1:context + 1]
-    return [Answer(ids[:len(targets)], targets)] if max(targets, default=-1) >= 0 else None, ids
+    targets = [i if is_learned else -1 for i, is_learned in zip(ids, mask)]
+    targets = targets[1:context + 1]
+    if max(targets, default=-1) < 0:
+        return None, ids
+    return [Answer(ids[:len(targets)], targets)], ids
 
 
 def prompt_ids(tokenizer, text):
@@ -141,8 +150,10 @@ def read_preference(tokenizer, context, record):
             space = record["prompt"][len(record["prompt"].rstrip()):]
             ids = tokenizer.encode(space + record[side]) + [tokenizer.eot]
         pair.append(make_answer(prompt, ids))
-    fits = pair[0] != pair[1] and max(len(answer.tokens) for answer in pair) <= context
-    return pair if fits else None, record.get("messages", record.get("prompt"))
+    key = record.get("messages", record.get("prompt"))
+    if pair[0] == pair[1] or longest(pair) > context:
+        return None, key
+    return pair, key
 
 
 def final_answer(text):
@@ -158,9 +169,11 @@ def read_problem(tokenizer, record):
         check_texts(record, "question", "answer")
         if final_answer(record["answer"]) is None:
             raise ValueError('the answer must end with "#### " and a number')
-        return {**record, "ids": tokenizer.render([{"role": "user", "content": record["question"]}])}
+        messages = [{"role": "user", "content": record["question"]}]
+        return {**record, "ids": tokenizer.render(messages)}
     check_texts(record, "prompt", "entry_point", "test")
-    return {**record, "prompt": record["prompt"].rstrip(), "ids": prompt_ids(tokenizer, record["prompt"])}
+    prompt = record["prompt"].rstrip()
+    return {**record, "prompt": prompt, "ids": prompt_ids(tokenizer, prompt)}
 
 
 def padded_length(length, context):
@@ -210,8 +223,9 @@ def token_log_probs(model, tokens, targets):
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     parts = [checkpoint(log_probs, *chunk, use_reentrant=False, preserve_rng_state=False)
              for chunk in zip(states.split(size), targets.split(size))]
-    flat = torch.cat(parts)                                                     # (N)
-    return flat.new_zeros(tokens.numel()).index_copy(0, positions, flat).view(tokens.shape)
+    parts = torch.cat(parts)                                                    # (N)
+    everywhere = parts.new_zeros(tokens.numel()).index_copy(0, positions, parts)
+    return everywhere.view(tokens.shape)
 
 
 @torch.no_grad()
@@ -220,9 +234,9 @@ def answer_log_probs(model, answers, size):
     lists = []
     for begin in range(0, len(answers), size):
         part = answers[begin:begin + size]
-        length = max(len(answer.tokens) for answer in part)
-        tokens, targets, *_ = (tensor.to(model.device) for tensor in collate(part, len(part), length))
-        log_probs = token_log_probs(model, tokens, targets)
+        tokens, targets, *_ = collate(part, len(part), longest(part))
+        targets = targets.to(model.device)
+        log_probs = token_log_probs(model, tokens.to(model.device), targets)
         lists += [row[mask].tolist() for row, mask in zip(log_probs, targets >= 0)]
     return lists
 
@@ -233,7 +247,8 @@ def dpo_loss(policy, reference, beta: float):
     -log sigmoid(margin) (Rafailov et al., arXiv 2305.18290, equation 7).
     """
     rewards = beta * (policy - reference)
-    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
+    chosen, rejected = rewards.unbind(1)
+    return -F.logsigmoid(chosen - rejected), rewards
 
 
 def group_advantages(rewards):
@@ -302,7 +317,8 @@ def rollout(model, tokenizer, problems, args, seeds):
 def rewards(problems, texts):
     """1.0 for each text that passes its problem's tests in synth.py's sandbox, or whose final answer is the
     problem's, else 0.0."""
-    workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, (os.cpu_count() or 1) // local_world)
     pairs = list(zip(problems, texts))
     programs = [pair for pair in pairs if "test" in pair[0]]
     verdicts = iter(synth.judge_all(programs, workers=workers))
@@ -333,7 +349,8 @@ def solve_together(run, problems, position):
     numbers = train.shard_range(len(problems), run.rank, run.world)
     problems = problems[numbers.start:numbers.stop]
     seeds = [hash_of(args.seed, position, i) for i in numbers]
-    model = rollout_model(run.model, run.dtype if run.device.type == "cuda" else torch.float32)
+    dtype = run.dtype if run.device.type == "cuda" else torch.float32
+    model = rollout_model(run.model, dtype)
     answers, texts = rollout(model, run.tokenizer, problems, args, seeds)
     passed = rewards(problems, texts)
     answers = [make_answer(problem["ids"], ids) for problem, ids in zip(problems, answers)]
@@ -377,7 +394,8 @@ RESUME_KEYS = ("held_out", "batch", "beta", "prompts", "num_generations", "updat
 
 def open_reference(run):
     """The model that training began with, whole on each rank, in the type of the products."""
-    return models.load(run.args.init, run.device, run.dtype)[0].requires_grad_(False)
+    model, _ = models.load(run.args.init, run.device, run.dtype)
+    return model.requires_grad_(False)
 
 
 def draw(state, records, count, seed):
@@ -420,16 +438,13 @@ class RowLoader:
         while rows:
             length = padded_length(longest(rows[0]), context)
             size = min(run.args.micro_batch * (context // length), run.args.max_rows)
+            width = len(rows[0])
             part = rows[run.rank:size * run.world:run.world]
-            micro_batches.append(collate(sum(part, []), size * len(rows[0]), length))
+            micro_batches.append(collate(sum(part, []), size * width, length))
             mine += part
             rows = rows[size * run.world:]
         num_tokens = sum(len(answer.tokens) for answer in sum(mine, []))
         return train.Batch(micro_batches, self.weight(mine), num_tokens)
-
-
-def longest(row):
-    return max(len(answer.tokens) for answer in row)
 
 
 def count_targets(rows):
@@ -442,15 +457,17 @@ def count_targets(rows):
 
 def cross_entropy(reference, args, model, tokens, targets, advantages, *_):
     """sft, where advantages are 1; and grpo on policy, where ratios are 1: its gradient is the policy's."""
-    return model(tokens, targets=targets, weights=advantages)[0], None
+    loss, _ = model(tokens, targets=targets, weights=advantages)
+    return loss, torch.empty(0, device=tokens.device)
 
 
 def preference_objective(reference, args, model, tokens, targets, *_):
     """Of answers chosen, rejected, chosen, ... -> sum of losses, and what preference_metrics reads."""
     with torch.no_grad():
         reference_scores = token_log_probs(reference, tokens, targets).sum(1)
-    scores = token_log_probs(model, tokens, targets).sum(1)
-    losses, rewards = dpo_loss(scores.view(-1, 2), reference_scores.view(-1, 2), args.beta)
+        reference_scores = reference_scores.view(-1, 2)
+    scores = token_log_probs(model, tokens, targets).sum(1).view(-1, 2)
+    losses, rewards = dpo_loss(scores, reference_scores, args.beta)
     chosen, rejected = rewards.detach().unbind(1)
     is_pair = (targets >= 0).any(1)[::2]        # other rows fill the micro-batch
     sums = torch.stack([is_pair, chosen > rejected, chosen - rejected, chosen, rejected])
@@ -471,7 +488,8 @@ def finetune(args, read, objective, weight, metrics=None, width=1):
     held_out = [row for row, key in records if row and is_held_out(key, args.held_out)]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch)
     run = setup(args, config, tokenizer, args.batch, rows, width)
-    loss_fn = functools.partial(objective, open_reference(run) if width == 2 else None, args)
+    reference = open_reference(run) if width == 2 else None
+    loss_fn = functools.partial(objective, reference, args)
 
     @torch.no_grad()
     def validate():
@@ -480,10 +498,10 @@ def finetune(args, read, objective, weight, metrics=None, width=1):
         for micro_batch in batch.micro_batches:
             with run.autocast():
                 loss, sums = run.objective(loss_fn, *(tensor.to(run.device) for tensor in micro_batch))
-            totals.append([loss.item()] + ([] if sums is None else sums.tolist()))
+            totals.append([loss.item(), *sums.tolist()])
         weight, loss, *sums = run.sum_over_ranks(batch.weight, *map(sum, zip(*totals)))
-        entry = {"loss": loss / weight, **(metrics(sums) if metrics else {})}
-        words = [f"{name} {value:.4f}" for name, value in entry.items()]
+        entry = metrics(sums) if metrics else {}
+        words = [f"{name} {value:.4f}" for name, value in {"loss": loss / weight, **entry}.items()]
         return {"val": {args.kind: (loss / weight, entry.get("accuracy"))}}, ", ".join(words)
 
     def next_rows(state):
@@ -508,8 +526,9 @@ def policy_objective(reference, args, model, tokens, targets, advantages, old):
         with torch.no_grad():
             reference_log_probs = token_log_probs(reference, tokens, targets)
         divergence = kl(log_probs, reference_log_probs)
-    sums = torch.stack([(targets >= 0).sum(), -log_probs.sum(), clipped.sum(), divergence.sum()])
-    return (losses + args.kl * divergence).sum(), sums.detach()
+    loss = (losses + args.kl * divergence).sum()
+    columns = (targets >= 0, -log_probs, clipped, divergence)
+    return loss, torch.stack([column.detach().sum() for column in columns])
 
 
 def grpo(args):
@@ -521,7 +540,8 @@ def grpo(args):
     config, tokenizer = open_init(args)
     problems = read_records(args.data, functools.partial(read_problem, tokenizer))
     problems = [problem for problem in problems if len(problem["ids"]) < args.context]
-    run = setup(args, config, tokenizer, -(-args.prompts // args.updates) * args.num_generations, problems)
+    prompts_each = -(-args.prompts // args.updates)
+    run = setup(args, config, tokenizer, prompts_each * args.num_generations, problems)
 
     def next_rows(state):
         if not state["steps"]:
@@ -536,18 +556,22 @@ def grpo(args):
             groups = [rows[begin:begin + size] for begin in range(0, len(rows), size)]
             groups = [group for group, values in zip(groups, advantages) if args.kl or values.any()]
             state["steps"] = [sum(groups[i::args.updates], []) for i in range(args.updates)]
-            state["metrics"] = {"pass@1": mean(passed), "length": count_targets(rows) / len(rows),
-                                "dropped": 1 - len(groups) / args.prompts}
+            length = count_targets(rows) / len(rows)
+            dropped = 1 - len(groups) / args.prompts
+            state["metrics"] = {"pass@1": mean(passed), "length": length, "dropped": dropped}
         return [[Answer(*answer) for answer in row] for row in state["steps"].pop(0)]
 
     def log_entry(sums):
         means = [value / max(sums[0], 1) for value in sums[1:]]
         return loader.state["metrics"] | dict(zip(("entropy", "clipped", "kl"), means))
 
-    loader = RowLoader(run, next_rows, {"position": 0, "steps": [], "metrics": {}}, count_targets)
-    loss_fn = functools.partial(policy_objective, open_reference(run) if args.kl else None, args)
+    state = {"position": 0, "steps": [], "metrics": {}}
+    loader = RowLoader(run, next_rows, state, count_targets)
+    reference = open_reference(run) if args.kl else None
+    loss_fn = functools.partial(policy_objective, reference, args)
     about = f"{len(problems):,} problems; {args.prompts} x {args.num_generations} answers at a time"
-    train.train(run, loader, loss_fn, None, log_entry, about, {"key": "pass@1", "unit": "pass@1"})
+    chart = {"key": "pass@1", "unit": "pass@1"}
+    train.train(run, loader, loss_fn, None, log_entry, about, chart)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -571,8 +595,8 @@ def subdivide(success, tokens, log_probs, gap):
             yield tokens[:begin], tokens[begin], change
             continue
         spent = np.cumsum(log_probs[begin:end])
-        half = int(np.argmax(spent <= spent[-1] / 2)) + 1
-        middle = begin + min(half, end - begin - 1)
+        half = np.argmax(spent <= spent[-1] / 2) + 1
+        middle = begin + min(int(half), end - begin - 1)
         parts += [(middle, end), (begin, middle)]
 
 
@@ -588,7 +612,7 @@ def pivotal_pairs(model, tokenizer, problem, args):
     """Yields preferences between single tokens of the model's own answers to a problem.
 
     The search compares many estimates and takes the extreme ones, so part of each gap that it finds is luck.
-    A pair is written if four times as many fresh answers, which took no part in the search, show the gap again.
+    A pair is written if four times as many fresh answers, which took no part in the search, show it again.
     """
     prompt = problem["ids"]
 
@@ -605,15 +629,19 @@ def pivotal_pairs(model, tokenizer, problem, args):
     answers, passed = sample((), args.samples, "search")
     if not 0.2 <= mean(passed) <= 0.8:       # as in the paper: what is always or never solved has no pivot
         return
-    for answer in answers[passed.index(1.0)], answers[passed.index(0.0)]:
+    right = answers[passed.index(1.0)]
+    wrong = answers[passed.index(0.0)]
+    for answer in (right, wrong):
         log_probs, = answer_log_probs(model, [make_answer(prompt, answer)], 1)
         for begun, token, change in subdivide(success, tuple(answer), log_probs, args.gap):
             others = likeliest_others(model, [*prompt, *begun], token)
             other = min(others, key=lambda other: change * success((*begun, other)))
             pair = (token, other) if change > 0 else (other, token)
-            odds = [mean(sample((*begun, side), 4 * args.samples, "confirm")[1]) for side in pair]
+            fresh = [sample((*begun, side), 4 * args.samples, "confirm") for side in pair]
+            odds = [mean(passed) for _, passed in fresh]
             if odds[0] - odds[1] >= args.gap:
-                ids = {"prompt": [*prompt, *begun], "chosen": [pair[0]], "rejected": [pair[1]]}
+                chosen, rejected = pair
+                ids = {"prompt": [*prompt, *begun], "chosen": [chosen], "rejected": [rejected]}
                 texts = {side: tokenizer.decode(side_ids) for side, side_ids in ids.items()}
                 yield {**texts, "odds": odds, "task_id": problem.get("task_id"), "ids": ids,
                        "tokenizer": tokenizer.fingerprint}
