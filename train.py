@@ -1,16 +1,16 @@
 """Pretraining and finetuning; with no options, the whole phi-1 recipe on this machine.
 
     python train.py                                                   # the recipe, from data to pass@1
-    python train.py --data web:0.4 textbooks:0.6 --out runs/base      # pretrain on a mixture of dataset directories
+    python train.py --data web:0.4 textbooks:0.6 --out runs/base      # pretrain on a mixture of datasets
     python train.py --data exercises --init runs/base --out runs/sft  # go on from another run's weights
-    python train.py --data long:0.3 web:0.7 --continue-from runs/base --context 16384 --rope-theta 250000 --lr 3e-5
+    python train.py --data long --continue-from runs/base --context 16384 --rope-theta 250000 --out runs/mid
     torchrun --nproc_per_node=8 train.py --data web --preset phi-3-mini --fsdp --activation-checkpointing
     python train.py --preset phi-4 --dry-run --gpus 64 --fsdp --activation-checkpointing --peak-tflops 990
 
 A run that was interrupted goes on exactly where it was when the same command is given again, on any number of
-processes: weights, optimizer and position in the data are in the directory state-STEP (torch.distributed.checkpoint,
-which is pickled: go on only from runs of people you trust). The run directory is at any time a model that sample.py,
-transformers and others open.
+processes: weights, optimizer and position in the data are in the directory state-STEP, which
+torch.distributed.checkpoint pickles: go on only from runs of people you trust. The run directory is at any
+time a model that sample.py, transformers and others open.
 """
 import argparse
 import concurrent.futures
@@ -53,8 +53,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said o
 
 class Batch(NamedTuple):
     """What a loader gives for one optimizer step: this rank's part of it."""
-    micro_batches: list     # of tuples of CPU tensors, the arguments of the loss function: equally many on all ranks,
-    #                         and none on all of them if there is nothing to learn
+    micro_batches: list     # of tuples of CPU tensors, the arguments of the loss function: equally many on
+    #                         all ranks, and none on all of them if there is nothing to learn
     weight: float           # the step's loss is the sum of all ranks' losses over the sum of their weights
     num_tokens: int         # without padding
 
@@ -63,20 +63,21 @@ def documents_of(dataset, split, eot, limit=None):
     """-> (n, 2): where the documents of a split, or of its first `limit` tokens, start and end."""
     tokens = getattr(dataset, split)[:limit]
     ends = getattr(dataset, f"{split}_ends", None)
-    if ends is None:        # a dataset of before data.py wrote them down
+    if ends is None:    # a dataset of before data.py wrote them down
         ends = np.flatnonzero(tokens == eot) + 1
-    ends = np.unique(np.append(ends[ends < len(tokens)], len(tokens)))
-    starts = np.concatenate([[0], ends[:-1]])
+    ends = np.append(ends[ends < len(tokens)], len(tokens))
+    starts = np.append(0, ends[:-1])
     return np.stack([starts, ends], 1)[ends - starts > 1]       # one token alone has nothing to predict
 
 
 class Packer:
-    """Rows of at most `length` + 1 tokens made of whole documents: endless and shuffled anew each epoch with a seed (a list of
-    numbers); without one, a single pass in order.
+    """Rows of at most `length` + 1 tokens made of whole documents: with a seed (a list of numbers) endless
+    and shuffled anew each epoch, without one a single pass in order.
 
-    A document longer than a row is cut into pieces that overlap by one token (so each token is predicted once), at an
-    offset that moves from epoch to epoch. Pieces are placed best-fit into a few open rows, of which the fullest leaves
-    when none fits: a few percent of padding, and no problem that loses its beginning.
+    A document longer than a row is cut into pieces that overlap by one token (so each token is predicted
+    once), at an offset that moves from epoch to epoch. Pieces are placed best-fit into a few open rows, of
+    which the fullest leaves when none fits: a few percent of padding, and no problem that loses its
+    beginning.
     """
     OPEN = 48   # rows open at a time: more waste less and delay documents longer
 
@@ -93,23 +94,22 @@ class Packer:
         self.epoch = state["epoch"]
         self.next = state["next"]
         self.rows = list(state["rows"])     # of (number of inputs, spans)
-        self.cut()
+        self.pieces = self.cut_documents()
 
-    def cut(self):
-        """The pieces of this epoch, in its order."""
+    def cut_documents(self):
+        """(n, 2): the pieces of this epoch, in its order."""
         starts, ends = self.documents.T
-        first = starts + 1 + self.length        # where the first piece of each document ends
+        rng = np.random.default_rng([*(self.seed or ()), self.epoch])
+        first_ends = starts + 1 + self.length
         if self.seed is not None:
-            rng = np.random.default_rng([*self.seed, self.epoch])
-            first = first - rng.integers(self.length, size=len(starts))
-        first = np.where(ends - starts - 1 <= self.length, ends, first)
-        num_pieces = 1 - (first - ends) // self.length
+            first_ends = first_ends - rng.integers(self.length, size=len(starts))
+        first_ends = np.where(ends - starts - 1 <= self.length, ends, first_ends)
+        num_pieces = 1 - (first_ends - ends) // self.length
         index = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-        piece_ends = np.repeat(first, num_pieces) + index * self.length
-        piece_starts = np.maximum(np.repeat(starts, num_pieces), piece_ends - self.length - 1)
-        self.pieces = np.stack([piece_starts, np.minimum(piece_ends, np.repeat(ends, num_pieces))], 1)
-        if self.seed is not None:
-            self.pieces = rng.permutation(self.pieces)
+        starts, ends, first_ends = np.repeat([starts, ends, first_ends], num_pieces, axis=1)
+        piece_ends = first_ends + index * self.length
+        pieces = np.stack([np.maximum(starts, piece_ends - self.length - 1), np.minimum(ends, piece_ends)], 1)
+        return pieces if self.seed is None else rng.permutation(pieces)
 
     def __iter__(self):
         return self
@@ -131,16 +131,17 @@ class Packer:
             self.rows.append((used + size, (*spans, (start, end))))
         if not self.rows:
             raise StopIteration
-        fullest = max(self.rows, key=itemgetter(0))      # of equal ones the oldest
+        fullest = max(self.rows, key=itemgetter(0))     # of equal ones the oldest
         self.rows.remove(fullest)
         return fullest[1]
 
 
 def collate(rows, length, prompt_weight=1.0):
-    """Rows [(stream, its mask or None, spans)] -> tokens, documents, targets (B, length) int64 and weights (B, length).
+    """Rows [(stream, its mask or None, spans)] -> tokens, documents, targets (B, length) int64, weights (B,
+    length).
 
-    Target t is the token after input t in the same document; padding has weight 0 and the document number -1. A target
-    that the mask does not mark is a prompt's.
+    Target t is the token after input t in the same document; padding has weight 0 and the document number -1.
+    A target that the mask does not mark is a prompt's.
     """
     tokens, documents, targets = np.zeros((3, len(rows), length), np.int64)
     documents -= 1
@@ -163,10 +164,12 @@ class RowStream:
     def __init__(self, documents, weights, length, seed, first=0, step=1):
         self.weights = np.array(weights) / sum(weights)
         self.rng = np.random.default_rng([seed, first])
-        self.packers = [Packer(part[first::step], length, [seed, first, i]) for i, part in enumerate(documents)]
+        parts = [part[first::step] for part in documents]
+        self.packers = [Packer(part, length, [seed, first, i]) for i, part in enumerate(parts)]
 
     def state_dict(self):
-        return {"rng": self.rng.bit_generator.state, "packers": [packer.state_dict() for packer in self.packers]}
+        packers = [packer.state_dict() for packer in self.packers]
+        return {"rng": self.rng.bit_generator.state, "packers": packers}
 
     def load_state_dict(self, state):
         self.rng.bit_generator.state = state["rng"]
@@ -182,8 +185,9 @@ class RowStream:
 class PackedLoader:
     """Batches of packed rows, each drawn and collated in a thread while the one before is trained on.
 
-    The rows of a step come from independent streams of at least 16 rows a step each (one stream where documents are
-    few), so that they do not depend on the number of ranks, and a rank packs only the streams of its own rows.
+    The rows of a step come from independent streams of at least 16 rows a step each (one stream where
+    documents are few), so that they do not depend on the number of ranks, and a rank packs only the streams
+    of its own rows.
     """
 
     def __init__(self, args, datasets, weights, eot, rank=0, world=1):
@@ -196,13 +200,14 @@ class PackedLoader:
         num_rows = args.batch_tokens // args.context
         most = max(1, min(num_rows // 16, fewest // 1000))
         num_streams = max(n for n in range(1, most + 1) if num_rows % n == 0)
-        self.stream_rows = num_rows // num_streams      # of each in a step
+        self.stream_rows = num_rows // num_streams      # of each stream in a step
         self.rows = shard_range(num_rows, rank, world)
-        indices = sorted({row // self.stream_rows for row in self.rows})
-        self.streams = {i: RowStream(documents, weights, args.context, args.seed, i, num_streams) for i in indices}
+        self.streams = {}
+        for i in sorted({row // self.stream_rows for row in self.rows}):
+            self.streams[i] = RowStream(documents, weights, args.context, args.seed, i, num_streams)
+        self.states = self.stream_states()      # as after the batch that was given last
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.upcoming = None
-        self.states = self.stream_states()
 
     def stream_states(self):
         return {i: stream.state_dict() for i, stream in self.streams.items()}
@@ -244,13 +249,18 @@ class PackedLoader:
         return batch
 
 
-# ---------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------- ranks
 
 
 def shard_range(count, rank, world):
     """Which of `count` rows are a rank's: as torch.chunk, and so fully_shard, deals them out."""
     size = -(-count // world)
     return range(min(rank * size, count), min((rank + 1) * size, count))
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def gather_objects(value):
@@ -272,8 +282,12 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+# ---------------------------------------------------------------- optimizer
+
+
 def newton_schulz(x, steps=5):
-    """(n, rows, columns) -> nearly U V^T of each matrix's SVD: its singular values are driven into about [0.7, 1.2]."""
+    """(n, rows, columns) -> nearly U V^T of each matrix's SVD: its singular values are driven into [0.7,
+    1.2]."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = x.size(1) > x.size(2)
     if is_tall:
@@ -286,12 +300,14 @@ def newton_schulz(x, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalized by Newton-Schulz, for weight matrices (Jordan et al. 2024; update scaled to AdamW's RMS,
-    Moonlight, arXiv 2502.16982 section 2.2). Each matrix is done by one rank, whether weights are sharded or not.
+    """Momentum orthogonalized by Newton-Schulz, for weight matrices (Jordan et al. 2024; update scaled to
+    AdamW's RMS, Moonlight, arXiv 2502.16982 section 2.2). Each matrix is done by one rank, whether sharded or
+    not.
 
-    groups: {"params": tensors of one shape, "splits": rows of each matrix fused in them}. Matrices fused into one tensor
-    are orthogonalized and scaled each by itself: as one, the largest gradient of q, k and v would leave the others next
-    to nothing. torch.optim.Muon runs one matrix at a time, in bf16, which a CPU without bf16 units does 100 times slower.
+    groups: {"params": tensors of one shape, "splits": rows of each matrix fused in them}. Fused matrices are
+    orthogonalized and scaled each by itself: as one, the largest gradient of q, k and v would leave the
+    others next to nothing. torch.optim.Muon runs one matrix at a time, and in bf16: on many CPUs a hundred
+    times slower.
     """
 
     def __init__(self, groups, lr=0.01, momentum=0.95, weight_decay=0.0, dtype=torch.float32, compiled=False):
@@ -303,8 +319,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            # one matrix for each rank, or as many as a bounded memory holds
-            size = dist.get_world_size() if dist.is_initialized() else max(1, (1 << 28) // group["params"][0].numel())
+            size = max(1, (1 << 28) // group["params"][0].numel())      # so many at a time bound the memory
+            if dist.is_initialized():
+                size = dist.get_world_size()
             for begin in range(0, len(params), size):
                 self.update(params[begin:begin + size], group)
 
@@ -326,12 +343,12 @@ class Muon(torch.optim.Optimizer):
 
     def orthogonalize(self, x, splits):
         """x (n, rows, columns), n tensors of fused matrices -> their updates."""
-        parts = [self.newton_schulz(part) * (0.2 * math.sqrt(max(part.shape[1:]))) for part in x.split(splits, 1)]
+        parts = [self.newton_schulz(part) * 0.2 * max(part.shape[1:]) ** 0.5 for part in x.split(splits, 1)]
         return torch.cat(parts, 1)
 
     def distributed_newton_schulz(self, x, p, splits):
-        """x (n, rows here, columns), of n tensors like p, at most one a rank: rank i works on tensor i alone. A sharded
-        one's rows are sent to it and back; otherwise all have them, and are sent the result."""
+        """x (n, rows here, columns), of n tensors like p, at most one a rank: rank i works on tensor i alone.
+        A sharded one's rows are sent to it and back; otherwise all have them, and are sent the result."""
         rank = dist.get_rank()
         world = dist.get_world_size()
         is_mine = rank < len(x)
@@ -352,22 +369,24 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, args, dtype, compiled=False):
-    """Muon for the matrices of the blocks (or AdamW for all), AdamW for embedding, head and norms."""
+    """AdamW for embedding, head and norms, Muon for the matrices of the blocks (or AdamW for all)."""
     config = model.config
     heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    fused = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": config.d_ff, "self_attn.o_proj": None, "mlp.down_proj": None}
+    splits = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": config.d_ff, "self_attn.o_proj": None,
+              "mlp.down_proj": None}
     groups = []
-    for name, splits in fused.items() if args.optimizer == "muon" else ():
+    for name in splits if args.optimizer == "muon" else ():
         params = [block.get_submodule(name).weight for block in model.model.layers]
-        groups.append({"params": params, "splits": splits or len(params[0])})
+        groups.append({"params": params, "splits": splits[name] or len(params[0])})
     matrices = {p for group in groups for p in group["params"]}
     rest = [p for p in model.parameters() if p not in matrices]
-    decays = {"weight_decay": args.weight_decay}
-    optimizers = [torch.optim.AdamW([{"params": [p for p in rest if p.ndim == 2], **decays},
-                                     {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}],
-                                    lr=args.lr, betas=(0.9, args.beta2), eps=args.adam_eps, fused=True)]
+    decayed = {"params": [p for p in rest if p.ndim == 2], "weight_decay": args.weight_decay}
+    others = {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0}
+    betas = 0.9, args.beta2
+    optimizers = [torch.optim.AdamW([decayed, others], args.lr, betas, args.adam_eps, fused=True)]
     if groups:
-        optimizers.append(Muon(groups, args.muon_lr, dtype=dtype, compiled=compiled, **decays))
+        muon = Muon(groups, args.muon_lr, weight_decay=args.weight_decay, dtype=dtype, compiled=compiled)
+        optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -378,8 +397,8 @@ def make_optimizers(model, args, dtype, compiled=False):
 
 
 def lr_multiplier(step, args):
-    """Share of the peak learning rate: linear warmup, plateau, and over the last --warmdown-frac of the steps (but never
-    before the warmup is over) a fall to --final-lr."""
+    """Share of the peak learning rate: linear warmup, plateau, and over the last --warmdown-frac of the steps
+    (but never before the warmup is over) a fall to --final-lr."""
     warmup_steps = args.warmup * args.steps
     warmdown_steps = min(args.warmdown_frac * args.steps, args.steps - warmup_steps)
     left = min(1.0, (args.steps - step) / max(1, warmdown_steps))
@@ -392,21 +411,26 @@ def lr_multiplier(step, args):
 
 # ---------------------------------------------------------------- the machine: dtype, compiler, memory
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+USABLE = 0.92   # of a GPU's memory
+LESS_MEMORY = "lower --micro-tokens, add --activation-checkpointing, or use more GPUs with --fsdp"
+
 
 def measure_peak(device, dtype, size=None):
     """Matrix product rate in FLOP/s, which mfu refers to. A CPU without bf16 units shows itself here."""
     size = size or (1024 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = 0.0
+    seconds = math.inf
     for _ in range(4):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
-        best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
-    return best
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * size ** 3 / seconds
 
 
 def choose_dtype(device, wanted):
-    """-> (torch dtype for matrix products, one line that says why). Weights and optimizer state stay in fp32."""
+    """-> (torch dtype for matrix products, one line that says why). Weights and optimizer state stay in
+    fp32."""
     if wanted != "auto":
         return DTYPES[wanted], "asked for"
     if device.type == "cuda":
@@ -415,10 +439,8 @@ def choose_dtype(device, wanted):
     if device.type == "mps":
         return torch.float32, "on MPS bf16 brings little for small models"
     bf16, fp32 = (measure_peak(device, dtype, 256) / 1e9 for dtype in (torch.bfloat16, torch.float32))
-    return DTYPES["bf16" if bf16 > 1.3 * fp32 else "fp32"], f"measured here: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    reason = f"measured here: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
+    return DTYPES["bf16" if bf16 > 1.3 * fp32 else "fp32"], reason
 
 
 def why_not_compile(device, wanted):
@@ -434,15 +456,17 @@ def why_not_compile(device, wanted):
 
 
 def flops_per_token(config, context):
-    """Of forward and backward: 6 for each weight that multiplies, and attention over half a row on average."""
+    """Of forward and backward: 6 for each weight that multiplies, and attention over half a row on
+    average."""
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model
     attention = 3 * config.attention_flops() * context // (2 * config.max_seq_len)
     return 6 * (config.num_parameters() - embedding) + attention
 
 
 def memory(config, args, micro_batch, world):
-    """{part: bytes on one GPU} with so many rows at a time: fp32 weights, their bf16 copies for the products, gradients,
-    what the optimizers keep (Muon one number a weight, AdamW two), and what the backward pass needs."""
+    """{part: bytes on one GPU} with so many rows at a time: fp32 weights, their bf16 copies for the products,
+    gradients, what the optimizers keep (Muon one number a weight, AdamW two), and what the backward pass
+    needs."""
     n = config.num_parameters()
     ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)     # embedding and head
     tokens = micro_batch * args.context
@@ -461,8 +485,9 @@ def memory(config, args, micro_batch, world):
     if args.fsdp:
         for part in ("weights, fp32", "gradients", "optimizer"):
             parts[part] /= world
-        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer     # this block and the next, fp32 gradients
-        parts["embedding and head"] = 8 * ends      # gathered, with their gradients
+        # gathered: this block and the next, fp32 gradients of one; embedding and head with theirs
+        parts["weights, bf16 copies"] = 8 * (n - ends) / config.n_layer
+        parts["embedding and head"] = 8 * ends
     return parts
 
 
@@ -471,7 +496,8 @@ def gpu_gigabytes():
 
 
 def micro_batch_rows(args, config, rows, world=1, gigabytes=0.0):
-    """Of a rank's `rows` so many at a time: the most that --micro-tokens allows, or else the memory; a divisor of them."""
+    """Of a rank's `rows` so many at a time, a divisor: the most that --micro-tokens, or else the memory,
+    allows."""
     def fits(micro_batch):
         if args.micro_tokens or not gigabytes:
             return micro_batch * args.context <= (args.micro_tokens or 4096)
@@ -483,8 +509,9 @@ def rows_of_rank(args, world):
     num_rows = args.batch_tokens // args.context
     if num_rows < world or num_rows % world:
         nearest = max(1, round(num_rows / world)) * world * args.context
-        data.fail(f"--batch-tokens {args.batch_tokens} makes {num_rows} rows of --context {args.context}; it must be a "
-                  f"multiple of {args.context} x {world} processes, such as {nearest}")
+        data.fail(f"--batch-tokens {args.batch_tokens} makes {num_rows} rows of --context {args.context}; it "
+                  "must be "
+                  f"a multiple of {args.context} x {world} processes, such as {nearest}")
     return num_rows // world
 
 
@@ -497,26 +524,27 @@ def dry_run(args, config):
     micro_batch = micro_batch_rows(args, config, rows, world, gigabytes)
     parts = memory(config, args, micro_batch, world)
     total = sum(parts.values()) / 1e9
-    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a step on "
-          f"{world} GPU(s), --micro-tokens {micro_batch * args.context}")
+    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a "
+          "step "
+          f"on {world} GPU(s), --micro-tokens {micro_batch * args.context}")
     for part, size in parts.items():
         print(f"  {part:26} {size / 1e9:10.2f} GB")
     advice = "fits" if total <= USABLE * gigabytes else f"does not fit: {LESS_MEMORY}"
     print(f"memory   {total:.2f} of {gigabytes:.0f} GB {advice}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else measure_peak(device, choose_dtype(device, args.dtype)[0])
+    peak = (args.peak_tflops or 0) * 1e12
+    if not peak:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        peak = measure_peak(device, choose_dtype(device, args.dtype)[0])
     flops = flops_per_token(config, args.context) * (4 / 3 if args.activation_checkpointing else 1)
     rate = 0.4 * peak * world / flops
-    days = args.steps * args.batch_tokens / rate / 86400
-    print(f"speed    {rate:,.0f} tokens/s at 40 % of {peak / 1e12:,.1f} TFLOP/s, given or measured on this {device.type}")
-    print(f"time     {args.steps * args.batch_tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {days:,.1f} days, "
+    tokens = args.steps * args.batch_tokens
+    days = tokens / rate / 86400
+    print(f"speed    {rate:,.0f} tokens/s at 40 % of {peak / 1e12:,.1f} TFLOP/s, as given or measured here")
+    print(f"time     {tokens / 1e9:,.1f} B tokens in {args.steps:,} steps: {days:,.1f} days, "
           f"{days * 24 * world:,.0f} GPU-hours")
 
 
-USABLE = 0.92   # of a GPU's memory
-LESS_MEMORY = "lower --micro-tokens, add --activation-checkpointing, or use more GPUs with --fsdp"
-
-# ---------------------------------------------------------------- loss and evaluation
+# ---------------------------------------------------------------- loss and validation
 
 
 def next_token_loss(model, tokens, documents, targets, weights, active_layers=None):
@@ -526,15 +554,15 @@ def next_token_loss(model, tokens, documents, targets, weights, active_layers=No
 
 @torch.no_grad()
 def validate(run, datasets, eot):
-    """-> {"val": {dataset: (nats a token, bits a byte)}} over the first --val-tokens of its validation split, every
-    token predicted once, and the same in words.
+    """-> {"val": {dataset: (nats a token, bits a byte)}} over the first --val-tokens of its validation split,
+    every token predicted once, and the same in words.
 
-    Bits a byte compare across tokenizers; the end token costs bits and has no bytes. Where prompts are marked only
-    solutions count.
+    Bits a byte compare across tokenizers; the end token costs bits and has no bytes. Where prompts are marked
+    only solutions count.
     """
     args = run.args
-    tokenizer = run.tokenizer
-    num_bytes = [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
+    num_bytes = [len(run.tokenizer.decode_bytes([i])) for i in range(run.tokenizer.vocab_size)]
+    num_bytes[run.tokenizer.eot] = 0
     num_bytes = torch.tensor(num_bytes)
     results = {}
     run.model.eval()
@@ -542,10 +570,10 @@ def validate(run, datasets, eot):
         packer = Packer(documents_of(dataset, "val", eot, args.val_tokens), args.context)
         rows = [(dataset.val, dataset.val_mask, spans) for spans in packer]
         count = size = 0.0
-        losses = torch.zeros((), device=run.device, dtype=torch.float64 if run.device.type != "mps" else None)
+        losses = torch.zeros((), device=run.device)
         for begin in range(0, len(rows), run.world * args.micro_batch):
             chunk = rows[begin + run.rank * args.micro_batch:][:args.micro_batch]
-            # all ranks run full micro-batches: one shape to compile, and sharded weights are gathered together
+            # all ranks run full micro-batches: one shape to compile, and all gather sharded weights together
             chunk += [(None, None, [])] * (args.micro_batch - len(chunk))
             tensors = collate(chunk, args.context, prompt_weight=0)
             targets, weights = tensors[2:]
@@ -556,8 +584,8 @@ def validate(run, datasets, eot):
         nats, count, size = run.sum_over_ranks(losses.item(), count, size)
         results[dataset.name] = nats / max(count, 1), nats / math.log(2) / max(size, 1)
     run.model.train()
-    words = [f"{name} {nats:.4f} nats a token, {bits:.4f} bits a byte" for name, (nats, bits) in results.items()]
-    return {"val": results}, ", ".join(words)
+    words = "{} {:.4f} nats a token, {:.4f} bits a byte"
+    return {"val": results}, ", ".join(words.format(name, *values) for name, values in results.items())
 
 
 # ---------------------------------------------------------------- pictures
@@ -582,8 +610,8 @@ def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
         return ""
     x, _ = axis([*ticks, *(point[0] for point in points)], log_x, 60, 600)
     y, bounds = axis(heights, log_y, 320, -300)
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" font-size="12">'
-           f'<rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" '
+           f'font-size="12"><rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
            f'<text x="660" y="352" text-anchor="end">{unit}</text>']
     for level in (np.geomspace if log_y else np.linspace)(*bounds, 5):
         at = f"{y(level):.1f}"
@@ -617,7 +645,7 @@ def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
 def training_state(model, optimizers):
     """{name: tensor} of the weights, and under "name/key" of what the optimizers keep of each."""
     names = {p: name for name, p in model.named_parameters()}
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    state = {name: p.detach() for p, name in names.items()}
     for optimizer in optimizers:
         for p, entry in optimizer.state.items():
             state.update({f"{names[p]}/{key}": tensor for key, tensor in entry.items()})
@@ -625,35 +653,38 @@ def training_state(model, optimizers):
 
 
 def load_training_state(folder, model, optimizers):
-    """Fill weights and optimizers from a checkpoint, whichever way and on however many processes it was written."""
+    """Fill weights and optimizers from a checkpoint, on however many processes and whichever way it was
+    written."""
     import torch.distributed.checkpoint as dcp      # takes a second
     parameters = dict(model.named_parameters())
-    owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    states = {p: optimizer.state for optimizer in optimizers for group in optimizer.param_groups
+              for p in group["params"]}
     for entry, stored in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
         name, _, key = entry.partition("/")
+        p = parameters[name]
         if key:
-            p = parameters[name]
-            owners[p].state[p][key] = torch.zeros_like(p) if stored.size else torch.zeros((), device=p.device)
+            states[p][p][key] = torch.zeros_like(p) if stored.size else torch.zeros((), device=p.device)
     dcp.load(training_state(model, optimizers), checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
-def read_checkpoint(run_directory):
-    """The loop's state in the newest checkpoint of a run, with its "folder"; None if there is none."""
-    folders = sorted(glob.glob(os.path.join(glob.escape(run_directory), "state-*")))
+def read_checkpoint(out):
+    """The loop's state in the newest checkpoint of a run directory, with its "folder"; None if there is
+    none."""
+    folders = sorted(glob.glob(os.path.join(glob.escape(out), "state-*")))
     if not folders:
         return None
     try:
         state = torch.load(os.path.join(folders[-1], "loop.pt"), weights_only=True)
     except Exception as error:
-        data.fail(f"{folders[-1]} cannot be read ({type(error).__name__}); delete {run_directory} to start again")
-    return state | {"folder": folders[-1]}
+        data.fail(f"{folders[-1]} cannot be read ({type(error).__name__}); delete {out} to start again")
+    return {**state, "folder": folders[-1]}
 
 
-def write_checkpoint(run_directory, state, tensors):
-    """Write a checkpoint, then delete its predecessors: whenever the process is killed, the newest directory is whole,
-    since it gets its name when all is in it."""
+def write_checkpoint(out, state, tensors):
+    """Write a checkpoint, then delete its predecessors: whenever the process is killed, the newest directory
+    is whole, since it gets its name when all is in it."""
     import torch.distributed.checkpoint as dcp
-    unfinished = os.path.join(run_directory, "state.tmp")
+    unfinished = os.path.join(out, "state.tmp")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     if is_first:
         os.makedirs(unfinished, exist_ok=True)
@@ -661,44 +692,48 @@ def write_checkpoint(run_directory, state, tensors):
     dcp.save(tensors, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
     if is_first:
         models.write_atomically(os.path.join(unfinished, "loop.pt"), lambda file: torch.save(state, file))
-        folder = os.path.join(run_directory, f"state-{state['step']:08d}")
+        folder = os.path.join(out, f"state-{state['step']:08d}")
         os.rename(unfinished, folder)
-        remove(os.path.join(glob.escape(run_directory), "state-*"), but=folder)
+        remove(out, "state-*", but=folder)
 
 
-def remove(pattern, but=None):
-    for path in glob.glob(pattern):
+def remove(out, pattern, but=None):
+    for path in glob.glob(os.path.join(glob.escape(out), pattern)):
         if path != but:
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def write_model(run_directory, model, tokenizer):
-    """The Hugging Face directory, streamed tensor by tensor: all ranks gather each in its turn, rank 0 writes it."""
+def write_model(out, model, tokenizer):
+    """The Hugging Face directory, streamed tensor by tensor: all ranks gather each in its turn, rank 0 writes
+    it."""
     def stream():
         for name, tensor in models.stored_parameters(model).items():
             whole = full_tensor(tensor.detach())
-            one = SimpleNamespace(config=model.config, state_dict=lambda: {name: whole})
-            yield from models.to_hf(one).values()
+            part = SimpleNamespace(config=model.config, state_dict=lambda: {name: whole})
+            yield from models.to_hf(part).values()
 
     tensors = stream()
     if not dist.is_initialized() or dist.get_rank() == 0:
         with torch.device("meta"):
             layout = models.to_hf(models.Model(model.config))
-        models.save(model, tokenizer, run_directory, layout, gather=lambda like: next(tensors))
+        models.save(model, tokenizer, out, layout, gather=lambda like: next(tensors))
     for _ in tensors:       # the other ranks
         pass
 
 
 # ---------------------------------------------------------------- setup
 
+SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff")
+RESUME_KEYS = (     # the options that a resumed run must share with its beginning
+    "data", "init", "continue_from", "preset", *SHAPE, "rope_theta", "context", "batch_tokens", "steps",
+    "optimizer", "lr", "muon_lr", "weight_decay", "beta2", "adam_eps", "schedule", "warmup", "warmdown_frac",
+    "final_lr", "clip", "prompt_weight", "skip", "seed")
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
 
 def open_mixture(entries):
-    """["web:0.4", "textbooks"] -> (datasets, weights, tokenizer); names stand for data/NAME; all must share one tokenizer."""
+    """["web:0.4", "textbooks"] -> (datasets, weights, tokenizer); names stand for data/NAME, and all must
+    share one tokenizer."""
     datasets = []
     weights = []
     for entry in entries:
@@ -707,20 +742,21 @@ def open_mixture(entries):
             weights.append(data.number(float, 1e-9)(weight or "1"))
         except (ValueError, argparse.ArgumentTypeError):
             data.fail(f"--data {entry}: write NAME or NAME:WEIGHT with a weight above 0, such as web:0.4")
-        datasets.append(data.open_dataset(name if os.path.isdir(name) else os.path.join("data", name)))
-        datasets[-1].name = datasets[-1].path.name
-        if datasets[-1].meta["tokenizer"] != datasets[0].meta["tokenizer"]:
-            data.fail(f"{datasets[-1].path} was made with another tokenizer than {datasets[0].path}; make it again with "
-                      f"data.py --tokenizer {datasets[0].path}")
-    return datasets, weights, models.Tokenizer.load(datasets[0].path)
-
-
-SHAPE = ("n_layer", "d_model", "n_head", "n_kv_head", "d_ff")
+        dataset = data.open_dataset(name if os.path.isdir(name) else os.path.join("data", name))
+        dataset.name = dataset.path.name
+        datasets.append(dataset)
+        first = datasets[0]
+        if dataset.meta["tokenizer"] != first.meta["tokenizer"]:
+            data.fail(f"{dataset.path} was made with another tokenizer than {first.path}; make it again with "
+                      "data.py "
+                      f"--tokenizer {first.path}")
+    return datasets, weights, models.Tokenizer.load(first.path)
 
 
 def choose_config(args, tokenizer):
-    """The shape to train, with args.context settled: that of --init or --continue-from, or the preset's with the shape options
-    applied and the tokenizer's vocabulary (without data, in a dry run, the preset's own)."""
+    """The shape to train, with args.context settled: that of --init or --continue-from, or the preset's with
+    the shape options applied and the tokenizer's vocabulary (without data, in a dry run, the preset's
+    own)."""
     shape = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
     start = args.init or args.continue_from
     if not start:
@@ -731,31 +767,35 @@ def choose_config(args, tokenizer):
             vocab_size = -(-tokenizer.vocab_size // 64) * 64        # matrix products like multiples of 64
         config = dataclasses.replace(config, vocab_size=vocab_size, dummy_tokens=[], **shape)
     else:
-        option = "--init" if args.init else "--continue-from"
+        option = f"--init {start}" if args.init else f"--continue-from {start}"
         if args.init and args.continue_from:
-            data.fail("--init takes a run's weights, --continue-from its optimizer state too; give one of them")
+            data.fail("--init takes a run's weights, --continue-from its optimizer state too; give one of "
+                      "them")
         if shape or args.preset:
             given = ", ".join("--" + name.replace("_", "-") for name in shape) or "--preset"
-            data.fail(f"{option} {start} brings its own shape; leave out {given}")
+            data.fail(f"{option} brings its own shape; leave out {given}")
         folder = models.snapshot_download(start)
         if not os.path.isfile(os.path.join(folder, "config.json")):
-            data.fail(f"{option} {start}: no model there (config.json is missing); give a run directory, a Hugging Face "
+            data.fail(f"{option}: no model there (config.json is missing); give a run directory, a Hugging "
+                      "Face "
                       "directory or a hub name")
         config = models.read_config(os.path.join(folder, "config.json"))
         args.context = args.context or config.max_seq_len
         if args.context > config.max_seq_len and not args.rope_theta:
-            data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of {start}; lower it, or "
-                      f"give a larger --rope-theta than its {config.rope_theta:g} as well")
+            data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of {start}; "
+                      "lower it, "
+                      f"or give a larger --rope-theta than its {config.rope_theta:g} as well")
         if tokenizer and models.Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-            data.fail(f"{option} {start} has another tokenizer than the data; make the data again with data.py --tokenizer "
+            data.fail(f"{option} has another tokenizer than the data; make the data again with data.py "
+                      "--tokenizer "
                       f"{start}")
     return dataclasses.replace(config, max_seq_len=max(args.context, config.max_seq_len),
                                rope_theta=args.rope_theta or config.rope_theta)
 
 
 class Objective(nn.Module):
-    """The model under one forward that runs any function of it: what DistributedDataParallel and fully_shard wrap, so
-    that a loss may call model.hidden or model.lm_head as well as the model."""
+    """The model under one forward that runs any function of it: what DistributedDataParallel and fully_shard
+    wrap, so that a loss may call model.hidden or model.lm_head as well as the model."""
 
     def __init__(self, model):
         super().__init__()
@@ -769,7 +809,7 @@ class Objective(nn.Module):
 class Run:
     """What `setup` made of the options: the same for all kinds of training."""
     args: argparse.Namespace
-    objective: Objective        # where there is no gradient, call functions of the model by it: objective(function, *tensors)
+    objective: Objective        # calls functions of the model: objective(function, *tensors)
     tokenizer: object
     optimizers: list
     device: torch.device
@@ -777,7 +817,7 @@ class Run:
     rank: int
     world: int
     identity: dict              # what the checkpoint tells of how the run began
-    checkpoint: dict | None     # of --out, where the run goes on; its weights and optimizers are loaded already
+    checkpoint: dict | None     # of --out, where the run goes on; its weights and optimizers are loaded
 
     @property
     def model(self):
@@ -803,10 +843,11 @@ class Run:
 
 
 def build_model(args, config, device, dtype, is_fresh, world):
-    """The model on `device`: with --init's weights or drawn anew if `is_fresh`, else with memory for a checkpoint to fill.
+    """The model on `device`: with --init's weights or drawn anew if `is_fresh`, else memory for a checkpoint
+    to fill.
 
-    With --fsdp each rank holds its rows of every tensor in fp32. A block's are gathered in the type of the products when
-    its turn comes. Rank 0 alone has the whole model to begin with.
+    With --fsdp each rank holds its rows of every tensor in fp32. A block's are gathered in the type of the
+    products when its turn comes. Rank 0 alone has the whole model to begin with.
     """
     source = None
     if is_fresh and (not args.fsdp or dist.get_rank() == 0):
@@ -822,45 +863,74 @@ def build_model(args, config, device, dtype, is_fresh, world):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(device.type, (world,))
-        policy = MixedPrecisionPolicy(dtype if dtype != torch.float32 else None, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, reshard_after_forward=True)
     model.to_empty(device=device)
     model.tie_embeddings()
     if is_fresh and args.fsdp:
+        weights = {} if source is None else source.state_dict()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
+        set_model_state_dict(model, weights, options=options)
     return objective
 
 
-def check_checkpoint(checkpoint, args, identity):
-    """A run goes on only as it began."""
+def find_source(args, identity):
+    """-> (the checkpoint of --out or None, the one to load: that, or --continue-from's, or None). A run goes
+    on only as it began."""
     out = args.out
-    began = checkpoint["hparams"]
+    source = read_checkpoint(out)
+    if not source:
+        if glob.glob(os.path.join(glob.escape(out), "model*.safetensors*")):
+            data.fail(f"{out} holds a model without a training state; give another --out, or delete it")
+        if not args.continue_from:
+            return None, None
+        source = read_checkpoint(args.continue_from)
+        if not source:
+            data.fail(f"--continue-from {args.continue_from} has no training state; give --init for its "
+                      "weights alone")
+        optimizer = source["hparams"]["optimizer"]
+        if optimizer != args.optimizer:
+            data.fail(f"--continue-from {args.continue_from} was trained with --optimizer {optimizer}; give "
+                      "the same")
+        return None, source
     for name, value in identity["hparams"].items():
-        if value != began.get(name):
-            data.fail(f"{out} was made with --{name.replace('_', '-')} {began.get(name)}, not {value}; give that, or another --out")
+        began = source["hparams"].get(name)
+        if value != began:
+            option = "--" + name.replace("_", "-")
+            data.fail(f"{out} was made with {option} {began}, not {value}; give that, or another --out")
     for name, fingerprint in identity["fingerprints"].items():
-        if fingerprint != checkpoint["fingerprints"].get(name):
-            data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it was, or give "
-                      f"another --out (with --continue-from {out} its weights and optimizer go on with these)")
+        if fingerprint != source["fingerprints"].get(name):
+            data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it "
+                      "was, or "
+                      f"give another --out (with --continue-from {out} its weights and optimizer go on with "
+                      "these)")
+    if source["step"] >= args.steps:
+        print(f"{out} is trained already ({args.steps:,} steps); to train again, delete it or give another "
+              "--out")
+        leave()
+    return source, source
 
 
-RESUME_KEYS = (     # the options that a resumed run must share with its beginning
-    "data", "init", "continue_from", "preset", *SHAPE, "rope_theta", "context", "batch_tokens", "steps", "optimizer",
-    "lr", "muon_lr", "weight_decay", "beta2", "adam_eps", "schedule", "warmup", "warmdown_frac", "final_lr", "clip",
-    "prompt_weight", "skip", "seed")
+def leave():
+    """End the process with code 0."""
+    barrier()
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(0)     # in Python's shutdown a thread of the process group aborted once in some hundred runs
+    raise SystemExit(0)
 
 
 def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
-    """Process group, device, model and optimizers; weights drawn, of --init, of --continue-from, or of the checkpoint
-    in --out. The order in a script is: read data -> settle args.steps and args.micro_batch -> run = setup(...) ->
-    loader -> train(run, ...).
+    """Process group, device, model and optimizers; weights drawn, of --init, of --continue-from, or of the
+    checkpoint in --out. The order in a script is: read data -> settle args.steps and args.micro_batch -> run
+    = setup(...) -> loader -> train(run, ...).
 
     config: the shape to train. resume_keys: the options that a resumed run must share with its beginning.
-    fingerprints: {what the user calls a data set: what tells its contents}, compared with the checkpoint's as well.
-    Bad or changed options end the process in a line with code 2; a run that has all its steps ends it with code 0.
+    fingerprints: {what the user calls a data set: what tells its contents}, compared with the checkpoint's as
+    well. Bad or changed options end the process in a line with code 2; a run that has all its steps ends it
+    with code 0.
     """
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in TORCHRUN.items())
     device = torch.device(models.default_device() if args.device == "auto" else args.device)
@@ -871,74 +941,50 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
     if world > 1:       # what hosts tell each other goes over gloo; the timeout is longer than rank 0 saves
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-
     if rank == 0:
-        remove(os.path.join(glob.escape(args.out), "*.tmp"))        # what a killed process was writing
-    identity = {"hparams": {key: getattr(args, key) for key in resume_keys}, "fingerprints": fingerprints or {}}
-    checkpoint = source = read_checkpoint(args.out)
-    if checkpoint:
-        check_checkpoint(checkpoint, args, identity)
-        if checkpoint["step"] >= args.steps:
-            print(f"{args.out} is trained already ({args.steps:,} steps); to train again, delete it or give another --out")
-            leave()
-    elif glob.glob(os.path.join(glob.escape(args.out), "model*.safetensors*")):
-        data.fail(f"{args.out} holds a model without a training state; give another --out, or delete it")
-    elif args.continue_from:
-        source = read_checkpoint(args.continue_from)
-        if not source:
-            data.fail(f"--continue-from {args.continue_from} has no training state; give --init for its weights alone")
-        optimizer = source["hparams"]["optimizer"]
-        if optimizer != args.optimizer:
-            data.fail(f"--continue-from {args.continue_from} was trained with --optimizer {optimizer}; give the same")
+        remove(args.out, "*.tmp")       # what a killed process was writing
+    hparams = {key: getattr(args, key) for key in resume_keys}
+    identity = {"hparams": hparams, "fingerprints": fingerprints or {}}
+    checkpoint, source = find_source(args, identity)
 
-    # Near the threshold a CPU is measured otherwise another time, or on another rank: the first measurement counts.
+    # near the threshold another time or another rank would measure otherwise: the first measurement counts
     wanted = checkpoint["dtype"] if checkpoint and args.dtype == "auto" else args.dtype
     dtype, reason = gather_objects(choose_dtype(device, wanted))[0]
     identity["dtype"] = "bf16" if dtype == torch.bfloat16 else "fp32"
     torch.manual_seed(args.seed)
-    objective = build_model(args, config, device, dtype, not source, world)
-    not_compiled = why_not_compile(device, args.compile)
-    is_compiled = not not_compiled
-    optimizers = make_optimizers(objective.model, args, dtype, is_compiled and device.type == "cuda")
+    objective = build_model(args, config, device, dtype, not source, world).train()
+    reason_against = why_not_compile(device, args.compile)
+    optimizers = make_optimizers(objective.model, args, dtype, device.type == "cuda" and not reason_against)
     if source:
         load_training_state(source["folder"], objective.model, optimizers)
-    objective.train()
     torch._dynamo.config.recompile_limit = 64       # shapes of micro-batches and of Muon's matrices
-    for block in objective.model.model.layers:      # forward alone: hooks that gather a block's weights stay outside
-        if is_compiled:
+    for block in objective.model.model.layers:      # forward alone: hooks that gather weights stay outside
+        if not reason_against:
             block.forward = torch.compile(block.forward, dynamic=False)
         if args.activation_checkpointing:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            block.forward = functools.partial(recompute, block.forward, **options)
 
     run = Run(args, objective, tokenizer, optimizers, device, dtype, rank, world, identity, checkpoint)
     if checkpoint:
         run.print0(f"going on from step {checkpoint['step']:,} of {args.steps:,} in {args.out}")
     elif source:
         run.print0(f"weights and optimizer state of step {source['step']:,} of {args.continue_from}")
-    run.print0(f"model    {config.num_parameters():,} parameters: {config.n_layer} layers, {config.d_model} wide, {config.n_head} "
-               f"query and {config.n_kv_head} key/value heads, vocabulary {config.vocab_size}")
-    run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); "
-               + (f"not compiled: {not_compiled}" if not_compiled else "blocks compiled"))
+    run.print0(f"model    {config.num_parameters():,} parameters: {config.n_layer} layers, {config.d_model} "
+               "wide, "
+               f"{config.n_head} query and {config.n_kv_head} key/value heads, vocabulary "
+               f"{config.vocab_size}")
+    compiled = f"not compiled: {reason_against}" if reason_against else "blocks compiled"
+    run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); {compiled}")
     return run
-
-
-TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-
-
-def leave():
-    """End the process with code 0."""
-    barrier()
-    sys.stdout.flush()
-    if dist.is_initialized():
-        os._exit(0)     # without the interpreter's shutdown, in which a thread of the process group aborted once in some hundred runs
-    raise SystemExit(0)
 
 
 # ---------------------------------------------------------------- the loop
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the loop to save and leave after the step at hand; a second one ends the process at once."""
+    """Ctrl-C and SIGTERM ask the loop to save and leave after the step at hand; a second one ends the
+    process."""
 
     def __init__(self):
         self.signal = 0
@@ -951,78 +997,6 @@ class Stop:
         self.signal = number
 
 
-class Log:
-    """The records of log.jsonl, and what the steps since the last one left on the device: it is read once a record."""
-
-    def __init__(self, run, step):
-        self.run = run
-        self.path = os.path.join(run.args.out, "log.jsonl")
-        self.records = read_log(self.path, step)
-        self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
-        self.saved_step = step if run.checkpoint else None
-        self.peak = measure_peak(run.device, run.dtype)
-        self.pending = []   # of each step: loss, norm of the gradient, sums of the loss function
-        self.seconds = 0.0
-        self.window_tokens = 0
-        if run.rank == 0:
-            text = "".join(json.dumps(record) + "\n" for record in self.records)
-            models.write_atomically(self.path, lambda file: file.write(text.encode()))
-
-    def add(self, losses, norm, num_tokens, seconds):
-        """A step: this rank's part of its loss and of its sums; the tokens of all ranks."""
-        norm = norm.to(self.run.device).reshape(1) / self.run.world
-        self.pending.append(torch.cat([losses[:1], norm, losses[1:]]))
-        self.tokens += int(num_tokens)
-        self.window_tokens += num_tokens
-        self.seconds += seconds
-
-    def draw(self, chart_options):
-        if self.run.rank == 0:
-            svg = loss_svg(self.records, self.run.args.out, **chart_options)
-            models.write_atomically(os.path.join(self.run.args.out, "loss.svg"), lambda file: file.write(svg.encode()))
-
-    def write(self, step, entry):
-        self.records.append({"step": step, "tokens": self.tokens, **entry})
-        if self.run.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(self.records[-1]) + "\n")
-
-    def summarize(self, step, log_entry):
-        """Wait for the device, and write a record of the steps since the last one -> it, in words. What is not finite
-        ends the run here: it came after the last record, so no checkpoint has weights that took it."""
-        start = time.perf_counter()
-        args = self.run.args
-        rows = nn.utils.rnn.pad_sequence(self.pending, batch_first=True)    # a step with nothing to learn has no sums
-        if self.run.world > 1:
-            dist.all_reduce(rows)
-        rows = rows.tolist()
-        for bad_step, (loss, norm, *_) in enumerate(rows, step - len(rows)):
-            if not math.isfinite(loss + norm):
-                self.fail(bad_step, loss, norm)
-        loss, _, *sums = map(sum, zip(*rows))
-        entry = {"loss": loss / len(rows), **(log_entry(sums) if log_entry else {})}
-        seconds = self.seconds + time.perf_counter() - start
-        rate = self.window_tokens / seconds
-        mfu = rate * flops_per_token(self.run.model.config, args.context) / (self.peak * self.run.world)
-        self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr_multiplier(step - 1, args) * args.lr,
-                          "tokens_per_second": round(rate), "seconds": round(seconds, 3), "mfu": round(mfu, 3)})
-        self.pending = []
-        self.seconds = 0.0
-        self.window_tokens = 0
-        words = [f"{name} {value:.3f}" for name, value in entry.items()]
-        return ", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"])
-
-    def fail(self, step, loss, norm):
-        out = self.run.args.out
-        saved = "nothing was saved yet"
-        if self.saved_step == step:
-            saved = f"the checkpoint in {out} has these very weights"
-        elif self.saved_step is not None:
-            saved = f"the last good checkpoint is that of step {self.saved_step:,} in {out}"
-        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; lower --lr and "
-                  "--muon-lr", 1)
-
-
 def read_log(path, last_step=math.inf):
     """The whole records up to a step: what was logged after the checkpoint will be logged again."""
     if not os.path.exists(path):
@@ -1032,10 +1006,82 @@ def read_log(path, last_step=math.inf):
     return [record for record in records if record["step"] <= last_step]
 
 
-def set_rates(optimizers, multiplier):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * multiplier
+class Log:
+    """The records of log.jsonl, and the steps since the last one: what they left on the device is read once a
+    record."""
+
+    def __init__(self, run, step):
+        self.run = run
+        self.path = os.path.join(run.args.out, "log.jsonl")
+        self.records = read_log(self.path, step)
+        self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
+        self.saved_step = step if run.checkpoint else None
+        self.peak = run.world * measure_peak(run.device, run.dtype)
+        self.window = []    # of each step: (loss, norm of the gradient, sums of loss_fn), tokens, seconds
+        self.first_step = step
+        is_hidden = None if run.rank == 0 else True     # None: where there is no terminal
+        self.progress = tqdm(total=run.args.steps, initial=step, unit="step", disable=is_hidden)
+        if run.rank == 0:
+            text = "".join(json.dumps(record) + "\n" for record in self.records)
+            models.write_atomically(self.path, lambda file: file.write(text.encode()))
+
+    def add(self, step, losses, norm, num_tokens, seconds):
+        """What a step gave: this rank's part of its loss and sums, the tokens of all ranks."""
+        norm = norm.to(self.run.device).reshape(1) / self.run.world     # all ranks have the same
+        self.window.append((torch.cat([losses[:1], norm, losses[1:]]), num_tokens, seconds))
+        self.tokens += int(num_tokens)
+        self.progress.update()
+        steps_left = self.run.args.steps - step
+        if step == self.first_step + 1:
+            self.warm = time.perf_counter()     # the first step compiled and took memory
+        elif step == self.first_step + 10 and steps_left:
+            seconds = round((time.perf_counter() - self.warm) / 9 * steps_left)
+            left = datetime.timedelta(seconds=seconds)
+            self.run.print0(f"time     about {left} for the {steps_left:,} steps left, by the first ten")
+
+    def write(self, step, entry):
+        record = {"step": step, "tokens": self.tokens, **entry}
+        self.records.append(record)
+        if self.run.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def summarize(self, step, log_entry):
+        """Wait for the device, and write a record of the steps since the last one. What is
+        not finite ends the run here: it came after the last record, so no checkpoint has weights that took
+        it."""
+        start = time.perf_counter()
+        args = self.run.args
+        rows, tokens, seconds = zip(*self.window)
+        self.window = []
+        rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)    # a step with nothing to learn has no sums
+        if self.run.world > 1:
+            dist.all_reduce(rows)
+        rows = rows.tolist()
+        for bad_step, (loss, norm, *_) in enumerate(rows, step - len(rows)):
+            if not math.isfinite(loss + norm):
+                self.fail(bad_step, loss, norm)
+        loss, _, *sums = map(sum, zip(*rows))
+        entry = {"loss": loss / len(rows), **(log_entry(sums) if log_entry else {})}
+        seconds = sum(seconds) + time.perf_counter() - start
+        rate = sum(tokens) / seconds
+        mfu = rate * flops_per_token(self.run.model.config, args.context) / self.peak
+        lr = lr_multiplier(step - 1, args) * args.lr
+        speed = {"tokens_per_second": round(rate), "seconds": round(seconds, 3), "mfu": round(mfu, 3)}
+        self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr, **speed})
+        words = [f"{name} {value:.3f}" for name, value in entry.items()]
+        self.progress.set_postfix_str(", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"]))
+
+    def fail(self, step, loss, norm):
+        out = self.run.args.out
+        saved = f"the last good checkpoint is that of step {self.saved_step} in {out}"
+        if self.saved_step is None:
+            saved = "nothing was saved yet"
+        elif self.saved_step == step:
+            saved = f"the checkpoint in {out} has these very weights"
+        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; lower "
+                  "--lr and "
+                  "--muon-lr", 1)
 
 
 def micro_steps(run, module, loss_fn, micro_batches, weight):
@@ -1063,21 +1109,35 @@ def save(run, log, loader, step):
     log.saved_step = step
 
 
+def report(run, log, chart_options):
+    """The picture and a line at the end of a run, and the end of its process if there are several."""
+    out = run.args.out
+    seconds = sum(record["seconds"] for record in log.records if "seconds" in record)
+    if run.rank == 0:
+        svg = loss_svg(log.records, out, **chart_options)
+        models.write_atomically(os.path.join(out, "loss.svg"), lambda file: file.write(svg.encode()))
+    run.print0(f"saved    {out}: {run.args.steps:,} steps, {log.tokens:,} tokens in {seconds:.1f} s of "
+               "stepping "
+               f"({log.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+    if run.world > 1:
+        leave()
+
+
 def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_options=None):
     """The loop, from the checkpoint's step to args.steps.
 
-    loader: an iterator of Batches with a state of its own, which depends on nothing but the options and the step:
-        next(loader) -> Batch       in the main thread, all ranks at once: a rollout may call the model and collectives
-        loader.state_dict()         as after the last Batch that was given; all ranks call it, and it may use collectives.
-                                    Numbers, strings, lists, dicts and tensors: torch.load(weights_only=True) reads it
+    loader: an iterator of Batches with a state that depends on nothing but the options and the step:
+        next(loader) -> Batch       in the main thread, all ranks at once: may call the model and collectives
+        loader.state_dict()         as after the last Batch that was given; all ranks call it, and it may use
+                                    collectives. torch.load(weights_only=True) must be able to read it
         loader.load_state_dict(s)   called before the first next, if run.checkpoint
-    loss_fn(model, *tensors) -> (loss_sum, sums): scalar with a gradient; a 1-D tensor without one, empty or such as
-        rewards and counts, which is added up over micro-batches, ranks and the steps between two records. It is called
-        under autocast with the micro-batch on the device.
-    log_entry(sums: list of floats, or []) -> dict: what log.jsonl says besides the loss. Called once a logged step on
-        every rank, so a loader may keep counts (passed, dropped, ...) of its own and give them here.
-    validate() -> (entry, words) or None: entry goes to log.jsonl ({"val": {name: (value, value2)}} is drawn in loss.svg),
-        words to the screen. All ranks call it, the model in training mode; it switches to eval mode itself.
+    loss_fn(model, *tensors) -> (loss_sum, sums): a scalar with a gradient; a 1-D tensor without one, empty or
+        such as rewards and counts, which is added up over micro-batches, ranks and the steps of a record. It
+        is called under autocast with the micro-batch on the device.
+    log_entry(sums: list of floats, or []) -> dict: what log.jsonl says besides the loss. Called once a record
+        on every rank, so a loader may keep counts (passed, dropped, ...) of its own and give them here.
+    validate() -> (entry, words) or None: for log.jsonl ({"val": {name: (value, value2)}} is drawn in
+        loss.svg) and for the screen. All ranks call it, the model in training mode; it switches to eval.
     chart_options: further arguments of loss_svg, such as {"key": "pass@1", "unit": "pass@1"}.
     """
     args = run.args
@@ -1085,13 +1145,13 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     if run.world > 1 and not args.fsdp:
         device_ids = [run.device.index] if run.device.type == "cuda" else None
         module = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
-    first_step = run.checkpoint["step"] if run.checkpoint else 0
+    first_step = 0
     if run.checkpoint:
+        first_step = run.checkpoint["step"]
         loader.load_state_dict(run.checkpoint["loader"])
     run.print0(f"data     {about}, {args.micro_batch} rows at a time on each of {run.world} process(es)")
     log = Log(run, first_step)
     stop = Stop()
-    progress = tqdm(total=args.steps, initial=first_step, disable=None if run.rank == 0 else True, unit="step")
 
     def validate_now(step):
         result = validate() if validate else None
@@ -1103,47 +1163,40 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     is_due = first_step and first_step % args.val_every == 0
     if is_due and not any("val" in record for record in log.records if record["step"] == first_step):
         validate_now(first_step)        # the run was cut between its checkpoint and its validation
-    for step in range(first_step, args.steps):
+    for step in range(first_step + 1, args.steps + 1):
         start = time.perf_counter()
-        set_rates(run.optimizers, lr_multiplier(step, args))
+        # set the rates
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_multiplier(step - 1, args)
 
+        # micro-steps
         batch = next(loader)
         weight, num_tokens, asked = run.sum_over_ranks(batch.weight, batch.num_tokens, stop.signal)
         losses = micro_steps(run, module, loss_fn, batch.micro_batches, weight)
 
+        # clip, and step
         norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
         for optimizer in run.optimizers:
             optimizer.step()
         run.model.zero_grad(set_to_none=True)
 
-        step += 1
-        log.add(losses, full_tensor(norm), num_tokens, time.perf_counter() - start)
-        progress.update()
+        # log, save, validate
+        log.add(step, losses, full_tensor(norm), num_tokens, time.perf_counter() - start)
         is_last = step == args.steps
         is_saved = asked or is_last or step % args.save_every == 0
         if is_saved or step % args.log_every == 0:
-            progress.set_postfix_str(log.summarize(step, log_entry))
-        if step == first_step + 1:
-            warm = time.perf_counter()      # the first step compiled and took memory
-        if step == first_step + 10 and not is_last:
-            seconds = (time.perf_counter() - warm) / 9 * (args.steps - step)
-            left = datetime.timedelta(seconds=round(seconds))
-            run.print0(f"time     about {left} for the {args.steps - step:,} steps left, by the first ten")
+            log.summarize(step, log_entry)
         if is_saved:
             save(run, log, loader, step)
         if asked:
-            progress.close()
+            log.progress.close()
             run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
         if is_last or step % args.val_every == 0:
             validate_now(step)
-    progress.close()
-    log.draw(chart_options or {})
-    seconds = sum(record["seconds"] for record in log.records if "seconds" in record)
-    run.print0(f"saved    {args.out}: {args.steps:,} steps, {log.tokens:,} tokens in {seconds:.1f} s of stepping "
-               f"({log.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
-    if run.world > 1:
-        leave()
+    log.progress.close()
+    report(run, log, chart_options or {})
 
 
 # ---------------------------------------------------------------- the recipe
@@ -1160,14 +1213,15 @@ class Stage(NamedTuple):
 
 def recipe_stages(quick):
     root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
-    pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000) if quick else (6000, 22_000, 600, 6_000_000)
+    pages, problems, held_out, web = (6000, 22_000, 600, 6_000_000)
+    if quick:
+        pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000)
     page_k, train_k, test_k = ("1-2", "1-2", "2-3") if quick else ("1,1,1,2,2,3", "1-4", "2-6")
-    pretrain, finetune, rows = (40, 1200, "--context 192 --batch-tokens 1536") if quick else \
-        (300, 1900, "--context 384 --batch-tokens 2304")
+    pretrain, finetune = (40, 1200) if quick else (300, 1900)
+    rows = "--context 192 --batch-tokens 1536" if quick else "--context 384 --batch-tokens 2304"
     bpe = f"--tokenizer {root}/textbooks --out {root}"
     rates = "--lr 0.02 --muon-lr 0.008"
-    no_rules = "--rules none --dedup-threshold 1"
-    evaluate = f"--eval {root}/test.jsonl"
+    plain = "--rules none --dedup-threshold 1"
     return [
         Stage("textbooks", "a template teacher writes pages; every example on them is executed",
               f"synth.py textbooks --count {pages} --k {page_k} --out {root}/textbooks.jsonl",
@@ -1175,32 +1229,43 @@ def recipe_stages(quick):
         Stage("exercises", f"problems with solutions and tests: chains of {train_k} operations",
               f"synth.py exercises --count {problems} --k {train_k} --out {root}/exercises.jsonl",
               f"{root}/exercises.jsonl", problems / 1400),
-        Stage("held-out problems", f"compositions that no page and no exercise contains, chains of {test_k} operations",
+        Stage("held-out problems", f"of no page's and no exercise's composition, chains of {test_k} "
+                                   "operations",
               f"synth.py exercises --split test --k {test_k} --count {held_out} --out {root}/test.jsonl",
               f"{root}/test.jsonl", held_out / 100),
         Stage("tokenize textbooks", "a byte-level BPE of 1,024 tokens is trained on them",
-              f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 {no_rules} --out {root}",
+              f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 {plain} --out "
+              f"{root}",
               f"{root}/textbooks", 4),
         Stage("tokenize exercises", "prompts are marked, so that finetuning can leave them out",
-              f"data.py --input {root}/exercises.jsonl --name exercises {no_rules} {bpe}", f"{root}/exercises", 4),
+              f"data.py --input {root}/exercises.jsonl --name exercises {plain} {bpe}",
+              f"{root}/exercises", 4),
         Stage("filter the web", "this machine's own Python source, cleaned and deduplicated",
-              f"data.py --input python --name web --max-bytes {web} {bpe}", f"{root}/web", 7),
+              f"data.py --input python --name web --max-bytes {web} {bpe}",
+              f"{root}/web", 7),
         Stage("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
-              f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens 3072 "
-              f"--steps {pretrain} --out {runs}/base", f"{runs}/base"),
+              f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens "
+              "3072 "
+              f"--steps {pretrain} --out {runs}/base",
+              f"{runs}/base"),
         Stage("evaluate the base", "solves the held-out problems by running their tests",
-              f"sample.py --run {runs}/base {evaluate} --json {runs}/base/eval.json --max-tokens 400 --show 0",
+              f"sample.py --run {runs}/base --eval {root}/test.jsonl --json {runs}/base/eval.json "
+              "--max-tokens 400 "
+              "--show 0",
               f"{runs}/base/eval.json", held_out / 50),
         Stage("finetune", "the exercises (phi-1's CodeExercises)",
-              f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 {rows} --steps {finetune} "
-              f"--out {runs}/phi", f"{runs}/phi"),
+              f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 {rows} "
+              f"--steps {finetune} --out {runs}/phi",
+              f"{runs}/phi"),
         Stage("evaluate", "the same held-out problems",
-              f"sample.py --run {runs}/phi {evaluate} --json {runs}/phi/eval.json --max-tokens 400 --show 1",
+              f"sample.py --run {runs}/phi --eval {root}/test.jsonl --json {runs}/phi/eval.json --max-tokens "
+              "400 "
+              "--show 1",
               f"{runs}/phi/eval.json", held_out / 50)]
 
 
-# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they wait
-# for each other, by default so long that beside other busy processes most of a step is waiting; glibc's
+# What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they
+# wait for each other, by default so long that beside other busy processes most of a step is waiting; glibc's
 # allocator gives freed activations back to the system and faults them in again at every step.
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",
@@ -1220,12 +1285,13 @@ def stage_environment():
 def run_stage(command):
     """-> exit code of the command, in a process that is asked to stop once, whoever was asked."""
     script, *options = shlex.split(command)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()
     torchrun = []
     if script == "train.py" and gpus > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    child = subprocess.Popen([sys.executable, *torchrun, program, *options], start_new_session=True, env=stage_environment())
+    words = [sys.executable, *torchrun, program, *options]
+    child = subprocess.Popen(words, start_new_session=True, env=stage_environment())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: child.send_signal(number))
     code = child.wait()
@@ -1234,17 +1300,24 @@ def run_stage(command):
 
 def recipe(quick):
     stages = recipe_stages(quick)
-    book_file = os.path.join("runs", "quick" if quick else ".", "recipe.json")
+    book_file = "runs/quick/recipe.json" if quick else "runs/recipe.json"
     # product -> the command that made it (None: an attempt was cut short) and its seconds
     book = models.read_json(book_file) if os.path.exists(book_file) else {}
-    print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under data/ and runs/; give the "
-          f"same command again to go on after an interruption. A stage by hand runs as here after\n    {EXPORT}\n")
+    print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under data/ "
+          "and "
+          "runs/; give the same command again to go on after an interruption. A stage by hand runs as here "
+          "after\n"
+          f"    {EXPORT}\n")
     for number, stage in enumerate(stages, 1):
         before = book.get(stage.product, {"command": None, "seconds": 0})
         is_done = before["command"] == stage.command and os.path.exists(stage.product)
-        when = f"about {stage.seconds:.0f} s on two free cores" if stage.seconds else "its first steps tell how long"
-        when = "done already, reused" if is_done else when
-        print(f"[{number}/{len(stages)}] {stage.title}: {stage.why} ({when})\n    python {stage.command}", flush=True)
+        when = "its first steps tell how long"
+        if stage.seconds:
+            when = f"about {stage.seconds:.0f} s on two free cores"
+        if is_done:
+            when = "done already, reused"
+        print(f"[{number}/{len(stages)}] {stage.title}: {stage.why} ({when})\n    python "
+              f"{stage.command}", flush=True)
         if is_done:
             continue
         start = time.time()
@@ -1253,7 +1326,8 @@ def recipe(quick):
         book[stage.product] = {"command": None if code else stage.command, "seconds": round(seconds, 1)}
         models.write_json(book_file, book)
         if code:
-            data.fail(f"stage {stage.title!r} ended with code {code}; give the same command to go on from here", code)
+            data.fail(f"{stage.title!r} ended with code {code}; give the same command to go on from "
+                      "here", code)
         print(flush=True)
     print_report(stages, book)
 
@@ -1263,48 +1337,55 @@ def print_report(stages, book):
     evaluations = []
     print(f"\n{'stage':20} {'seconds':>8}  result")
     for stage in stages:
-        meta, log = (os.path.join(stage.product, name) for name in ("meta.json", "log.jsonl"))
         result = ""
-        if os.path.exists(meta):
-            result = f"{models.read_json(meta)['train']['tokens']:,} tokens"
-        elif os.path.exists(log):
-            last = read_log(log)[-1]
-            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in last["val"].items())
-            result = f"{last['tokens']:,} tokens; validation, bits a byte: {bits}"
+        log = read_log(f"{stage.product}/log.jsonl")
+        if log:
+            bits = ", ".join(f"{name} {value[1]:.3f}" for name, value in log[-1]["val"].items())
+            result = f"{log[-1]['tokens']:,} tokens; validation, bits a byte: {bits}"
+        elif os.path.exists(f"{stage.product}/meta.json"):
+            tokens = models.read_json(f"{stage.product}/meta.json")["train"]["tokens"]
+            result = f"{tokens:,} tokens"
         elif stage.product.endswith("eval.json"):
             evaluations.append(models.read_json(stage.product))
             result = f"pass@1 {evaluations[-1]['pass@1']:.1%} on held-out problems"
         print(f"{stage.title:20} {book[stage.product]['seconds']:8.1f}  {result}")
     print(f"{'all':20} {sum(book[stage.product]['seconds'] for stage in stages):8.1f}\n")
     levels = sorted(evaluations[-1]["levels"], key=int)
-    print(f"{'pass@1 ± standard error':36}" + "".join(f"{'k = ' + level:>16}" for level in levels) + f"{'all':>16}")
+    heads = [*(f"k = {level}" for level in levels), "all"]
+    print(f"{'pass@1 ± standard error':36}" + "".join(f"{head:>16}" for head in heads))
     for name, result in zip(("pretrained on code + textbooks", "finetuned on exercises"), evaluations):
         cells = [*(result["levels"][level] for level in levels), result]
         print(f"{name:36}" + "".join(f"{cell['pass@1']:>9.1%} ±{cell['se']:5.1%}" for cell in cells))
-    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the same two "
-          "steps.\nOurs are held-out compositions of the teacher's own operations: a far easier test, on a model some "
-          "hundred times smaller.")
+    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the "
+          "same two "
+          "steps.\nOurs are held-out compositions of the teacher's own operations: a far easier test, on a "
+          "model "
+          "some hundred times smaller.")
 
 
 # ---------------------------------------------------------------- options
 
-# What the papers say of pretraining, in our options: shares of the paper's own steps. What they leave out stays at our default.
-PHI_1 = dict(optimizer="adamw", lr=1e-3, schedule="linear", warmup=0.0208, warmdown_frac=1.0, final_lr=0.0, weight_decay=0.1,
-             context=2048, batch_tokens=1024 * 2048)        # arXiv 2306.11644, section 2.3: 750 of 36,000
-PHI_3 = dict(optimizer="adamw", lr=3e-4, schedule="cosine", warmup=0.0024, warmdown_frac=1.0, final_lr=0.1, beta2=0.95,
-             context=4096, batch_tokens=1024 * 4096)        # reported: 2,000 warmup steps of 4 M tokens
-PAPERS = {
-    "phi-1-small": PHI_1, "phi-1": PHI_1,
-    "phi-1.5": dict(optimizer="adamw", lr=2e-4, schedule="constant", warmup=0.0, weight_decay=0.1, beta2=0.98, adam_eps=1e-7,
-                    context=2048, batch_tokens=2048 * 2048),        # arXiv 2309.05463, section 2.3
-    "phi-3-mini": PHI_3, "phi-3-small": PHI_3, "phi-3-medium": PHI_3,
-    "phi-4": dict(optimizer="adamw", lr=3e-4, schedule="linear", warmdown_frac=1.0, final_lr=0.0, weight_decay=0.1,
-                  context=4096, batch_tokens=5760 * 4096)}          # arXiv 2412.08905, section 3
+# What the papers say of pretraining, in our options: shares of the paper's steps. Our defaults do the rest.
+PHI_1 = dict(       # arXiv 2306.11644, section 2.3: 750 warmup steps of 36,000
+    optimizer="adamw", lr=1e-3, schedule="linear", warmup=0.0208, warmdown_frac=1.0, final_lr=0.0,
+    weight_decay=0.1, context=2048, batch_tokens=1024 * 2048)
+PHI_15 = dict(      # arXiv 2309.05463, section 2.3
+    optimizer="adamw", lr=2e-4, schedule="constant", warmup=0.0, weight_decay=0.1, beta2=0.98, adam_eps=1e-7,
+    context=2048, batch_tokens=2048 * 2048)
+PHI_3 = dict(       # reported: 2,000 warmup steps of 4 M tokens
+    optimizer="adamw", lr=3e-4, schedule="cosine", warmup=0.0024, warmdown_frac=1.0, final_lr=0.1, beta2=0.95,
+    context=4096, batch_tokens=1024 * 4096)
+PHI_4 = dict(       # arXiv 2412.08905, section 3
+    optimizer="adamw", lr=3e-4, schedule="linear", warmdown_frac=1.0, final_lr=0.0, weight_decay=0.1,
+    context=4096, batch_tokens=5760 * 4096)
+PAPERS = {"phi-1-small": PHI_1, "phi-1": PHI_1, "phi-1.5": PHI_15, "phi-3-mini": PHI_3, "phi-3-small": PHI_3,
+          "phi-3-medium": PHI_3, "phi-4": PHI_4}
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What a user can mend is said in a line, with the exit code 2, or 1 where memory or another process is to blame."""
+    """What a user can mend is said in a line, with the exit code 2, or 1 where memory or another process is
+    to blame."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -1313,39 +1394,51 @@ def one_line_errors():
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
             data.fail(f"out of memory; {LESS_MEMORY}", 1)
-        if "RANK" in os.environ and any(word in text.lower() for word in ("gloo", "nccl", "connection closed")):
-            data.fail(f"rank {os.environ['RANK']} lost another one, whose error is the one to read ({text[:100]}); "
+        lost = ("gloo", "nccl", "connection closed")
+        if dist.is_initialized() and any(word in text.lower() for word in lost):
+            data.fail(f"rank {dist.get_rank()} lost another one, whose error is the one to read "
+                      f"({text[:100]}); "
                       "give the same command to go on from the last save", 1)
         raise
 
 
+def kinds_of(option):
+    """The ways in which `option` is used: a flag, a whole number from 1, a number from 0, and one up to 1."""
+    flag = functools.partial(option, default=False, action="store_true")
+    count, number, share = (functools.partial(option, type=data.number(*bounds))
+                            for bounds in ((int, 1), (float, 0), (float, 0, 1)))
+    return flag, count, number, share
+
+
 def loop_options(option):
     """The options of the loop itself, which align.py has too."""
-    count = data.number(int, 1)
-    rate = data.number(float, 0)
-    share = data.number(float, 0, 1)
-    option("--micro-tokens", None, "most tokens in one forward pass of a process; lower it when memory runs out (default: what a "
-           "GPU's memory holds by our estimate; 4096 on a CPU)", type=count)
-    option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
-    option("--lr", 0.003, "peak learning rate of AdamW", type=rate)
-    option("--muon-lr", 0.01, "peak learning rate of Muon", type=rate)
-    option("--weight-decay", 0.1, "decoupled weight decay of matrices", type=rate)
-    option("--beta2", 0.95, "AdamW's second moment decay", type=data.number(float, 0, 0.99999))
-    option("--adam-eps", 1e-10, "AdamW's epsilon", type=rate)
-    option("--schedule", "linear", "form in which the learning rate falls", choices=("linear", "cosine", "constant"))
-    option("--warmup", 0.02, "share of the steps with rising learning rate", type=share)
-    option("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end", type=share)
-    option("--final-lr", 0.05, "learning rate at the end, as a share of the peak", type=share)
-    option("--clip", 1.0, "largest norm of the gradient; 0: any", type=rate)
-    option("--val-every", 500, "steps between validations; one always comes last", type=count)
-    option("--save-every", 250, "steps between checkpoints", type=count)
-    option("--log-every", 10, "steps between records in log.jsonl", type=count)
+    flag, count, number, share = kinds_of(option)
+    count("--micro-tokens", None, "most tokens in one forward pass of a process; lower it when memory runs "
+                                  "out "
+          "(default: what a GPU's memory holds by our estimate; 4096 on a CPU)")
+    option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all",
+           choices=("muon", "adamw"))
+    number("--lr", 0.003, "peak learning rate of AdamW")
+    number("--muon-lr", 0.01, "peak learning rate of Muon")
+    number("--weight-decay", 0.1, "decoupled weight decay of matrices")
+    share("--beta2", 0.95, "AdamW's second moment decay")
+    number("--adam-eps", 1e-10, "AdamW's epsilon")
+    option("--schedule", "linear", "form in which the learning rate falls",
+           choices=("linear", "cosine", "constant"))
+    share("--warmup", 0.02, "share of the steps with rising learning rate")
+    share("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end")
+    share("--final-lr", 0.05, "learning rate at the end, as a share of the peak")
+    number("--clip", 1.0, "largest norm of the gradient; 0: any")
+    count("--val-every", 500, "steps between validations; one always comes last")
+    count("--save-every", 250, "steps between checkpoints")
+    count("--log-every", 10, "steps between records in log.jsonl")
     option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
     option("--dtype", "auto", "compute dtype; auto measures", choices=("auto", "fp32", "bf16"))
     option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
-    option("--fsdp", False, "spread weights, gradients and optimizer state over the processes of torchrun", action="store_true")
-    option("--activation-checkpointing", False, "keep only what enters each block and run it again in the backward pass: less "
-           "memory, a third more work", action="store_true")
+    flag("--fsdp", text="spread weights, gradients and optimizer state over the processes of torchrun")
+    flag("--activation-checkpointing", text="keep only what enters each block and run it again in the "
+                                            "backward pass: "
+         "less memory, a third more work")
     option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
 
 
@@ -1353,35 +1446,39 @@ def make_parser():
     by_hand = f"Faster on CPUs, align.py as well, and set by the recipe for its stages:\n    {EXPORT}"
     parser = data.Parser(prog="train.py", description=__doc__, epilog=by_hand)
     option = parser.option
-    count = data.number(int, 1)
-    several = data.number(int, 2)
-    positive = data.number(float, 0)
-    option("--data", None, "dataset directories (or names under data/) and their shares; without this option the whole recipe "
-           "runs", nargs="+")
-    option("--quick", False, "the recipe on chains of one and two operations, in a third of the time, with a model that has "
-           "learned little", action="store_true")
+    flag, count, number, share = kinds_of(option)
+    several = functools.partial(option, type=data.number(int, 2))
+    option("--data", None, "dataset directories (or names under data/) and their shares; without this option "
+                           "the "
+           "whole recipe runs", nargs="+", metavar="NAME[:WEIGHT]")
+    flag("--quick", text="the recipe on chains of one and two operations, in a third of the time, with a "
+                         "model that "
+         "has learned little")
     option("--out", "runs/base", "run directory to write, and to go on from")
     option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from")
-    option("--continue-from", None, "run whose weights and optimizer state to start from: its next phase, with data, context, "
-           "rates and steps of its own (give another --seed for another order of the same data)")
-    option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for the options not given",
-           choices=models.PRESETS)
+    option("--continue-from", None, "run whose weights and optimizer state to start from: its next phase, "
+                                    "with data, "
+           "context, rates and steps of its own (give another --seed for another order of the same data)")
+    option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for "
+                             "the options "
+           "not given", choices=models.PRESETS)
     for name in SHAPE:
-        option("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's", type=count)
+        count("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's")
     option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's",
            type=data.number(float, 1))
-    option("--context", None, "tokens a row (default: 512, or the context of --init)", type=several)
-    option("--batch-tokens", 4096, "tokens a step, over all processes", type=several)
-    option("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)", type=count)
-    option("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts", type=data.number(float, 0, 1))
-    option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of an answer, falling to "
-           "MIN at the TOKENS-th and later", type=models.parse_skip)
-    option("--val-tokens", 65536, "validation tokens of each dataset", type=several)
+    several("--context", None, "tokens a row (default: 512, or the context of --init)")
+    several("--batch-tokens", 4096, "tokens a step, over all processes")
+    count("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)")
+    share("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts")
+    option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of an "
+                           "answer, "
+           "falling to MIN at the TOKENS-th and later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
+    several("--val-tokens", 65536, "validation tokens of each dataset")
     loop_options(option)
-    option("--dry-run", False, "print what training would take in memory and time, and stop", action="store_true")
-    option("--gpus", None, "of --dry-run (default: those here)", type=count)
-    option("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)", type=positive)
-    option("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)", type=positive)
+    flag("--dry-run", text="print what training would take in memory and time, and stop")
+    count("--gpus", None, "of --dry-run (default: those here)")
+    number("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)")
+    number("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)")
     return parser
 
 
@@ -1395,10 +1492,12 @@ def read_options(parser):
         tokens = models.TRAINING_TOKENS.get(args.preset) if paper else None
         args.steps = round(tokens / args.batch_tokens) if tokens else 1000
     if paper and os.environ.get("RANK", "0") == "0":
-        shown = {f"--{name.replace('_', '-')} {getattr(args, name)}": getattr(args, name) == value for name, value in paper.items()}
-        given = [text for text, is_paper in shown.items() if not is_paper]
-        print(f"paper    {args.preset}'s: {' '.join(text for text in shown if shown[text])}\n"
-              f"given    {' '.join(given) or 'nothing'} instead; the rest are our defaults")
+        words = {True: [], False: ["given   "]}
+        for name, value in paper.items():
+            used = getattr(args, name)
+            words[used == value].append(f"--{name.replace('_', '-')} {used}")
+        print(f"paper    {args.preset}'s:", *words[True])
+        print(*words[False], "instead; the rest are our defaults")
     return args
 
 
@@ -1406,14 +1505,16 @@ def pretrain(args):
     datasets, weights, tokenizer = open_mixture(args.data)
     config = choose_config(args, tokenizer)
     if args.skip and not (len(args.skip) == 3 and args.skip[0] <= config.n_layer):
-        data.fail(f"--skip {':'.join(map(str, args.skip))} must be MAX:MIN:TOKENS with MAX at most the {config.n_layer} layers")
+        data.fail(f"--skip {':'.join(map(str, args.skip))} must be MAX:MIN:TOKENS with MAX at most the "
+                  f"{config.n_layer} layers")
     world = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = micro_batch_rows(args, config, rows_of_rank(args, world), world, gpu_gigabytes())
     fingerprints = {name: dataset.meta.get("fingerprint") for name, dataset in zip(args.data, datasets)}
     run = setup(args, config, tokenizer, RESUME_KEYS, fingerprints)
     loader = PackedLoader(args, datasets, weights, tokenizer.eot, run.rank, run.world)
-    shares = ", ".join(f"{dataset.name} {weight / sum(weights):.0%}" for dataset, weight in zip(datasets, weights))
-    about = (f"{shares}; {args.steps * args.batch_tokens / 1e6:.1f} M tokens in {args.steps:,} steps of "
+    shares = [f"{dataset.name} {weight / sum(weights):.0%}" for dataset, weight in zip(datasets, weights)]
+    millions = args.steps * args.batch_tokens / 1e6
+    about = (f"{', '.join(shares)}; {millions:.1f} M tokens in {args.steps:,} steps of "
              f"{args.batch_tokens // args.context:,} x {args.context}")
     train(run, loader, next_token_loss, lambda: validate(run, datasets, tokenizer.eot), about=about)
 
@@ -1422,20 +1523,20 @@ def pretrain(args):
 def main():
     parser = make_parser()
     args = read_options(parser)
-    if args.data or args.dry_run:
-        with one_line_errors():
-            if args.dry_run:
-                dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
-            else:
-                pretrain(args)
-        return
     given = [word for word in sys.argv[1:] if word != "--quick"]
-    if given:
-        parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own settings (each stage prints "
-                     "its command)")
-    if "RANK" in os.environ:
-        data.fail("the recipe starts torchrun itself where it helps; run python train.py")
-    recipe(args.quick)
+    with one_line_errors():
+        if args.dry_run:
+            dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
+        elif args.data:
+            pretrain(args)
+        elif given:
+            parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own "
+                         "settings "
+                         "(each stage prints its command)")
+        elif "RANK" in os.environ:
+            data.fail("the recipe starts torchrun itself where it helps; run python train.py")
+        else:
+            recipe(args.quick)
 
 
 if __name__ == "__main__":
