@@ -5212,16 +5212,15 @@ def test_merged_line_break_is_learned():
     assert text.lstrip("\n") == "    return 1<|end|>" and mask[0] == 0 and ids[mask.index(1) - 1] in (*tokenizer.special.values(), *tokenizer.encode("\n"))
 
 
-def options(kind, *more):
-    return align.options([kind, "--init", "x", *(["--data", "x"] if kind in ("sft", "dpo") else []), *more])
-
-
-def task_of(kind, *more):
-    """A task without data or run."""
-    task = object.__new__(kind)
-    task.args = options({align.DPO: "dpo", align.GRPO: "grpo"}[kind], *more)
-    task.args.context, task.args.micro_batch = 64, 4
-    return task
+def task(folder, monkeypatch, kind, *more):
+    """What align.py hands to the loop: run, loader, loss_fn, validate. The current directory is the folder."""
+    monkeypatch.chdir(folder)
+    parts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *given, **more: parts.append(given))
+        align.main([*command(kind)[2:], *more])
+    names = ("run", "loader", "loss_fn", "validate")
+    return SimpleNamespace(**dict(zip(names, parts[0])))
 
 
 @pytest.fixture(scope="module")
@@ -5231,31 +5230,32 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = Tokenizer.load("bytes")
     models.save(tiny(vocab_size=320, max_seq_len=96), tokenizer, str(folder / "runs/init"))
-    chats = [{"messages": [{"role": "user", "content": f"say {w} {i}"}, {"role": "assistant", "content": w * (1 + i % 3)}]}
-             for i in range(20) for w in ("ab", "cde", "f")]
+    chats = [{"messages": [{"role": "user", "content": f"say {word} {i}"},
+                           {"role": "assistant", "content": word * (1 + i % 3)}]}
+             for i in range(20) for word in ("ab", "cde", "f")]
     data.write_jsonl(folder / "chats.jsonl", chats)
     pairs = [{"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no" * (1 + i % 3)} for i in range(48)]
-    data.write_jsonl(folder / "pairs.jsonl", pairs + [{"messages": c["messages"][:1], "chosen": "A", "rejected": "B"} for c in chats[:16]])
-    problem = {"task_id": "one", "prompt": "def f():", "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    pairs += [{"messages": chat["messages"][:1], "chosen": "A", "rejected": "B"} for chat in chats[:16]]
+    data.write_jsonl(folder / "pairs.jsonl", pairs)
+    test = "def check(candidate):\n    assert candidate() == 1\n"
+    problem = {"task_id": "one", "prompt": "def f():", "entry_point": "f", "test": test}
     data.write_jsonl(folder / "problems.jsonl", [problem, {"question": "1 + 1?", "answer": "two\n#### 2"}])
     return folder
 
 
-def command(kind, *options, launcher=()):
-    given = {"sft": ["--data", "chats.jsonl", "--batch-tokens", "384"], "dpo": ["--data", "pairs.jsonl", "--batch", "8", "--length-normalized"],
-             "grpo": ["--data", "problems.jsonl", "--prompts", "4", "--group", "4", "--max-tokens", "8", "--batch-size", "4"]}[kind]
-    return [sys.executable, *launcher, os.path.join(HERE, "align.py"), kind, "--init", "runs/init", *given, "--steps", "6", "--lr", "3e-3", "--compile", "no",
-            "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--save-every", "2", "--val-every", "3", "--held-out"[:0 if kind == "grpo" else None],
-            "0.2"][:None if kind != "grpo" else -2] + list(options)
+def command(kind, *more, launcher=()):
+    given = {"sft": "--data chats.jsonl --batch 8 --held-out 0.2",
+             "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2",
+             "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4"}[kind]
+    loop = ("--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --log-every 1 --save-every 2 "
+            "--val-every 3")
+    script = os.path.join(HERE, "align.py")
+    return [sys.executable, *launcher, script, kind, *given.split(), *loop.split(), "--out", "runs/captured", *more]
 
 
-def run_align(folder, kind, *options, launcher=()):
-    return subprocess.run(command(kind, *options, launcher=launcher), cwd=folder, capture_output=True, text=True, timeout=120)
-
-
-def here(kind, *options):
-    """The same in this process; the current directory is the folder."""
-    align.main(command(kind, *options)[2:])
+def here(kind, *more):
+    """Run align.py in this process; the current directory is the folder."""
+    align.main(command(kind, *more)[2:])
 
 
 def log(folder, run):
@@ -5265,117 +5265,151 @@ def log(folder, run):
 # ---- what leaves the loaders
 
 
-def chats_task(folder, monkeypatch, *more):
-    monkeypatch.chdir(folder)
-    args = align.options(["sft", "--init", "runs/init", "--data", "chats.jsonl", "--batch-tokens", "384", *more])
-    task = align.Chats(args)
-    task.split(1)
-    model, _ = models.load("runs/init", "cpu", torch.float32)
-    task.begin(SimpleNamespace(model=model, device=torch.device("cpu"), rank=0, world=1))
-    return task, model
-
-
 def test_chats_as_they_leave_the_loader(folder, monkeypatch):
-    task, model = chats_task(folder, monkeypatch)
-    tokenizer, seen = task.tokenizer, 0
+    parts = task(folder, monkeypatch, "sft")
+    tokenizer = parts.run.tokenizer
+    seen = 0
     for _ in range(10):
-        rows = task.rows(4)
-        tokens, documents, targets, weights = task.collate(rows)
-        assert task.weight(rows) == weights.sum()
-        for x, d, y, w in zip(tokens.tolist(), documents.tolist(), targets.tolist(), weights.tolist()):
-            for number in set(d) - {-1}:
-                at = [t for t in range(len(d)) if d[t] == number]
-                ids = [x[t] for t in at]
-                assert tokenizer.decode(ids).count("<|user|>") == 1 and ids[0] == tokenizer.special["<|user|>"]  # one chat, from its beginning
-                learned = [y[t] for t in at if w[t]]
-                answer = tokenizer.decode(ids).split("<|assistant|>\n")[1].split("<|end|>")[0]
-                assert tokenizer.decode(learned) == answer + "<|end|>" and {w[t] for t in at} == {0.0, 1.0}
-                assert all(y[t] == x[t + 1] for t in at[:-1]) and y[at[-1]] == -1
+        batch = next(parts.loader)
+        assert batch.weight == sum((targets >= 0).sum() for _, targets, *_ in batch.micro_batches)
+        for tokens, targets, weights, _ in batch.micro_batches:
+            for row, row_targets, row_weights in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
+                learned = [t for t, target in enumerate(row_targets) if target >= 0]
+                assert [row_weights[t] for t in learned] == [1.0] * len(learned) and sum(row_weights) == len(learned)
+                text = tokenizer.decode(row[:learned[-1] + 1] + [row_targets[learned[-1]]])
+                answer = text.split("<|assistant|>\n")[1]
+                assert text.startswith("<|user|>") and answer.endswith("<|end|>")
+                assert tokenizer.decode([row_targets[t] for t in learned]) == answer
                 seen += 1
-    assert seen > 60  # more than an epoch
-    # conversations do not see each other: other words in the first chat leave the second one's logits alone
-    tokens, documents, *_ = task.collate(task.rows(1))
-    other = torch.where(documents == 0, 65, tokens)
-    later = documents[0] == 1
-    assert later.any()
-    torch.testing.assert_close(model(tokens, documents)[0, later], model(other, documents)[0, later], rtol=0, atol=0)
+    assert seen == 80  # more than an epoch
 
 
-def test_all_masked_batch_is_finite(folder, monkeypatch):
-    task, model = chats_task(folder, monkeypatch)
-    tokens, documents, targets, weights = task.collate(task.rows(2))
-    nats, total = model(tokens, documents, targets, weights * 0)
-    (nats * (1 / max(float(total), 1e-9))).backward()
-    assert nats.item() == 0 and all(p.grad is None or p.grad.isfinite().all() and p.grad.abs().max() == 0 for p in model.parameters())
-    loss, sums = task_of(align.DPO, "--length-normalized").loss(model, *align.batch([], 2, 96), torch.zeros(2))
+def test_a_batch_with_nothing_to_learn_is_finite(folder, monkeypatch):
+    parts = task(folder, monkeypatch, "dpo")
+    loss, sums = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
     assert loss.item() == 0 and sums.tolist() == [0] * 5
-    loss, sums = task_of(align.GRPO).loss(model, *task_of(align.GRPO).collate([]))
-    assert loss.item() == 0 and sums.tolist() == [0] * 4
-
-
-def test_noise_is_bounded_only_in_training_and_the_same_when_resumed(folder, monkeypatch):
-    task, model = chats_task(folder, monkeypatch, "--noise", "5")
-    state = json.loads(json.dumps(task.state()))
-    tokens = task.collate(task.rows(2))[0]
-    model.train()
-    a, plain = model.embed(tokens), model.model.embed_tokens.weight[tokens]
-    difference = (a - plain).abs()
-    assert 0.9 < difference.max() / (5 / math.sqrt(tokens.shape[1] * model.config.d_model)) <= 1
-    task.restore(state)
-    task.rows(2)
-    assert torch.equal(model.embed(tokens), a)
-    model.eval()
-    assert torch.equal(model.embed(tokens), plain)
+    for more in ([], ["--kl", "0.1"]):
+        parts = task(folder, monkeypatch, "grpo", *more)
+        loss, _ = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
+        loss.backward()
+        assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in parts.run.model.parameters())
 
 
 def test_pairs_and_answers_in_batches():
     tokenizer = Tokenizer.load("bytes")
-    chosen, rejected, _ = align.pair(tokenizer, {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""})
-    assert tokenizer.decode(chosen[0]) == "def f():\n    return 1\n<|endoftext|>" and tokenizer.decode(chosen[0][:chosen[1]]) == "def f():"
-    chat = align.pair(tokenizer, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
-    assert tokenizer.decode(chat[1][0][chat[1][1]:]) == "no<|end|>" and chat[0][1] == chat[1][1]
-    tokens, targets, mask = align.batch([chosen, chat[0]], 3, 300)
-    for row, (ids, start) in zip(range(2), (chosen, chat[0])):
-        assert targets[row][mask[row] > 0].tolist() == ids[start:] and tokens[row][mask[row] > 0].tolist() == ids[start - 1:-1]
-    assert tokens.shape == (3, 75) and mask[2].sum() == 0 and torch.equal(targets >= 0, mask > 0)
+    record = {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""}
+    pair, prompt = align.read_preference(tokenizer, 99, record)
+    assert tokenizer.decode(pair[0].tokens) == "def f():\n    return 1\n" and prompt == "def f():\n"
+    assert learned(tokenizer, pair[0]) == "\n    return 1\n<|endoftext|>"
+    chat, _ = align.read_preference(tokenizer, 99, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
+    assert [learned(tokenizer, answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
+    assert align.read_preference(tokenizer, 5, record)[0] is None
+    answers = [pair[0]._replace(advantage=2.0), chat[0]._replace(old=[-1.0] * 4)]
+    tokens, targets, advantages, old = align.collate(answers, 3, 75)
+    for row, answer in enumerate(answers):
+        mask = targets[row] >= 0
+        size = len(answer.tokens)
+        assert tokens[row, :size].tolist() == answer.tokens and targets[row, :size].tolist() == answer.targets
+        assert (advantages[row] == (2.0, 1.0)[row] * mask).all() and (old[row] == (0.0, -1.0)[row] * mask).all()
+    assert tokens.shape == (3, 75) and (targets[2] == -1).all()
+
+
+def learned(tokenizer, answer):
+    return tokenizer.decode([target for target in answer.targets if target >= 0])
+
+
+def test_a_chat_is_cut_to_the_context():
+    tokenizer = Tokenizer.load("bytes")
+    (whole,), _ = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
+    (cut,), _ = align.read_chat(tokenizer, len(whole.tokens) - 3, {"messages": CHAT[1:3]})
+    assert (cut.tokens, cut.targets) == (whole.tokens[:-3], whole.targets[:-3])
+    assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]})[0] is None
+
+
+def test_rows_of_all_lengths_come_once_and_in_three_shapes():
+    """With and without gradients that is six compilations, where torch gives up after eight."""
+    args = SimpleNamespace(context=90, micro_batch=2, max_rows=100)
+    rows = [[align.Answer([1] * n, [n] * n)] for n in range(1, 91)]
+    seen = []
+    counts = []
+    for rank in range(2):
+        loader = align.RowLoader(SimpleNamespace(args=args, rank=rank, world=2), None, {}, len)
+        batch = loader.batch(rows[::-1])
+        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(6, 23), (4, 45), (2, 90)}
+        seen += [row[0] for _, targets, *_ in batch.micro_batches for row in targets.tolist() if row[0] >= 0]
+        counts.append(len(batch.micro_batches))
+    assert sorted(seen) == list(range(1, 91)) and counts[0] == counts[1]
 
 
 # ---- losses
 
 
-def test_dpo_loss_by_hand_and_by_finite_differences():
-    policy, reference = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[-1.5, -1.0], [-3.0, -3.0]])
-    loss, rewards = align.dpo_loss(policy, reference.double(), 0.5, 0.1)
-    # margins: 0.5 ((−1 + 1.5) − (−2 + 1)) = 0.75 and 0.5 ((−3 + 3) − (−1 + 3)) = −1
-    margins = rewards[:, 0] - rewards[:, 1]
-    assert margins.tolist() == [0.75, -1.0]
-    sigmoid = [1 / (1 + math.exp(-m)) for m in (0.75, -1.0)]
-    np.testing.assert_allclose(loss.tolist(), [-0.9 * math.log(s) - 0.1 * math.log(1 - s) for s in sigmoid], rtol=1e-12)
-    loss.sum().backward()
-    slope = [0.5 * (-0.9 * (1 - s) + 0.1 * s) for s in sigmoid]
-    np.testing.assert_allclose(policy.grad.numpy(), [[g, -g] for g in slope], rtol=1e-12)
+def test_dpo_loss_by_hand():
+    policy = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.0], [-3.0, -3.0]], dtype=torch.float64)
+    losses, rewards = align.dpo_loss(policy, reference, 0.5)
+    # margins: 0.5 ((-1 + 1.5) - (-2 + 1)) = 0.75 and 0.5 ((-3 + 3) - (-1 + 3)) = -1
+    assert (rewards[:, 0] - rewards[:, 1]).tolist() == [0.75, -1.0]
+    sigmoid = [1 / (1 + math.exp(-margin)) for margin in (0.75, -1.0)]
+    np.testing.assert_allclose(losses.tolist(), [-math.log(s) for s in sigmoid], rtol=1e-12)
+    losses.sum().backward()
+    slopes = [-0.5 * (1 - s) for s in sigmoid]
+    np.testing.assert_allclose(policy.grad.numpy(), [[slope, -slope] for slope in slopes], rtol=1e-12)
 
 
-def test_grpo_loss_by_hand():
+def test_clipped_surrogate_and_kl_by_hand():
     ratios = torch.tensor([[0.7, 0.9, 1.0, 1.27, 1.5]], dtype=torch.float64)
-    for advantage, value, moves in ((2.0, [0.7, 0.9, 1.0, 1.27, 1.28], [1, 1, 1, 1, 0]), (-2.0, [0.8, 0.9, 1.0, 1.27, 1.5], [0, 1, 1, 1, 1])):
-        now = ratios.log().requires_grad_()
-        loss, clipped, _ = align.grpo_loss(now, torch.zeros_like(now), torch.tensor([[advantage]]))
-        np.testing.assert_allclose(loss.tolist(), [[-advantage * v for v in value]], rtol=1e-12)
-        loss.sum().backward()
-        np.testing.assert_allclose(now.grad.tolist(), [[-advantage * r * m for r, m in zip(ratios[0].tolist(), moves)]], rtol=1e-12)
-        assert clipped.tolist() == [[not m for m in moves]]
-    now, reference = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True), torch.tensor([[-1.5]], dtype=torch.float64)
-    loss, _, apart = align.grpo_loss(now, now.detach(), torch.tensor([[0.0]]), kl=0.1, reference=reference)
-    assert abs(apart.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
-    loss.backward()
-    assert abs(now.grad.item() - 0.1 * (1 - math.exp(-0.5))) < 1e-12
+    for advantage, values, moves in ((2.0, [0.7, 0.9, 1.0, 1.27, 1.28], [1, 1, 1, 1, 0]),
+                                     (-2.0, [0.8, 0.9, 1.0, 1.27, 1.5], [0, 1, 1, 1, 1])):
+        log_probs = ratios.log().requires_grad_()
+        losses, clipped = align.clipped_surrogate(log_probs, torch.zeros_like(log_probs), torch.tensor([[advantage]]))
+        np.testing.assert_allclose(losses.tolist(), [[-advantage * value for value in values]], rtol=1e-12)
+        losses.sum().backward()
+        slopes = [[-advantage * ratio * move for ratio, move in zip(ratios[0].tolist(), moves)]]
+        np.testing.assert_allclose(log_probs.grad.tolist(), slopes, rtol=1e-12)
+        assert clipped.tolist() == [[not move for move in moves]]
+    log_probs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    divergence = align.kl(log_probs, torch.tensor([-1.5], dtype=torch.float64))
+    assert abs(divergence.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
+    divergence.backward()
+    assert abs(log_probs.grad.item() - (1 - math.exp(-0.5))) < 1e-12
 
 
 def plain_log_probs(model, ids, start):
     """Of one answer, alone in a batch."""
-    logs = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
-    return logs[range(start - 1, len(ids) - 1), ids[start:]]
+    logits = model(torch.tensor([ids[:-1]]))[0].double()
+    return logits.log_softmax(-1)[range(start - 1, len(ids) - 1), ids[start:]]
+
+
+PAIRS = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
+ANSWERS = [([1, 2, 3, 4, 5], 2), ([1, 2, 6], 2), ([9, 8, 7, 7, 7, 7], 1)]
+ADVANTAGES = [0.5, -0.5, 0.25]
+
+
+def batch_of(answers, rows, advantages=(1.0,) * 4, old=(0.0,) * 4):
+    answers = [align.make_answer(ids[:start], ids[start:]) for ids, start in answers]
+    answers = [answer._replace(advantage=a, old=o) for answer, a, o in zip(answers, advantages, old)]
+    return align.collate(answers, rows, 8)
+
+
+def test_log_probs_never_hold_logits_of_many_positions(monkeypatch):
+    model = tiny(vocab_size=60)
+    tokens, targets, *_ = batch_of(PAIRS, 5)
+    rows = []
+    logits = models.Model.logits
+    monkeypatch.setattr(models.Model, "logits", lambda self, x: rows.append(len(x)) or logits(self, x))
+    log_probs = align.token_log_probs(model, tokens, targets)
+    assert rows == [9]  # of answers alone
+    monkeypatch.setattr(align, "LOGITS_AT_ONCE", 120)
+    rows.clear()
+    again = align.token_log_probs(model, tokens, targets)
+    again.sum().backward()
+    assert sorted(rows) == [1] * 2 + [2] * 8  # and once more backward
+    torch.testing.assert_close(again, log_probs, rtol=0, atol=1e-6)
+    for row, (ids, start) in enumerate(PAIRS):
+        expected = plain_log_probs(model, ids, start).float()
+        torch.testing.assert_close(log_probs[row][targets[row] >= 0], expected, rtol=0, atol=1e-5)
+    assert (log_probs[targets < 0] == 0).all()
 
 
 def peer(tmp_path, trainer, **options):
@@ -5385,19 +5419,26 @@ def peer(tmp_path, trainer, **options):
     from transformers import PreTrainedTokenizerFast
     model, tokenizer = tiny(vocab_size=320, max_seq_len=96), Tokenizer.load("bytes")
     models.save(model, tokenizer, str(tmp_path / "model"))
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model/tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>")
-    more = dict(reward_funcs=lambda completions, **_: [0.0] * len(completions)) if trainer == "GRPO" else {}
-    made = getattr(trl, f"{trainer}Trainer")(
-        str(tmp_path / "model"), processing_class=theirs, train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4),
-        args=getattr(trl, f"{trainer}Config")(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
-                                              model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=4, **options), **more)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model/tokenizer.json"), eos_token="<|endoftext|>",
+                                     pad_token="<|endoftext|>")
+    more = {}
+    if trainer == "GRPO":
+        more["reward_funcs"] = lambda completions, **_: [0.0] * len(completions)
+    config = getattr(trl, f"{trainer}Config")(
+        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=4, **options)
+    dataset = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
+    made = getattr(trl, f"{trainer}Trainer")(str(tmp_path / "model"), processing_class=theirs, train_dataset=dataset,
+                                             args=config, **more)
     return made, model
 
 
 def assert_same_gradients(ours, theirs):
     """Of the loss already backpropagated in both."""
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    for name, tensor in models.to_hf(SimpleNamespace(config=ours.config, embed=ours.embed, state_dict=lambda: {n: p.grad for n, p in ours.named_parameters()})).items():
+    ours_named = SimpleNamespace(config=ours.config, embed=ours.embed,
+                                 state_dict=lambda: {name: p.grad for name, p in ours.named_parameters()})
+    for name, tensor in models.to_hf(ours_named).items():
         want = grads[name]
         assert (tensor - want).abs().max() <= 1e-4 * want.abs().max() > 0, name
 
@@ -5405,97 +5446,95 @@ def assert_same_gradients(ours, theirs):
 @needs("trl", "datasets")
 def test_dpo_equals_trl(tmp_path):
     theirs, ours = peer(tmp_path, "DPO", beta=0.3)
-    answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
-    chosen_first = [answers[i] for i in (0, 2, 1, 3)]
+    chosen_first = [PAIRS[i] for i in (0, 2, 1, 3)]
     tokens = torch.zeros(4, 6, dtype=torch.long)
     attention, completion = torch.zeros_like(tokens), torch.zeros_like(tokens)
     for i, (ids, start) in enumerate(chosen_first):
-        tokens[i, :len(ids)], attention[i, :len(ids)], completion[i, start:len(ids)] = torch.tensor(ids), 1, 1
+        tokens[i, :len(ids)] = torch.tensor(ids)
+        attention[i, :len(ids)] = 1
+        completion[i, start:len(ids)] = 1
+    reference = copy.deepcopy(ours)
     with torch.no_grad():  # away from the reference
-        for p in theirs.model.parameters():
+        for p in [*theirs.model.parameters(), *ours.parameters()]:
             p.mul_(1.1)
-        reference = torch.stack([plain_log_probs(ours, ids, start).sum() for ids, start in answers])
-        for p in ours.parameters():
-            p.mul_(1.1)
-    want = theirs.compute_loss(theirs.model, {"input_ids": tokens, "attention_mask": attention, "completion_mask": completion})
+    inputs = {"input_ids": tokens, "attention_mask": attention, "completion_mask": completion}
+    want = theirs.compute_loss(theirs.model, inputs)
     want.backward()
-    task = task_of(align.DPO, "--beta", "0.3")
-    loss, _ = task.loss(ours, *task.collate([(*answers[:2], reference[:2]), (*answers[2:], reference[2:])]))
+    loss, _ = align.preference_objective(reference, SimpleNamespace(beta=0.3), ours, *batch_of(PAIRS, 4))
     (loss / 2).backward()
     torch.testing.assert_close(loss / 2, want, rtol=1e-5, atol=1e-6)
     assert_same_gradients(ours, theirs.model)
 
 
 @needs("trl", "datasets")
-@pytest.mark.parametrize("normalize, theirs", [("token", "bnpo"), ("sequence", "grpo"), ("constant", "dr_grpo")])
-def test_grpo_equals_trl(tmp_path, normalize, theirs):
-    trainer, ours = peer(tmp_path, "GRPO", beta=0.05, loss_type=theirs, use_bias_correction_kl=False, epsilon=0.2, epsilon_high=0.28, max_completion_length=10, num_generations=2, temperature=0.7)
-    rows = grpo_rows()
-    for i, row in enumerate(rows):
+@pytest.mark.parametrize("on_policy", (True, False))
+def test_grpo_equals_trl(tmp_path, on_policy):
+    beta = 0.0 if on_policy else 0.05
+    trainer, ours = peer(tmp_path, "GRPO", beta=beta, loss_type="bnpo", use_bias_correction_kl=False, epsilon=0.2,
+                         epsilon_high=0.28, max_completion_length=10, num_generations=2, temperature=1.0)
+    reference = copy.deepcopy(ours)
+    with torch.no_grad():
+        for p in [*trainer.model.parameters(), *ours.parameters()]:
+            p.mul_(1.1)
+    num_prompt = max(start for _, start in ANSWERS)
+    num_answer = max(len(ids) - start for ids, start in ANSWERS)
+    prompts, prompt_mask = torch.zeros(2, 3, num_prompt, dtype=torch.long)
+    completions, completion_mask = torch.zeros(2, 3, num_answer, dtype=torch.long)
+    old, reference_log_probs = torch.zeros(2, 3, num_answer)
+    for i, (ids, start) in enumerate(ANSWERS):  # prompts padded on the left, answers on the right
         torch.manual_seed(i)
-        size = len(row["ids"]) - row["start"]
-        row |= {"old": (torch.randn(size) * 0.3 - 5).tolist(), "reference": (torch.randn(size) * 0.3 - 5).tolist()}
-    prompts, answers = max(row["start"] for row in rows), max(len(row["ids"]) - row["start"] for row in rows)
-    batch = {name: torch.zeros(len(rows), wide, dtype=dtype) for name, wide, dtype in (
-        ("prompt_ids", prompts, torch.long), ("prompt_mask", prompts, torch.long), ("completion_ids", answers, torch.long), ("completion_mask", answers, torch.long),
-        ("old_per_token_logps", answers, torch.float32), ("ref_per_token_logps", answers, torch.float32))}
-    for i, row in enumerate(rows):  # prompts padded on the left, answers on the right
-        size = len(row["ids"]) - row["start"]
-        batch["prompt_ids"][i, prompts - row["start"]:], batch["prompt_mask"][i, prompts - row["start"]:] = torch.tensor(row["ids"][:row["start"]]), 1
-        batch["completion_ids"][i, :size], batch["completion_mask"][i, :size] = torch.tensor(row["ids"][row["start"]:]), 1
-        batch["old_per_token_logps"][i, :size], batch["ref_per_token_logps"][i, :size] = torch.tensor(row["old"]), torch.tensor(row["reference"])
-    batch |= {"advantages": torch.tensor([row["advantage"] for row in rows]), "num_items_in_batch": batch["completion_mask"].sum()}
+        size = len(ids) - start
+        prompts[i, num_prompt - start:] = torch.tensor(ids[:start])
+        prompt_mask[i, num_prompt - start:] = 1
+        completions[i, :size] = torch.tensor(ids[start:])
+        completion_mask[i, :size] = 1
+        old[i, :size] = torch.randn(size) * 0.3 - 5
+        reference_log_probs[i, :size] = plain_log_probs(reference, ids, start).detach()
+    batch = {"prompt_ids": prompts, "prompt_mask": prompt_mask, "completion_ids": completions,
+             "completion_mask": completion_mask, "advantages": torch.tensor(ADVANTAGES),
+             "num_items_in_batch": completion_mask.sum()}
+    if not on_policy:
+        batch |= {"old_per_token_logps": old, "ref_per_token_logps": reference_log_probs}
     trainer.current_gradient_accumulation_steps = 1
     want = trainer.compute_loss(trainer.model, batch)
     want.backward()
-    task = task_of(align.GRPO, "--normalize", normalize, "--max-tokens", "10", "--temperature", "0.7", "--kl", "0.05", "--updates", "2")
-    loss, _ = task.loss(ours, *task.collate(rows))
-    loss = loss / task.weight(rows)
-    loss.backward()
-    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    args = SimpleNamespace(kl=beta, updates=1 if on_policy else 2)
+    old = [row[:len(ids) - start].tolist() for row, (ids, start) in zip(old, ANSWERS)]
+    loss, _ = align.policy_objective(reference, args, ours, *batch_of(ANSWERS, 4, ADVANTAGES, old))
+    (loss / 9).backward()
+    if not on_policy:  # cross-entropy has another value than a ratio of 1, and the same gradient
+        torch.testing.assert_close(loss / 9, want, rtol=1e-5, atol=1e-6)
     assert_same_gradients(ours, trainer.model)
 
 
-@pytest.mark.parametrize("normalized", (False, True))
-def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(normalized, double):
-    torch.manual_seed(1)
-    model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
-    answers = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
-    reference = torch.randn(4) - 8
-    task = task_of(align.DPO, "--beta", "0.3", "--smoothing", "0.2", *["--length-normalized"] * normalized)
-    loss, sums = task.loss(model, *task.collate([(*answers[:2], reference[:2]), (*answers[2:], reference[2:])]))
+def assert_gradients_equal(model, twin, tolerance):
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(double):
+    model, twin, reference = (tiny(vocab_size=60, seed=seed).double() for seed in (0, 0, 1))
+    loss, sums = align.preference_objective(reference, SimpleNamespace(beta=0.3), model, *batch_of(PAIRS, 6))
     loss.backward()
-    scores = [(plain_log_probs(twin, ids, start).sum() - r) / (len(ids) - start if normalized else 1) for (ids, start), r in zip(answers, reference)]
-    expected = 0
-    for w, l in (scores[:2], scores[2:]):
-        expected = expected - 0.8 * torch.log(torch.sigmoid(0.3 * (w - l))) - 0.2 * torch.log(torch.sigmoid(-0.3 * (w - l)))
+    scores = [(plain_log_probs(twin, *pair) - plain_log_probs(reference, *pair)).sum() for pair in PAIRS]
+    margins = 0.3 * torch.stack([scores[0] - scores[1], scores[2] - scores[3]])
+    expected = -torch.nn.functional.logsigmoid(margins).sum()
     expected.backward()
     assert abs(loss.item() - expected.item()) < 1e-9 and sums[0] == 2
-    for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+    assert_gradients_equal(model, twin, 1e-9)
 
 
-def grpo_rows():
-    return [{"ids": [1, 2, 3, 4, 5], "start": 2, "advantage": 0.5}, {"ids": [1, 2, 6], "start": 2, "advantage": -0.5},
-            {"ids": [9, 8, 7, 7, 7, 7], "start": 1, "advantage": 0.25}]
-
-
-@pytest.mark.parametrize("normalize", ("token", "sequence", "constant"))
-def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(normalize, double):
-    torch.manual_seed(1)
-    model, twin, rows = tiny(vocab_size=60).double(), tiny(vocab_size=60).double(), grpo_rows()
-    task = task_of(align.GRPO, "--normalize", normalize, "--max-tokens", "10", "--temperature", "0.7")
-    loss, sums = task.loss(model, *task.collate(rows))
-    (loss / task.weight(rows)).backward()
-    sizes = [3, 1, 5]
-    expected = 0
-    for row, size in zip(rows, sizes):
-        logs = (twin(torch.tensor([row["ids"][:-1]]))[0] / 0.7).log_softmax(-1)[range(row["start"] - 1, len(row["ids"]) - 1), row["ids"][row["start"]:]]
-        expected = expected - row["advantage"] * logs.sum() / {"token": 9, "sequence": 3 * size, "constant": 3 * 10}[normalize]
+@pytest.mark.parametrize("updates", (1, 2))
+def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(updates, double):
+    """Through the fused loss, and through ratios that are 1."""
+    model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
+    old = [plain_log_probs(model, *answer).tolist() for answer in ANSWERS]
+    args = SimpleNamespace(updates=updates, kl=0.0)
+    loss, _ = align.policy_objective(None, args, model, *batch_of(ANSWERS, 4, ADVANTAGES, old))
+    loss.backward()
+    expected = -sum(a * plain_log_probs(twin, *answer).sum() for a, answer in zip(ADVANTAGES, ANSWERS))
     expected.backward()
-    assert sums[0] == 9
-    for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)  # the weights of tokens are fp32
+    assert_gradients_equal(model, twin, 1e-6)  # the weights of tokens are fp32
 
 
 # ---- completions and rewards
@@ -5506,9 +5545,10 @@ def test_rewards_come_from_the_sandbox_and_cannot_be_forged():
     math_problem = {"question": "?", "answer": "…\n#### 1,200"}
     texts = ["\n    return 1\n", "\n    return 2\n", "\n    import os\n    os._exit(0)\n",
              "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n", "\n    raise SystemExit(0)\n",
-             "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n", "x #### 1200", "#### 1,200.0 #### 7", "1200", "#### 1200 is $"]
+             "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n",
+             "x #### 1200", "#### 1,200.0 #### 7", "1200", "#### 1200 is $"]
     problems = [problem] * 6 + [math_problem] * 4
-    assert align.rewards(problems, texts, 2) == [1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
+    assert align.rewards(problems, texts) == [1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
 
 
 class Script(torch.nn.Module):
@@ -5518,138 +5558,179 @@ class Script(torch.nn.Module):
         super().__init__()
         self.answers = answers
 
-    def generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, seed, stream):
-        for row, prompt in enumerate(prompts):
+    def generate(self, prompts, max_new_tokens, temperature, stop, seed, stream):
+        assert temperature == 1 and len(prompts) == len(seed) <= len(self.answers)
+        for row in range(len(prompts)):
             for token in self.answers[row][:max_new_tokens]:
                 if stream(row, token) or token in stop:
                     break
 
 
-def test_completions_are_cut_like_those_of_sample_and_keep_their_end_token():
+def test_answers_are_cut_and_keep_their_end_token():
     tokenizer = Tokenizer.load("bytes")
-    problem = align.problem_of(tokenizer, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
-    assert tokenizer.decode(problem["ids"]) == "def f():"
-    chat = align.problem_of(tokenizer, {"question": "?", "answer": "#### 1"})
+    code = align.read_problem(tokenizer, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
+    assert tokenizer.decode(code["ids"]) == "def f():"
+    chat = align.read_problem(tokenizer, {"question": "?", "answer": "#### 1"})
+
+    def rollout(answers, problems, **args):
+        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, **args})
+        return align.rollout(Script(answers), tokenizer, problems, args, range(len(problems)))
     says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
-    script = Script([tokenizer.encode(text) + [tokenizer.eot] for text in says])
-    done = align.complete(script, tokenizer, [problem, problem, chat, chat], [[]] * 4, SimpleNamespace(context=1000, max_tokens=20), 1.0, 0)
-    assert [tokenizer.decode(ids) for ids, _ in done] == ["\n    return 1\n\np", "\n    return 1\n<|endoftext|>", "a\nb\nc<|endoftext|>", says[3]]
-    assert [text for _, text in done] == ["\n    return 1\n\n"[:-1], "\n    return 1\n", "a\nb\nc", says[3]]
-    begun = [tokenizer.encode("\n    return 1"), done[1][0], done[0][0]]
-    script = Script([tokenizer.encode("0\nx")] )
-    again = align.complete(script, tokenizer, [problem] * 3, begun, SimpleNamespace(context=1000, max_tokens=50), 1.0, 0)
-    assert [text for _, text in again] == ["\n    return 10", "\n    return 1\n", "\n    return 1\n"] and again[1][0] == begun[1] and again[2][0] == begun[2]
-    short = align.complete(Script([[65] * 99]), tokenizer, [chat], [[]], SimpleNamespace(context=len(chat["ids"]) + 4, max_tokens=50), 1.0, 0)
-    assert len(short[0][0]) == 5  # the last one is only a target
+    says_ids = [tokenizer.encode(text) + [tokenizer.eot] for text in says]
+    answers, texts = rollout(says_ids, [code, code, chat, chat])
+    assert [tokenizer.decode(ids) for ids in answers] == ["\n    return 1\n\np", "\n    return 1\n<|endoftext|>",
+                                                          "a\nb\nc<|endoftext|>", says[3]]
+    assert texts == ["\n    return 1\n", "\n    return 1\n", "a\nb\nc", says[3]]
+    assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == ["\n    return 1\n"] * 3
+    begun = [tokenizer.encode("\n    return 1"), answers[1], answers[0]]
+    again, texts = rollout([tokenizer.encode("0\nx")], [{**code, "begun": ids} for ids in begun], max_tokens=50)
+    assert texts == ["\n    return 10", "\n    return 1\n", "\n    return 1\n"] and again[1:] == begun[1:]
+    for room in (0, 4):
+        answers, _ = rollout([[65] * 99], [chat], max_tokens=50, context=len(chat["ids"]) + room)
+        assert answers == [[65] * room]
 
 
-def grpo_task(folder, monkeypatch, *more):
+def test_grpo_survives_a_prompt_that_fills_the_context(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    args = align.options(["grpo", "--init", "runs/init", "--data", "problems.jsonl", "--prompts", "2", "--group", "8", "--max-tokens", "6", "--lr", "0.03",
-                          "--compile", "no", "--dtype", "fp32", "--device", "cpu", "--log-every", "1", *more])
-    return args
+    long = {"prompt": "#" * 96, "entry_point": "f", "test": "def check(candidate):\n    assert candidate()"}
+    data.write_jsonl("full.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}, long])
+    here("grpo", "--data", "full.jsonl", "--steps", "1", "--out", "runs/full")
+    assert "1 problems" in capsys.readouterr().out
 
 
-def test_grpo_learns_to_say_one_byte_and_equal_rewards_change_nothing(folder, monkeypatch, capsys):
-    said = []
+def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
+    model = tiny(vocab_size=60, tie_embeddings=True)
+    dtypes = []
+    monkeypatch.setattr(train, "full_tensor", lambda tensor: dtypes.append(tensor.dtype) or tensor)
+    copied = align.rollout_model(model, torch.bfloat16)
+    assert set(dtypes) == {torch.bfloat16} and copied.lm_head.weight is copied.model.embed_tokens.weight
+    assert not any(p.requires_grad or p.is_meta for p in copied.parameters())
+    assert align.rollout_model(model, torch.float32).generate([[1, 2]], 5) == model.generate([[1, 2]], 5)
 
-    def wanted(problems, texts, workers=None):
-        said.append(texts)
-        return [float("e" in text) for text in texts]
-    monkeypatch.setattr(align, "rewards", wanted)
-    args = grpo_task(folder, monkeypatch, "--steps", "20", "--out", "runs/byte", "--prompts", "4", "--std")
-    train.train(args, align.GRPO)
-    records = [r for r in log(folder, "runs/byte") if "loss" in r]
-    first, last = (np.mean([r["pass@1"] for r in part]) for part in (records[:5], records[-5:]))
-    assert last > first + 0.4 and last > 0.8, (first, last)
-    assert {"length", "dropped", "ended"} <= records[0].keys()
-    entropy = [r["entropy"] for r in records if "entropy" in r]  # of steps that had something to learn from
-    assert entropy[0] > entropy[-1]
-    monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: [1.0] * len(texts))
-    train.train(grpo_task(folder, monkeypatch, "--steps", "3", "--out", "runs/equal", "--weight-decay", "0.1"), align.GRPO)
-    a, b = weights_of(folder, "runs/init"), weights_of(folder, "runs/equal")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+
+def test_grpo_learns_to_say_one_byte(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float("e" in text) for text in texts])
+    here("grpo", "--steps", "20", "--lr", "0.03", "--out", "runs/byte", "--num-generations", "8", "--max-tokens", "6")
+    passed = [r["pass@1"] for r in log(folder, "runs/byte") if "loss" in r]
+    assert np.mean(passed[-5:]) > np.mean(passed[:5]) + 0.4 and np.mean(passed[-5:]) > 0.8, passed
+
+
+def test_groups_of_equal_rewards_teach_nothing_but_to_stay_near_the_reference(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: [1.0] * len(texts))
+    before = weights_of(folder, "runs/init")
+    here("grpo", "--steps", "3", "--weight-decay", "0.1", "--out", "runs/equal")
+    after = weights_of(folder, "runs/equal")
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(r["dropped"] == 1 and r["loss"] == 0 for r in log(folder, "runs/equal") if "loss" in r)
+    parts = task(folder, monkeypatch, "grpo", "--kl", "0.5")
+    with torch.no_grad():
+        for p in parts.run.model.parameters():
+            p.mul_(1.2)
+    batch = next(parts.loader)
+    loss, sums = parts.loss_fn(parts.run.model, *batch.micro_batches[0])
+    loss.backward()
+    assert parts.loader.state["metrics"]["dropped"] == 0 and loss > 0 and sums[3] > 0
+    assert all(p.grad.abs().max() > 0 for p in parts.run.model.parameters())
 
 
 def test_grpo_rows_train_the_end_token_and_updates_share_the_answers(folder, monkeypatch):
-    args = grpo_task(folder, monkeypatch, "--updates", "2", "--prompts", "4", "--kl", "0.1", "--max-tokens", "30")
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: rng.integers(0, 2, len(texts)).astype(float).tolist())
-    task = align.GRPO(args)
-    task.split(1)
-    model, tokenizer = models.load("runs/init", "cpu", torch.float32)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist())
+    parts = task(folder, monkeypatch, "grpo", "--updates", "2", "--kl", "0.1", "--max-tokens", "30",
+                 "--num-generations", "8")
+    model = parts.run.model
+    eot = parts.run.tokenizer.eot
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eot] *= 3
-    task.begin(SimpleNamespace(model=model, device=torch.device("cpu"), dtype=torch.float32, autocast=contextlib.nullcontext, rank=0, world=1, resumed=False))
-    rows = task.rows(8)
-    assert len(task.parts) == 1 and len(rows) + len(task.parts[0]) == 32
-    assert abs(sum(row["advantage"] for row in rows + task.parts[0])) < 1e-9
-    tokens, targets, mask, weight, advantage, old, reference = task.collate(rows)
+        model.lm_head.weight[eot] *= 3
+    batch = next(parts.loader)
+    steps = parts.loader.state["steps"]
+    assert [len(rows) for rows in steps] == [16] and batch.weight > 16
+    total = sum(answer.advantage for row in steps[0] for answer in row)
     ends = 0
-    for i, row in enumerate(rows):
-        learned = targets[i][mask[i] > 0].tolist()
-        assert learned == row["ids"][row["start"]:] and len(learned) == len(row["old"])
-        ends += tokenizer.eot in learned and learned[-1] == tokenizer.eot
-        expected = plain_log_probs(model, row["ids"], row["start"])
-        torch.testing.assert_close(old[i][mask[i] > 0].double(), expected, rtol=0, atol=1e-4)
-    assert ends and not torch.allclose(old, reference)  # the reference is --init's
-    model.requires_grad_(False)
-    loss, sums = task.loss(model, tokens, targets, mask, weight, advantage, old, reference)
-    assert sums[2] == 0 and sums[3] > 0 and math.isfinite(loss)
+    for tokens, targets, advantages, old in batch.micro_batches:
+        for row, row_targets, row_advantages, row_old in zip(tokens.tolist(), targets, advantages, old):
+            positions = (row_targets >= 0).nonzero().flatten().tolist()
+            if positions:
+                taught = row_targets[positions].tolist()
+                ends += taught[-1] == eot
+                assert eot not in taught[:-1]
+                total += row_advantages[positions[0]].item()
+                ids = row[:positions[-1] + 1] + taught[-1:]
+                expected = plain_log_probs(model, ids, positions[0] + 1)
+                torch.testing.assert_close(row_old[positions].double(), expected, rtol=0, atol=1e-4)
+        loss, sums = parts.loss_fn(model, tokens, targets, advantages, old)
+        assert sums[2] == 0 and sums[3] > 0 and loss.isfinite()  # the reference is --init's
+    assert ends and abs(total) < 1e-5
 
 
 # ---- pivotal tokens
 
 
 def test_subdivide_finds_the_planted_tokens():
-    tokens, calls = list(range(100, 130)), []
+    tokens = list(range(100, 130))
+    calls = []
 
-    def odds(prefix):
+    def success(prefix):
         calls.append(len(prefix))
         return 0.4 + 0.5 * (112 in prefix) - 0.3 * (125 in prefix) + 0.05 * (103 in prefix)
-    found = list(align.subdivide(odds, tokens, [1.0] * 30, 0.2))
-    assert [(len(before), token) for before, token, *_ in found] == [(12, 112), (25, 125)]
-    assert found[0][3] - found[0][2] > 0.45 and found[1][3] - found[1][2] < -0.25
-    assert len(set(calls)) < 25
-    assert not list(align.subdivide(lambda prefix: 0.5, tokens, [1.0] * 30, 0.2)) and not list(align.subdivide(odds, [], [], 0.2))
-    costs = [0.001] * 12 + [9.0] + [0.001] * 17
-    assert [token for _, token, *_ in align.subdivide(odds, tokens, costs, 0.2)] == [112, 125]
+    found = list(align.subdivide(success, tokens, [-1.0] * 30, 0.2))
+    assert [(len(before), token) for before, token, _ in found] == [(12, 112), (25, 125)]
+    assert found[0][2] > 0.45 and found[1][2] < -0.25 and len(set(calls)) < 25
+    assert not list(align.subdivide(lambda prefix: 0.5, tokens, [-1.0] * 30, 0.2))
+    assert not list(align.subdivide(success, [], [], 0.2))
+    log_probs = [-0.001] * 12 + [-9.0] + [-0.001] * 17
+    assert [token for _, token, _ in align.subdivide(success, tokens, log_probs, 0.2)] == [112, 125]
 
 
 class Decider(torch.nn.Module):
-    """Says two letters of a to d, all likely; an answer is right if its first letter is "b". """
-    def __init__(self):
-        super().__init__()
-        self.device, self.config = torch.device("cpu"), SimpleNamespace(max_seq_len=64)
+    """Says two letters of a to d, all equally likely."""
+    device = "cpu"
+    config = SimpleNamespace(vocab_size=261)
 
-    def forward(self, tokens):
-        logits = torch.zeros(*tokens.shape, 261)
+    def hidden(self, tokens):
+        return torch.zeros(*tokens.shape, 1)
+
+    def logits(self, states):
+        logits = torch.zeros(*states.shape[:-1], 261)
         logits[..., [97, 98, 99, 100]] = 9.0
         return logits
 
-    def generate(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, seed, stream):
-        rng = np.random.default_rng(seed)
-        for row, prompt in enumerate(prompts):
+    def generate(self, prompts, max_new_tokens, temperature, stop, seed, stream):
+        for row, row_seed in enumerate(seed):
+            rng = np.random.default_rng(row_seed)
             while not stream(row, int(rng.integers(97, 101))):
                 pass
 
 
-def test_pivotal_pairs_are_one_token_and_dpo_reads_them(folder, monkeypatch, tmp_path):
-    tokenizer = Tokenizer.load("bytes")
-    monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: [float(text[0] == "b") for text in texts])
-    problem = align.problem_of(tokenizer, {"question": "?", "answer": "#### 1"})
-    args = align.options(["pivotal", "--max-tokens", "2", "--samples", "20", "--solved", "0.05"])
+def search(problem, *more):
+    args = align.parse_options(["pivotal", "--max-tokens", "2", *more])
     args.context = 64
-    found = list(align.pivots(args, Decider(), tokenizer, problem))
-    assert found and {record["chosen"] for record in found} == {"b"} and {record["rejected"] for record in found} <= set("acd")
+    return list(align.pivotal_pairs(Decider(), Tokenizer.load("bytes"), problem, args))
+
+
+def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
+    tokenizer = Tokenizer.load("bytes")
+    problem = align.read_problem(tokenizer, {"question": "?", "answer": "#### 1"})
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(text[0] == "b") for text in texts])
+    found = search(problem, "--samples", "20", "--seed", "1")
+    assert found and {record["chosen"] for record in found} == {"b"}
+    assert {record["rejected"] for record in found} <= set("acd")
     assert all(record["ids"]["prompt"] == problem["ids"] and record["odds"] == [1.0, 0.0] for record in found)
-    chosen, rejected, _ = align.pair(tokenizer, json.loads(json.dumps(found[0])))
-    assert chosen[0][chosen[1]:] == [98] and len(rejected[0]) == len(chosen[0])
+    (chosen, rejected), _ = align.read_preference(tokenizer, 99, json.loads(json.dumps(found[0])))
+    assert learned(tokenizer, chosen) == "b" and chosen.tokens == rejected.tokens == problem["ids"]
     with pytest.raises(ValueError, match="another tokenizer"):
-        align.pair(small_tokenizer(), found[0])
-    args.solved = 0.5
-    assert not list(align.pivots(args, Decider(), tokenizer, problem))
+        align.read_preference(small_tokenizer(), 99, found[0])
+
+
+def test_luck_writes_no_pivotal_pairs(monkeypatch):
+    """Rewards that no token has an effect on: of a hundred problems, at most one may give a pair."""
+    tokenizer = Tokenizer.load("bytes")
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist())
+    problems = [align.read_problem(tokenizer, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)]
+    assert sum(bool(search(problem)) for problem in problems) <= 1
 
 
 def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(tmp_path, monkeypatch):
@@ -5657,14 +5738,14 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
     data.write_jsonl(tmp_path / "p.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
     calls = []
 
-    def pivots(args, model, tokenizer, problem):
+    def pivotal_pairs(model, tokenizer, problem, args):
         calls.append(problem)
         if len(calls) == 5:
             raise KeyboardInterrupt
         yield {"ids": problem["ids"]}
-    monkeypatch.setattr(align, "pivots", pivots)
+    monkeypatch.setattr(align, "pivotal_pairs", pivotal_pairs)
     paths = {"--init": tmp_path / "run", "--data": tmp_path / "p.jsonl", "--out": tmp_path / "o.jsonl"}
-    args = align.options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
+    args = align.parse_options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
     align.pivotal(args)
     assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
     with pytest.raises(KeyboardInterrupt):
@@ -5676,135 +5757,94 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
 # ---- runs
 
 
-@pytest.mark.parametrize("kind", ("sft", "dpo", "grpo"))
-def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", ["--updates", "2", "--kl", "0.1"])])
+def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    more = ["--updates", "2", "--kl", "0.1"] if kind == "grpo" else ["--noise", "3"] if kind == "sft" else []
+    if kind == "grpo":  # by the text alone, so that a resumed run judges alike
+        monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(len(text) % 2) for text in texts])
     here(kind, "--out", f"runs/{kind}-whole", *more)
     cut = [kind, "--out", f"runs/{kind}-cut", *more]
     if kind == "sft":
         process = subprocess.Popen(command(*cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (folder / f"runs/{kind}-cut/state.pt").exists():
+        while not list((folder / f"runs/{kind}-cut").glob("state-*")):
             assert process.poll() is None
             time.sleep(0.002)
         process.kill()
         process.wait()
     else:
         with monkeypatch.context() as patch:
-            saves, write = [], train.write_weights
+            write = train.write_model
 
             def die(*arguments):
                 write(*arguments)
-                saves.append(1)
-                if len(saves) == (2 if kind == "dpo" else 1):  # after step 4, or in the middle of a round of --updates 2
-                    raise KeyboardInterrupt
-            patch.setattr(train, "write_weights", die)
-            with pytest.raises(SystemExit):
-                here(*cut, *["--save-every", "3"] * (kind == "grpo"))
+                raise KeyboardInterrupt
+            patch.setattr(train, "write_model", die)
+            with pytest.raises(SystemExit):  # after step 2, or in the middle of a round of --updates 2
+                here(*cut, "--save-every", "3" if kind == "grpo" else "2")
     capsys.readouterr()
     here(*cut)
     assert "going on from step" in capsys.readouterr().out
     a, b = (weights_of(folder, f"runs/{kind}-{which}") for which in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    same = [[{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "peak_share")} for r in log(folder, f"runs/{kind}-{which}")]
+    timing = ("seconds", "tokens_per_second", "mfu")
+    same = [[{k: v for k, v in record.items() if k not in timing} for record in log(folder, f"runs/{kind}-{which}")]
             for which in ("whole", "cut")]
     assert same[0] == same[1]
-    model, tokenizer = models.load(str(folder / f"runs/{kind}-whole"), "cpu")
-    assert len(model.generate([tokenizer.encode("a")], 3)[0]) == 3
+    records = [record for record in same[0] if "loss" in record]
+    first, last = records[0], records[-1]
     if kind == "dpo":
-        records = log(folder, "runs/dpo-whole")
-        first, last = ([r for r in records if "margin" in r][i] for i in (0, -1))
-        assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5 and last["margin"] > 0 and last["accuracy"] > 0.6
-        assert any("val_margin" in r for r in records)
+        assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5
+        assert last["margin"] > 0 and last["accuracy"] > 0.6
     if kind == "sft":
-        values = losses(folder, "runs/sft-whole")
-        here("sft", "--out", "runs/sft-plain", "--steps", "1")
-        assert losses(folder, "runs/sft-plain")[0] != values[0]  # noise is there from the first step
-        assert values[-1] < values[0] and any("val" in r for r in log(folder, "runs/sft-whole"))
+        assert last["loss"] < first["loss"] and any("val" in record for record in same[0])
 
 
-def test_reference_is_computed_once_and_belongs_to_the_run(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    count = []
-    scores = align.Task.scores
-    monkeypatch.setattr(align.Task, "scores", lambda self, model, answers, *more: count.append(len(answers)) or scores(self, model, answers, *more))
-
-    def go(*more):
-        args = align.options(command("dpo", "--out", "runs/cached", "--held-out", "0", "--val-every", "100", *more)[2:])
-        train.train(args, align.DPO)
-    go("--steps", "2")
-    assert len(count) == 1
-    os.remove("runs/cached/state.pt"), os.remove("runs/cached/model.safetensors")  # killed before its first checkpoint
-    go("--steps", "2")
-    assert len(count) == 1
-    pairs = align.read(["pairs.jsonl"], lambda record: align.pair(Tokenizer.load("bytes"), record))
-    cached = torch.load("runs/cached/reference.pt", weights_only=True)["scores"].view(-1, 2)
-    model, _ = models.load("runs/init", "cpu", torch.float32)
-    for p, row in list(zip(pairs, cached))[::9]:
-        for (ids, start), value in zip(p[:2], row):
-            assert abs(plain_log_probs(model, ids, start).sum().item() - value.item()) < 1e-3
-    os.remove("runs/cached/state.pt"), os.remove("runs/cached/model.safetensors")
-    data.write_jsonl("pairs2.jsonl", list(data.read_jsonl("pairs.jsonl"))[:40])
-    go("--steps", "2", "--data", "pairs2.jsonl")
-    assert len(count) == 2  # other preferences, other reference
-    saved = list(data.read_jsonl("pairs2.jsonl"))
-    data.write_jsonl("pairs2.jsonl", saved[:30])
-    with pytest.raises(ValueError, match="reference.pt"):
-        args = align.options(command("dpo", "--out", "runs/cached", "--held-out", "0", "--steps", "4", "--data", "pairs2.jsonl")[2:])
-        state = train.read_state("runs/cached")
-        state["recipe"]["steps"] = 4
-        monkeypatch.setattr(train, "read_state", lambda run: state)
-        train.train(args, align.DPO)
-
-
-@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", []), ("grpo", ["--shard", "--kl", "0.1", "--updates", "2"])])
+@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", []),
+                                        ("dpo", ["--fsdp"]), ("grpo", ["--fsdp", "--kl", "0.1", "--updates", "2"])])
 def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
     monkeypatch.chdir(folder)
-    name, steps = f"runs/{kind}-{len(more)}", ["--steps", "2" if kind == "grpo" else "4"]
-    here(kind, "--out", name + "-one", *steps, *more)
-    done = run_align(folder, kind, "--out", name + "-two", *steps, "--micro-tokens", "192", *more, launcher=TWO)
+    name = f"runs/{kind}-{len(more)}"
+    more = ["--steps", "2" if kind == "grpo" else "4", *more]
+    here(kind, "--out", name + "-one", *more)
+    words = command(kind, "--out", name + "-two", "--micro-tokens", "192", *more, launcher=TWO)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(losses(folder, name + "-one"), losses(folder, name + "-two"), rtol=2e-4, atol=1e-6)
-    for key in {"dpo": ("margin", "accuracy"), "grpo": ("pass@1", "length", "entropy")}.get(kind, ()):
-        a, b = ([r[key] for r in log(folder, name + which) if key in r] for which in ("-one", "-two"))
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    one, two = ([r for r in log(folder, name + which) if "loss" in r] for which in ("-one", "-two"))
+    for key in ("loss", "margin", "accuracy", "pass@1", "length", "entropy", "kl"):
+        if key in one[0]:
+            np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-3, atol=1e-5, err_msg=key)
 
 
-def test_sigterm_saves_and_bad_input_is_one_line(folder):
-    process = subprocess.Popen(command("dpo", "--out", "runs/term", "--steps", "100000"), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not (folder / "runs/term/log.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "runs/term" in output and (folder / "runs/term/state.pt").exists()
-
-
-@pytest.mark.parametrize("kind, lines, words", [
-    ("sft", ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'], "record 1: message 1 needs a role"),
-    ("sft", ['{"messages": "hello"}'], '"messages" must be'), ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "no conversation"),
-    ("sft", ["{"], "bad.jsonl:1"), ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"), ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "none of 1"),
-    ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'), ("grpo", ['{"prompt": "a"}'], "needs the texts")])
-def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
-    monkeypatch.chdir(folder)
-    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(SystemExit) as stopped:
-        align.main([kind, "--init", "runs/init", "--data", "bad.jsonl", "--out", "runs/bad", "--device", "cpu"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
-    assert not (folder / "runs/bad").exists()
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["dpo", "--init", "runs/none", "--data", "pairs.jsonl"], "runs/none"), (["dpo", "--init", "runs/init", "--data", "none.jsonl"], "none.jsonl"),
-    (["dpo"], "--data"), (["grpo", "--prompts", "3", "--updates", "2"], "--updates"), (["sft", "--data", "x", "--sped", "3"], "--sped"),
-    (["sft", "--init", "runs/init", "--data", "chats.jsonl", "--context", "5000"], "--context"), ([], "sft")])
-def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(folder)
+def assert_align_refuses(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         align.main(arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("kind, lines, words", [
+    ("sft", ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'], "record 1: message 1"),
+    ("sft", ['{"messages": "hello"}'], '"messages" must be'),
+    ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "nothing is left"),
+    ("sft", ["{"], "bad.jsonl:1"),
+    ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"),
+    ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "nothing is left"),
+    ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'),
+    ("grpo", ['{"prompt": "a"}'], "it needs the texts")])
+def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
+    monkeypatch.chdir(folder)
+    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    assert_align_refuses([kind, "--init", "runs/init", "--data", "bad.jsonl", "--out", "runs/bad"], words, capsys)
+    assert not (folder / "runs/bad").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("dpo --init runs/none --data pairs.jsonl", "runs/none"), ("dpo --init runs/init --data none.jsonl", "none.jsonl"),
+    ("dpo", "--data"), ("sft --data x --sped 3", "--sped"),
+    ("sft --init runs/init --data chats.jsonl --context 5000", "--context"), ("", "sft")])
+def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(folder)
+    assert_align_refuses(arguments.split(), words, capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
