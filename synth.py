@@ -2899,7 +2899,7 @@ class Worker:
     def send(self, index, job, timeout, memory_mb):
         self.index = index
         self.signature = os.urandom(16)
-        self.deadline = time.monotonic() + timeout + 5.0  # the keeper keeps time; this is for its own death
+        self.deadline = time.monotonic() + timeout + 30.0  # the keeper keeps time; this is for its own death
         program, tests = job
         with contextlib.suppress(BrokenPipeError):  # receive() finds out
             self.jobs.send_bytes(marshal.dumps([program, timeout, memory_mb]))
