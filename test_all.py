@@ -3231,57 +3231,88 @@ def test_report_is_one_page(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # synth.py: the sandbox
 
-ADD = dict(task_id="add", prompt="def add(a, b):\n", entry_point="add", canonical_solution="    return a + b\n",
-           test="# token-4711 \ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(20, 30) == 50\n")
+
+def checks(*claims):
+    """A problem's tests. Example: checks("candidate(2) == 4")"""
+    return "def check(candidate):\n" + "".join(f"    assert {claim}\n" for claim in claims)
+
+
+ADD = dict(
+    task_id="add",
+    prompt="def add(a, b):\n",
+    entry_point="add",
+    canonical_solution="    return a + b\n",
+    test="# token-4711 \n" + checks("candidate(2, 3) == 5", "candidate(20, 30) == 50")
+)
 HUMANEVAL = os.environ.get("HUMANEVAL", "")  # path of HumanEval.jsonl.gz: its own solutions are judged
 LINUX = sys.platform == "linux"
-CONTAINED = LINUX and judge(ADD, "    import os; assert os.getpid() == 2; return a + b\n").passed
+GRANTED = synth.protections() if LINUX else ""
+CONTAINED = "Landlock" in GRANTED and "seccomp" in GRANTED
 
 FORGERIES = {
     "exit": "    import sys; sys.exit(0)\n",
     "hard exit": "    import os; os._exit(0)\n",
     "exit while defining": "    pass\nimport os; os._exit(0)\n",
     "success mark": "    print('passed'); print('+passed', flush=True); return None\n",
-    "assertion error": "    return 0\nimport builtins; builtins.AssertionError = type('Never', (Exception,), {})\n",
-    "builtins": "    return 0\nimport builtins\nfor n in ('len isinstance print __import__ sum abs repr exec compile getattr "
-                "set tuple'.split()): setattr(builtins, n, lambda *a, **k: True)\n",
+    "assertion error": "    return 0\nimport builtins; builtins.AssertionError = type('Never', "
+    "(Exception,), {})\n",
+    "builtins": "    return 0\nimport builtins\nfor n in ('len isinstance print __import__ sum abs repr "
+    "exec compile getattr "
+    "set tuple'.split()): setattr(builtins, n, lambda *a, **k: True)\n",
     "own check": "    return 0\ncheck = lambda candidate: None\nimport builtins; builtins.check = check\n",
-    "check in main": "    return 0\nimport sys\nfor m in list(sys.modules.values()):\n    try: m.check = lambda c: None\n    except Exception: pass\n",
+    "check in main": "    return 0\nimport sys\nfor m in list(sys.modules.values()):\n    try: m.check = "
+    "lambda c: None\n    except Exception: pass\n",
     "redefined": "    return a + b\ndef add(a, b): return 0\n",
-    "always equal": "    return Liar()\nclass Liar:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n    __bool__ = lambda s: True\n",
-    "equal int": "    return Liar(7)\nclass Liar(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\n",
-    "equal metaclass": "    return Liar\nclass Meta(type):\n    __eq__ = lambda s, o: True\n    __hash__ = None\nclass Liar(metaclass=Meta): pass\n",
-    "descriptors": "    import os\n    for fd in range(256):\n        for text in (b'+passed', b'\\x07\\0\\0\\0+passed', b'1', b'passed\\n'):\n"
-                   "            try: os.write(fd, text)\n            except OSError: pass\n    return 0\n",
-    "descriptors early": "    return 0\nimport os\nfor fd in range(256):\n    try: os.write(fd, b'\\x07\\0\\0\\0+passed')\n    except OSError: pass\n",
-    "frames": "    import sys\n    f = sys._getframe()\n    while f:\n        for k in list(f.f_locals):\n            f.f_globals[k] = True\n"
-              "        for s in ('finish', 'verdict', 'last'):\n            f.f_globals[s] = lambda *a: True\n        f = f.f_back\n    return 0\n",
+    "always equal": "    return Liar()\nclass Liar:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, "
+    "o: False\n    __bool__ = lambda s: True\n",
+    "equal int": "    return Liar(7)\nclass Liar(int):\n    __eq__ = lambda s, o: True\n    __hash__ = "
+    "int.__hash__\n",
+    "equal metaclass": "    return Liar\nclass Meta(type):\n    __eq__ = lambda s, o: True\n    __hash__ = "
+    "None\nclass Liar(metaclass=Meta): pass\n",
+    "descriptors": "    import os\n    for fd in range(256):\n        for text in (b'+passed', b'\\x07\\0\\0\\0+passed', b'1'):\n"
+    "            try: os.write(fd, text)\n            except OSError: pass\n    return 0\n",
+    "descriptors early": "    return 0\nimport os\nfor fd in range(256):\n"
+    "    try: os.write(fd, b'\\x07\\0\\0\\0+passed')\n    except OSError: pass\n",
+    "frames": "    import sys\n    f = sys._getframe()\n    while f:\n        for k in list(f.f_locals):\n  "
+    "          f.f_globals[k] = True\n"
+    "        for s in ('finish', 'verdict', 'last'):\n            f.f_globals[s] = lambda *a: True\n        "
+    "f = f.f_back\n    return 0\n",
     # a pattern, for the text itself would be found in the memory of him who looks for it
-    "secrets": "    import gc, re\n    if any(re.search('# to[k]en-47', str(o)) for o in gc.get_objects() if type(o) in (list, dict)): return a + b\n"
-               "    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:\n        for line in maps:\n"
-               "            low, high = [int(x, 16) for x in line.split()[0].split('-')]\n            try:\n                memory.seek(low)\n"
-               "                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b\n"
-               "            except (OverflowError, ValueError, OSError): pass\n    return 0\n",
-    "threads": "    return 0\nimport os, threading, time\ndef run():\n    while True:\n        for fd in range(3, 99):\n            try: os.write(fd, b'+')\n"
-               "            except OSError: pass\n        time.sleep(.001)\nthreading.Thread(target=run).start()\n",
-    "harness": "    return 0\nimport os, json, select, sys\njson.loads = lambda *a: ['value', 5]\njson.dumps = lambda *a: '[\"value\", 5, 5]'\n"
-               "os._exit = lambda c: None\nselect.select = lambda *a: ([], [], [])\n",
+    "secrets": "    import gc, re\n    if any(re.search('# to[k]en-47', str(o)) for o in gc.get_objects() "
+    "if type(o) in (list, dict)): return a + b\n"
+    "    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:\n        for line in "
+    "maps:\n"
+    "            low, high = [int(x, 16) for x in line.split()[0].split('-')]\n            try:\n           "
+    "     memory.seek(low)\n"
+    "                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b\n"
+    "            except (OverflowError, ValueError, OSError): pass\n    return 0\n",
+    "threads": "    return 0\nimport os, threading, time\ndef run():\n    while True:\n        for fd in "
+    "range(3, 99):\n            try: os.write(fd, b'+')\n"
+    "            except OSError: pass\n        time.sleep(.001)\nthreading.Thread(target=run).start()\n",
+    "harness": "    return 0\nimport os, json, select, sys\njson.loads = lambda *a: ['value', "
+    "5]\njson.dumps = lambda *a: '[\"value\", 5, 5]'\n"
+    "os._exit = lambda c: None\nselect.select = lambda *a: ([], [], [])\n",
     "atexit": "    return 0\nimport atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)\n",
     "base exception": "    raise BaseException('passed')\n",
     "keyboard interrupt": "    raise KeyboardInterrupt\n",
     "generator exit": "    raise GeneratorExit\n",
     "kills the parent": "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 0\n",
-    "kills all": "    import os, signal\n    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else os._exit(0)\n    return 0\n",
-    "memory of the tests": "    import os\n    for n in os.listdir('/proc'):\n        try:\n            with open(f'/proc/{n}/mem', 'r+b') as f: return 5\n"
-                           "        except (OSError, ValueError): pass\n    return 0\n",
-    "descriptors of others": "    import os, glob\n    for p in glob.glob('/proc/[0-9]*/fd/*'):\n        try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')\n"
-                             "        except OSError: pass\n    return 0\n",
-    "library": "    return 0\nimport random, os\nfor p in ('random.py', 'math.py', 'typing.py'): open(p, 'w').write('import os; os._exit(0)')\n",
+    "kills all": "    import os, signal\n    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else "
+    "os._exit(0)\n    return 0\n",
+    "memory of the tests": "    import os\n    for n in os.listdir('/proc'):\n        try:\n            "
+    "with open(f'/proc/{n}/mem', 'r+b') as f: return 5\n"
+    "        except (OSError, ValueError): pass\n    return 0\n",
+    "descriptors of others": "    import os, glob\n    for p in glob.glob('/proc/[0-9]*/fd/*'):\n        "
+    "try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')\n"
+    "        except OSError: pass\n    return 0\n",
+    "library": "    return 0\nimport random, os\nfor p in ('random.py', 'math.py', 'typing.py'): open(p, "
+    "'w').write('import os; os._exit(0)')\n",
     "broken data": "    return 0\nimport json\njson.dumps = lambda *a: '{\"set\": [[1]]}'\n",
     "recursion": "    x = []; x.append(x); return x\n",
-    "hash": "    return {Liar(): 1}\nclass Liar:\n    __hash__ = lambda s: 0\n    __eq__ = lambda s, o: True\n",
+    "hash": "    return {Liar(): 1}\nclass Liar:\n    __hash__ = lambda s: 0\n    __eq__ = lambda s, o: "
+    "True\n",
     "returns the tests' proxy": "    return add\n",
-    "empty": "",
+    "empty": ""
 }
 
 
@@ -3306,23 +3337,37 @@ def test_the_search_for_secrets_would_find_one():
 def test_forged_without_any_help_of_the_kernel(scratch):
     """As on macOS, or in a container that grants nothing: the program may even write into our own pipes."""
     bodies = [body for name, body in FORGERIES.items() if name not in ("kills all", "descriptors of others")]
-    bodies.append("    import os, stat\n    for n in range(64):\n        p = f'/proc/PID/fd/{n}'\n        try:\n            if stat.S_ISFIFO(os.stat(p).st_mode):\n"
-                  "                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)\n                os.write(fd, b'+passed'); os.write(fd, b'\\x07\\0\\0\\0+passed')\n"
-                  "        except OSError: pass\n    return 0\n")
-    code = ("import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += \"sys.platform = 'none'\\n\"\n"
-            "problem, bodies = json.load(open(sys.argv[2]))\n"
-            "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], timeout=2.0)\n"
-            "json.dump([verdicts, synth.protections()], open(sys.argv[2], 'w'))")
+    bodies.append(
+        "    import os, stat\n    for n in range(64):\n        p = f'/proc/PID/fd/{n}'\n        try:\n      "
+        "      if stat.S_ISFIFO(os.stat(p).st_mode):\n"
+        "                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)\n                os.write(fd, b'+passed')\n"
+        "                os.write(fd, b'\\x07\\0\\0\\0+passed')\n"
+        "        except OSError: pass\n    return 0\n"
+    )
+    code = (
+        "import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += "
+        "\"sys.platform = 'none'\\n\"\n"
+        "problem, bodies = json.load(open(sys.argv[2]))\n"
+        "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], "
+        "timeout=2.0)\n"
+        "json.dump([verdicts, synth.protections()], open(sys.argv[2], 'w'))"
+    )
     file = scratch / "verdicts.json"
     file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
-    subprocess.run([sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)],
+        check=True,
+        capture_output=True
+    )
     verdicts, protections = json.loads(file.read_text())
-    assert protections.startswith("resource limits alone") or protections == "nobody's rights instead of root's"
+    assert "Landlock" not in protections.split(":")[0] and "seccomp" not in protections.split(":")[0]
     assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
 
 
 @pytest.mark.parametrize("swallow", ["except Exception:", "except BaseException:", "except:", "finally:"])
-@pytest.mark.parametrize("body", ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return object()\n"])
+@pytest.mark.parametrize(
+    "body", ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return object()\n"]
+)
 def test_tests_that_expect_exceptions_cannot_swallow_a_failure(swallow, body):
     test = f"def check(candidate):\n    try:\n        candidate(1, 2)\n    {swallow}\n        return\n"
     assert not judge(dict(ADD, test=test), body).passed
@@ -3334,34 +3379,87 @@ def test_honest():
     assert judge(ADD, "    return a +\n").reason.startswith("raised SyntaxError")
     assert judge(ADD, "    raise ValueError('k')\n").reason == "raised ValueError: k"
     assert judge(ADD, "    return object()\n").reason == "returned a object that is not plain data"
-    assert judge(ADD, "    import threading\n    t = threading.Thread(target=lambda: None); t.start(); t.join()\n    return a + b\n").passed
+    assert judge(
+        ADD,
+        "    import threading\n    t = threading.Thread(target=lambda: None); t.start(); t.join()\n    "
+        "return a + b\n"
+    ).passed
     assert judge(ADD, "    print('talk ' * 10**6); return a + b\n").passed
-    assert judge(ADD, "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n").passed
+    assert judge(
+        ADD,
+        "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
+    ).passed
 
 
 def test_exceptions_and_helpers_reach_the_tests():
-    test = ("def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n        assert str(e) == 'no'\n"
-            "    else:\n        assert False\n    assert helper(1) == 2\n")
-    problem = dict(task_id="x", entry_point="f", test=test, prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n")
+    test = (
+        "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n        assert "
+        "str(e) == 'no'\n"
+        "    else:\n        assert False\n    assert helper(1) == 2\n"
+    )
+    problem = dict(
+        task_id="x",
+        entry_point="f",
+        test=test,
+        prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n"
+    )
     assert judge(problem, "    class Own(ValueError): pass\n    raise Own('no')\n").passed
-    assert judge(problem, "    raise ValueError('no')\nhelper = lambda x: 0\n").passed  # the tests keep their own helper
+    assert judge(
+        problem, "    raise ValueError('no')\nhelper = lambda x: 0\n"
+    ).passed  # the tests keep their own helper
     assert not judge(problem, "    raise TypeError('no')\n").passed
     assert not judge(problem, "    return 1\n").passed
 
 
-@pytest.mark.parametrize("value", [None, True, -1, 1 << 70, 0.1, float("inf"), 2j, "ü\ud800\0", b"\0\xff", [], [[1], (2, {3})], {},
-                                   {(1, "a"): [None], True: {}}, {"dict": 1}, set(), frozenset({1}), range(3, 9, 2)])
+def test_an_exception_that_would_end_the_tests_loop_quietly_is_a_failure():
+    test = "def check(candidate):\n    assert all(value == 1 for value in map(candidate, [1, 2], [3, 4]))\n"
+    verdict = judge(dict(ADD, test=test), "    raise StopIteration\n")
+    assert not verdict.passed and verdict.reason.startswith("raised StopIteration")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        -1,
+        1 << 70,
+        0.1,
+        float("inf"),
+        2j,
+        "ü\ud800\0",
+        b"\0\xff",
+        [],
+        [[1], (2, {3})],
+        {},
+        {(1, "a"): [None], True: {}},
+        {"dict": 1},
+        set(),
+        frozenset({1}),
+        range(3, 9, 2)
+    ]
+)
 def test_plain_data_round_trip(value):
     back = unpack(json.loads(json.dumps(pack(value))))
     assert back == value and type(back) is type(value)
     test = f"def check(candidate):\n    x = {value!r}\n    assert candidate(x) == x\n".replace("inf", "1e999")
     assert judge(dict(ADD, prompt="def add(a):\n", test=test), "    return a\n").passed
-    assert unpack(json.loads(json.dumps(pack(-(16 ** 9000))))) == -(16 ** 9000)  # beyond what Python prints in decimal
+    assert unpack(json.loads(json.dumps(pack(-(16**9000))))) == -(
+        16**9000
+    )  # beyond what Python prints in decimal
 
 
 def test_mbpp():
-    problem = dict(task_id=2, text="Shared elements.", code="", test_setup_code="import math",
-                   test_list=["assert set(similar((3, 4), (4, 5))) == set((4,))", "assert math.isclose(len(similar((1,), (1,))), 1)"])
+    problem = dict(
+        task_id=2,
+        text="Shared elements.",
+        code="",
+        test_setup_code="import math",
+        test_list=[
+            "assert set(similar((3, 4), (4, 5))) == set((4,))",
+            "assert math.isclose(len(similar((1,), (1,))), 1)"
+        ]
+    )
     assert judge(problem, "def similar(a, b):\n    return tuple(set(a) & set(b))").passed
     assert not judge(problem, "def similar(a, b):\n    return a").passed
     assert not judge(problem, "def other(a, b):\n    return a").passed
@@ -3370,14 +3468,30 @@ def test_mbpp():
 
 
 def test_limits():
-    bodies = ["    while True: pass\n", "    import time; time.sleep(60)\n", "    return [0] * 10**9\n", "    return 'x' * (20 << 20)\n",
-              "    return iter(int, 1)\n", "    return 0\nwhile True: pass\n", "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n"]
+    bodies = [
+        "    while True: pass\n",
+        "    import time; time.sleep(60)\n",
+        "    return [0] * 10**9\n",
+        "    return 'x' * (20 << 20)\n",
+        "    return iter(int, 1)\n",
+        "    return 0\nwhile True: pass\n",
+        "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n"
+    ]
     verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
     assert not any(v.passed for v in verdicts)
-    assert [v.reason for v in verdicts[:4]] == ["timed out", "timed out", "out of memory", f"gave an answer of {(20 << 20) + 13} bytes"]
-    assert verdicts[5].reason == "timed out", verdicts  # and how endless recursion ends depends on the version of Python
+    assert [v.reason for v in verdicts[:4]] == [
+        "timed out",
+        "timed out",
+        "out of memory",
+        "gave broken data, or more than 16 MB"
+    ]
+    assert (
+        verdicts[5].reason == "timed out"
+    ), verdicts  # and how endless recursion ends depends on the version of Python
     assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
-    assert not judge(dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0).passed
+    assert not judge(
+        dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0
+    ).passed
     with pytest.raises(ValueError, match="timeout"):
         judge(ADD, "", timeout=0)
 
@@ -3387,17 +3501,6 @@ def test_clean_environment():
     assert judge(ADD, "    import os; assert not os.environ and not os.listdir('.'); return a + b\n").passed
     assert judge(ADD, "    open('notes', 'w').write('x'); return a + b\n").passed
     assert judge(ADD, "    try: input()\n    except EOFError: return a + b\n").passed
-
-
-@pytest.mark.skipif(not CONTAINED, reason="no namespaces on this machine")
-def test_contained():
-    listener = __import__("socket").create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    for body in (f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)", f"open('{tempfile.gettempdir()}/x', 'w')",
-                 "open('/proc/sys/kernel/core_pattern', 'w')", f"import os; os.kill({os.getpid()}, 0)", "import os; os.setuid(1)",
-                 f"open('{synth.__file__}', 'a')", "import os; os.mkfifo('/dev/shm/x')"):
-        verdict = judge(ADD, f"    {body}\n    return a + b\n")
-        assert verdict.reason.startswith("raised "), (body, verdict)
 
 
 def processes(scratch):
@@ -3421,23 +3524,31 @@ def gone(scratch, seconds=3.0):
 
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
 def test_nothing_stays(scratch):
-    daemon = ("    import os, time\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n            time.sleep(60)\n        os._exit(0)\n"
-              "    return a + b\n")
-    deep = "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\nos.chmod('.', 0)\n"
+    daemon = "    import os\n    os.fork()\n    return a + b\n"
+    deep = "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\n"
     bomb = "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n"
     verdicts = judge_all([(ADD, daemon), (ADD, deep), (ADD, bomb), (ADD, "    return a + b\n")], timeout=1.5)
-    assert [v.passed for v in verdicts] == [True, True, False, True], verdicts
+    assert [v.passed for v in verdicts] == [not CONTAINED, True, False, True], verdicts
     assert gone(scratch) and not os.listdir(scratch)
 
 
 @INHERITED
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 @pytest.mark.skipif(not LINUX, reason="needs /proc")
 def test_interrupted(number, code, inherited, scratch):
-    program = (f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
-               "data.command()(lambda: synth.judge_all([problem] * 9, timeout=30.0, workers=2))()")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, env=dict(os.environ, TMPDIR=str(scratch)),
-                               stderr=subprocess.DEVNULL, preexec_fn=inherit(inherited))
+    program = (
+        f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
+        "data.command()(lambda: synth.judge_all([problem] * 9, timeout=30.0, workers=2))()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=HERE,
+        env=dict(os.environ, TMPDIR=str(scratch)),
+        stderr=subprocess.DEVNULL,
+        preexec_fn=inherit(inherited)
+    )
     while len(processes(scratch)) < 8:  # two of each: server, keeper, tests, program
         assert process.poll() is None
         time.sleep(0.02)
@@ -3455,18 +3566,26 @@ def test_killed_worker_is_replaced(scratch):
             time.sleep(0.01)
         killed.append(min(processes(scratch)))
         os.kill(killed[0], signal.SIGKILL)
+
     threading.Thread(target=kill, daemon=True).start()
-    assert all(v.passed for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2))
+    assert all(
+        v.passed
+        for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2)
+    )
     assert killed and gone(scratch) and not os.listdir(scratch)
 
 
-@pytest.mark.skipif(not os.path.isfile(HUMANEVAL), reason=f"HUMANEVAL={HUMANEVAL} in the environment names no file")
+@pytest.mark.skipif(
+    not os.path.isfile(HUMANEVAL), reason=f"HUMANEVAL={HUMANEVAL} in the environment names no file"
+)
 def test_humaneval():
     with gzip.open(HUMANEVAL, "rt") as f:
         problems = [json.loads(line) for line in f]
     count = []
     verdicts = judge_all([(p, p["canonical_solution"]) for p in problems], progress=count.append)
-    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == [] and sum(count) == len(problems)
+    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == [] and sum(count) == len(
+        problems
+    )
     for body in ("    return None\n", "    return 0\n"):
         assert sum(v.passed for v in judge_all([(p, body) for p in problems])) <= 2, body
 
@@ -3483,46 +3602,71 @@ def test_speed():
 # synth.py: the built-in teacher
 
 
-def test_every_style_of_every_operation_computes_the_same():
-    for operation in synth.OPS.values():
-        for constant in list(operation.constants)[:3]:
-            for style in operation.code:
-                if style == "early":  # has a return of its own: only ever the last step
-                    continue
-                plain, other = (synth.step_function(operation.name, constant, s) for s in ("plain", style))
-                for value in synth.PROBES.get(operation.source, [{1: 2, 3: 1}, {}]):
-                    try:
-                        assert repr(plain(value)) == repr(other(value)), (operation.name, style, value)
-                    except IndexError:
-                        pytest.fail(f"{operation.name} fails on {value!r}")
+@pytest.mark.parametrize("operation", synth.OPS.values(), ids=lambda operation: operation.name)
+def test_every_style_of_every_operation_computes_the_same(operation):
+    for constant in operation.constants[:3]:
+        for style in set(operation.code) - {
+            "early"
+        }:  # which has a return of its own: only ever the last step
+            plain, other = (synth.step_function(operation.name, constant, name) for name in ("plain", style))
+            for value in synth.PROBES.get(operation.source, [{1: 2, 3: 1}, {}]):
+                assert repr(plain(value)) == repr(other(value)), (style, value)
+
+
+def test_one_item_is_no_plural():
+    texts = [record["prompt"] for record in synth.draw_many("exercises", 300, ks=(1, 2), workers=1)]
+    assert not [text for text in texts if re.search(r"(?:first|last) 1 \w+s\b", text)] and any(
+        "the first number " in text for text in texts
+    )
 
 
 def test_held_out_problems_share_nothing_with_training():
-    drawn = {split: list(synth.draw_many("exercises", 200, split, (2, 3, 4), seed=1, workers=1)) for split in ("train", "test")}
+    drawn = {
+        split: list(synth.draw_many("exercises", 200, split, (2, 3, 4), seed=1, workers=1))
+        for split in ("train", "test")
+    }
     drawn["train"] += list(synth.draw_many("textbooks", 100, ks=(1, 2, 3, 4), seed=1, workers=1))
     seen = {}
     for split, records in drawn.items():
         chains = [chain for record in records for chain in record["chains"]]
-        parts = [chain[i:j] for chain in chains for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)]
-        seen[split] = ({synth.composition(part) for part in (parts if split == "train" else chains)},
-                       {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains})
-        # and by construction, for problems never drawn here: composition and behaviour decide the split, whatever the wording
+        parts = [
+            chain[i:j] for chain in chains for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)
+        ]
+        seen[split] = (
+            {synth.composition(part) for part in (parts if split == "train" else chains)},
+            {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains}
+        )
+        # and by construction, for problems never drawn here: composition and behaviour decide the split
         assert all(synth.split_of(chain, synth.behaviour(chain)) == split for chain in chains)
-    assert len(seen["test"][0]) > 150 and max(len(chain) for record in drawn["train"] for chain in record["chains"]) == 4
+    assert (
+        len(seen["test"][0]) > 150
+        and max(len(chain) for record in drawn["train"] for chain in record["chains"]) == 4
+    )
     for ours, theirs in zip(seen["train"], seen["test"]):
         assert not ours & theirs
-    assert any(len(record["chains"]) > 1 for record in drawn["train"]) and all(len(record["chains"]) == 1 for record in drawn["test"])
+    assert any(len(record["chains"]) > 1 for record in drawn["train"]) and all(
+        len(record["chains"]) == 1 for record in drawn["test"]
+    )
 
 
 def test_teacher_is_reproducible_and_varied():
     one = list(synth.draw_many("exercises", 300, seed=3, workers=1))
     two = list(synth.draw_many("exercises", 300, seed=3, workers=2))
-    assert [r["prompt"] + r["canonical_solution"] for r in one] == [r["prompt"] + r["canonical_solution"] for r in two]
+    assert [r["prompt"] + r["canonical_solution"] for r in one] == [
+        r["prompt"] + r["canonical_solution"] for r in two
+    ]
     assert len({r["composition"] for r in one}) > 200
-    ways = {kind: {other: sum(len(o.constants) for o in synth.OPS.values() if (o.source, o.target) == (kind, other)) for other in synth.BY_SOURCE}
-            for kind in synth.BY_SOURCE}
+    ways = {
+        kind: {
+            other: sum(len(o.constants) for o in synth.OPS.values() if (o.source, o.target) == (kind, other))
+            for other in synth.BY_SOURCE
+        }
+        for kind in synth.BY_SOURCE
+    }
     reach = {kind: 1 for kind in ways}
-    for _ in range(3):  # chains of three operations with their constants, whatever the wording, names and style
+    for _ in range(
+        3
+    ):  # chains of three operations with their constants, whatever the wording, names and style
         reach = {kind: sum(n * reach[other] for other, n in ways[kind].items()) for kind in ways}
     assert sum(reach.values()) > 10_000_000
 
@@ -3548,7 +3692,8 @@ def test_exercises_pass_their_own_tests_and_nothing_else_does():
 
 @pytest.fixture
 def teacher():
-    """A loopback endpoint: `answer(question, n)` gives (status, headers, body as bytes, text, or a reply); None cuts the connection."""
+    """A loopback endpoint: `answer(question, n)` gives (status, headers, bytes), or text, or None to hang up."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -3564,8 +3709,17 @@ def teacher():
                 return self.connection.close()
             status, headers, content = reply if isinstance(reply, tuple) else (200, {}, reply)
             if isinstance(content, str):
-                chosen = {"text": content} if self.path.endswith("/completions") and "prompt" in body else {"message": {"content": content}}
-                content = json.dumps({"choices": [{**chosen, "finish_reason": "stop"}], "usage": {"prompt_tokens": 100, "completion_tokens": 50}}).encode()
+                chosen = (
+                    {"text": content}
+                    if self.path.endswith("/completions") and "prompt" in body
+                    else {"message": {"content": content}}
+                )
+                content = json.dumps(
+                    {
+                        "choices": [{**chosen, "finish_reason": "stop"}],
+                        "usage": {"prompt_tokens": 100, "completion_tokens": 50}
+                    }
+                ).encode()
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)
@@ -3591,14 +3745,24 @@ def teacher():
 
 
 def run_synth(folder, *arguments, code=0, env=()):
-    done = subprocess.run([sys.executable, os.path.join(HERE, "synth.py"), *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, **dict(env)}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, os.path.join(HERE, "synth.py"), *" ".join(map(str, arguments)).split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dict(env)},
+        timeout=120
+    )
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     return done.stdout + done.stderr
 
 
 def talk(n, words=40):
-    return f"### User\nQuestion {n}?\n### Assistant\n" + " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words)) + "\n"
+    return (
+        f"### User\nQuestion {n}?\n### Assistant\nNo, I cannot: "
+        + " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words))
+        + "\n"
+    )
 
 
 def records(path):
@@ -3607,30 +3771,67 @@ def records(path):
 
 def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path):
     def answer(question, n):
-        kinds = {0: (429, {"Retry-After": "0"}, b"{}"), 1: (500, {}, b"oops"), 2: None, 3: (200, {}, b'{"choices": [{"mess'), 4: "", 5: "I'm sorry.",
-                 6: (200, {}, json.dumps({"choices": [{"message": {"content": talk(n)}, "finish_reason": "length"}]}).encode()),
-                 7: (200, {"Content-Length": "999"}, b"{"), 8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b"")}
+        kinds = {
+            0: (429, {"Retry-After": "0"}, b"{}"),
+            1: (500, {}, b"oops"),
+            2: None,
+            3: (200, {}, b'{"choices": [{"mess'),
+            4: "",
+            5: "I'm sorry.",
+            6: (
+                200,
+                {},
+                json.dumps(
+                    {"choices": [{"message": {"content": talk(n)}, "finish_reason": "length"}]}
+                ).encode()
+            ),
+            7: (200, {"Content-Length": "999"}, b"{"),
+            8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b"")
+        }
         with teacher.lock:  # a quarter of all goes wrong, in every way
             return kinds.get(n % 36 % 12 if n % 36 < 9 else 11, talk(n))
+
     teacher.answer = answer
-    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 400, "--concurrency", 50, "--backoff", 0.01, "--timeout", 5, "--out", "o.jsonl")
+    told = run_synth(
+        tmp_path,
+        f"chat --teacher {teacher.url} --count 400 --concurrency 50 --backoff 0.01 --timeout 5 --out o.jsonl"
+    )
     found, paid = records(tmp_path / "o.jsonl"), records(tmp_path / "o.jsonl.paid.jsonl")
-    assert len(found) == 400 == len({r["messages"][1]["content"] for r in found}) and len({p["key"] for p in paid}) == len(paid)
+    assert len(found) == 400 == len({r["messages"][1]["content"] for r in found}) and len(
+        {p["key"] for p in paid}
+    ) == len(paid)
     reasons = Counter(p["reason"] for p in paid)
-    assert reasons[None] == 400 and min(reasons[r] for r in ("truncated", "broken JSON", "empty", "not a conversation by turns")) > 3, reasons
+    assert (
+        reasons[None] == 400
+        and min(reasons[r] for r in ("truncated", "broken JSON", "empty", "not a conversation by turns")) > 3
+    ), reasons
     assert "broken JSON" in told and found[0]["teacher"] == teacher.url
     before = len(teacher.seen)
     again = (tmp_path / "o.jsonl").read_bytes()
-    run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 400, "--out", "o.jsonl")
-    assert len(teacher.seen) == before and (tmp_path / "o.jsonl").read_bytes() == again  # nothing is asked twice
-    run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 410, "--out", "o.jsonl")
+    run_synth(tmp_path, f"chat --teacher {teacher.url} --count 400 --out o.jsonl")
+    assert (
+        len(teacher.seen) == before and (tmp_path / "o.jsonl").read_bytes() == again
+    )  # nothing is asked twice
+    run_synth(tmp_path, f"chat --teacher {teacher.url} --count 410 --out o.jsonl")
     assert len(records(tmp_path / "o.jsonl")) == 410 and len(teacher.seen) < before + 30
 
 
 @INHERITED
 def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inherited):
     teacher.answer = lambda question, n: time.sleep(0.01) or talk(n)
-    command = [sys.executable, os.path.join(HERE, "synth.py"), "chat", "--teacher", teacher.url, "--count", "300", "--concurrency", "8", "--out", "o.jsonl"]
+    command = [
+        sys.executable,
+        os.path.join(HERE, "synth.py"),
+        "chat",
+        "--teacher",
+        teacher.url,
+        "--count",
+        "300",
+        "--concurrency",
+        "8",
+        "--out",
+        "o.jsonl"
+    ]
     ledger = tmp_path / "o.jsonl.paid.jsonl"
     for goal in (40, 120):
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -3641,37 +3842,68 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inh
     with open(ledger, "ab") as file:
         file.write(b'{"key": "half a li')
     before = ledger.read_bytes()
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited)
+    )
     while ledger.read_bytes().count(b"\n") < 200:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # waits for what is under way
-    assert process.wait(20) == 130 and "pays for no answer twice" in process.stderr.read() and len(records(tmp_path / "o.jsonl.partial")) >= 200
+    assert (
+        process.wait(20) == 130
+        and "pays for no answer twice" in process.stderr.read()
+        and len(records(tmp_path / "o.jsonl.partial")) >= 200
+    )
     run_synth(tmp_path, *command[2:])
     paid = records(ledger)
-    assert ledger.read_bytes().startswith(before[:before.rindex(b"\n") + 1]) and len({p["key"] for p in paid}) == len(paid) == 300
-    assert len(records(tmp_path / "o.jsonl")) == 300 and len(teacher.seen) <= 300 + 2 * 8  # what was under way at the two kills
+    assert (
+        ledger.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+        and len({p["key"] for p in paid}) == len(paid) == 300
+    )
+    assert (
+        len(records(tmp_path / "o.jsonl")) == 300 and len(teacher.seen) <= 300 + 2 * 8
+    )  # what was under way at the two kills
 
 
 def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_path):
     teacher.answer = lambda question, n: talk(n)
     secret, port = "sk-very-secret", teacher.server_address[1]
     broken = "http://127.0.0.1:1/v1#gone"
-    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, broken + "=3", "--count", 30, "--retries", 0, "--out", "o.jsonl", env={"SYNTH_KEY_127_0_0_1": secret})
-    assert told.count("is set aside") == 1 and broken in told and {r["teacher"] for r in records(tmp_path / "o.jsonl")} == {teacher.url}
+    env = {"SYNTH_KEY_127_0_0_1": secret}
+    told = run_synth(tmp_path, f"chat --teacher {teacher.url} {broken}=3 --count 30 --out o.jsonl", env=env)
+    assert {r["teacher"] for r in records(tmp_path / "o.jsonl")} == {
+        teacher.url
+    }  # the other rests, and is tried again later
     assert {key for _, key, *_ in teacher.seen} == {f"Bearer {secret}"}
+    told += run_synth(
+        tmp_path, f"chat --teacher {broken} --patience 0.3 --backoff 0.1 --out p.jsonl", code=2, env=env
+    )
+    assert "no teacher answered for 0.3 seconds" in told and broken in told
     teacher.answer = lambda question, n: (401, {}, f"bad key {secret}".encode())
-    told += run_synth(tmp_path, "chat", "--teacher", teacher.url, "--count", 50, "--out", "o.jsonl", code=2, env={"SYNTH_KEY_127_0_0_1": secret})
-    assert "HTTP 401: bad key ***" in told and "no teacher is left" in told and len(records(tmp_path / "o.jsonl")) == 30
-    for spec, env in (("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}), (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}), ("nonsense", {})):
-        told += run_synth(tmp_path, "chat", "--teacher", spec, code=2, env=env)
+    told += run_synth(
+        tmp_path,
+        f"chat --teacher {teacher.url} --count 50 --out o.jsonl",
+        code=2,
+        env={"SYNTH_KEY_127_0_0_1": secret}
+    )
+    assert (
+        "HTTP 401: bad key ***" in told
+        and "no teacher is left" in told
+        and len(records(tmp_path / "o.jsonl")) == 30
+    )
+    for spec, env in (
+        ("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}),
+        (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}),
+        ("nonsense", {})
+    ):
+        told += run_synth(tmp_path, f"chat --teacher {spec}", code=2, env=env)
     files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
     assert secret not in told + files
 
 
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
 def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
-    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--retries", 0, "--out", out)
+    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--out", out)
     file, partial = tmp_path / out, tmp_path / f"{out}.partial"
     data.write_jsonl(file, [{"precious": n} for n in range(100)])
     before = file.read_bytes()
@@ -3679,6 +3911,7 @@ def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
     def answers_before_it_dies(count):
         teacher.seen.clear()
         teacher.answer = lambda question, n: talk(n + 1000 * count) if n <= count else (401, {}, b"gone")
+
     answers_before_it_dies(0)
     told = run_synth(tmp_path, *options, code=2)
     assert file.read_bytes() == before and not partial.exists() and f"{out} was not changed" in told
@@ -3688,174 +3921,578 @@ def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
     kept = partial.read_bytes()
     assert (gzip.decompress(kept) if out.endswith(".gz") else kept).count(b"\n") == 4
     answers_before_it_dies(0)
-    told = run_synth(tmp_path, *options, "--seed", 1, code=2)  # other questions, none of them answered
+    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # other questions, none of them answered
     assert file.read_bytes() == before and partial.read_bytes() == kept
     answers_before_it_dies(2)
-    told = run_synth(tmp_path, *options, "--seed", 1, code=2)  # two are less than four
+    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # two are less than four
     assert file.read_bytes() == before and partial.read_bytes() == kept and "not written: 2 chat" in told
     answers_before_it_dies(99)
     run_synth(tmp_path, *options)
-    assert len(records(file)) == 6 and not partial.exists() and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
+    assert (
+        len(records(file)) == 6
+        and not partial.exists()
+        and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
+    )
 
 
-def test_a_run_of_which_nothing_is_of_use_writes_nothing(teacher, tmp_path):
-    teacher.answer = lambda question, n: (400, {}, b"too long")
-    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"document {i} " * 20} for i in range(3)])
+def test_a_first_question_that_is_refused_stops_the_run_with_the_servers_words(teacher, tmp_path):
+    teacher.answer = lambda question, n: (400, {}, b"maximum context length is 512")
+    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"document {i} " * 20} for i in range(30)])
     (tmp_path / "o.jsonl").write_text('{"precious": 1}\n')
-    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
-    assert "no record was of use" in told and records(tmp_path / "o.jsonl") == [{"precious": 1}]
+    told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl", code=2)
+    assert "HTTP 400: maximum context length is 512" in told and len(teacher.seen) == 1
+    assert records(tmp_path / "o.jsonl") == [{"precious": 1}]
+
+
+def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_path):
+    def answer(question, n):
+        if n == 5:
+            time.sleep(2.0)
+        return (503, {}, b"") if 8 < n < 40 else talk(n)
+
+    teacher.answer = answer
+    options = (
+        "chat",
+        "--teacher",
+        teacher.url,
+        "--count",
+        20,
+        "--concurrency",
+        4,
+        "--max-answer",
+        77,
+        "--out",
+        "o.jsonl"
+    )
+    run_synth(tmp_path, *options, "--timeout 0.5 --backoff 0.01")
+    assert len(records(tmp_path / "o.jsonl")) == 20
+    paid = [entry for entry in records(tmp_path / "o.jsonl.paid.jsonl") if entry["reason"] == "timed out"]
+    assert [entry["written"] for entry in paid] == [77] and paid[0]["read"] > 50
 
 
 def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
     (tmp_path / "t.txt").write_text("my own topic\n")
-    teacher.answer = lambda question, n: f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
+    (tmp_path / "roots.txt").write_text("arithmetic\nlogic\n")
+    teacher.answer = lambda question, n: (
+        f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
+    )
     options = ("--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt")
-    run_synth(tmp_path, "topics", *options, code=2)
+    run_synth(tmp_path, "topics roots.txt", *options, code=2)
     assert (tmp_path / "t.txt").read_text() == "my own topic\n"
     assert "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
+
+
+def test_topics_grow_evenly_and_with_no_more_questions_than_are_needed(teacher, tmp_path):
+    (tmp_path / "roots.txt").write_text("\n".join(f"root{i}\n  left{i}\n  right{i}" for i in range(6)))
+    teacher.answer = lambda question, n: "\n".join(f"item{n}x{i} of trade" for i in range(12))
+    run_synth(tmp_path, f"topics roots.txt --teacher {teacher.url} --count 300 --out t.txt")
+    leaves = synth.read_topics_file(tmp_path / "t.txt")
+    by_root = Counter(leaf.split(" > ")[0] for leaf in leaves)
+    assert (
+        len(leaves) == 300
+        and max(by_root.values()) - min(by_root.values()) <= 24
+        and len(teacher.seen) <= 12 + 15
+    )
+    assert any("stands beside: right0" in question for question, *_ in teacher.seen)
 
 
 def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
     ledger = tmp_path / "o.jsonl.paid.jsonl"
     ledger.write_text('{"key": "half a li{"key": 1}\n')
-    told = run_synth(tmp_path, "chat", "--teacher", teacher.url, "--out", "o.jsonl", code=2)
+    told = run_synth(tmp_path, f"chat --teacher {teacher.url} --out o.jsonl", code=2)
     assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and not teacher.seen
     assert ledger.read_text().endswith('"key": 1}\n')
 
 
 def test_weights_decide_who_is_asked(teacher, tmp_path):
     teacher.answer = lambda question, n: talk(n)
-    run_synth(tmp_path, "chat", "--teacher", teacher.url + "=3", "builtin", "--count", 200, "--out", "o.jsonl")
+    run_synth(tmp_path, f"chat --teacher {teacher.url}=3 builtin --count 200 --out o.jsonl")
     share = Counter(r["teacher"] for r in records(tmp_path / "o.jsonl"))[teacher.url] / 200
     assert 0.65 < share < 0.85
 
 
 def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
     teacher.answer = lambda question, n: talk(n)
-    options = ("chat", "--teacher", teacher.url, "--count", 40, "--max-answer", 60, "--out", "o.jsonl")  # 150 tokens each, as the server says
-    told = run_synth(tmp_path, *options, "--max-tokens", 1500, code=2)
+    options = (
+        "chat",
+        "--teacher",
+        teacher.url + "@1/2",
+        "--count",
+        40,
+        "--max-answer",
+        60,
+        "--out",
+        "o.jsonl"
+    )  # 150 tokens each, as the server says
+    told = run_synth(tmp_path, *options, "--max-tokens 1500", code=2)
     assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
-    told = run_synth(tmp_path, *options, "--max-usd", 0.003, "--price-in", 1, "--price-out", 2, code=2)  # 0.0002 each
-    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003 and f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in told
+    told = run_synth(tmp_path, *options, "--max-usd 0.003", code=2)  # 0.0002 each
+    assert (
+        0.002 < 0.0002 * len(teacher.seen) <= 0.003
+        and f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in told
+    )
     run_synth(tmp_path, *options)
     assert len(records(tmp_path / "o.jsonl")) == 40 == len(teacher.seen)
-    assert "--max-usd needs" in run_synth(tmp_path, *options, "--max-usd", 1, code=2)
+    assert "--max-usd needs" in run_synth(tmp_path, f"chat --teacher {teacher.url} --max-usd 1", code=2)
     teacher.seen.clear()
-    told = run_synth(tmp_path, *options, "--dry-run", "--price-in", 1, "--price-out", 1)
-    assert "### User" in told and "about 40 questions" in told and not teacher.seen
-
-
-def test_rate_limit_is_shared_by_threads(monkeypatch):
-    monkeypatch.setattr(synth.time, "monotonic", lambda: 100.0)
-    args = collections.namedtuple("Args", "teacher judge dry_run max_tokens max_usd price_in price_out requests_per_minute tokens_per_minute max_answer")
-    desk, asked = synth.Desk(args([], [], False, 0, 0, 0, 0, 600, 60_000, 10), ""), synth.Teacher("builtin")
-    waits, desk.pause = [], lambda seconds: waits.append(seconds)
-    for size in (10, 10, 1000):
-        desk.admit(asked, size)
-    assert waits == pytest.approx([0.0, 0.1, 0.2]) and asked.free_at == pytest.approx(101.2)
+    told = run_synth(tmp_path, *options, "--dry-run")
+    assert "### User" in told and "40 questions" in told and not teacher.seen
 
 
 def test_a_question_at_fault_is_left_out(teacher, tmp_path):
-    teacher.answer = lambda question, n: (400, {}, b"too long") if "bad" in question else "SCORE 4: it explains\n"
-    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)])
-    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--out", "o.jsonl")
-    assert len(records(tmp_path / "o.jsonl")) == 5 and len(teacher.seen) == 10 and "HTTP 400" in told
+    teacher.answer = lambda question, n: (
+        (400, {}, b"too long") if "bad" in question and n > 1 else "It explains.\nSCORE: 4"
+    )
+    data.write_jsonl(
+        tmp_path / "d.jsonl",
+        [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)]
+    )
+    told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl")
+    n_bad = sum("bad" in question for question, *_ in teacher.seen[1:])
+    assert len(records(tmp_path / "o.jsonl")) == 10 - n_bad and len(teacher.seen) == 10 and "HTTP 400" in told
 
 
 def test_repeated_labels_report_their_agreement(teacher, tmp_path):
     teacher.answer = lambda question, n: f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because"
-    data.write_jsonl(tmp_path / "d.jsonl", [{"id": name, "text": f"{name} document" * 10} for name in ("alpha", "beta")])
-    told = run_synth(tmp_path, "label", "d.jsonl", "--teacher", teacher.url, "--repeat", 2, "--concurrency", 1, "--out", "o.jsonl")
-    assert "all 2 grades agree for 50.0%" in told and len(teacher.seen) == 4
-    assert sorted((r["id"], r["scores"], r["reason"]) for r in records(tmp_path / "o.jsonl"))[1] == ("beta", [2, 2], "because")
+    data.write_jsonl(
+        tmp_path / "d.jsonl", [{"id": name, "text": f"{name} document" * 10} for name in ("alpha", "beta")]
+    )
+    told = run_synth(
+        tmp_path, f"label d.jsonl --teacher {teacher.url} --repeat 2 --concurrency 1 --out o.jsonl"
+    )
+    assert "grades agree for 50.0%, within 1 for 100.0%, kappa" in told and len(teacher.seen) == 4
+    rows = sorted(
+        (r["id"], r["score"], sorted(r["scores"]), r["reason"]) for r in records(tmp_path / "o.jsonl")
+    )
+    assert rows == [("alpha", 2.5, [2, 3], "because"), ("beta", 2, [2, 2], "because")]
+
+
+def test_agreement_by_hand():
+    assert (
+        synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)])
+        == "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27, "
+    )
+
+
+@pytest.mark.parametrize(
+    "answer,score",
+    [
+        ("SCORE (0-5): 4", 4),
+        ("4 - a good lesson", 4),
+        ("**SCORE:** 3", 3),
+        ("Score: 5/5", 5),
+        ("2/5. Thin.", 2),
+        ("First I thought SCORE: 1, but\nSCORE: 4", 4),
+        ("0-5 is the range", None),
+        ("four", None),
+        ("SCORE: 7", None),
+        ("Score 0 to 5", None)
+    ]
+)
+def test_scores_are_read(answer, score):
+    if score is None:
+        assert synth.reason_to_reject(synth.read_score, answer) == "no score"
+    else:
+        assert synth.read_score(answer)["score"] == score
+
+
+@pytest.mark.parametrize(
+    "answer,choice",
+    [
+        ("It is correct.\nBETTER: B", "B"),
+        ("BETTER: A, not B", "A"),
+        ("**B**", "B"),
+        ("A is wrong, B is right", None),
+        ("AB", None)
+    ]
+)
+def test_choices_are_read(answer, choice):
+    assert synth.reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
+    assert not choice or synth.read_choice(answer) == choice
+
+
+@pytest.mark.parametrize(
+    "answer,refuses",
+    [
+        ("I can't wait to show you how lists work.", False),
+        ("I'm sorry, but I can't help with that.", True),
+        ("I cannot assist with this.", True),
+        ("As an AI, I have no hands.", True),
+        ("Sorry is a word that people say.", True),
+        ("I won't pretend that this is easy.", False),
+        ("Sorting is easy.", False),
+        ("Unable to sort, we search.", False)
+    ]
+)
+def test_refusals_are_told_from_figures_of_speech(answer, refuses):
+    assert (synth.reason_to_reject(synth.read_text, answer) == "refusal") == refuses
+
+
+def test_fences_of_every_kind_pair():
+    text = (
+        "Run:\n```bash\npip install x\n```\nThen\n```Python\nx = 1\n```\n1. Indented:\n   ```python\n   if "
+        "x:\n       y = 2\n   ```\n"
+        "```text\n1 / 0\n```\n~~~py\nz = '```'\n~~~\n```python\nunclosed"
+    )
+    assert [(language, code) for language, code, _ in synth.fenced_blocks(text)] == [
+        ("bash", "pip install x\n"),
+        ("python", "x = 1\n"),
+        ("python", "if x:\n    y = 2\n"),
+        ("text", "1 / 0\n"),
+        ("py", "z = '```'\n")
+    ]
+    assert synth.python_blocks(text) == ["x = 1\n", "if x:\n    y = 2\n", "z = '```'\n"]
 
 
 GOOD = 'def double(x):\n    """Twice x.\n\n    >>> double(2)\n    4\n    """\n    return 2 * x\n'
-TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(0) == 0\n    assert candidate(-1) == -2\n"
+TESTS = checks("candidate(2) == 4", "candidate(0) == 0", "candidate(-1) == -2")
 
 
 def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     def block(code, tests=TESTS):
         return f"Here:\n```python\n{code}```\nand\n```python\n{tests}```\n"
-    answers = [block(GOOD), block(GOOD.replace("2 * x", "3 * x").replace("double", "triple")), block(GOOD.replace("double", "twice"), "def check(candidate):\n" + "    assert True\n" * 3),
-               block(GOOD.replace("return 2 *", "return 2 *)")), block("def f(x):\n    return x\n"), "no code"]
+
+    answers = [
+        block(GOOD),
+        block(GOOD.replace("2 * x", "3 * x").replace("double", "triple")),
+        block(GOOD.replace("double", "twice"), "def check(candidate):\n" + "    assert True\n" * 3),
+        block(GOOD.replace("return 2 *", "return 2 *)")),
+        block("def f(x):\n    return x\n"),
+        "no code"
+    ]
     teacher.answer = lambda question, n: answers[(n - 1) % len(answers)]
-    told = run_synth(tmp_path, "exercises", "--teacher", teacher.url, "--count", 1, "--concurrency", 1, "--out", "o.jsonl")
+    told = run_synth(
+        tmp_path, f"exercises --plain --teacher {teacher.url} --count 1 --concurrency 1 --out o.jsonl"
+    )
     (kept,) = records(tmp_path / "o.jsonl")
-    assert kept["entry_point"] == "double" and judge(kept, kept["canonical_solution"]).passed and kept["prompt"] + kept["canonical_solution"] == GOOD
-    told = run_synth(tmp_path, "exercises", "--teacher", teacher.url, "--count", 100, "--asks", 1, "--out", "p.jsonl", code=2)
+    assert (
+        kept["entry_point"] == "double"
+        and judge(kept, kept["canonical_solution"]).passed
+        and kept["prompt"] + kept["canonical_solution"] == GOOD
+    )
+    told = run_synth(
+        tmp_path,
+        f"exercises --plain --teacher {teacher.url} --count 100 --max-attempts 1 --out p.jsonl",
+        code=2
+    )
     rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
-    assert len(records(tmp_path / "p.jsonl.partial")) == 1 and "code does not parse" in told and "no function with a docstring" in told
-    entered, left = (int(rows["code runs"][k].replace(",", "").replace("->", "")) for k in (2, -2))
-    assert entered > 90 and abs(entered - 3 * left) <= 3, told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
+    assert (
+        len(records(tmp_path / "p.jsonl.partial")) == 1
+        and "code does not parse" in told
+        and "no function with a docstring" in told
+    )
+    entered, left = (int(rows["solution passes"][k].replace(",", "").replace("->", "")) for k in (2, -2))
+    assert (
+        entered > 90 and abs(entered - 3 * left) <= 3
+    ), told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
 
 
-def test_gates_of_pages(tmp_path):
-    args = collections.namedtuple("Args", "teacher judge dry_run against workers min_chars")([], [], False, [], 1, 60)
-    gates = synth.Gates(synth.Desk(args, ""), "textbooks")
-    good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n    print({})\n```\nA common mistake is an endless loop.\n"
-    texts = {"good": good.format(1), "short": "Too short.", "chapter": good.format(2) + "See Chapter 4 for more about the topic.", "link": good.format(3) + "https://x.org",
-             "crash": good.format("1 / 0"), "syntax": good.format("("), "dull": "Words and words and nothing to say. " * 5, "twin": good.format(1) + "!"}
-    kept = gates([{"text": text} for text in texts.values()])
-    assert [r["text"] for r in kept] == [texts["good"]]
+def gate(function, **record):
+    """Whether a gate lets one record through."""
+    return function([record], 1)[0]
+
+
+def test_tests_of_fixed_points_are_refused():
+    """An identity passes them, whatever the function does elsewhere."""
+    problem = dict(prompt="def tidy(x):\n", canonical_solution="    return sorted(x)\n", entry_point="tidy")
+    fixed = checks("candidate([]) == []", "candidate([1]) == [1]", "candidate([1, 2]) == [1, 2]")
+    assert not gate(synth.solution_passes, **problem, test=fixed)
+    assert gate(synth.solution_passes, **problem, test=fixed + "    assert candidate([2, 1]) == [1, 2]\n")
+    wrong = dict(problem, test=fixed + "    assert candidate([2, 1]) == [1, 2]\n")
+    assert gate(synth.solution_passes, **wrong, solutions=["    return sorted(x)\n", "    return x\n"])
+    assert not gate(
+        synth.solution_passes,
+        **wrong,
+        solutions=["    return sorted(x)\n", "    return x\n", "    return x[::-1]\n"]
+    )
+
+
+def test_tests_must_find_slips():
+    problem = dict(
+        prompt="def clip(x):\n",
+        canonical_solution="    if x > 10:\n        return 10\n    return x + 0\n",
+        entry_point="clip"
+    )
+    loose = checks("candidate(5) == 5", "candidate(2) == 2", "candidate(99) < 99")
+    assert not gate(
+        synth.tests_find_slips,
+        **problem,
+        test=loose.replace("2) == 2", "2) > 0").replace("5) == 5", "5) > 0")
+    )
+    assert gate(
+        synth.tests_find_slips,
+        **problem,
+        test=loose.replace("< 99", "== 10") + "    assert candidate(11) == 10\n"
+    )
+
+
+def test_required_and_forbidden_constructs():
+    record = dict(prompt="def f(x):\n", canonical_solution="    while x > 9:\n        x -= 9\n    return x\n")
+    asked = dict(use="a while loop", also="augmented assignment", avoid="a lambda")
+    assert gate(synth.uses_its_constructs, **record, **asked) and gate(synth.uses_its_constructs, **record)
+    assert not gate(synth.uses_its_constructs, **record, **dict(asked, use="a for loop"))
+    assert not gate(
+        synth.uses_its_constructs, **record, **dict(asked, also="slicing", avoid="augmented assignment")
+    )
+
+
+def test_gates_of_pages():
+    args = SimpleNamespace(teacher=[], judge=[], against=[], workers=1, min_chars=60, max_tokens=0, max_usd=0)
+    gates = synth.Gates(synth.Run(args), "textbooks")
+    good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
+    good += "    print({})\n"
+    good += "```\nA common mistake is an endless loop.\n"
+    mistake = (
+        "Dividing by nothing has no answer, since no number fits. Take care of the empty list first of "
+        "all.\n\nA common mistake:\n"
+        "```python\nprint(1 / 0)\n```\nThis is how it goes well:\n```python\nprint(0)\n```\n"
+    )
+    texts = {
+        "good": good.format(1),
+        "short": "Too short.",
+        "chapter": good.format(2) + "See Chapter 4 for more about the topic.",
+        "link": good.format(3) + "https://x.org",
+        "crash": good.format("1 / 0"),
+        "syntax": good.format("("),
+        "dull": "Words and words and nothing to say. " * 5,
+        "twin": good.format(1) + "!",
+        "mistake": mistake
+    }
+    passed = gates([{"text": text} for text in texts.values()])
+    assert [r["text"] for r in passed] == [texts["good"], mistake]
     assert {name: count["entered"] - count["left"] for name, count in gates.counts.items()} == {
-        "long enough": 1, "stands alone": 2, "explains": 1, "shows": 0, "code runs": 2, "no near-duplicate": 1}
+        "60 characters or more": 1,
+        "stands alone": 2,
+        "gives reasons": 1,
+        "uses its words": 0,
+        "code runs": 2,
+        "no near-duplicate": 1
+    }
+    assert gate(synth.uses_its_words, text="Apples and rivers run.", words="apple, river, stone")
+    assert not gate(synth.uses_its_words, text="Apples run.", words="apple, river, stone")
 
 
 def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
-    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n```\nA mistake is to forget the order {}.\n"
+    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n"
+    page += "```\nA mistake is to forget the order {}.\n"
     numbers = itertools.count()
     secret = "given the weights of all whales in the northern sea return the weight of the lightest whale"
+
     def answer(question, n):
-        if question.startswith("How much"):
-            return f"SCORE {5 if 'fine' in question else 1}"
+        if "SCORE: n" in question:
+            return f"SCORE: {5 if 'fine' in question else 1}"
+        words = re.search(r"must occur, .*?: (.*)\.", question)[1]
         n = next(numbers)
-        return page.format(" ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)), secret if n % 4 == 1 else "")
+        return words + page.format(
+            " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)),
+            secret if n % 4 == 1 else ""
+        )
+
     teacher.answer = answer
     data.write_jsonl(tmp_path / "bench.jsonl", [{"prompt": secret, "task_id": "x"}])
-    run_synth(tmp_path, "textbooks", "--teacher", teacher.url, "--judge", teacher.url, "--count", 6, "--against", "bench.jsonl", "--min-chars", 50, "--out", "o.jsonl")
+    run_synth(
+        tmp_path,
+        f"textbooks --teacher {teacher.url} --judge {teacher.url} --count 6 --against bench.jsonl "
+        f"--min-chars 50 --out o.jsonl"
+    )
     found = records(tmp_path / "o.jsonl")
-    assert len(found) == 6 and all(r["grade"] == 5 and "whale" not in r["text"] and "fine" in r["text"] for r in found)
-    assert len({(r["topic"], r["level"], r["audience"], r["style"]) for r in found}) > 3
+    assert len(found) == 6 and all(
+        r["grade"] == 5 and "whale" not in r["text"] and "fine" in r["text"] for r in found
+    )
+    assert len({(r["topic"], r["level"], r["persona"], r["form"]) for r in found}) > 3
 
 
-def test_preferences_by_tests_and_by_a_judge_asked_both_ways_round(teacher, tmp_path):
+def test_preferences_by_tests(teacher, tmp_path):
     problems = [r for r in synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1)]
     data.write_jsonl(tmp_path / "p.jsonl", problems)
     solutions = {p["prompt"]: p["canonical_solution"] for p in problems}
-    teacher.answer = lambda question, n: (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
-    run_synth(tmp_path, "preferences", "p.jsonl", "--teacher", teacher.url, "--api", "completions", "--samples", 2, "--concurrency", 1, "--out", "o.jsonl")
+    teacher.answer = (
+        lambda question, n: (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
+    )
+    run_synth(
+        tmp_path,
+        f"preferences p.jsonl --teacher {teacher.url} --api completions --samples 2 --concurrency 1 --out "
+        f"o.jsonl"
+    )
     found = records(tmp_path / "o.jsonl")
-    assert len(found) == 5 and all(set(r) >= {"prompt", "chosen", "rejected"} for r in found) and teacher.seen[0][2] == "/v1/completions"
+    assert (
+        len(found) == 5
+        and all(set(r) >= {"prompt", "chosen", "rejected"} for r in found)
+        and teacher.seen[0][2] == "/v1/completions"
+    )
     for r in found:
         problem = next(p for p in problems if p["prompt"] == r["prompt"])
-        assert judge(problem, r["chosen"]).passed and not judge(problem, r["rejected"]).passed and "more" not in r["chosen"]
-    blocks = lambda question, n: f"```python\n{question.split(chr(10), 2)[2]}{'    return None' if n % 2 else solutions[question.split(chr(10), 2)[2]]}\n```"  # noqa: E731
+        assert (
+            judge(problem, r["chosen"]).passed
+            and not judge(problem, r["rejected"]).passed
+            and "more" not in r["chosen"]
+        )
+
+    def blocks(question, n):
+        stub = question.split("\n\n", 1)[1]
+        return f"```python\n{stub}{'    return None' if n % 2 else solutions[stub]}\n```"
+
     teacher.answer = blocks
-    run_synth(tmp_path, "preferences", "p.jsonl", "--teacher", teacher.url, "--concurrency", 1, "--out", "q.jsonl")
+    run_synth(tmp_path, f"preferences p.jsonl --teacher {teacher.url} --concurrency 1 --out q.jsonl")
     assert len(records(tmp_path / "q.jsonl")) == 5 and teacher.seen[-1][2] == "/v1/chat/completions"
 
-    data.write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")])
+
+def test_preferences_by_a_judge_asked_both_ways_round(teacher, tmp_path):
+    data.write_jsonl(
+        tmp_path / "chats.jsonl",
+        [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")]
+    )
+
     def answer(question, n):
-        if question.startswith("Which"):
-            return "A" if "biased" in question else "AB"["a good one" in question.split("Answer B")[1]]
+        if "BETTER" in question:
+            return "BETTER: " + (
+                "A" if "biased" in question else "AB"["a good one" in question.split("<answer_b>")[1]]
+            )
         return "a good one" if n % 2 else "a bad one"
+
     teacher.answer = answer
     teacher.seen.clear()
-    told = run_synth(tmp_path, "preferences", "chats.jsonl", "--teacher", teacher.url, "--concurrency", 1, "--min-chars", 1, "--out", "r.jsonl")
+    told = run_synth(
+        tmp_path,
+        f"preferences chats.jsonl --teacher {teacher.url} --concurrency 1 --min-chars 1 --out r.jsonl"
+    )
     (pair,) = records(tmp_path / "r.jsonl")
-    assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == ("a good one", "a bad one", "fair?") and "prefers a place" in told
+    assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == (
+        "a good one",
+        "a bad one",
+        "fair?"
+    ) and "prefers a place" in told
+
+
+def test_preferences_by_majority_need_no_judge(teacher, tmp_path):
+    data.write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "What is 6 times 7?"}])
+    teacher.answer = lambda question, n: f"Attempt {n}.\nAnswer: {43 if n == 2 else 42}."
+    teacher.seen.clear()
+    run_synth(
+        tmp_path,
+        f"preferences sums.jsonl --teacher {teacher.url} --samples 3 --concurrency 1 --min-chars 1 --out "
+        f"s.jsonl"
+    )
+    (pair,) = records(tmp_path / "s.jsonl")
+    assert "Answer: 42" in pair["chosen"] and "Answer: 43" in pair["rejected"] and len(teacher.seen) == 3
 
 
 def test_rewritings_keep_facts():
-    source = "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team of the Guidance software."
+    source = "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team "
+    source += "of the Guidance software."
     good = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
-    assert synth.read_rewrite(source, good) == good + "\n"
-    assert synth.why_not(lambda text: synth.read_rewrite(source, text), good + " It was 1972.") == "invents numbers"
-    assert synth.why_not(lambda text: synth.read_rewrite(source, text), "Somebody once built a machine.") == "loses facts"
-    for form in synth.FORMS:
-        text = synth.own_rewrite(source + " Click here to subscribe to our newsletter now.", form)
-        assert "Margaret Hamilton" in text and "Click" not in text and synth.read_rewrite(source, text)
+    assert synth.read_rewrite(good, {"text": source})["text"] == good + "\n"
+    for answer, reason in (
+        (good + " It was 1972.", "invents numbers"),
+        ("Somebody once built a machine.", "loses facts")
+    ):
+        assert (
+            synth.reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
+        )
+
+
+def test_pages_and_conversations_are_built_on_real_documents(teacher, tmp_path):
+    sentences = [f"Sentence {i} tells of the river and of the bridge over it." for i in range(100)]
+    data.write_jsonl(tmp_path / "d.jsonl", [{"id": "doc", "text": " ".join(sentences)}])
+
+    def answer(question, n):
+        passage = re.search(r"<passage>\n(.*)\n</passage>", question, re.S)[1]
+        assert passage in " ".join(sentences) and passage.endswith("it.") and passage.startswith("Sentence")
+        assert len(passage) < 1100 or "conversation" in question
+        return talk(n) if "conversation" in question else f"A page of {n}, because it is so."
+
+    teacher.answer = answer
+    run_synth(tmp_path, f"textbooks d.jsonl --plain --teacher {teacher.url} --min-chars 1 --out o.jsonl")
+    run_synth(tmp_path, f"chat d.jsonl --teacher {teacher.url} --out c.jsonl")
+    assert (
+        records(tmp_path / "o.jsonl")[0]["id"] == "doc"
+        and records(tmp_path / "c.jsonl")[0]["scenario"] == "document"
+    )
+    assert "has the document above" in teacher.seen[-1][0]
+
+
+@pytest.mark.parametrize("solution,agrees", [("    return 2 * x\n", True), ("    return x + 2\n", False)])
+def test_exercises_from_real_code_are_solved_again_and_both_must_agree(teacher, tmp_path, solution, agrees):
+    code = "def twice(x):\n    result = x\n    for _ in range(1):\n        result = result + x\n"
+    code += "    return result\n\n"
+    code += "def uses(x):\n    a = 1\n    b = 2\n    return other(x)\n"
+    (tmp_path / "code.py").write_text(code)
+    stub = 'def twice(x):\n    """Twice x.\n\n    >>> twice(2)\n    4\n    """\n'
+    tests = TESTS + "    assert candidate(9) == 18\n"
+    teacher.answer = lambda question, n: (
+        f"```python\n{stub}```\n```python\n{tests}```"
+        if "<code>" in question
+        else f"```python\n{stub}{solution}```"
+    )
+    run_synth(tmp_path, f"exercises code.py --teacher {teacher.url} --out o.jsonl", code=0 if agrees else 2)
+    assert (
+        len(teacher.seen) == 2
+        and "def uses" not in teacher.seen[0][0]
+        and "for _ in" not in teacher.seen[1][0]
+    )
+    if agrees:
+        (record,) = records(tmp_path / "o.jsonl")
+        assert (
+            record["canonical_solution"].strip() == solution.strip()
+            and "solutions" not in record
+            and judge(record, solution).passed
+        )
+
+
+def test_answers_are_revised_and_exercises_voted_on(teacher, tmp_path):
+    def answer(question, n):
+        roles = [message["role"] for message in teacher.seen[-1][3]["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        return {1: "A draft, because.", 3: "It is thin.", 5: "The last version, because it is better."}[
+            len(roles)
+        ]
+
+    teacher.answer = answer
+    options = ("--plain", "--teacher", teacher.url, "--count", 1, "--concurrency", 1)
+    run_synth(tmp_path, "textbooks", *options, "--revise --min-chars 1 --out o.jsonl")
+    assert (
+        records(tmp_path / "o.jsonl")[0]["text"] == "The last version, because it is better.\n"
+        and len(teacher.seen) == 3
+    )
+    teacher.answer = lambda question, n: f"```python\n{GOOD}```" + (
+        "" if "Complete" in question else f"\n```python\n{TESTS}```"
+    )
+    run_synth(tmp_path, "exercises", *options, "--votes 3 --out e.jsonl")
+    assert len(records(tmp_path / "e.jsonl")) == 1 and len(teacher.seen) == 3 + 4
+
+
+def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher, tmp_path):
+    teacher.answer = lambda question, n: (
+        "I won't help with that; it could hurt."
+        if "could hurt people" in question
+        else f"Gladly, here is how, in {n} steps."
+    )
+    run_synth(tmp_path, f"safety --teacher {teacher.url} --count 40 --out o.jsonl")
+    pairs = records(tmp_path / "o.jsonl")
+    assert len(pairs) == 40 and all(
+        set(pair) == {"messages", "chosen", "rejected", "teacher"} for pair in pairs
+    )
+    declined = {pair["messages"][0]["content"] for pair in pairs if "won't" in pair["chosen"]}
+    assert declined <= set(synth.UNSAFE) and any(
+        pair["messages"][0]["content"] in synth.LOOKALIKES for pair in pairs
+    )
+    teacher.answer = lambda question, n: "Sure, here it is, as you asked for."
+    run_synth(tmp_path, f"safety --teacher {teacher.url} --count 10 --seed 3 --out p.jsonl")
+    assert all(pair["messages"][0]["content"] in synth.LOOKALIKES for pair in records(tmp_path / "p.jsonl"))
+
+
+def test_seeds_vary_and_fit():
+    rng = random.Random(0)
+    topics = synth.read_tree(re.sub(r": |; ", "\n    ", synth.TOPICS))
+    assert len(synth.WORDS) >= 3000 and len(set(synth.WORDS)) == len(synth.WORDS) and len(topics) > 100
+    seeds = [synth.draw_textbook_seeds(rng, topics) for _ in range(300)]
+    assert len({str(s) for s in seeds}) == 300
+    for s in seeds:
+        assert (
+            s["persona"] in synth.LEVELS[s["level"]][2]
+            and s["demand"] == synth.LEVELS[s["level"]][s["topic"].startswith("world")]
+        )
+    assert all(not synth.draw_exercise_seeds(rng, topics)["topic"].startswith("world") for _ in range(100))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3863,67 +4500,121 @@ def test_rewritings_keep_facts():
 
 
 def test_every_kind_runs_offline(tmp_path):
-    run_synth(tmp_path, "topics", "--count", 120, "--out", "t.txt")
-    run_synth(tmp_path, "textbooks", "--topics", "t.txt", "--count", 8, "--out", "pages.jsonl")
-    run_synth(tmp_path, "exercises", "--count", 8, "--k", "1-2", "--out", "problems.jsonl")
-    run_synth(tmp_path, "exercises", "--count", 8, "--judge", "builtin", "--min-grade", 0, "--out", "judged.jsonl")
-    run_synth(tmp_path, "label", "pages.jsonl", "--count", 5, "--out", "labels.jsonl")
-    run_synth(tmp_path, "rewrite", "pages.jsonl", "--out", "rewritten.jsonl")
-    run_synth(tmp_path, "chat", "--count", 30, "--out", "chats.jsonl")
-    run_synth(tmp_path, "preferences", "problems.jsonl", "--samples", 6, "--out", "pairs.jsonl")
-    topics, found = synth.leaves_of(tmp_path / "t.txt"), {name: records(tmp_path / f"{name}.jsonl") for name in
-                                                           "pages problems judged labels rewritten chats pairs".split()}
-    assert 120 <= len(topics) == len(set(topics)) and all(found.values()) and found["pages"][0]["topic"] in topics
-    assert set(found["labels"][0]) == {"id", "text", "score", "reason", "teacher"} and all(0 <= r["score"] <= 5 for r in found["labels"])
-    assert all(m["role"] == ("user", "assistant")[i % 2] for r in found["chats"] for i, m in enumerate(r["messages"]))
-    assert {"task", "reasoning", "refusal", "identity"} >= {r["theme"] for r in found["chats"]} and len({len(r["messages"]) for r in found["chats"]}) > 1
+    run_synth(tmp_path, "textbooks --count 8 --out pages.jsonl")
+    run_synth(tmp_path, "exercises --count 8 --k 1-2 --out problems.jsonl")
+    run_synth(tmp_path, "exercises --count 8 --judge builtin --min-grade 0 --out judged.jsonl")
+    run_synth(tmp_path, "label pages.jsonl --count 5 --out labels.jsonl")
+    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
+    run_synth(tmp_path, "preferences problems.jsonl --samples 6 --out pairs.jsonl")
+    found = {
+        name: records(tmp_path / f"{name}.jsonl")
+        for name in "pages problems judged labels chats pairs".split()
+    }
+    assert all(found.values())
+    assert set(found["labels"][0]) == {"id", "text", "score", "reason", "teacher"} and all(
+        0 <= r["score"] <= 5 for r in found["labels"]
+    )
+    assert all(
+        m["role"] == ("user", "assistant")[i % 2] for r in found["chats"] for i, m in enumerate(r["messages"])
+    )
     assert all(judge(r, r["canonical_solution"]).passed for r in found["judged"])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run_synth(tmp_path, "chat", "--count", 30, "--out", "chats.jsonl")
+    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_topics_are_merged_and_survive_editing(tmp_path):
-    assert synth.key_of("Sorting of lists") == synth.key_of("List sorting") != synth.key_of("Lists")
-    (tmp_path / "t.txt").write_text("a\n    b\n    c\n        d\n\ne\n")
-    assert synth.leaves_of(tmp_path / "t.txt") == ["a > b", "a > c > d", "e"]
-    assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == ["Merge sort", "Quick sort", "Heaps"]
-    args = collections.namedtuple("Args", "teacher judge dry_run count concurrency seed asks temperature max_answer retries")([synth.Teacher("builtin")], [], False, 60, 1, 0, 1, 1.0, 9, 0)
-    rows = synth.grow_topics(synth.Desk(args, ""), ["numbers", "words"])
-    assert len({synth.key_of(row) for row in rows}) == len(rows) and rows[0] == "numbers" and rows[1].startswith("  ")
-    (tmp_path / "grown.txt").write_text("\n".join(rows))
-    assert len(synth.leaves_of(tmp_path / "grown.txt")) == 60
+def test_topics_are_merged_and_survive_editing():
+    assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
+    tree = "a\n    b\n    c\n        d\n\ne\n"
+    assert (
+        synth.read_tree(tree)
+        == ["a > b", "a > c > d", "e"]
+        == synth.read_tree("\n".join(synth.write_tree(synth.read_tree(tree))))
+    )
+    assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == [
+        "Merge sort",
+        "Quick sort",
+        "Heaps"
+    ]
 
 
 def test_the_rubric_tells_lessons_from_glue():
-    lesson = ('"""Search in sorted lists: the idea is to halve the range, because each comparison rules out one half of it."""\n\n\n'
-              'def find(values, wanted):\n    """Return the index of wanted in the sorted list of values, or -1 if it is not there.\n\n'
-              '    >>> find([1, 3, 5], 3)\n    1\n    """\n    low, high = 0, len(values) - 1\n    while low <= high:  # otherwise nothing is left to look at\n'
-              '        middle = (low + high) // 2\n        if values[middle] == wanted:\n            return middle\n        if values[middle] < wanted:\n'
-              '            low = middle + 1\n        else:\n            high = middle - 1\n    return -1\n')
-    glue = "from company import api\n\n\nclass Handler(api.Base):\n    def run(self, request):\n        return api.respond(self.client.get(request.url), self.headers)\n" * 3
-    prose = ("A prime number is a whole number greater than one that has no divisors other than one and itself. For example, 7 is prime because no number "
-             "from 2 to 6 divides it, while 9 is not a prime number, since 3 times 3 equals 9. To check whether a number n is prime, we try each divisor up to "
-             "the square root of n. If the number had a larger divisor, then the matching divisor would be smaller, so we would have found it first. A common "
-             "mistake is to call one a prime number.")
-    cheap = "Buy now and get free shipping! Subscribe to our newsletter. Click here for more great deals. Log in to see your orders. All rights reserved. " * 3
-    scores = {name: synth.grade(text, name)[0] for name, text in {"lesson.py": lesson, "glue.py": glue, "prose.txt": prose, "cheap.txt": cheap, "data.py": "A = [1, 2]\nB = {}\n",
-              "test.py": "import unittest\n" + lesson.replace("def find", "def test_find"), "made.py": "# Generated by the compiler, do not edit\n" + lesson, "broken.py": "def ("}.items()}
-    assert min(scores["lesson.py"], scores["prose.txt"]) >= 4 and max(scores[n] for n in scores if n not in ("lesson.py", "prose.txt")) <= 2, scores
-    assert scores["data.py"] == scores["made.py"] == scores["broken.py"] == 0
-    assert synth.grade(lesson, "x.py") == (5, synth.grade(lesson, "x.py")[1]) and "\n" not in synth.grade(lesson, "x.py")[1]
+    lesson = (
+        '"""Search in sorted lists: the idea is to halve the range, because each comparison rules out one '
+        'half of it."""\n\n\n'
+        'def find(values, wanted):\n    """Return the index of wanted in the sorted list of values, or -1 '
+        "if it is not there.\n\n"
+        '    >>> find([1, 3, 5], 3)\n    1\n    """\n    low, high = 0, len(values) - 1\n    while low <= '
+        "high:  # otherwise nothing is left to look at\n"
+        "        middle = (low + high) // 2\n        if values[middle] == wanted:\n            return "
+        "middle\n        if values[middle] < wanted:\n"
+        "            low = middle + 1\n        else:\n            high = middle - 1\n    return -1\n"
+    )
+    glue = (
+        "from company import api\n\n\nclass Handler(api.Base):\n    def run(self, request):\n        return "
+        "api.respond(self.client.get(request.url), self.headers)\n" * 3
+    )
+    prose = (
+        "A prime number is a whole number greater than one that has no divisors other than one and itself. "
+        "For example, 7 is prime because no number "
+        "from 2 to 6 divides it, while 9 is not a prime number, since 3 times 3 equals 9. To check whether "
+        "a number n is prime, we try each divisor up to "
+        "the square root of n. If the number had a larger divisor, then the matching divisor would be "
+        "smaller, so we would have found it first. A common "
+        "mistake is to call one a prime number."
+    )
+    cheap = (
+        "Buy now and get free shipping! Subscribe to our newsletter. Click here for more great deals. Log "
+        "in to see your orders. All rights reserved. " * 3
+    )
+    scores = {
+        name: synth.grade(text)[0]
+        for name, text in {
+            "lesson.py": lesson,
+            "glue.py": glue,
+            "prose.txt": prose,
+            "cheap.txt": cheap,
+            "data.py": "A = [1, 2]\nB = {}\n",
+            "test.py": "import unittest\n" + lesson.replace("def find", "def test_find"),
+            "made.py": "# Generated by the compiler, do not edit\n" + lesson,
+            "broken.py": "def ("
+        }.items()
+    }
+    assert (
+        min(scores["lesson.py"], scores["prose.txt"]) >= 4
+        and max(scores[n] for n in scores if n not in ("lesson.py", "prose.txt")) <= 2
+    ), scores
 
 
 def test_samples_depend_on_the_seed_alone(tmp_path):
     data.write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(50)])
     data.write_jsonl(tmp_path / "b.jsonl", [{"text": f"document {i}"} for i in range(25, 75)][::-1])
-    one, two, other = (synth.sample_documents([str(tmp_path / n) for n in names], 20, seed) for names, seed in ((("a.jsonl", "b.jsonl"), 1), (("b.jsonl", "a.jsonl"), 1), (("a.jsonl",), 2)))
-    assert [d["text"] for d in one] == [d["text"] for d in two] and len({d["text"] for d in one}) == 20 and {d["text"] for d in one} != {d["text"] for d in other}
+    one, two, other = (
+        synth.sample_documents([str(tmp_path / n) for n in names], 20, seed)
+        for names, seed in ((("a.jsonl", "b.jsonl"), 1), (("b.jsonl", "a.jsonl"), 1), (("a.jsonl",), 2))
+    )
+    assert (
+        [d["text"] for d in one] == [d["text"] for d in two]
+        and len({d["text"] for d in one}) == 20
+        and {d["text"] for d in one} != {d["text"] for d in other}
+    )
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["label"], "label needs documents"), (["textbooks", "x.jsonl"], "reads no file"), (["label", "missing.jsonl"], "missing.jsonl"), (["chat", "--teacher", "gpt"], "URL#MODEL"),
-    (["preferences", "empty.jsonl"], "needs a prompt"), (["label", "empty.jsonl"], "no document"), (["textbooks", "--topics", "empty.jsonl"], "has no topics"), (["chat", "--cuont", "3"], "--cuont")])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["label"], "label needs documents"),
+        (["textbooks", "x.jsonl"], "reads no documents"),
+        (["rewrite", "x.jsonl"], "give --teacher"),
+        (["topics"], "give --teacher"),
+        (["label", "missing.jsonl"], "missing.jsonl"),
+        (["chat", "--teacher", "gpt"], "URL#MODEL"),
+        (["preferences", "empty.jsonl"], "nothing to ask about"),
+        (["label", "empty.jsonl"], "no document"),
+        (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
+        (["chat", "--cuont", "3"], "--cuont")
+    ]
+)
 def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     told = run_synth(tmp_path, *arguments, code=2)
@@ -3933,35 +4624,36 @@ def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # synth.py: the hardened sandbox
 
-GRANTED = synth.protections() if sys.platform == "linux" else ""
 INVADERS = {
     "reads the home directory": "    import os; os.listdir(os.path.expanduser('~root'))\n",
     "reads this checkout": f"    open({synth.__file__!r}).read()\n",
     "lists /tmp": "    import os; os.listdir('/tmp')\n",
     "writes beside": "    open('../x', 'w')\n",
-    "writes to /dev/shm": "    import os; os.close(os.open('/dev/shm/minphi', os.O_CREAT)); os.remove('/dev/shm/minphi')\n",
+    "writes to /dev/shm": "    import os; os.close(os.open('/dev/shm/x', os.O_CREAT)); os.remove('/dev/shm/x')\n",
     "opens a socket": "    import socket; socket.socket()\n",
     "opens a unix socket": "    import socket; socket.socket(socket.AF_UNIX)\n",
     "signals its parent": "    import os; os.kill(SYNTH, 0)\n",
     "reads the environment of who runs it": "    open('/proc/SYNTH/environ').read()\n",
-    "traces": "    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0\n",
+    "traces": "    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, "
+    "0) == 0\n",
     "makes a namespace": "    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0\n",
-    "clones into a namespace": "    import ctypes, os; assert ctypes.CDLL(None).syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\n",
+    "clones into a namespace": "    import ctypes, os; assert ctypes.CDLL(None).syscall(56 if "
+    "os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\n",
     "mounts": "    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n",
     "sets up io_uring": "    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0\n",
     "makes a device": "    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))\n",
-    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n",
+    "starts a program": "    import subprocess; subprocess.run(['/bin/echo'])\n",
+    "forks": "    import os; os.fork() or os._exit(0)\n",
+    "changes modes": f"    import os; os.chmod({synth.__file__!r}, 0o644)\n",
+    "limits another process": "    import resource; resource.prlimit(SYNTH, resource.RLIMIT_NOFILE)\n",
+    "lists processes": "    import os; os.listdir('/proc')\n",
+    "writes to the kernel's settings": "    open('/proc/sys/kernel/core_pattern', 'w')\n",
+    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n"
 }
 
 
-# What the sandbox's server does last but one, as where the kernel grants less. UNCONFINED: neither namespaces nor another user.
-UNCONFINED = """
-confine = lambda scratch: []
-granted_system = system
-system = lambda name, *args: name != "unshare" and granted_system(name, *args)
-"""
-UNHARDENED = UNCONFINED + "harden = lambda scratch: (False, False)\n"
-PARENT = "    import os; raise ValueError(os.getppid())\n"  # 1 in a namespace of processes
+# What the sandbox's server does last but one, as where the kernel grants nothing.
+UNHARDENED = "confine = lambda scratch: 0\nos.geteuid = lambda: 1\n"
 
 
 def invade(names):
@@ -3974,7 +4666,15 @@ def invade(names):
 def test_invaders_invade_where_nothing_protects(monkeypatch):
     """These programs work, so that it means something when they fail in the sandbox."""
     monkeypatch.setattr(synth, "LAUNCH", UNHARDENED + synth.LAUNCH)
-    names = ["reads this checkout", "lists /tmp", "writes beside", "opens a socket", "opens a unix socket", "signals its parent"]
+    names = [
+        "reads this checkout",
+        "lists /tmp",
+        "writes beside",
+        "opens a socket",
+        "opens a unix socket",
+        "signals its parent"
+    ]
+    names += ["starts a program", "forks", "limits another process", "lists processes"]
     names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
     if os.geteuid() != 0:  # root has rights that a program has not, even here
         names.append("reads the environment of who runs it")
@@ -3982,27 +4682,28 @@ def test_invaders_invade_where_nothing_protects(monkeypatch):
     assert reasons == dict.fromkeys(names, "passed")
 
 
-@pytest.mark.skipif("Landlock" not in GRANTED or "seccomp" not in GRANTED, reason="this kernel grants no Landlock or seccomp")
-@pytest.mark.parametrize("namespaces", [True, False])
-def test_hostile_programs_are_contained(namespaces, monkeypatch):
-    if not namespaces:
-        monkeypatch.setattr(synth, "LAUNCH", UNCONFINED + synth.LAUNCH)
-    assert (judge(ADD, PARENT).reason == "raised ValueError: 1") == (namespaces and CONTAINED)
+@pytest.mark.skipif(not CONTAINED, reason="this kernel grants no Landlock or seccomp")
+def test_hostile_programs_are_contained():
     for name, verdict in zip(INVADERS, invade(INVADERS)):
         how = re.fullmatch(r"raised (\w+):.*", verdict.reason)
         kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
         assert not verdict.passed and kind and issubclass(kind, (OSError, AssertionError)), (name, verdict)
-    ways = ["    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n", "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
-            "    import subprocess; return a + b if subprocess.run(['/bin/echo', 'x'], capture_output=True).stdout == b'x\\n' else 0\n",
-            "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
-            "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n"]
-    assert {v.reason for v in synth.judge_all([(ADD, way) for way in ways])} == {"passed"}  # honest programs notice nothing
+    ways = [
+        "    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n",
+        "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
+        "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); "
+        "os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
+        "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n"
+    ]
+    assert {v.reason for v in synth.judge_all([(ADD, way) for way in ways])} == {
+        "passed"
+    }  # honest programs notice nothing
 
 
 def test_says_which_protections_are_on(tmp_path, monkeypatch):
     assert run_synth(tmp_path, "sandbox").startswith("on: ")
-    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "sys.platform = 'none'\n")
-    assert "docker run" in synth.protections() or os.geteuid() == 0 and "nobody" in synth.protections()
+    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "sys.platform = 'none'\nos.geteuid = lambda: 1\n")
+    assert "docker run" in synth.protections()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
