@@ -171,19 +171,18 @@ def atomic_path(path):
         tidy()
 
 
+@dataclass
 class PartStore:
     """Work in numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i, which
     appears whole.
 
-    Part i belongs to rank i mod the number of ranks; one that is there is not made again; a stage ends when all
-    ranks are done. A part depends on its number alone. So cores, machines on a shared folder and going on after a
-    kill are one mechanism, and the result is always the same."""
-
-    def __init__(self, folder, workers, rank=0, world_size=1):
-        self.folder = Path(folder)
-        self.workers = workers
-        self.rank = rank
-        self.world_size = world_size
+    Part i belongs to rank i mod world_size; one that is there is not made again; a stage ends when all ranks are
+    done. A part depends on its number alone. So cores, machines on a shared folder and going on after a kill are
+    one mechanism, and the result is always the same."""
+    folder: Path
+    workers: int
+    rank: int = 0
+    world_size: int = 1
 
     def run(self, stage, n, make):
         """make(i) -> {name: array or what JSON can hold} for i < n. Returns the n parts: part(name) reads one
@@ -193,10 +192,11 @@ class PartStore:
         def write(i):
             with atomic_path(folders[i]) as new:
                 new.mkdir()
-                values = make(i)
-                for name in [name for name, value in values.items() if isinstance(value, np.ndarray)]:
-                    np.save(new / name, values.pop(name))
-                (new / "values.json").write_text(json.dumps(values))
+                for name, value in make(i).items():
+                    if isinstance(value, np.ndarray):
+                        np.save(new / name, value)
+                    else:
+                        (new / f"{name}.json").write_text(json.dumps(value))
 
         todo = [i for i in range(self.rank, n, self.world_size) if not folders[i].exists()]
         parallel(write, todo, self.workers, stage)
@@ -209,7 +209,7 @@ def read_value(folder, name):
     path = folder / f"{name}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r" if path.stat().st_size > 1 << 16 else None)
-    return json.loads((folder / "values.json").read_text())[name]
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 # ---------------------------------------------------------------- JSON Lines
@@ -241,7 +241,6 @@ def write_jsonl(path, records):
         with file as lines:
             for count, record in enumerate(records, 1):
                 lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        raw.flush()
     return count
 
 
@@ -252,9 +251,6 @@ PROSE = set(".txt .md .rst .tex .text".split())
 RECORDS = {".jsonl", ".ndjson"}
 CRAWL = {".wet", ".warc"}
 READABLE = CODE | PROSE | RECORDS | CRAWL | {".parquet"}
-DATASET_FILES = ["train.bin", "val.bin"]
-
-
 def suffix_of(name):
     return os.path.splitext(name.lower().removesuffix(".gz"))[1]
 
@@ -280,51 +276,48 @@ def fetch(url):
     return str(path)
 
 
-def walk(root, skipped):
-    """Yields (path, path within root) of the files that `root` stands for: `python` is this interpreter's
-    standard library and site-packages, a URL is fetched; links to folders are not followed."""
-    tops = [root]
-    if root == "python":
-        tops = sorted({os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")})
-    elif re.match("https?://", root):
-        tops = [fetch(root)]
-    elif not os.path.lexists(root):
-        raise FileNotFoundError(f"{root}: no such file or directory (`python` names this machine's own source)")
-    for top in map(os.path.abspath, tops):
-        if not os.path.isdir(top):
-            yield top, os.path.basename(top)
-        for folder, folders, names in os.walk(top, onerror=lambda error: skipped.update(["unreadable"])):
-            if folder == top and {"meta.json", *DATASET_FILES} <= set(names):
-                folders.clear()
-                names = DATASET_FILES
-            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-            for name in names:
-                if names is DATASET_FILES or suffix_of(name) in ({".py"} if root == "python" else READABLE):
-                    path = os.path.join(folder, name)
-                    yield path, os.path.relpath(path, top)
-                elif root != "python":
-                    skipped["not a text file"] += 1
+def roots_of(path):
+    """The files and folders that a path stands for: `python` is this interpreter's standard library and
+    site-packages, a URL is fetched, a dataset is its two files of tokens."""
+    if path == "python":
+        return sorted({os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")})
+    if re.match("https?://", path):
+        return [fetch(path)]
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: no such file or directory (`python` names this machine's own source)")
+    if os.path.exists(f"{path}/train.bin"):
+        return [f"{path}/train.bin", f"{path}/val.bin"]
+    return [path]
 
 
 def find_files(paths, skipped, seed=0, max_bytes=0):
     """The files to read as (path, name, begin, end), for records that begin in these bytes: sorted by name, or
-    about max_bytes of them in the order of a hash. `skipped` counts, by reason, what cannot be read."""
+    about max_bytes of them in the order of a hash. Links to folders are not followed. `skipped` counts, by reason,
+    what cannot be read."""
     found = {}
-    for path, name in itertools.chain(*(walk(str(root), skipped) for root in paths)):
-        if os.path.isfile(path):  # reading a pipe or a device could wait for ever
-            found.setdefault(path, (printable(name), path, os.path.getsize(path)))
-        else:
-            skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
+    for root in map(str, paths):
+        suffixes = {".py"} if root == "python" else READABLE
+        for top in map(os.path.abspath, roots_of(root)):
+            walk = os.walk(top, onerror=lambda error: skipped.update(["unreadable"]))
+            for folder, folders, names in walk if os.path.isdir(top) else [(top, [], [""])]:
+                folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+                for path in [os.path.join(folder, name) if name else top for name in names]:
+                    if path != top and suffix_of(path) not in suffixes:
+                        skipped.update([] if root == "python" else ["not a text file"])
+                    elif not os.path.isfile(path):  # reading a pipe or a device could wait for ever
+                        skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
+                    else:
+                        name = os.path.relpath(path, top) if path != top else os.path.basename(top)
+                        found.setdefault(path, (printable(name), path, os.path.getsize(path)))
     files = sorted(found.values())
     if max_bytes:
         files.sort(key=lambda file: digest(f"{seed} {file[0]}"))
     room = max_bytes or math.inf
-    chosen = []
+    spans = []
     for name, path, size in files:
-        if room > 0:
-            chosen.append((path, name, 0, math.inf if room >= size else room))
+        spans.append((path, name, 0, math.inf if room >= size else room))
         room -= size
-    return chosen
+    return [span for span in spans if span[3] > 0]
 
 
 def read_documents(files, skipped, max_document_bytes=10_000_000):
@@ -397,27 +390,29 @@ def read_crawl(file, limit, end):
                 yield head.get("WARC-Target-URI", "?"), {"text": text, "web": True}
 
 
-def read_parquet(path):
-    import pyarrow.parquet
+def read_records(path):
+    """The objects of a JSON Lines or parquet file."""
+    if suffix_of(path) != ".parquet":
+        yield from read_jsonl(path)
+        return
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
     with pyarrow.parquet.ParquetFile(path) as file:  # (its errors are OSErrors)
-        yield from enumerate(row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+        for batch in file.iter_batches(1000):
+            yield from batch.to_pylist()
 
 
 def read_dataset(path):
-    """The documents of a dataset's train.bin or val.bin, a problem's prompt apart."""
+    """The documents of a dataset's train.bin or val.bin."""
     from model import Tokenizer
     folder, file = os.path.split(path)
-    split = file.removesuffix(".bin")
     dataset = open_dataset(folder)
     tokenizer = Tokenizer.load(folder)
-    tokens = getattr(dataset, split)
-    mask = getattr(dataset, f"{split}_mask")
-    begin = 0
-    for number, end in enumerate(dataset.ends(split).tolist()):
-        answer = begin if mask is None else begin + int((mask[begin:end] == 0).sum())
-        prompt, text = tokenizer.decode(tokens[begin:answer]), tokenizer.decode(tokens[answer:end - 1])
-        yield number, {"prompt": prompt, "completion": text} if prompt else {"text": text}
-        begin = end
+    split = file.removesuffix(".bin")
+    for number, tokens in enumerate(np.split(getattr(dataset, split), dataset.ends(split)[:-1])):
+        yield number, {"text": tokenizer.decode(tokens[:-1].tolist())}
 
 
 def document_of(record, defaults, skipped, max_bytes):
@@ -480,20 +475,21 @@ def language(text, threshold=0.08):
     text = text[:5000].lower()
     n_letters = sum(map(str.isalpha, text))
     for name, script in {} if text.isascii() else SCRIPTS.items():
-        share = 0.1 if name == "ja" else 0.5  # Japanese mixes in Chinese letters
-        if len(re.findall(script, text)) > share * n_letters:
+        if len(re.findall(script, text)) > (0.1 if name == "ja" else 0.5) * n_letters:  # Japanese has Chinese letters
             return name
     words = re.findall(r"[^\W\d_]+", text)
-    return "en" if words and sum(word in ENGLISH for word in words) >= threshold * len(words) else "?"
+    return "en" if sum(word in ENGLISH for word in words) > threshold * len(words) else "?"
 
 
 def is_code(document):
     """Code or prose, by the suffix of the id, or by its lines where there is none."""
     suffix = suffix_of(str(document["id"]))
-    if suffix in CODE or suffix in PROSE:
-        return suffix in CODE
     lines = [line for line in document["text"][:20000].splitlines() if line.strip()]
-    return sum(bool(CODE_LINE.match(line)) for line in lines) > 0.4 * len(lines)
+    return suffix in CODE or suffix not in PROSE and share_of(lines, CODE_LINE.match) > 0.4
+
+
+def share_of(items, condition):
+    return sum(bool(condition(item)) for item in items) / max(1, len(items))
 
 
 def quietly(parse, text):
@@ -531,21 +527,19 @@ def gopher_rule(text):
     """Gopher's quality and repetition rules (arXiv 2112.11446, table A1), words split at whitespace."""
     words = text.split()
     lines = text.splitlines()
-    n = len(words)
     real_words = [word for word in words if word.strip(PUNCTUATION)]
     yield "fewer than 50 words", len(real_words) < 50
     yield "more than 100,000 words", len(real_words) > 100_000
     yield "mean word length", not 3 <= sum(map(len, real_words)) / len(real_words) <= 10
-    yield "symbols", max(text.count("#"), text.count("…") + text.count("...")) > 0.1 * n
-    yield "bullet list", sum(line.lstrip().startswith(("•", "-", "*")) for line in lines) > 0.9 * len(lines)
-    yield "lines that break off", sum(line.rstrip().endswith(("...", "…")) for line in lines) > 0.3 * len(lines)
-    yield "few words with letters", len(re.findall(r"[^\s\W\d_]\S*", text)) < 0.8 * n
+    yield "symbols", max(text.count("#"), text.count("…") + text.count("...")) > 0.1 * len(words)
+    yield "bullet list", share_of(lines, re.compile(r"\s*[•*-]").match) > 0.9
+    yield "lines that break off", share_of(lines, re.compile(r".*(\.\.\.|…)\s*$").match) > 0.3
+    yield "few words with letters", len(re.findall(r"[^\s\W\d_]\S*", text)) < 0.8 * len(words)
     yield "no stop words", len(STOP_WORDS.intersection(words)) < 2
     for unit, pieces in ("paragraphs", re.split(r"\n{2,}", text.strip())), ("lines", re.split(r"\n+", text)):
         counts = Counter(pieces)
         repeated_chars = sum(len(piece) * (count - 1) for piece, count in counts.items())
-        yield f"repeated {unit}", len(pieces) - len(counts) > 0.3 * len(pieces)
-        yield f"repeated {unit}", repeated_chars > 0.2 * len(text)
+        yield f"repeated {unit}", len(pieces) - len(counts) > 0.3 * len(pieces) or repeated_chars > 0.2 * len(text)
     yield from repeated_phrases(words, len(text))
 
 
@@ -581,8 +575,8 @@ def prose_rule(text):
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     yield reason, reason
     yield "filler", FILLER.search(text)
-    yield "few finished lines", sum(line.endswith(FINISHED) for line in lines) < 0.12 * len(lines)
-    yield "short lines", sum(len(line) < 30 for line in lines) > 0.67 * len(lines)
+    yield "few finished lines", share_of(lines, lambda line: line.endswith(FINISHED)) < 0.12
+    yield "short lines", share_of(lines, lambda line: len(line) < 30) > 0.67
     yield "generated", GENERATED.search(text[:500])
 
 
@@ -675,25 +669,23 @@ def gram_hashes(words, n):
 
 def minhash(texts, n_permutations=N_PERMUTATIONS):
     """MinHash signatures of word 5-grams, uint32 (documents, n_permutations): least values under
-    x -> scale x mod 2^32 of mixed hashes."""
+    x -> scale x mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so
+    that a text of few words has grams too."""
     scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32) * np.uint32(2) + np.uint32(1)
-    signatures = np.empty((len(texts), n_permutations), np.uint32)
-    done = 0
-    for raws in batches((text.encode() for text in texts), 1 << 17):
+    signatures = []
+    for raws in batches((b"\xff " + text.encode() + (N_GRAM - 1) * b" \xfe" for text in texts), 1 << 17):
         words, bounds = word_hashes(raws)
-        grams = (gram_hashes(words, N_GRAM) >> np.uint64(32)).astype(np.uint32)
-        shingles = []
-        for raw, i, j in zip(raws, bounds, bounds[1:]):
-            is_long = j - i >= N_GRAM  # a text too short for a gram resembles only itself
-            shingles.append(grams[i:j - N_GRAM + 1] if is_long else np.frombuffer(digest(raw), np.uint32)[:1])
-        starts = np.cumsum([0] + [len(own) for own in shingles])[:-1]
-        shingles = np.concatenate(shingles)
-        permuted = np.empty_like(shingles)
+        is_gram = np.ones(len(words), bool)
+        is_gram[bounds[1:, None] - np.arange(1, N_GRAM)] = False  # these would reach into the next text
+        grams = (gram_hashes(words, N_GRAM)[is_gram] >> np.uint64(32)).astype(np.uint32)
+        starts = bounds[:-1] - (N_GRAM - 1) * np.arange(len(raws))
+        permuted = np.empty_like(grams)
+        batch = np.empty((len(raws), n_permutations), np.uint32)
         for k, scale in enumerate(scales):
-            np.multiply(shingles, scale, out=permuted)
-            signatures[done:done + len(raws), k] = np.minimum.reduceat(permuted, starts)
-        done += len(raws)
-    return signatures
+            np.multiply(grams, scale, out=permuted)
+            batch[:, k] = np.minimum.reduceat(permuted, starts)
+        signatures.append(batch)
+    return np.concatenate([np.empty((0, n_permutations), np.uint32), *signatures])
 
 
 def lsh_shape(threshold):
@@ -714,35 +706,28 @@ def lsh_band_hashes(signatures, threshold):
 
 
 def candidate_pairs(keys, reach=4):
-    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones and with its bucket's first, so a
-    bucket of n gives 5n pairs, not n^2."""
+    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones, so a bucket of n gives 4n pairs and
+    not n^2."""
     order = keys.argsort(kind="stable")
-    keys = keys[order]
-    place = np.arange(len(keys))
-    is_first = np.append(True, keys[1:] != keys[:-1])[:len(keys)]
-    first = np.maximum.accumulate(np.where(is_first, place, 0))
-    pairs = [np.stack([first, place])[:, ~is_first]]
+    pairs = []
     for step in range(1, reach + 1):
-        left = np.flatnonzero(keys[step:] == keys[:-step])
-        pairs.append(np.stack([left, left + step]))
-    return np.unique(order[np.concatenate(pairs, 1)].T, axis=0)
+        left = np.flatnonzero(keys[order[step:]] == keys[order[:-step]])
+        pairs.append(np.stack([order[left], order[left + step]], 1))
+    return np.concatenate(pairs)
 
 
 def connected_components(pairs):
     """(nodes, component of each) of the graph of these pairs: every node takes the least label among its
     neighbours, and its label's label."""
     nodes, pairs = np.unique(pairs, return_inverse=True)
-    pairs = pairs.reshape(-1, 2)
+    left, right = pairs.reshape(-1, 2).T
     label = np.arange(len(nodes))
-    while True:
-        previous = label.copy()
-        lowest = label[pairs].min(1)
-        for side in pairs.T:
-            np.minimum.at(label, label[side], lowest)
+    while np.any(label[left] != label[right]):
+        lowest = np.minimum(label[left], label[right])
+        for side in (label[left], label[right], left, right):
             np.minimum.at(label, side, lowest)
         label = label[label]
-        if np.array_equal(label, previous):
-            return nodes, label
+    return nodes, label
 
 
 def spanning_pairs(pairs):
@@ -757,33 +742,20 @@ FUNCTION = re.compile(r"^(?=(([ \t]*)(?:async )?def [^\n]*\n(?:(?:\2[ \t)][^\n]*
 SIGNS = np.frombuffer(b"+-*/%<>=()[]{}.,:|&", np.uint8)
 
 
-class Separators(dict):
-    """For str.translate: punctuation, symbols, spaces and controls become a space, what is invisible nothing."""
-
-    def __missing__(self, code):
-        category = unicodedata.category(chr(code))
-        # format characters, the grapheme joiner, variation selectors
-        is_invisible = category == "Cf" or code == 0x034F or 0xFE00 <= code < 0xFE10
-        self[code] = None if is_invisible else " " if category[0] in "PSZC" else code
-        return self[code]
-
-
-SEPARATORS = Separators()
+INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 
 
 def fold(text):
-    """A text as decontamination compares it: lower case, NFKC, spaces for the punctuation that is not ASCII.
+    """A text as decontamination compares it: lower case, NFKC, without what is invisible, spaces for the
+    punctuation that is not ASCII. (word_hashes leaves ASCII's out.)"""
+    def fold_word(word):
+        word = word if word.isascii() else INVISIBLE.sub("", unicodedata.normalize("NFKC", word))
+        return re.sub(r"[^\w\x00-\x7f]", " ", word)
 
-    ASCII needs no more than lower(), for word_hashes leaves its punctuation out; so only words that are not ASCII
-    are looked at. (No character composes with a space or a line end before it, so words can be normalized one by
-    one.)"""
     if not text.isascii():
-        text = re.sub(r"[^\x00-\x7f\s]*[^\x00-\x7f][^ \n]*", fold_word, text)
+        lines = text.split("\n")
+        text = "\n".join(line if line.isascii() else " ".join(map(fold_word, line.split(" "))) for line in lines)
     return text.lower()
-
-
-def fold_word(match):
-    return unicodedata.normalize("NFKC", match[0]).translate(SEPARATORS)
 
 
 def words_of(text):
@@ -800,28 +772,27 @@ def strings_in(value):
 
 
 def syntax_tree(source):
-    """(name, labels of the nodes, level by level) of a function's syntax tree, or None: without documentation,
-    annotations and chosen names."""
-    body = getattr(quietly(ast.parse, textwrap.dedent(source)), "body", None)
-    if not body or not isinstance(body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return None
-    function = body[0]
+    """Labels of the nodes, level by level, of a function's syntax tree: without documentation, annotations and chosen
+    names; none for what is not Python."""
+    tree = quietly(ast.parse, textwrap.dedent(source))
+    if not tree or not isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return []
+    function = tree.body[0]
     function.body = function.body[ast.get_docstring(function) is not None:]
     function.returns = None
     for argument in function.args.args:
         argument.annotation = None
     labels = []
     for node in ast.walk(function):
-        label = type(node).__name__
         if isinstance(node, ast.Attribute):
-            label = "." + node.attr
+            labels.append("." + node.attr)
         elif isinstance(node, ast.Constant):
-            label = repr(node.value)[:20]
+            labels.append(repr(node.value)[:20])
         elif isinstance(node, ast.Name) and hasattr(builtins, node.id):
-            label = node.id
-        if not isinstance(node, ast.expr_context):
-            labels.append(label)
-    return function.name, labels
+            labels.append(node.id)
+        elif not isinstance(node, ast.expr_context):
+            labels.append(type(node).__name__)
+    return labels
 
 
 def count_signs(source):
@@ -859,99 +830,76 @@ class Contamination:
         self.overlap = overlap
         self.match_rate = match_rate
         self.min_nodes = min_nodes
-        self.problems = []  # (name, text)
-        places = []         # of each problem: {(file, question)}, where it stands
-        numbers = {}        # a problem's words -> its number
-        for name, file, question, text in self.read(paths):
-            i = numbers.setdefault(b" ".join(words_of(text)), len(numbers))
-            if i == len(self.problems):
-                self.problems.append((name, text))
-                places.append(set())
-            places[i].add((file, b" ".join(words_of(question or text))))
-        if not any(text.strip() for _, text in self.problems):
-            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: no problem found; "
-                             "give JSON Lines or text files")
-        self.index_grams(places)
-        self.trees = []  # (problem, labels)
-        signs = []
-        for i, (_, text) in enumerate(self.problems):
-            for source, _ in FUNCTION.findall(text + "\n"):
-                tree = syntax_tree(source)
-                if tree and len(tree[1]) >= min_nodes:
-                    self.trees.append((i, tree[1]))
-                    signs.append(count_signs(source))
-        self.signs = np.array(signs)
-        self.warn_of_unprotected()
-
-    def read(self, paths):
-        """Yields (name, file, question, question and answer) of each problem; plain texts are one file together."""
-        skipped = Counter()
-        for file in find_files(paths, skipped):
-            path, name = file[:2]
-            kind = suffix_of(name)
-            try:
-                records = read_jsonl(path) if kind in RECORDS else read_documents([file], skipped)
-                if kind == ".parquet":
-                    records = [row for _, row in read_parquet(path)]
-            except ImportError:
-                raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-            for i, record in enumerate(records, 1):
-                fields = {str(key).lower().replace(" ", "_"): value for key, value in record.items()}
-                question, answer = ("\n".join(text for key in keys for text in strings_in(fields.get(key)))
-                                    for keys in (self.QUESTION, self.ANSWER))
-                table = path if kind in RECORDS or kind == ".parquet" else ""
-                yield str(record.get("task_id", f"{name}:{i}")), table, question, f"{question}\n{answer}"
-        if skipped:
-            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: {dict(skipped)}; "
-                             "give JSON Lines or text files")
-
-    def index_grams(self, places):
-        """index: size of a gram -> {gram: numbers of the problems that have it}; and what makes looking up fast."""
-        self.index = {7: {}, 13: {}}
-        for i, (_, text) in enumerate(self.problems):
+        self.problems = list(self.read(paths))  # (name, text, (file, question))
+        self.owners = {7: {}, 13: {}}           # size of a gram -> {gram: numbers of the problems that have it}
+        self.trees = []                         # (number of a problem, labels, signs)
+        for i, (_, text, _) in enumerate(self.problems):
             words = words_of(text)
-            grams, _ = text_grams([fold(text).encode()])
-            for n, owners in self.index.items():
+            grams, _ = text_grams([b" ".join(words)])
+            for n, owners in self.owners.items():
                 for k, gram in enumerate(grams[n][:max(0, len(words) - n + 1)].tolist()):
                     if len({word for word in words[k:k + n] if not word.isdigit()}) > n // 2:
                         owners.setdefault(gram, set()).add(i)
+            for source, _ in FUNCTION.findall(text + "\n"):
+                labels = syntax_tree(source)
+                if len(labels) >= min_nodes:
+                    self.trees.append((i, labels, count_signs(source)))
 
-        def is_common(owners):
-            files = Counter(file for file, _ in set().union(*(places[i] for i in owners)))
-            return max(files.values()) > 2
-
-        for n, owners in self.index.items():
-            self.index[n] = {gram: numbers for gram, numbers in owners.items() if not is_common(numbers)}
-        self.n_grams = Counter(itertools.chain(*self.index[7].values()))
-        self.sorted = {n: np.sort(np.array([*owners, 2**64 - 1], np.uint64)) for n, owners in self.index.items()}
+        for n, owners in self.owners.items():
+            self.owners[n] = {gram: numbers for gram, numbers in owners.items() if not self.is_common(numbers)}
+        self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
+        self.sorted = {n: np.sort(np.array([*owners, 2**64 - 1], np.uint64)) for n, owners in self.owners.items()}
         self.table = np.zeros(1 << 20, bool)  # by the first 20 bits: most grams need no other look
         self.table[np.concatenate([*self.sorted.values()]) >> np.uint64(44)] = True
+        self.signs = np.array([signs for _, _, signs in self.trees])
 
-    def warn_of_unprotected(self):
-        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON}
-        protected.update(*self.index[13].values(), (i for i, _ in self.trees))
-        self.unprotected = [name for i, (name, _) in enumerate(self.problems) if i not in protected]
+        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON} | {i for i, *_ in self.trees}
+        protected.update(*self.owners[13].values())
+        self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
         if self.unprotected and int(os.environ.get("RANK", 0)) == 0:
-            shown = ", ".join(self.unprotected[:5]) + (", ..." if len(self.unprotected) > 5 else "")
             print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too few words "
-                  f"of their own to be recognized, so copies of them stay: {shown}", file=sys.stderr)
+                  f"of their own to be recognized, so copies of them stay: {', '.join(self.unprotected[:5])}",
+                  file=sys.stderr)
+
+    def is_common(self, numbers):
+        """Whether more than two problems of one file are among these."""
+        files = Counter(file for file, _ in {self.problems[i][2] for i in numbers})
+        return max(files.values()) > 2
+
+    def read(self, paths):
+        """Yields (name, question and answer, (file, question)) of each problem; plain texts are one file together."""
+        skipped = Counter()
+        n_problems = 0
+        for span in find_files(paths, skipped):
+            path, name = span[:2]
+            is_text = suffix_of(name) not in RECORDS | {".parquet"}
+            records = read_documents([span], skipped) if is_text else read_records(path)
+            for n_problems, record in enumerate(records, n_problems + 1):
+                fields = {str(key).lower().replace(" ", "_"): value for key, value in record.items()}
+                question, answer = ("\n".join(text for key in keys for text in strings_in(fields.get(key)))
+                                    for keys in (self.QUESTION, self.ANSWER))
+                text = f"{question}\n{answer}"
+                place = ("" if is_text else path, b" ".join(words_of(question or text)))
+                yield str(record.get("task_id", f"{name}:{n_problems}")), text, place
+        if skipped or not n_problems:
+            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: {dict(skipped) or 'no problem found'}; "
+                             "give JSON Lines or text files")
 
     def find(self, texts):
         """{index of a text: (rule, number of the problem, what they share)}, by words."""
         found = {}
         done = 0
         for raws in batches((fold(text).encode() for text in texts), 1 << 17):
-            all_grams, bounds = text_grams(raws)
-            for n, owners in self.index.items():
-                grams = all_grams[n]
-                at = np.flatnonzero(self.table[grams >> np.uint64(44)])
-                at = at[self.sorted[n][np.searchsorted(self.sorted[n], grams[at])] == grams[at]]
-                texts_at = np.searchsorted(bounds, at, side="right") - 1
+            grams, bounds = text_grams(raws)
+            for n, owners in self.owners.items():
+                at = np.flatnonzero(self.table[grams[n] >> np.uint64(44)])
+                hashes = grams[n][at]
+                is_hit = self.sorted[n][np.searchsorted(self.sorted[n], hashes)] == hashes
+                hits = at[is_hit].tolist(), hashes[is_hit].tolist()
                 common = {}
-                for start, gram, d in zip(at.tolist(), grams[at].tolist(), texts_at.tolist()):
-                    if start + n <= bounds[d + 1]:
-                        for i in owners.get(gram, ()):
-                            common.setdefault((d, i), set()).add(gram)
+                for start, gram, d in zip(*hits, (np.searchsorted(bounds, hits[0], side="right") - 1).tolist()):
+                    for i in owners.get(gram, ()) if start + n <= bounds[d + 1] else ():
+                        common.setdefault((d, i), set()).add(gram)
                 for (d, i), both in sorted(common.items(), key=lambda item: len(item[1])):
                     shorter = min(self.n_grams[i], bounds[d + 1] - bounds[d] - 6)
                     if n == 13 or len(both) >= max(self.MIN_COMMON, self.overlap * shorter):
@@ -962,47 +910,22 @@ class Contamination:
     def find_functions(self, text):
         """The like for the functions of one text, or None. Only those whose operators resemble a problem's are
         parsed."""
-        for source, _ in FUNCTION.findall(text + "\n") if self.trees and "def " in text else ():
+        for source, name in FUNCTION.findall(text + "\n") if self.trees and "def " in text else ():
             signs = count_signs(source)
-            common = np.minimum(self.signs, signs).sum(1)
             longer = np.maximum(self.signs.sum(1), signs.sum())
-            similar = np.flatnonzero(common >= (self.match_rate - 0.2) * longer)
-            name, labels = len(similar) and syntax_tree(source) or ("", [])
-            if len(labels) < self.min_nodes:
-                continue
+            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.match_rate - 0.2) * longer)
+            labels = syntax_tree(source) if len(similar) else []
             matcher = difflib.SequenceMatcher(None, (), labels, autojunk=False)
-            for i, other in [self.trees[k] for k in similar]:
+            for i, other, _ in [self.trees[k] for k in similar] if len(labels) >= self.min_nodes else ():
                 matcher.set_seq1(other)
-                bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # cheapest first
-                if all(bound() >= self.match_rate for bound in bounds):
-                    return "syntax tree", i, f"{name}: match rate {matcher.ratio():.3f}"
+                ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # cheapest bound first
+                if all(ratio() >= self.match_rate for ratio in ratios):
+                    return "syntax tree", i, f"match rate {matcher.ratio():.3f}: {source.strip()[:60]}"
 
 
 # ---------------------------------------------------------------- educational value
 
-# groups of words that the features count
-WORDS = {name: [word.encode() for word in words.split()] for name, words in {
-    "explanation": "because therefore thus hence means explain explains note notice consider suppose define "
-                   "definition why how step then",
-    "example": "example examples exercise solution answer question prints expected result sample illustrate shows "
-               "usage",
-    "teaching": "algorithm list number value values function sum loop sort search tree graph string index count "
-                "array sequence theorem proof",
-    "noise": "click subscribe cookies login copyright license todo fixme deprecated http https www warranty share "
-             "buy price hack compat",
-    "control": "if else elif for while return yield try except raise",
-    "glue": "import self cls config settings logger assert pass kwargs isinstance"}.items()}
-# first words of lines
-STARTS = {name: words.split() for name, words in {
-    "headers": "## ### #### === ---", "lists": "- * • 1. 2. 3. 4. 5.", "code blocks": "``` ~~~ >>> .. $",
-    "comments": "# // /* #: *", "definitions": "def class async function fn func struct",
-    "imports": "from import #include use require", "exits": "return yield raise"}.items()}
-MARKS = {"docstrings": '"""', "assignments": " = ", "underscores": "_", "calls": "(", "stops": ".", "commas": ",",
-         "colons": ":", "brackets": "["}
-LETTERS = bytes(i if i >= 128 or chr(i).isalpha() else 32 for i in range(256))
-CLASSES = string.ascii_letters.encode(), string.digits.encode(), string.ascii_uppercase.encode()
-FEATURES = ["length", "lines", "longest line", "blank lines", "indentation", "word length", "words", "unique words",
-            "sentence length", "paragraph length", "letters", "digits", "capitals", *WORDS, *STARTS, *MARKS]
+N_BUCKETS = 256
 
 
 @functools.lru_cache
@@ -1025,34 +948,20 @@ def embedding(text, run, n_tokens=256):
         return model.hidden(torch.tensor([ids]))[0].mean(0).numpy()
 
 
-def features(text, run=None, max_chars=20_000):
-    """What the classifier sees of a text (its first 20,000 characters): float32, shares or logarithms, named by
-    FEATURES; then a run's embedding."""
-    size = len(text)
-    head = text[:max_chars]
-    raw = head.encode()
+def features(text, run=None):
+    """What the classifier sees of a text (its first 20,000 characters), float32: logarithms of sizes, shares of its
+    lines, how often the words and signs of each of 256 buckets of a hash stand there; then a run's embedding."""
+    head = text[:20_000]
     lines = head.split("\n")
-    full = [line.lstrip() for line in lines if line.strip()]
-    starts = Counter(line.split(None, 1)[0] for line in full)
-    counts = Counter(raw.lower().translate(LETTERS).split())
-    n = max(1, len(raw))
+    counts = Counter(re.findall(r"\w+|[^\w\s]", head.lower()))
     n_words = max(1, counts.total())
-    n_lines = max(1, len(full))
-    n_sentences = 1 + sum(map(head.count, (". ", ".\n", "? ", "! ")))
-    row = np.array([
-        math.log1p(size), math.log1p(len(lines)), math.log1p(max(map(len, lines))), 1 - len(full) / len(lines),
-        1 - sum(map(len, full)) / n, n / n_words, math.log1p(n_words), len(counts) / n_words ** 0.75,
-        n_words / n_sentences, n_words / (1 + head.count("\n\n")),
-        *(1 - len(raw.translate(None, letters)) / n for letters in CLASSES),
-        *(sum(counts[word] for word in words) / n_words for words in WORDS.values()),
-        *(sum(starts[word] for word in words) / n_lines for words in STARTS.values()),
-        *(head.count(mark) / n_lines for mark in MARKS.values())], np.float32)
-    return np.concatenate([row, embedding(text, run)]) if run else row
-
-
-def feature_names(run):
-    width = embedder(run)[0].config.d_model if run else 0
-    return FEATURES + [f"embedding {i}" for i in range(width)]
+    sizes = len(text), len(lines), max(map(len, lines)), n_words
+    buckets = np.zeros(N_BUCKETS)
+    for word, count in counts.items():
+        buckets[zlib.crc32(word.encode()) % N_BUCKETS] += count / n_words
+    row = [*map(math.log1p, sizes), len(counts) / n_words ** 0.75, len(head) / n_words, head.count("\n\n") / n_words,
+           share_of(lines, str.strip), share_of(lines, re.compile(r"\s").match), *buckets]
+    return np.concatenate([row, embedding(text, run) if run else []]).astype(np.float32)
 
 
 class RandomForest:
@@ -1061,10 +970,9 @@ class RandomForest:
     fit(X float32 (n, features), y 0/1 (n,)); predict_proba(X) -> float (n,), the mean share of ones in a row's
     leaves. Each tree sees half of the rows (as good as a bootstrap: Friedman and Hall 2007) and takes the best Gini
     impurity among sqrt(features) features drawn for each node, or more until one can split it. It grows by levels:
-    a histogram over (node, bin, class) gives all nodes' splits at once. `importance`: each feature's share of the
-    impurity removed."""
+    a histogram over (node, bin, class) gives all nodes' splits at once."""
     BINS = 128
-    ARRAYS = "edges feature threshold child value roots importance".split()
+    ARRAYS = "edges feature threshold child value roots".split()
 
     def __init__(self, n_trees=100, seed=0, max_depth=16, min_leaf=2, workers=None):
         self.n_trees = n_trees
@@ -1076,8 +984,7 @@ class RandomForest:
     def fit(self, X, y):
         X = np.asarray(X, np.float32)
         y = np.asarray(y)
-        is_table = X.ndim == 2 and y.shape == X.shape[:1] and X.size
-        if not is_table or not np.isfinite(X).all() or not np.isin(y, (0, 1)).all():
+        if y.shape != X.shape[:1] or not np.isfinite(X).all() or not np.isin(y, (0, 1)).all():
             raise ValueError(f"a forest learns from finite X (n, features) and y (n,) of 0 and 1, "
                              f"not from {X.shape} and {y.shape}")
         # bin b holds the values up to edges[:, b]
@@ -1086,11 +993,10 @@ class RandomForest:
         y = y.astype(np.int64)
         trees = parallel(lambda tree: self.grow(bins, y, np.random.default_rng([self.seed, tree])),
                          range(self.n_trees), self.workers, "growing trees")
+        self.feature, self.threshold, self.child, self.value = map(np.concatenate, zip(*trees))
         sizes = [len(tree[0]) for tree in trees]
-        self.roots = np.cumsum([0] + sizes)[:-1]
-        self.feature, self.threshold, self.child, self.value, gain = map(np.concatenate, zip(*trees))
+        self.roots = np.cumsum([0, *sizes[:-1]])
         self.child += np.repeat(self.roots, sizes)
-        self.importance = np.bincount(self.feature, gain, X.shape[1]) / max(gain.sum(), 1e-12)
         return self
 
     def bin(self, X):
@@ -1098,8 +1004,7 @@ class RandomForest:
         return np.stack([np.searchsorted(edges, column).astype(np.uint8) for edges, column in zip(self.edges, X.T)])
 
     def grow(self, bins, y, rng):
-        """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next), value,
-        gain."""
+        """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next), value."""
         n = bins.shape[1]
         rows = rng.permutation(n)[:n - n // 2]
         node = np.zeros(len(rows), np.int64)  # of each row, among the m nodes of this level
@@ -1108,54 +1013,46 @@ class RandomForest:
         for depth in range(self.max_depth + 1):
             n_all = np.bincount(node, minlength=m)
             n_one = np.bincount(node, y[rows], m)
-            score, feature, threshold = self.best_splits(bins, y, rng, rows, node, n_all, n_one)
-            gain = score - n_one ** 2 / n_all
-            is_split = (score >= 0) & (gain > 1e-4) & (depth < self.max_depth)
-            child = np.where(is_split, begin + m + 2 * (np.cumsum(is_split) - 1), begin + np.arange(m))
+            gain, feature, threshold = self.best_splits(bins, y, rng, rows, node, n_all, n_one)
+            is_split = (gain > 1e-4) & (depth < self.max_depth)
             # a leaf leads to itself
-            levels.append((np.where(is_split, feature, 0), np.where(is_split, threshold, 255), child,
-                           n_one / n_all, np.where(is_split, gain, 0)))
+            child = np.where(is_split, begin + m + 2 * (np.cumsum(is_split) - 1), begin + np.arange(m))
+            levels.append((feature * is_split, np.where(is_split, threshold, 255), child, n_one / n_all))
             if not is_split.any():
                 break
-            inside = is_split[node]
-            rows, node = rows[inside], node[inside]
+            rows = rows[is_split[node]]
+            node = node[is_split[node]]
             goes_right = bins[feature[node], rows] > threshold[node]
             node = child[node] - begin - m + goes_right
             begin += m
             m = 2 * int(is_split.sum())
-        return [np.concatenate(level) for level in zip(*levels)]
+        return map(np.concatenate, zip(*levels))
 
     def best_splits(self, bins, y, rng, rows, node, n_all, n_one):
-        """(score, feature, threshold) of each node; score -1 where no feature can split it."""
+        """(gain, feature, threshold) of each node; gain 0 where no feature can split it."""
         n_features, n = bins.shape
-        m = len(n_all)
-        flat = bins.ravel()
         n_drawn = max(1, round(n_features ** 0.5))
-        best = np.full((3, m), -1.0)
-        can_split = (n_all >= 2 * self.min_leaf) & (n_one > 0) & (n_one < n_all)
-        for k, drawn in enumerate(rng.random((m, n_features)).argsort(1).T):
+        best = np.zeros((3, len(n_all)))
+        is_pure = (n_one == 0) | (n_one == n_all)
+        for k, drawn in enumerate(rng.random((len(n_all), n_features)).argsort(1).T):
             if k == 0 or k >= n_drawn:  # beyond those drawn, only for nodes that none of them could split
-                nodes = np.flatnonzero(can_split & ((k == 0) | (best[0] < 0)))
-                inside = np.flatnonzero(np.isin(np.arange(m), nodes)[node])
-                some_rows = rows[inside]
-                some_nodes = node[inside]
-                slot = np.cumsum(np.bincount(nodes, minlength=m)) - 1
-                key = (slot[some_nodes] * self.BINS * 2) + y[some_rows]
-            if not len(nodes):
-                break
-            counts = np.bincount(key + 2 * flat[drawn[some_nodes] * n + some_rows].astype(np.int64),
-                                 minlength=len(nodes) * self.BINS * 2)
-            both = counts.reshape(-1, self.BINS, 2).cumsum(1).astype(np.float32)  # (nodes, threshold, class)
-            left = both.sum(2)
+                nodes = np.flatnonzero(~is_pure & ((k == 0) | (best[0] == 0)))
+                slot = np.full(len(n_all), -1)
+                slot[nodes] = np.arange(len(nodes))
+                inside = np.flatnonzero(slot[node] >= 0)
+                base = slot[node[inside]] * self.BINS * 2 + y[rows[inside]]
+                if not len(nodes):
+                    break
+            bin_of = bins.ravel()[drawn[node[inside]] * n + rows[inside]].astype(np.int64)
+            counts = np.bincount(base + 2 * bin_of, minlength=len(nodes) * self.BINS * 2)
+            left = counts.reshape(-1, self.BINS, 2).cumsum(1).astype(np.float32)  # (nodes, threshold, class)
             right = left[:, -1:] - left
-            left_one = both[:, :, 1]
-            right_one = left_one[:, -1:] - left_one
-            score = left_one ** 2 / np.maximum(left, 1) + right_one ** 2 / np.maximum(right, 1)
-            score[np.minimum(left, right) < self.min_leaf] = -1
+            n_left, n_right = left.sum(2), right.sum(2)
+            score = left[..., 1] ** 2 / np.maximum(n_left, 1) + right[..., 1] ** 2 / np.maximum(n_right, 1)
+            score[np.minimum(n_left, n_right) < self.min_leaf] = 0
             at = score.argmax(1)
-            score = score[np.arange(len(nodes)), at]
-            better = score > best[0, nodes]
-            best[:, nodes] = np.where(better, (score, drawn[nodes], at), best[:, nodes])
+            gain = score[np.arange(len(nodes)), at] - n_one[nodes] ** 2 / n_all[nodes]
+            best[:, nodes] = np.where(gain > best[0, nodes], (gain, drawn[nodes], at), best[:, nodes])
         return best[0], *best[1:].astype(np.int64)
 
     def predict_proba(self, X):
@@ -1164,37 +1061,31 @@ class RandomForest:
 
         def predict(chunk):
             bins = self.bin(chunk).T.ravel()
-            total = np.zeros(len(chunk))
             base = np.arange(len(chunk)) * X.shape[1]
+            total = np.zeros(len(chunk))
             for root in self.roots:
                 node = np.full(len(chunk), root)
-                while True:
+                for _ in range(self.max_depth):
                     entry = table.take(node)
-                    below = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
-                    if np.array_equal(below, node):
-                        break
-                    node = below
+                    node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
                 total += self.value.take(node)
             return total / len(self.roots)
 
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            return np.concatenate([np.zeros(0), *pool.map(predict, np.array_split(X, len(X) // 16384 + 1))])
+            return np.concatenate([*pool.map(predict, np.array_split(X, len(X) // 16384 + 1))])
 
-    def save(self, path, names):
-        """Writes the forest, and the names of its features, as plain arrays."""
+    def save(self, path):
         with open(path, "wb") as file:
-            np.savez_compressed(file, names=names, **{name: getattr(self, name) for name in self.ARRAYS})
+            np.savez_compressed(file, **{name: getattr(self, name) for name in self.ARRAYS})
 
     @classmethod
-    def load(cls, path, names):
-        """The forest that was saved there, for these features."""
+    def load(cls, path, n_features):
+        forest = cls()
         try:
-            forest = cls()
-            arrays = np.load(path, allow_pickle=False)
-            vars(forest).update({name: arrays[name] for name in cls.ARRAYS})
-            if arrays["names"].tolist() != list(names):
+            vars(forest).update(np.load(path, allow_pickle=False))
+            if len(forest.edges) != n_features:
                 raise ValueError("it was trained on other features")
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile, *DAMAGED) as error:
+        except (ValueError, AttributeError, OSError, zipfile.BadZipFile, *DAMAGED) as error:
             raise ValueError(f"{path} is not a forest ({error}); make that dataset with --labels") from None
         return forest
 
@@ -1210,37 +1101,21 @@ def area_under_curve(y, p):
 
 def train_quality_classifier(path, seed, workers, run=None):
     """(forest, report) from labels: JSON Lines with `text` and `score` from 0 to 5, good from 3 on."""
-    skipped = Counter()
-    texts, y = [], []
-    for record in read_jsonl(path):
-        text, score = record.get("text"), record.get("score")
-        if not isinstance(text, str):
-            skipped["no text"] += 1
-        elif not isinstance(score, (int, float)) or not 0 <= score <= 5:
-            skipped["no score from 0 to 5"] += 1
-        else:
-            texts.append(text)
-            y.append(score >= 3)
+    labels = [record for record in read_jsonl(path) if "text" in record and "score" in record]
+    texts = [str(record["text"]) for record in labels]
     X = np.array(parallel(functools.partial(features, run=run), texts, workers, "reading labels"))
-    y = np.array(y, int)
+    y = np.array([record["score"] >= 3 for record in labels], int)
     if not 5 <= y.sum() <= len(y) - 5 or len(y) < 20:
-        raise ValueError(f"--labels {path}: {y.sum()} of {len(y)} usable labels have a score of 3 or more "
-                         f"({dict(skipped)}); give at least 5 of either side and 20 in all")
+        raise ValueError(f"--labels {path}: {y.sum()} of {len(y)} labels have a score of 3 or more; "
+                         "give at least 5 of either side and 20 in all")
     forest = RandomForest(seed=seed, workers=workers)
     fold = np.random.default_rng(seed).permutation(len(y)) % 5
     p = np.zeros(len(y))
     for k in range(5):  # each row is judged by a forest that has not seen it
         p[fold == k] = forest.fit(X[fold != k], y[fold != k]).predict_proba(X[fold == k])
-    forest.fit(X, y)
-    tenth = (p * 9.999).astype(int)
-    names = feature_names(run)
-    report = {"labels": len(y), "good": int(y.sum()), "left out": dict(skipped), "auc": area_under_curve(y, p),
-              "brier": float(((p - y) ** 2).mean()),
-              "calibration": {f"{k / 10 + 0.05:.2f}": round(float(y[tenth == k].mean()), 3) for k in np.unique(tenth)},
-              "features": {names[i]: round(float(forest.importance[i]), 4)
-                           for i in (-forest.importance).argsort()[:10]}}
+    report = {"labels": len(y), "good": int(y.sum()), "auc": area_under_curve(y, p)}
     print("educational value, 5-fold cross-validated:", json.dumps(report))
-    return forest, report
+    return forest.fit(X, y), report
 
 
 # ---------------------------------------------------------------- byte-pair encoding
@@ -1281,83 +1156,61 @@ def learn_merges(counts, n_merges):
     """BPE on words (str -> how often): the list of merged pairs (a, b); the i-th one makes token 256 + i.
 
     Each step merges the pair of highest count, the smallest (a, b) among equals, until none occurs twice. All words
-    lie in one array of linked symbols. A pair has a count and the positions it was seen at, which are checked when
-    it is its turn; counts only fall once a pair's younger symbol is made, so a heap with outdated entries will do."""
+    lie in one array of linked symbols, where the position of its first symbol stands for a pair. The heap holds each
+    pair with the count it had once its younger symbol was made; later merges only take positions away, so a count
+    that has fallen is corrected when it is its turn."""
     words = [word.encode() for word in counts]
     lengths = np.array(list(map(len, words)), np.int64)
-    symbol = np.append(np.frombuffer(b"".join(words), np.uint8), 0).astype(np.int32)
-    n = len(symbol) - 1
-    symbol[n] = -1  # position n stands for "no neighbour"
-    after = np.arange(1, n + 2, dtype=np.int32)
+    n = int(lengths.sum())
+    symbol = np.append(np.frombuffer(b"".join(words), np.uint8), -1).astype(np.int32)  # at n: no neighbour
+    after = np.minimum(np.arange(1, n + 2, dtype=np.int32), n)
     before = np.arange(-1, n, dtype=np.int32)
     last = np.cumsum(lengths) - 1
     after[last] = n
     before[last - lengths + 1] = n
     weight = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), lengths)
-    count, where, heap = {}, {}, []  # count, where: key -> int, positions; key = a << 20 | b
-    merges = []
+    heap, positions, merges = [], {}, []  # a pair is a << 20 | b
 
-    def group(keys, positions):
-        """Yields each distinct key with the total weight of its positions, and those positions."""
-        order = keys.argsort()
-        keys, positions = keys[order], positions[order]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        totals = np.add.reduceat(weight[positions], starts) if len(keys) else starts
-        bounds = [*starts.tolist(), len(keys)]
-        for key, total, i, j in zip(keys[starts].tolist(), totals.tolist(), bounds, bounds[1:]):
-            yield key, total, positions[i:j]
+    def count_pairs(at):
+        """Puts the pairs at these positions on the heap."""
+        at = at[symbol[after[at]] >= 0]
+        pairs = symbol[at].astype(np.int64) << 20 | symbol[after[at]]
+        order = pairs.argsort()
+        pairs, at = pairs[order], at[order]
+        starts = np.flatnonzero(np.concatenate([pairs[:1] >= 0, pairs[1:] != pairs[:-1]]))
+        sums = np.add.reduceat(weight[at], starts) if len(at) else starts
+        bounds = [*starts.tolist(), len(at)]
+        for pair, count, i, j in zip(pairs[starts].tolist(), sums.tolist(), bounds, bounds[1:]):
+            push(pair, count, at[i:j])
 
-    def add(key, total, positions):
-        if total > 1:
-            count[key] = total
-            where[key] = positions
-            heapq.heappush(heap, (-total << 40) | key)
+    def push(pair, count, at):
+        if count > 1:
+            heapq.heappush(heap, (-count << 40) | pair)
+            positions[pair] = at
 
-    inner = np.flatnonzero(symbol[after[:n]] >= 0)
-    for entry in group(symbol[inner].astype(np.int64) << 20 | symbol[inner + 1], inner.astype(np.int32)):
-        add(*entry)
-    progress = tqdm(total=n_merges, desc="merging", disable=None, leave=False)
+    count_pairs(np.arange(n, dtype=np.int32))
     while heap and len(merges) < n_merges:
         entry = heapq.heappop(heap)
-        key, total = entry & (1 << 40) - 1, -(entry >> 40)
-        positions = where.pop(key)
-        if count[key] != total:  # it has fallen since it was put on the heap
-            add(key, count.pop(key), positions)
+        pair = entry & (1 << 40) - 1
+        a, b = divmod(pair, 1 << 20)
+        at = positions.pop(pair)
+        at = at[(symbol[at] == a) & (symbol[after[at]] == b)]  # where it still stands
+        current = int(weight[at].sum())
+        if current != -(entry >> 40):
+            push(pair, current, at)
             continue
-        del count[key]
-        a, b = key >> 20, key & (1 << 20) - 1
-        new = 256 + len(merges)
         merges.append((a, b))
-        progress.update()
-
-        at = np.sort(positions[(symbol[positions] == a) & (symbol[after[positions]] == b)])  # where it still stands
         if a == b:  # in a run a a a only every other pair can merge
+            at = np.sort(at)
             number = np.arange(len(at))
-            in_run = np.append(False, at[1:] == after[at[:-1]])[:len(at)]
+            in_run = np.append(False, at[1:] == after[at[:-1]])
             at = at[(number - np.maximum.accumulate(np.where(in_run, 0, number))) % 2 == 0]
-        second = after[at]
-        right = after[second]
-        symbol[at] = new
-        symbol[second] = -1
-        after[at] = right
-        before[right] = at
-
-        # neighbours now: those on the left as symbol, those on the right as symbol + 2^20; (new, new) counts as
-        # right only
+        symbol[after[at]] = -1
+        symbol[at] = 255 + len(merges)
+        after[at] = after[after[at]]
+        before[after[at]] = at
         left = before[at]
-        has_left = (symbol[left] >= 0) & (symbol[left] != new)
-        has_right = symbol[right] >= 0
-        side = np.concatenate([symbol[left[has_left]], symbol[right[has_right]] + (1 << 20)])
-        for neighbour, total, positions in group(side, np.concatenate([left[has_left], at[has_right]])):
-            is_right, neighbour = divmod(neighbour, 1 << 20)
-            if is_right:
-                old, key = b << 20 | (a if neighbour == new else neighbour), new << 20 | neighbour
-            else:
-                old, key = neighbour << 20 | a, neighbour << 20 | new
-            if old in count:
-                count[old] -= total
-            add(key, total, positions)
-    progress.close()
+        count_pairs(np.concatenate([at, left[(symbol[left] >= 0) & (symbol[left] < symbol[at])]]))
     return merges
 
 
@@ -1423,16 +1276,16 @@ def open_dataset(path):
 
 
 def encode(documents, tokenizer, dtype):
-    """Documents -> (token ids, mask, ends), as class Dataset has them; a problem's prompt is encoded apart."""
-    ids, mask, ends = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []
+    """Documents -> (token ids, mask, length of each), as class Dataset has them; a problem's prompt is encoded apart."""
+    ids, mask, lengths = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []
     eot = np.array([tokenizer.eot], dtype)
     for document in documents:
         text, n_chars = document["text"], document["prompt_chars"]
         prompt, answer = (np.array(tokenizer.encode(part), dtype) for part in (text[:n_chars], text[n_chars:]))
         ids += [prompt, answer, eot]
         mask += [np.zeros(len(prompt), np.uint8), np.ones(len(answer) + 1, np.uint8)]
-        ends.append(len(prompt) + len(answer) + 1)
-    return np.concatenate(ids), np.concatenate(mask), np.cumsum(ends, dtype=np.int64)
+        lengths.append(len(prompt) + len(answer) + 1)
+    return np.concatenate(ids), np.concatenate(mask), np.array(lengths, np.int64)
 
 
 def keep_larger(path, n_bytes):
@@ -1461,127 +1314,70 @@ def split_files(files):
     for (path, name, _, end), size in zip(files, sizes):
         can_cut = suffix_of(path) in RECORDS and not path.endswith(".gz")
         starts = range(0, int(size), part_size) if can_cut else [0]
-        spans += [(path, name, start, stop) for start, stop in zip(starts, [*starts[1:], end])]
-    return list(batches(spans, part_size, lambda span: min(span[3], os.path.getsize(span[0])) - span[2] + 1000))
+        spans += [((path, name, start, stop), min(stop, size) - start) for start, stop in zip(starts, [*starts[1:], end])]
+    return [[span for span, _ in batch] for batch in batches(spans, part_size, lambda span: span[1] + 1000)]
 
 
 def make_part(files, rules, options):
-    """One part: the documents of these files that pass every rule, and what later stages need of each."""
-    skipped, dropped, dropped_bytes, redacted, read = (Counter() for _ in range(5))
-    examples = {stage: [] for stage in rules}
-    kept = []
+    """One part: all documents of these files, with the first rule's reason to drop each; of those that go no more than
+    a beginning is kept. A rule's stage is named before its reason."""
+    skipped, redacted = Counter(), Counter()
+    documents = []
     for document in read_documents(files, skipped):
-        read.update(documents=1, bytes=document["bytes"])
-        verdicts = ((stage, rule(document)) for stage, rule in rules.items())
-        stage, reason = next(filter(lambda verdict: verdict[1], verdicts), (None, None))
-        if reason:
-            dropped[f"{stage}: {reason}"] += 1
-            dropped_bytes[f"{stage}: {reason}"] += document["bytes"]
-            shown = [digest(document["text"]).hex(), str(document["id"]), reason, document["text"][:300]]
-            examples[stage] = sorted([*examples[stage], shown])[:5]
-            continue
-        is_web = options.redact_pii == "all" or options.redact_pii == "web" and document.get("web")
-        if is_web and not document["prompt_chars"]:
+        verdicts = (f"{stage}: {rule(document)}" for stage, rule in rules)
+        document["reason"] = next((verdict for verdict in verdicts if not verdict.endswith(": None")), "")
+        if document["reason"]:
+            document["text"] = document["text"][:300]
+        elif not document["prompt_chars"] and options.redact_pii in ("all", "web" if document.get("web") else "all"):
             document["text"], counts = redact_pii(document["text"])
             redacted.update(counts)
-        kept.append(document)
-    texts = [document["text"] for document in kept]
-    raws = [text.encode() for text in texts]
-    n_permutations = N_PERMUTATIONS if options.dedup_threshold < 1 else 0
-    signatures = minhash(texts, n_permutations)
-    return {"read": read, "skipped": skipped, "dropped": dropped, "dropped_bytes": dropped_bytes,
-            "redacted": redacted, "examples": examples, "ids": [str(document["id"]) for document in kept],
+        documents.append(document)
+    raws = [document["text"].encode() for document in documents]
+    columns = {name: np.array([document[name] for document in documents], kind) for name, kind in
+               (("bytes", np.int64), ("prompt_chars", np.int64), ("reason", bytes))}
+    return {"skipped": skipped, "redacted": redacted, "ids": [str(document["id"]) for document in documents],
             "text": np.frombuffer(b"".join(raws), np.uint8), "size": np.array(list(map(len, raws)), np.int64),
-            "prompt": np.array([document["prompt_chars"] for document in kept], np.int64),
-            "hash": sha64(raws), "signatures": signatures,
-            "bands": lsh_band_hashes(signatures, options.dedup_threshold if n_permutations else 1)}
-
-
-def range_of(keys, n):
-    """Which of n equal ranges of uint64 each key lies in."""
-    return (keys >> np.uint64(32)) * np.uint64(n) >> np.uint64(32)
+            "hash": sha64(raws), **columns}
 
 
 class Funnel:
-    """All documents that passed the rules, those of all parts in a row, and what becomes of them: `alive` marks
-    those that are left, `rows` counts what went in and out of each stage and why, `examples` shows some.
+    """All documents, those of all parts in a row, and what becomes of them: `alive` marks those that are left, `rows`
+    counts what went in and out of each stage and why, `examples` shows some.
 
-    Of each document it holds size, place, hash and order in memory; texts and signatures stay in the parts."""
+    Of each document it holds bytes, size, place, hash and order in memory; texts and signatures stay in the parts."""
 
-    def __init__(self, store, parts, stages, seed, unread, bytes_in):
+    def __init__(self, store, parts, seed):
         self.store = store
         self.parts = parts
         self.base = np.cumsum([0] + [len(part("size")) for part in parts])  # where each part begins
         self.alive = np.ones(self.base[-1], bool)
+        self.bytes = self.column("bytes")
         self.size = self.column("size")
         self.start = np.cumsum(self.size) - self.size
         self.hash = self.column("hash")
         self.order = splitmix64(self.hash + splitmix64(np.uint64([seed + 1])))
-        read = self.total("read")
-        skipped = self.total("skipped") + unread
-        self.rows = [{"stage": "read", "documents_in": read["documents"] + skipped.total(), "bytes_in": bytes_in,
-                      "documents_out": read["documents"], "bytes_out": read["bytes"], "dropped": skipped}]
+        self.rows = []
         self.examples = {}
-        dropped = self.total("dropped")
-        dropped_bytes = self.total("dropped_bytes")
-        for stage in stages:
-            self.begin(stage)
-            for reason, n in dropped.most_common():
-                if reason.startswith(f"{stage}: "):
-                    self.count(reason.removeprefix(f"{stage}: "), n, dropped_bytes[reason])
-            shown = itertools.chain(*(part("examples")[stage] for part in parts))
-            self.examples[stage] = [example[1:] for example in sorted(shown)[:5]]
-
-    def total(self, name):
-        return sum_counts(part(name) for part in self.parts)
 
     def column(self, name):
-        return np.concatenate([part(name) for part in self.parts] or [np.zeros(0, np.int64)])
+        return np.concatenate([part(name) for part in self.parts] or [np.zeros(0, np.uint64)])
 
-    def pieces(self):
-        """(part, which of its documents are left, the index of its first one) of each part"""
-        return zip(self.parts, np.split(self.alive, self.base[1:-1]), self.base)
-
-    def take(self, name, index):
-        """Rows of an array of the parts, by the documents' indices."""
-        owner = np.searchsorted(self.base, index, side="right") - 1
-        found = [(owner == p, self.parts[p](name)) for p in np.unique(owner)]
-        rows = np.empty((len(index), *found[0][1].shape[1:]), found[0][1].dtype) if found else np.zeros(0)
-        for (mask, array), p in zip(found, np.unique(owner)):
-            rows[mask] = array[index[mask] - self.base[p]]
-        return rows
-
-    def document(self, i):
-        p = np.searchsorted(self.base, i, side="right") - 1
-        part = self.parts[p]
-        start = self.start[i] - self.start[self.base[p]]
-        text = bytes(part("text")[start:start + self.size[i]]).decode()
-        number = i - self.base[p]
-        return {"id": part("ids")[number], "text": text, "prompt_chars": int(part("prompt")[number])}
-
-    def begin(self, stage):
-        """Opens the row of a stage."""
-        n = self.rows[-1]["documents_out"]
-        n_bytes = self.rows[-1]["bytes_out"]
-        self.rows.append({"stage": stage, "documents_in": n, "bytes_in": n_bytes, "documents_out": n,
-                          "bytes_out": n_bytes, "dropped": {}})
-
-    def count(self, reason, n, n_bytes):
-        row = self.rows[-1]
-        row["dropped"][reason] = n
-        row["documents_out"] -= n
-        row["bytes_out"] -= n_bytes
-
-    def drop(self, reason, mask):
-        """Takes documents out of those that are left, for this reason, in the stage that is open."""
-        mask = mask & self.alive
-        self.alive ^= mask
-        self.count(reason, int(mask.sum()), int(self.size[mask].sum()))
-        self.examples.setdefault(self.rows[-1]["stage"], []).extend(self.sample(mask, reason))
+    def drop(self, stage, masks):
+        """masks: {reason: which documents go}. One row of the funnel, and examples."""
+        row = {"stage": stage, "documents_in": int(self.alive.sum()), "bytes_in": int(self.bytes[self.alive].sum()),
+               "dropped": {}}
+        for reason, mask in masks.items():
+            mask = mask & self.alive
+            if mask.any():
+                row["dropped"][reason] = int(mask.sum())
+                self.examples.setdefault(stage, []).extend(self.sample(mask, reason))
+            self.alive ^= mask
+        row |= {"documents_out": int(self.alive.sum()), "bytes_out": int(self.bytes[self.alive].sum())}
+        self.rows.append(row)
 
     def sample(self, mask, reason=""):
-        """[(id, reason, beginning)] of the first five of some documents in the final order."""
-        documents = map(self.document, self.in_order(mask)[:5])
+        """[(id, reason, beginning)] of the first three of some documents in the final order."""
+        documents = map(self.document, self.in_order(mask)[:3])
         return [(document["id"], reason, document["text"][:300]) for document in documents]
 
     def in_order(self, mask):
@@ -1590,109 +1386,106 @@ class Funnel:
 
     def bottom_n(self, keys, n):
         """Of those that are left, the n of the least keys: a mask."""
-        if n < 1:
-            return np.zeros_like(self.alive)
-        return self.alive & (keys <= np.partition(keys[self.alive], n - 1)[n - 1])
+        n = min(n, int(self.alive.sum()))
+        return self.alive & (keys <= np.partition(keys[self.alive], n - 1)[n - 1]) if n > 0 else self.alive & False
+
+    def document(self, i):
+        p = np.searchsorted(self.base, i, side="right") - 1
+        part, number = self.parts[p], i - self.base[p]
+        start = self.start[i] - self.start[self.base[p]]
+        text = bytes(part("text")[start:start + self.size[i]]).decode()
+        return {"id": part("ids")[number], "text": text, "prompt_chars": int(part("prompt_chars")[number])}
+
+    def map_texts(self, stage, function):
+        """A stage of parts that function([texts that are left in a part]) -> {name: value} makes. What it says of
+        texts stands in the order of np.flatnonzero(alive)."""
+        def make(p):
+            living = self.base[p] + np.flatnonzero(self.alive[self.base[p]:self.base[p + 1]])
+            return function([self.document(i)["text"] for i in living])
+        return self.store.run(stage, len(self.parts), make)
+
+
+def drop_by_rules(funnel, rules):
+    reasons = funnel.column("reason").astype(str) if len(funnel.alive) else np.array([""])
+    counts = Counter(reasons.tolist()).most_common()
+    for stage, _ in rules:
+        prefix = f"{stage}: "
+        funnel.drop(stage, {reason.removeprefix(prefix): reasons == reason for reason, _ in counts
+                            if reason.startswith(prefix)})
 
 
 def drop_exact_duplicates(funnel):
-    funnel.begin("exact duplicates")
-    is_again = np.ones(len(funnel.alive), bool)
-    is_again[np.unique(funnel.hash, return_index=True)[1]] = False
-    funnel.drop("same text", is_again)
+    living = np.flatnonzero(funnel.alive)
+    is_again = funnel.alive.copy()
+    is_again[living[np.unique(funnel.hash[living], return_index=True)[1]]] = False
+    funnel.drop("exact duplicates", {"same text": is_again})
 
 
-def drop_near_duplicates(funnel, threshold, per_range=8_000_000):
+def drop_near_duplicates(funnel, threshold):
     """Documents that share a band of the signature are compared by the share of equal values; of each group connected
-    by a similarity >= the threshold the longest stays. Returns {size of a group: how many}.
+    by a similarity >= the threshold the longest stays. Returns {size of a group: how many}."""
+    def sign(texts):
+        signatures = minhash(texts)
+        return {"signatures": signatures, "bands": lsh_band_hashes(signatures, threshold)}
 
-    A unit of work is one band's hashes within one range; held together is one pair for each document that has a
-    copy, and those of one band more."""
-    funnel.begin("near duplicates")
-    n_ranges = 1 + len(funnel.alive) // per_range
     n_bands = lsh_shape(threshold)[0] if threshold < 1 else 0
+    signed = funnel.map_texts("signatures", sign) if n_bands else []
+    base = np.cumsum([0] + [len(part("signatures")) for part in signed])
 
-    def compare(unit):
-        band, r = divmod(unit, n_ranges)
-        keys, index = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-        for part, alive, begin in funnel.pieces():
-            hashes = part("bands")[band]
-            inside = np.flatnonzero(alive & (range_of(hashes, n_ranges) == r))
-            keys.append(hashes[inside])
-            index.append(inside + begin)
-        pairs = np.concatenate(index)[candidate_pairs(np.concatenate(keys))]
-        is_similar = np.ones(len(pairs), bool)
-        for i in range(0, len(pairs), 1 << 15):
-            left, right = (funnel.take("signatures", side) for side in pairs[i:i + (1 << 15)].T)
-            is_similar[i:i + (1 << 15)] = (left == right).mean(1) >= threshold
-        return {"pairs": spanning_pairs(pairs[is_similar])}
+    def signatures(index):
+        owners = np.searchsorted(base, index, side="right") - 1
+        return np.stack([signed[p]("signatures")[i - base[p]] for p, i in zip(owners.tolist(), index.tolist())])
 
-    units = funnel.store.run("near duplicates", n_bands * n_ranges, compare)
-    pairs = np.zeros((0, 2), np.int64)
-    for first in range(0, len(units), n_ranges):  # a band
-        pairs = spanning_pairs(np.concatenate([pairs, *(unit("pairs") for unit in units[first:first + n_ranges])]))
-    nodes, label = connected_components(pairs)
+    def compare(band):
+        pairs = candidate_pairs(np.concatenate([part("bands")[band] for part in signed]))
+        similar = [chunk[(signatures(chunk[:, 0]) == signatures(chunk[:, 1])).mean(1) >= threshold]
+                   for chunk in np.array_split(pairs, len(pairs) // (1 << 15) + 1) if len(chunk)]
+        return {"pairs": spanning_pairs(np.concatenate([pairs[:0], *similar]))}
+
+    compared = funnel.store.run("near duplicates", n_bands, compare)
+    nodes, label = connected_components(np.concatenate([np.zeros((0, 2), int), *(band("pairs") for band in compared)]))
+    nodes = np.flatnonzero(funnel.alive)[nodes]
     order = np.lexsort((nodes, -funnel.size[nodes], label))
     is_shorter = np.zeros(len(funnel.alive), bool)
     is_shorter[nodes[order[1:][np.diff(label[order]) == 0]]] = True
-    funnel.drop("similar text", is_shorter)
+    funnel.drop("near duplicates", {"similar text": is_shorter})
     return Counter(np.unique(label, return_counts=True)[1].tolist())
-
-
-def living_texts(funnel, p):
-    """(indices, texts) of what is left of a part."""
-    index = funnel.base[p] + np.flatnonzero(funnel.alive[funnel.base[p]:funnel.base[p + 1]])
-    return index, [funnel.document(i)["text"] for i in index]
 
 
 def decontaminate(funnel, contamination):
     """Drops what contains a benchmark's problems. Returns the records of contaminated.jsonl."""
-    def check(p):
-        hits = []
-        index, texts = living_texts(funnel, p)
+    def check(texts):
         found = contamination.find(texts)
-        for k, i in enumerate(index.tolist()):
-            hit = found.get(k) or contamination.find_functions(texts[k])
-            if hit:
-                name, problem = contamination.problems[hit[1]]
-                hits.append({"index": i, "id": funnel.document(i)["id"], "text": texts[k], "rule": hit[0],
-                             "evidence": hit[2], "problem": name, "problem_text": problem})
-        return {"hits": hits}
+        return {"hits": [found.get(k) or contamination.find_functions(text) for k, text in enumerate(texts)]}
 
-    checked = funnel.store.run("decontaminate", len(funnel.parts), check)
-    hits = list(itertools.chain(*(part("hits") for part in checked)))
-    funnel.begin("decontaminate")
-    for rule in sorted({hit["rule"] for hit in hits}):
-        index = [hit["index"] for hit in hits if hit["rule"] == rule]
-        funnel.drop(rule, np.isin(np.arange(len(funnel.alive)), index))
-    return hits
+    checked = funnel.map_texts("decontaminate", check)
+    hits = dict(zip(np.flatnonzero(funnel.alive).tolist(), itertools.chain(*(part("hits") for part in checked))))
+    hits = {i: hit for i, hit in hits.items() if hit}
+    records = []
+    for i, (rule, number, evidence) in hits.items():
+        name, text, _ = contamination.problems[number]
+        records.append(funnel.document(i) | {"rule": rule, "evidence": evidence, "problem": name, "problem_text": text})
+    everybody = np.arange(len(funnel.alive))
+    funnel.drop("decontaminate", {rule: np.isin(everybody, [i for i, hit in hits.items() if hit[0] == rule])
+                                  for rule in sorted({hit[0] for hit in hits.values()})})
+    return records
 
 
 def keep_valuable(funnel, forest, options):
     """Drops what scores below --min-score, and all but the best --keep. Returns {score: how many documents}."""
-    def score(p):
-        _, texts = living_texts(funnel, p)
+    def score(texts):
         X = np.array([features(text, options.embed) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
 
-    scored = funnel.store.run("value", len(funnel.parts), score)
+    scored = [part("value") for part in funnel.map_texts("value", score)]
     value = np.zeros(len(funnel.alive), np.float32)
-    value[funnel.alive] = np.concatenate([part("value") for part in scored])
+    value[funnel.alive] = np.concatenate([np.zeros(0), *scored])
     # the best first, equal ones by their hash
     rank_key = (65535 - value * 65535).astype(np.uint64) << np.uint64(48) | funnel.hash >> np.uint64(16)
     best = funnel.bottom_n(rank_key, math.ceil(options.keep * funnel.alive.sum()))
-    funnel.begin("educational value")
     counts = np.histogram(value[funnel.alive], 20, (0, 1))[0].tolist()
-    funnel.drop("low score", ~best | (value < np.float32(options.min_score)))
+    funnel.drop("educational value", {"low score": ~best | (value < np.float32(options.min_score))})
     return {f"{i / 20:.2f} and more": n for i, n in enumerate(counts)}
-
-
-def show_rows(rows):
-    print(f"{'stage':<18}{'documents in':>13}{'out':>9}{'MB in':>9}{'MB out':>9}  dropped")
-    for row in rows:
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in row["dropped"].items() if n)
-        print(f"{row['stage']:<18}{row['documents_in']:>13,}{row['documents_out']:>9,}{row['bytes_in'] / 1e6:>9.2f}"
-              f"{row['bytes_out'] / 1e6:>9.2f}  {reasons or '-'}")
 
 
 # ---------------------------------------------------------------- split, tokens, files
@@ -1701,34 +1494,33 @@ def split_validation(funnel, share):
     """Which documents are for validation, at least one on either side. The hash of a document alone decides, so the
     split never moves."""
     n = int((funnel.hash[funnel.alive] < share * 2**64).sum())
-    return funnel.bottom_n(funnel.hash, min(max(n, 1), funnel.alive.sum() - 1))
-
-
-def documents_of_shard(funnel, is_val, shard, n_shards, val_share):
-    """[training documents, validation documents] of a range of the shuffled order, in this order."""
-    index = funnel.in_order(funnel.alive & (range_of(funnel.order, n_shards) == shard))
-    if funnel.alive.sum() == 1 and len(index):  # one document alone is cut: its last share is for validation
-        text = funnel.document(index[0])["text"]
-        cut = max(1, min(round(len(text) * (1 - val_share)), len(text) - 1))
-        return [[{"text": piece, "prompt_chars": 0}] if piece else [] for piece in (text[:cut], text[cut:])]
-    return [[funnel.document(i) for i in index[is_val[index] == side]] for side in (False, True)]
+    return funnel.bottom_n(funnel.hash, min(max(n, 1), int(funnel.alive.sum()) - 1))
 
 
 def make_tokens(funnel, tokenizer, vocab_size, val_share):
-    """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained."""
+    """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained. A part is
+    a range of the shuffled order."""
     is_val = split_validation(funnel, val_share)
+    n_documents = int(funnel.alive.sum())
     n_bytes = int(funnel.size[funnel.alive].sum())
     n_shards = min(max(32, n_bytes >> 27), 1 + n_bytes >> 16) + 1
+    shard_of = (funnel.order >> np.uint64(32)) * np.uint64(n_shards) >> np.uint64(32)
 
     def documents(shard):
-        return documents_of_shard(funnel, is_val, shard, n_shards, val_share)
+        """[training documents, validation documents]"""
+        index = funnel.in_order(funnel.alive & (shard_of == shard))
+        if n_documents > 1 or not len(index):
+            return [[funnel.document(i) for i in index[is_val[index] == side]] for side in (False, True)]
+        text = funnel.document(index[0])["text"]  # one document alone is cut: its last share is for validation
+        cut = max(1, min(round(len(text) * (1 - val_share)), len(text) - 1))
+        return [[{"text": piece, "prompt_chars": 0}] for piece in (text[:cut], text[cut:])]
 
     def encode_shard(shard):
         values = {}
         for split, some in zip(("train", "val"), documents(shard)):
-            names = [f"{split}.bin", f"{split}.mask.bin", f"{split}.ends.bin"]
-            values |= zip(names, encode(some, tokenizer, dtype))
-            values[split] = {"documents": len(some), "tokens": len(values[f"{split}.bin"]),
+            ids, mask, lengths = encode(some, tokenizer, dtype)
+            values |= {f"{split}.bin": ids, f"{split}.mask.bin": mask, f"{split}.lengths": lengths}
+            values[split] = {"documents": len(some), "tokens": len(ids),
                              "bytes": sum(len(document["text"].encode()) for document in some)}
         return values
 
@@ -1743,32 +1535,31 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
     return tokenizer, funnel.store.run("tokens", n_shards, encode_shard)
 
 
-def write_dataset(path, meta, tokenizer, encoded, has_prompts, extra_files):
-    """Puts the parts together. extra_files: name -> function that writes this file. Returns the counts."""
+def write_dataset(path, meta, tokenizer, encoded, extra_files):
+    """Puts the parts together. extra_files: name -> function that writes this file."""
     from model import write_json
     splits = {split: dict(sum_counts(part(split) for part in encoded)) for split in ("train", "val")}
-    dtype = encoded[0]("train.bin").dtype.name
-    meta = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-            "tokenizer": tokenizer.fingerprint, **splits, **meta}
-    contents = hashlib.sha256(json.dumps([dtype, tokenizer.fingerprint, *splits.values()]).encode())
+    names = [f"{split}.bin" for split in splits]
+    if any((part(f"{split}.mask.bin") == 0).any() for part in encoded for split in splits):
+        names += [f"{split}.mask.bin" for split in splits]
+    about = {"dtype": encoded[0]("train.bin").dtype.name, "tokenizer": tokenizer.fingerprint, **splits}
+    contents = hashlib.sha256(json.dumps(list(about.values())).encode())
     with atomic_path(path) as new:
         new.mkdir()
-        for name in [f"{split}{kind}.bin" for kind in ("", ".mask", ".ends") for split in splits]:
-            if ".mask" in name and not has_prompts:
-                continue
-            offset = 0
+        for name in names:
             with open(new / name, "wb") as file:
                 for part in encoded:
-                    array = part(name) + offset if ".ends" in name else np.ascontiguousarray(part(name))
+                    array = np.ascontiguousarray(part(name))
+                    contents.update(array)
                     file.write(array.data)
-                    if ".ends" in name:
-                        offset += len(part(name.replace(".ends", "")))
-                    else:
-                        contents.update(array)
+        for split in splits:
+            lengths = np.concatenate([part(f"{split}.lengths") for part in encoded])
+            np.cumsum(lengths, dtype=np.int64).tofile(new / f"{split}.ends.bin")
         tokenizer.save(str(new))
         for name, write in extra_files.items():
             write(new / name)
-        meta |= {"fingerprint": contents.hexdigest()[:32], "files": sorted(os.listdir(new))}
+        meta = {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, **about, **meta,
+                "fingerprint": contents.hexdigest()[:32], "files": sorted(os.listdir(new))}
         write_json(str(new / "meta.json"), meta)
         keep_larger(path, sum(counts["bytes"] for counts in splits.values()))
     for split, counts in splits.items():
@@ -1776,11 +1567,10 @@ def write_dataset(path, meta, tokenizer, encoded, has_prompts, extra_files):
               f"{counts['bytes']:,} bytes")
 
 
-def report_page(title, funnel, tables, classifier):
+def report_page(title, funnel, tables):
     """report.html as one string: tables of counts as bars, and examples of what each stage dropped or kept."""
-    rows = funnel.rows
-    reasons = {f"{row['stage']}: {reason}": n for row in rows for reason, n in row["dropped"].items()}
-    left = {"found": rows[0]["documents_in"]} | {row["stage"]: row["documents_out"] for row in rows}
+    reasons = {f"{row['stage']}: {reason}": n for row in funnel.rows for reason, n in row["dropped"].items()}
+    left = {"found": funnel.rows[0]["documents_in"]} | {row["stage"]: row["documents_out"] for row in funnel.rows}
     page = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:14px sans-serif;max-width:60em}i{display:inline-block;"
             "background:#69c;height:.9em;margin-right:.5em}pre{background:#eee;white-space:pre-wrap}</style>",
             f"<h1>{html.escape(title)}</h1>"]
@@ -1789,7 +1579,6 @@ def report_page(title, funnel, tables, classifier):
         for name, n in table.items():
             width = 40 * n / max(1, *table.values())
             page.append(f"<div><i style='width:{width:.2f}em'></i>{html.escape(str(name))} {n:,}</div>")
-    page.append(f"<pre>{html.escape(json.dumps(classifier, indent=1))}</pre>" if classifier else "")
     for stage, examples in funnel.examples.items():
         page.append(f"<h2>examples: {stage}</h2>")
         for name, reason, text in examples:
@@ -1803,15 +1592,14 @@ def plan(options, tokenizer, unread):
     """(files to read, their bytes, what tells this dataset from others: options, inputs, sources)."""
     import model
     files = find_files(options.input, unread, options.seed, options.max_bytes)
-    others = [file[:2] for file in find_files(options.decontaminate or [], Counter())]
+    others = [*(options.decontaminate or [])]
     if options.labels or options.classifier:
-        path = options.labels or f"{options.classifier}/classifier.npz"
-        others.append((path, path))
+        others.append(options.labels or f"{options.classifier}/classifier.npz")
     if options.embed:
         run = Path(model.snapshot_download(options.embed))
-        patterns = "*.safetensors", "*.bin", "config.json", "tokenizer.json"
-        others += sorted((file, file.name) for pattern in patterns for file in run.glob(pattern))
-    states = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, name, *_ in [*files, *others]]
+        others += [*sorted(run.glob("*.safetensors")), run / "config.json", run / "tokenizer.json"]
+    states = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+              for path, name, *_ in [*files, *find_files(others, Counter())]]
     # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
     sources = [__file__, model.__file__, *([model.kernels.__file__] if options.embed else [])]
     made_by = {"options": {name: value for name, value in vars(options).items() if name not in ("workers", "out")},
@@ -1820,19 +1608,18 @@ def plan(options, tokenizer, unread):
     return files, sum(size for _, size, _ in states[:len(files)]), made_by
 
 
-def reusable(path, made_by):
-    """Whether the dataset is there and whole, on all machines, and made by the same; refuses to replace what is no
-    dataset."""
-    is_made = False
-    with contextlib.suppress(ValueError, OSError):  # damaged: replace it
+def is_reusable(path, made_by):
+    """Whether the dataset is there and whole, on all machines, and made by the same. What is no dataset is not
+    replaced."""
+    meta = {}
+    with contextlib.suppress(ValueError):  # damaged: replace it
         meta = open_dataset(path).meta
-        is_made = made_by.items() <= meta.items() and all((path / name).exists() for name in meta["files"])
+    is_made = made_by.items() <= meta.items() and all((path / name).exists() for name in meta["files"])
     answers = all_gather((made_by, is_made))
     if any(other != made_by for other, _ in answers):
         raise ValueError("the machines see different files; let --input and --out lie in a folder that they share")
-    if not is_made and path.exists() and not (path / "meta.json").exists():
-        if not path.is_dir() or any(path.iterdir()):
-            raise FileExistsError(f"{path} exists and is not a dataset; choose another --name or --out")
+    if path.exists() and not (path / "meta.json").exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not a dataset; choose another --name or --out")
     return all(made for _, made in answers)
 
 
@@ -1852,10 +1639,19 @@ def load_classifier(options, workers):
     if options.labels:
         return train_quality_classifier(options.labels, options.seed, workers, options.embed)
     if options.classifier:
-        return RandomForest.load(f"{options.classifier}/classifier.npz", feature_names(options.embed)), {}
+        n_features = len(features("", options.embed))
+        return RandomForest.load(f"{options.classifier}/classifier.npz", n_features), {}
     if options.keep < 1 or options.min_score:
         raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) or --classifier DATASET")
     return None, {}
+
+
+def show_rows(rows):
+    print(f"{'stage':<18}{'documents in':>13}{'out':>9}{'MB in':>9}{'MB out':>9}  dropped")
+    for row in rows:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in row["dropped"].items()) or "-"
+        print("{stage:<18}{documents_in:>13,}{documents_out:>9,}".format(**row),
+              f"{row['bytes_in'] / 1e6:>8.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
 
 
 def build(options, rank=0, world_size=1):
@@ -1866,47 +1662,51 @@ def build(options, rank=0, world_size=1):
     unread = Counter()
     tokenizer, vocab_size = load_tokenizer(options.tokenizer)
     files, bytes_in, made_by = plan(options, tokenizer, unread)
-    if reusable(path, made_by):
+    if is_reusable(path, made_by):
         if rank == 0:
             print(f"{path}: already made, reused (delete it to make it anew)")
         return path
     contamination = Contamination(options.decontaminate) if options.decontaminate else None
     forest, classifier = load_classifier(options, workers)
-    rules = {"language": functools.partial(language_rule, languages=options.language),
-             "rules": functools.partial(quality_rule, rules=options.rules)}
+    rules = [("rules", functools.partial(quality_rule, rules=options.rules))]
+    if options.language:
+        rules.insert(0, ("language", functools.partial(language_rule, languages=options.language)))
     same_options = f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}"
     folder = path.with_name(f"{same_options}-{digest(json.dumps(made_by)).hex()[:16]}")
     store = PartStore(folder, workers, rank, world_size)
 
     tasks = split_files(files)
-    parts = store.run("parts", len(tasks), lambda i: make_part(tasks[i], rules, options))
-    funnel = Funnel(store, parts, rules, options.seed, unread, bytes_in)
+    parts = store.run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
+    funnel = Funnel(store, parts, options.seed)
+    skipped = sum_counts([unread, *(part("skipped") for part in parts)])
+    n_read = len(funnel.alive)
+    funnel.rows.append({"stage": "read", "documents_in": n_read + skipped.total(), "bytes_in": bytes_in,
+                        "documents_out": n_read, "bytes_out": int(funnel.bytes.sum()), "dropped": skipped})
+    drop_by_rules(funnel, rules)
     drop_exact_duplicates(funnel)
     groups = drop_near_duplicates(funnel, options.dedup_threshold)
+    tables = {"redacted": sum_counts(part("redacted") for part in parts), "groups of near duplicates": groups}
     extra_files = {}
     if contamination:
         hits = decontaminate(funnel, contamination)
         extra_files["contaminated.jsonl"] = lambda file: write_jsonl(file, hits)
-    tables = {"redacted": funnel.total("redacted"), "groups of near duplicates, documents in each": groups}
     if forest:
         tables["scores"] = keep_valuable(funnel, forest, options)
-        extra_files["classifier.npz"] = lambda file: forest.save(file, feature_names(options.embed))
+        extra_files["classifier.npz"] = forest.save
     if options.max_documents:
-        funnel.begin("--max-documents")
-        funnel.drop("more than asked for", ~funnel.bottom_n(funnel.order, options.max_documents))
+        funnel.drop("--max-documents", {"more than asked for": ~funnel.bottom_n(funnel.order, options.max_documents)})
     if rank == 0:
         show_rows(funnel.rows)
     if not funnel.alive.any():
-        reasons = [f"{reason}: {n}" for row in funnel.rows for reason, n in row["dropped"].items() if n]
+        reasons = [f"{reason}: {n}" for row in funnel.rows for reason, n in row["dropped"].items()]
         raise ValueError(f"--input {' '.join(options.input)}: no document is left "
                          f"({'; '.join(reasons) or 'nothing to read'}); give more text, or keep all by --rules none")
     tokenizer, encoded = make_tokens(funnel, tokenizer, vocab_size, options.val_share)
     if rank == 0:
         funnel.examples["kept"] = funnel.sample(funnel.alive)
-        extra_files["report.html"] = lambda file: file.write_text(report_page(str(path), funnel, tables, classifier))
-        has_prompts = funnel.column("prompt").any()
+        extra_files["report.html"] = lambda file: file.write_text(report_page(str(path), funnel, tables))
         meta = {"funnel": funnel.rows, **({"classifier": classifier} if classifier else {}), **made_by}
-        write_dataset(path, meta, tokenizer, encoded, has_prompts, extra_files)
+        write_dataset(path, meta, tokenizer, encoded, extra_files)
         print(f"{time.time() - begun:.1f} s; what was kept and dropped: {path / 'report.html'}")
     all_gather()  # no rank reads the parts any more
     if rank == 0:
