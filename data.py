@@ -336,7 +336,7 @@ def read_documents(files, skipped, max_document_bytes=10_000_000):
                 elif kind in CRAWL:
                     records = read_crawl(file, max_document_bytes, end)
                 elif kind == ".parquet":
-                    records = read_parquet(path)
+                    records = enumerate(read_records(path))
                 elif kind == ".bin":
                     records = read_dataset(path)
                 else:
@@ -348,8 +348,8 @@ def read_documents(files, skipped, max_document_bytes=10_000_000):
                         yield document
         except DAMAGED:
             skipped["damaged gzip"] += 1
-        except ImportError:
-            skipped["parquet, for which pyarrow is not installed (pip install pyarrow)"] += 1
+        except ImportError as error:
+            skipped[str(error)] += 1
         except (OSError, ValueError):
             skipped["unreadable"] += 1
 
@@ -392,16 +392,16 @@ def read_crawl(file, limit, end):
 
 def read_records(path):
     """The objects of a JSON Lines or parquet file."""
-    if suffix_of(path) != ".parquet":
+    if suffix_of(path) in RECORDS:
         yield from read_jsonl(path)
-        return
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
-    with pyarrow.parquet.ParquetFile(path) as file:  # (its errors are OSErrors)
-        for batch in file.iter_batches(1000):
-            yield from batch.to_pylist()
+    else:
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ImportError("parquet needs pyarrow (pip install pyarrow)") from None
+        with pyarrow.parquet.ParquetFile(path) as file:  # (its errors are OSErrors)
+            for batch in file.iter_batches(1000):
+                yield from batch.to_pylist()
 
 
 def read_dataset(path):
@@ -1026,7 +1026,7 @@ class RandomForest:
             node = child[node] - begin - m + goes_right
             begin += m
             m = 2 * int(is_split.sum())
-        return map(np.concatenate, zip(*levels))
+        return list(map(np.concatenate, zip(*levels)))
 
     def best_splits(self, bins, y, rng, rows, node, n_all, n_one):
         """(gain, feature, threshold) of each node; gain 0 where no feature can split it."""
@@ -1750,7 +1750,7 @@ def command(stopped="stopped"):
                 return main(*args, **more)
             except KeyboardInterrupt:
                 fail(stopped, 130)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, ImportError) as error:
                 fail(error)
         return run
     return wrap
