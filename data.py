@@ -176,9 +176,9 @@ class PartStore:
     """Work in numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i, which
     appears whole.
 
-    Part i belongs to rank i mod world_size; one that is there is not made again; a stage ends when all ranks are
-    done. A part depends on its number alone. So cores, machines on a shared folder and going on after a kill are
-    one mechanism, and the result is always the same."""
+    Part i belongs to rank i mod world_size; one that is there is not made again; a stage ends when all ranks
+    are done. A part depends on its number alone. So cores, machines on a shared folder and going on after a
+    kill are one mechanism, and the result is always the same."""
     folder: Path
     workers: int
     rank: int = 0
@@ -215,7 +215,8 @@ def read_value(folder, name):
 # ---------------------------------------------------------------- JSON Lines
 
 def read_jsonl(path):
-    """Yields the objects of a JSON Lines file (gzipped if it ends in .gz). ValueError names the broken line."""
+    """Yields the objects of a JSON Lines file (gzipped if it ends in .gz). ValueError names the broken
+    line."""
     number = 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
@@ -291,9 +292,9 @@ def roots_of(path):
 
 
 def find_files(paths, skipped, seed=0, max_bytes=0):
-    """The files to read as (path, name, begin, end), for records that begin in these bytes: sorted by name, or
-    about max_bytes of them in the order of a hash. Links to folders are not followed. `skipped` counts, by reason,
-    what cannot be read."""
+    """The files to read as (path, name, begin, end), for records that begin in these bytes: sorted by name,
+    or about max_bytes of them in the order of a hash. Links to folders are not followed. `skipped` counts, by
+    reason, what cannot be read."""
     found = {}
     for root in map(str, paths):
         suffixes = {".py"} if root == "python" else READABLE
@@ -321,12 +322,12 @@ def find_files(paths, skipped, seed=0, max_bytes=0):
 
 
 def read_documents(files, skipped, max_document_bytes=10_000_000):
-    """Yields a dict {text, id, source, bytes, prompt_chars, ...} for each document in files, as find_files gives
-    them.
+    """Yields a dict {text, id, source, bytes, prompt_chars, ...} for each document in files, as find_files
+    gives them.
 
-    A .jsonl file holds one document a line, a .wet file one a record of Common Crawl, a .parquet file one a row,
-    with `text`, or `prompt` and its `canonical_solution` or `completion`; a dataset's .bin holds documents too.
-    Any other file is one document. `skipped` counts, by reason, what cannot be used."""
+    A .jsonl file holds one document a line, a .wet file one a record of Common Crawl, a .parquet file one a
+    row, with `text`, or `prompt` and its `canonical_solution` or `completion`; a dataset's .bin holds
+    documents too. Any other file is one document. `skipped` counts, by reason, what cannot be used."""
     for path, name, begin, end in files:
         kind = suffix_of(path)
         try:
@@ -355,8 +356,8 @@ def read_documents(files, skipped, max_document_bytes=10_000_000):
 
 
 def read_lines(file, limit, skipped, begin, end):
-    """(offset, line) of a binary file, for lines that begin in [begin, end); those of `limit` bytes and more are
-    skipped without being held."""
+    """(offset, line) of a binary file, for lines that begin in [begin, end); those of `limit` bytes and more
+    are skipped without being held."""
     in_line = begin > 0  # within a line that began before
     file.seek(begin - in_line)
     while file.tell() < end:
@@ -416,9 +417,9 @@ def read_dataset(path):
 
 
 def document_of(record, defaults, skipped, max_bytes):
-    """A line of JSON, or what it holds -> defaults | record | {text, bytes, prompt_chars}, with newlines as line
-    ends; None, with the reason counted, if unusable. A problem's prompt ends before its last newline, so that
-    newline and indentation, which are one token, belong to the completion."""
+    """A line of JSON, or what it holds -> defaults | record | {text, bytes, prompt_chars}, with newlines as
+    line ends; None, with the reason counted, if unusable. A problem's prompt ends before its last newline, so
+    that newline and indentation, which are one token, belong to the completion."""
     reason = None
     try:
         record = json.loads(record) if isinstance(record, bytes) else record
@@ -471,7 +472,8 @@ ENGLISH = set("the and to of that with this you your which from are been be by i
 
 
 def language(text, threshold=0.08):
-    """The language of prose: by its script, or English if so large a share of its words is frequent there, or "?"."""
+    """The language of prose: by its script, or English if so large a share of its words is frequent there, or
+    "?"."""
     text = text[:5000].lower()
     n_letters = sum(map(str.isalpha, text))
     for name, script in {} if text.isascii() else SCRIPTS.items():
@@ -493,15 +495,16 @@ def share_of(items, condition):
 
 
 def quietly(parse, text):
-    """parse(text, ...), or None for a text that is not Python. (symtable.symtable takes an eighth of the time of
-    ast.parse.)"""
+    """parse(text, ...), or None for a text that is not Python. (symtable.symtable takes an eighth of the time
+    of ast.parse.)"""
     with warnings.catch_warnings(), contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         warnings.simplefilter("ignore")  # old escapes in strings are not our business
         return parse(text, "<document>", "exec")
 
 
 def first_reason(checks):
-    """Makes of a generator of (reason, whether it holds) a function that returns the first reason that holds."""
+    """Makes of a generator of (reason, whether it holds) a function that returns the first reason that
+    holds."""
     return functools.wraps(checks)(lambda *args: next((reason for reason, holds in checks(*args) if holds), None))
 
 
@@ -544,7 +547,8 @@ def gopher_rule(text):
 
 
 def repeated_phrases(words, n_chars):
-    """Gopher's shares of characters in repeated n-grams: in the most frequent one (2 to 4 words), in any (5 to 10)."""
+    """Gopher's shares of characters in repeated n-grams: in the most frequent one (2 to 4 words), in any (5
+    to 10)."""
     n = len(words)
     hashes = np.fromiter(map(hash, words), np.int64, n).view(np.uint64)
     lengths = np.fromiter(map(len, words), np.int64, n)
@@ -643,9 +647,9 @@ def word_hashes(raws):
     """Hashes of the words of some texts (bytes), uint64 (words,), and where each text's words begin in there,
     (texts + 1,).
 
-    All texts are hashed as one buffer: with H the running sum of c_t B^t (mod 2^64), the word in [i, j) has the
-    hash (H[j] - H[i]) B^-i, whatever its position. Words are runs of letters, digits and non-ASCII bytes. Fastest
-    by about 128 kB."""
+    All texts are hashed as one buffer: with H the running sum of c_t B^t (mod 2^64), the word in [i, j) has
+    the hash (H[j] - H[i]) B^-i, whatever its position. Words are runs of letters, digits and non-ASCII bytes.
+    Fastest by about 128 kB."""
     joined = b"\n" + b"\n".join(raws) + b"\n"
     is_word = np.frombuffer(joined.translate(bytes(i in ALNUM for i in range(256))), bool)
     edges = np.flatnonzero(is_word[1:] != is_word[:-1])
@@ -659,8 +663,8 @@ def word_hashes(raws):
 
 
 def gram_hashes(words, n):
-    """Hashes of the n consecutive words from each position on, uint64 (words,); those of the last n - 1 positions
-    mean nothing."""
+    """Hashes of the n consecutive words from each position on, uint64 (words,); those of the last n - 1
+    positions mean nothing."""
     grams = words.copy()
     for i in range(1, n):
         grams[:-i] += words[i:] * np.uint64(2 * 0x2545F4914F6CDD1D * i + 1 & 2**64 - 1)
@@ -668,9 +672,9 @@ def gram_hashes(words, n):
 
 
 def minhash(texts, n_permutations=N_PERMUTATIONS):
-    """MinHash signatures of word 5-grams, uint32 (documents, n_permutations): least values under
-    x -> scale x mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so
-    that a text of few words has grams too."""
+    """MinHash signatures of word 5-grams, uint32 (documents, n_permutations): least values under x -> scale x
+    mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so that a
+    text of few words has grams too."""
     scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32) * np.uint32(2) + np.uint32(1)
     signatures = []
     for raws in batches((b"\xff " + text.encode() + (N_GRAM - 1) * b" \xfe" for text in texts), 1 << 17):
@@ -689,8 +693,8 @@ def minhash(texts, n_permutations=N_PERMUTATIONS):
 
 
 def lsh_shape(threshold):
-    """(bands, rows a band) of a signature, with the most rows by which 9 of 10 pairs of just this similarity share
-    a band. Example: lsh_shape(0.8) == (14, 8)"""
+    """(bands, rows a band) of a signature, with the most rows by which 9 of 10 pairs of just this similarity
+    share a band. Example: lsh_shape(0.8) == (14, 8)"""
     shapes = [(N_PERMUTATIONS // rows, rows) for rows in range(N_PERMUTATIONS, 0, -1)]
     return next((shape for shape in shapes if 1 - (1 - threshold ** shape[1]) ** shape[0] >= 0.9), shapes[-1])
 
@@ -706,8 +710,8 @@ def lsh_band_hashes(signatures, threshold):
 
 
 def candidate_pairs(keys, reach=4):
-    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones, so a bucket of n gives 4n pairs and
-    not n^2."""
+    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones, so a bucket of n gives 4n
+    pairs and not n^2."""
     order = keys.argsort(kind="stable")
     pairs = []
     for step in range(1, reach + 1):
@@ -731,7 +735,8 @@ def connected_components(pairs):
 
 
 def spanning_pairs(pairs):
-    """The fewest pairs that connect what these connect: each node, but the first of its component, with that one."""
+    """The fewest pairs that connect what these connect: each node, but the first of its component, with that
+    one."""
     nodes, label = connected_components(pairs)
     return np.stack([nodes[label], nodes], 1)[label != np.arange(len(nodes))]
 
@@ -772,8 +777,8 @@ def strings_in(value):
 
 
 def syntax_tree(source):
-    """Labels of the nodes, level by level, of a function's syntax tree: without documentation, annotations and chosen
-    names; none for what is not Python."""
+    """Labels of the nodes, level by level, of a function's syntax tree: without documentation, annotations
+    and chosen names; none for what is not Python."""
     tree = quietly(ast.parse, textwrap.dedent(source))
     if not tree or not isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
         return []
@@ -811,11 +816,11 @@ def text_grams(raws):
 class Contamination:
     """Finds documents that contain benchmark problems, or parts of them.
 
-    By words (phi-4, arXiv 2412.08905, appendix B), folded on both sides: one 13-gram in common, or 7-grams that
-    make up `overlap` of the shorter text's. Grams of few different words (lists of numbers) do not count, nor those
-    of more than two problems of one file (what a benchmark says everywhere); a problem may stand in any number of
-    files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section 5): functions whose trees
-    have difflib's ratio >= `match_rate`; trees below `min_nodes` do not count."""
+    By words (phi-4, arXiv 2412.08905, appendix B), folded on both sides: one 13-gram in common, or 7-grams
+    that make up `overlap` of the shorter text's. Grams of few different words (lists of numbers) do not
+    count, nor those of more than two problems of one file (what a benchmark says everywhere); a problem may
+    stand in any number of files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section
+    5): functions whose trees have difflib's ratio >= `match_rate`; trees below `min_nodes` do not count."""
     # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these are
     # public pages, of which a corpus may well have a copy.
     QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
@@ -867,7 +872,8 @@ class Contamination:
         return max(files.values()) > 2
 
     def read(self, paths):
-        """Yields (name, question and answer, (file, question)) of each problem; plain texts are one file together."""
+        """Yields (name, question and answer, (file, question)) of each problem; plain texts are one file
+        together."""
         skipped = Counter()
         n_problems = 0
         for span in find_files(paths, skipped):
@@ -908,8 +914,8 @@ class Contamination:
         return found
 
     def find_functions(self, text):
-        """The like for the functions of one text, or None. Only those whose operators resemble a problem's are
-        parsed."""
+        """The like for the functions of one text, or None. Only those whose operators resemble a problem's
+        are parsed."""
         for source, name in FUNCTION.findall(text + "\n") if self.trees and "def " in text else ():
             signs = count_signs(source)
             longer = np.maximum(self.signs.sum(1), signs.sum())
@@ -925,7 +931,20 @@ class Contamination:
 
 # ---------------------------------------------------------------- educational value
 
-N_BUCKETS = 256
+# words, and first words of lines, whose share the classifier sees, and marks
+WORDS = [words.encode().split() for words in (
+    "because therefore thus hence means explain explains note notice consider suppose define definition why how step",
+    "example examples exercise solution answer question prints expected result sample illustrate shows usage",
+    "algorithm list number value values function sum loop sort search tree graph string index count array theorem",
+    "click subscribe cookies login copyright license todo fixme deprecated http https www warranty share buy hack",
+    "if else elif for while return yield try except raise",
+    "import self cls config settings logger assert pass kwargs isinstance")]
+STARTS = [words.split() for words in (
+    "## ### #### === ---", "- * • 1. 2. 3. 4. 5.", "``` ~~~ >>> .. $", "# // /* #: *",
+    "def class async function fn func struct", "from import #include use require", "return yield raise")]
+MARKS = ['"""', " = ", "_", "(", ".", ",", ":", "["]
+LETTERS = bytes(i if i >= 128 or chr(i).isalpha() else 32 for i in range(256))
+CLASSES = string.ascii_letters.encode(), string.digits.encode(), string.ascii_uppercase.encode()
 
 
 @functools.lru_cache
@@ -939,8 +958,8 @@ def embedder(run):
 
 
 def embedding(text, run, n_tokens=256):
-    """The mean over a text's first tokens of a run's last states, float32 (d_model,): what phi-1's classifier saw
-    (arXiv 2306.11644, section 2.1)."""
+    """The mean over a text's first tokens of a run's last states, float32 (d_model,): what phi-1's classifier
+    saw (arXiv 2306.11644, section 2.1)."""
     import torch
     model, tokenizer = embedder(run)
     ids = tokenizer.encode(text[:16 * n_tokens])[:min(n_tokens, model.config.max_seq_len)] or [tokenizer.eot]
@@ -949,28 +968,37 @@ def embedding(text, run, n_tokens=256):
 
 
 def features(text, run=None):
-    """What the classifier sees of a text (its first 20,000 characters), float32: logarithms of sizes, shares of its
-    lines, how often the words and signs of each of 256 buckets of a hash stand there; then a run's embedding."""
+    """What the classifier sees of a text (its first 20,000 characters), float32: logarithms of sizes, and shares of
+    characters, words and lines; then a run's embedding."""
     head = text[:20_000]
+    raw = head.encode()
     lines = head.split("\n")
-    counts = Counter(re.findall(r"\w+|[^\w\s]", head.lower()))
+    full = [line.lstrip() for line in lines if line.strip()]
+    starts = Counter(line.split(None, 1)[0] for line in full)
+    counts = Counter(raw.lower().translate(LETTERS).split())
+    n = max(1, len(raw))
     n_words = max(1, counts.total())
-    sizes = len(text), len(lines), max(map(len, lines)), n_words
-    buckets = np.zeros(N_BUCKETS)
-    for word, count in counts.items():
-        buckets[zlib.crc32(word.encode()) % N_BUCKETS] += count / n_words
-    row = [*map(math.log1p, sizes), len(counts) / n_words ** 0.75, len(head) / n_words, head.count("\n\n") / n_words,
-           share_of(lines, str.strip), share_of(lines, re.compile(r"\s").match), *buckets]
+    n_lines = max(1, len(full))
+    n_sentences = 1 + sum(map(head.count, (". ", ".\n", "? ", "! ")))
+    row = [
+        *map(math.log1p, (len(text), len(lines), max(map(len, lines)), n_words)),
+        len(full) / len(lines), sum(map(len, full)) / n, n / n_words, len(counts) / n_words ** 0.75,
+        n_words / n_sentences, n_words / (1 + head.count("\n\n")),
+        *(len(raw.translate(None, letters)) / n for letters in CLASSES),
+        *(sum(counts[word] for word in words) / n_words for words in WORDS),
+        *(sum(starts[word] for word in words) / n_lines for words in STARTS),
+        *(head.count(mark) / n_lines for mark in MARKS)]
     return np.concatenate([row, embedding(text, run) if run else []]).astype(np.float32)
 
 
 class RandomForest:
-    """Bagged classification trees (Breiman 2001) on features cut into 128 bins at their quantiles, over all cores.
+    """Bagged classification trees (Breiman 2001) on features cut into 128 bins at their quantiles, over all
+    cores.
 
-    fit(X float32 (n, features), y 0/1 (n,)); predict_proba(X) -> float (n,), the mean share of ones in a row's
-    leaves. Each tree sees half of the rows (as good as a bootstrap: Friedman and Hall 2007) and takes the best Gini
-    impurity among sqrt(features) features drawn for each node, or more until one can split it. It grows by levels:
-    a histogram over (node, bin, class) gives all nodes' splits at once."""
+    fit(X float32 (n, features), y 0/1 (n,)); predict_proba(X) -> float (n,), the mean share of ones in a
+    row's leaves. Each tree sees half of the rows (as good as a bootstrap: Friedman and Hall 2007) and takes
+    the best Gini impurity among sqrt(features) features drawn for each node, or more until one can split it.
+    It grows by levels: a histogram over (node, bin, class) gives all nodes' splits at once."""
     BINS = 128
     ARRAYS = "edges feature threshold child value roots".split()
 
@@ -1004,7 +1032,8 @@ class RandomForest:
         return np.stack([np.searchsorted(edges, column).astype(np.uint8) for edges, column in zip(self.edges, X.T)])
 
     def grow(self, bins, y, rng):
-        """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next), value."""
+        """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next),
+        value."""
         n = bins.shape[1]
         rows = rng.permutation(n)[:n - n // 2]
         node = np.zeros(len(rows), np.int64)  # of each row, among the m nodes of this level
@@ -1033,10 +1062,10 @@ class RandomForest:
         n_features, n = bins.shape
         n_drawn = max(1, round(n_features ** 0.5))
         best = np.zeros((3, len(n_all)))
-        is_pure = (n_one == 0) | (n_one == n_all)
+        can_split = (n_one > 0) & (n_one < n_all) & (n_all >= 2 * self.min_leaf)
         for k, drawn in enumerate(rng.random((len(n_all), n_features)).argsort(1).T):
             if k == 0 or k >= n_drawn:  # beyond those drawn, only for nodes that none of them could split
-                nodes = np.flatnonzero(~is_pure & ((k == 0) | (best[0] == 0)))
+                nodes = np.flatnonzero(can_split & ((k == 0) | (best[0] == 0)))
                 slot = np.full(len(n_all), -1)
                 slot[nodes] = np.arange(len(nodes))
                 inside = np.flatnonzero(slot[node] >= 0)
@@ -1125,8 +1154,8 @@ def stdlib_pattern(pattern, limit=0x110000):
     r"""The tokenizer's split pattern for Python's own `re`, which lacks \p{...}: classes become ranges of the
     characters below `limit`; up to 0x10000 `re` looks them up, several times faster.
 
-    Python's \s has four control characters more, and characters newer than its Unicode tables may split otherwise
-    than in tiktoken: that touches the counts only."""
+    Python's \s has four control characters more, and characters newer than its Unicode tables may split
+    otherwise than in tiktoken: that touches the counts only."""
     categories = np.array([unicodedata.category(chr(i))[0] for i in range(limit)])
 
     def ranges(match):
@@ -1155,10 +1184,10 @@ def count_pretokens(texts, workers=1):
 def learn_merges(counts, n_merges):
     """BPE on words (str -> how often): the list of merged pairs (a, b); the i-th one makes token 256 + i.
 
-    Each step merges the pair of highest count, the smallest (a, b) among equals, until none occurs twice. All words
-    lie in one array of linked symbols, where the position of its first symbol stands for a pair. The heap holds each
-    pair with the count it had once its younger symbol was made; later merges only take positions away, so a count
-    that has fallen is corrected when it is its turn."""
+    Each step merges the pair of highest count, the smallest (a, b) among equals, until none occurs twice. All
+    words lie in one array of linked symbols, where the position of its first symbol stands for a pair. The
+    heap holds each pair with the count it had once its younger symbol was made; later merges only take
+    positions away, so a count that has fallen is corrected when it is its turn."""
     words = [word.encode() for word in counts]
     lengths = np.array(list(map(len, words)), np.int64)
     n = int(lengths.sum())
@@ -1234,11 +1263,11 @@ def tokenizer_of(merges):
 
 @dataclass
 class Dataset:
-    """What lies in data/NAME: `train` and `val`, token ids (uint16 or uint32) with an end-of-text token after each
-    document; `train_mask`, uint8, 0 on a problem's prompt and 1 elsewhere, or None where there are no problems;
-    `train_ends`, int64, the offset behind each document's end-of-text token, from train.ends.bin, or None in a
-    dataset made before there was such a file (ends() finds them in the tokens then). All are mapped from disk.
-    `meta`: meta.json."""
+    """What lies in data/NAME: `train` and `val`, token ids (uint16 or uint32) with an end-of-text token after
+    each document; `train_mask`, uint8, 0 on a problem's prompt and 1 elsewhere, or None where there are no
+    problems; `train_ends`, int64, the offset behind each document's end-of-text token, from train.ends.bin,
+    or None in a dataset made before there was such a file (ends() finds them in the tokens then). All are
+    mapped from disk. `meta`: meta.json."""
     path: Path
     meta: dict
     train: np.ndarray
@@ -1276,7 +1305,8 @@ def open_dataset(path):
 
 
 def encode(documents, tokenizer, dtype):
-    """Documents -> (token ids, mask, length of each), as class Dataset has them; a problem's prompt is encoded apart."""
+    """Documents -> (token ids, mask, length of each), as class Dataset has them; a problem's prompt is
+    encoded apart."""
     ids, mask, lengths = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []
     eot = np.array([tokenizer.eot], dtype)
     for document in documents:
@@ -1306,8 +1336,8 @@ def keep_larger(path, n_bytes):
 # ---------------------------------------------------------------- the funnel
 
 def split_files(files):
-    """Lists of files of about a thirty-second of the input, at most 128 MB; large JSON Lines are cut into spans of
-    lines."""
+    """Lists of files of about a thirty-second of the input, at most 128 MB; large JSON Lines are cut into
+    spans of lines."""
     sizes = [min(os.path.getsize(path), end) for path, _, _, end in files]
     part_size = min(max(sum(sizes) // 32, 1 << 18), 1 << 27)
     spans = []
@@ -1319,8 +1349,8 @@ def split_files(files):
 
 
 def make_part(files, rules, options):
-    """One part: all documents of these files, with the first rule's reason to drop each; of those that go no more than
-    a beginning is kept. A rule's stage is named before its reason."""
+    """One part: all documents of these files, with the first rule's reason to drop each; of those that go no
+    more than a beginning is kept. A rule's stage is named before its reason."""
     skipped, redacted = Counter(), Counter()
     documents = []
     for document in read_documents(files, skipped):
@@ -1341,10 +1371,11 @@ def make_part(files, rules, options):
 
 
 class Funnel:
-    """All documents, those of all parts in a row, and what becomes of them: `alive` marks those that are left, `rows`
-    counts what went in and out of each stage and why, `examples` shows some.
+    """All documents, those of all parts in a row, and what becomes of them: `alive` marks those that are
+    left, `rows` counts what went in and out of each stage and why, `examples` shows some.
 
-    Of each document it holds bytes, size, place, hash and order in memory; texts and signatures stay in the parts."""
+    Of each document it holds bytes, size, place, hash and order in memory; texts and signatures stay in the
+    parts."""
 
     def __init__(self, store, parts, seed):
         self.store = store
@@ -1397,8 +1428,8 @@ class Funnel:
         return {"id": part("ids")[number], "text": text, "prompt_chars": int(part("prompt_chars")[number])}
 
     def map_texts(self, stage, function):
-        """A stage of parts that function([texts that are left in a part]) -> {name: value} makes. What it says of
-        texts stands in the order of np.flatnonzero(alive)."""
+        """A stage of parts that function([texts that are left in a part]) -> {name: value} makes. What it
+        says of texts stands in the order of np.flatnonzero(alive)."""
         def make(p):
             living = self.base[p] + np.flatnonzero(self.alive[self.base[p]:self.base[p + 1]])
             return function([self.document(i)["text"] for i in living])
@@ -1422,8 +1453,8 @@ def drop_exact_duplicates(funnel):
 
 
 def drop_near_duplicates(funnel, threshold):
-    """Documents that share a band of the signature are compared by the share of equal values; of each group connected
-    by a similarity >= the threshold the longest stays. Returns {size of a group: how many}."""
+    """Documents that share a band of the signature are compared by the share of equal values; of each group
+    connected by a similarity >= the threshold the longest stays. Returns {size of a group: how many}."""
     def sign(texts):
         signatures = minhash(texts)
         return {"signatures": signatures, "bands": lsh_band_hashes(signatures, threshold)}
@@ -1472,7 +1503,8 @@ def decontaminate(funnel, contamination):
 
 
 def keep_valuable(funnel, forest, options):
-    """Drops what scores below --min-score, and all but the best --keep. Returns {score: how many documents}."""
+    """Drops what scores below --min-score, and all but the best --keep. Returns {score: how many
+    documents}."""
     def score(texts):
         X = np.array([features(text, options.embed) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
@@ -1491,15 +1523,15 @@ def keep_valuable(funnel, forest, options):
 # ---------------------------------------------------------------- split, tokens, files
 
 def split_validation(funnel, share):
-    """Which documents are for validation, at least one on either side. The hash of a document alone decides, so the
-    split never moves."""
+    """Which documents are for validation, at least one on either side. The hash of a document alone decides,
+    so the split never moves."""
     n = int((funnel.hash[funnel.alive] < share * 2**64).sum())
     return funnel.bottom_n(funnel.hash, min(max(n, 1), int(funnel.alive.sum()) - 1))
 
 
 def make_tokens(funnel, tokenizer, vocab_size, val_share):
-    """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained. A part is
-    a range of the shuffled order."""
+    """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained.
+    A part is a range of the shuffled order."""
     is_val = split_validation(funnel, val_share)
     n_documents = int(funnel.alive.sum())
     n_bytes = int(funnel.size[funnel.alive].sum())
@@ -1568,7 +1600,8 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
 
 
 def report_page(title, funnel, tables):
-    """report.html as one string: tables of counts as bars, and examples of what each stage dropped or kept."""
+    """report.html as one string: tables of counts as bars, and examples of what each stage dropped or
+    kept."""
     reasons = {f"{row['stage']}: {reason}": n for row in funnel.rows for reason, n in row["dropped"].items()}
     left = {"found": funnel.rows[0]["documents_in"]} | {row["stage"]: row["documents_out"] for row in funnel.rows}
     page = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:14px sans-serif;max-width:60em}i{display:inline-block;"
@@ -1609,8 +1642,8 @@ def plan(options, tokenizer, unread):
 
 
 def is_reusable(path, made_by):
-    """Whether the dataset is there and whole, on all machines, and made by the same. What is no dataset is not
-    replaced."""
+    """Whether the dataset is there and whole, on all machines, and made by the same. What is no dataset is
+    not replaced."""
     meta = {}
     with contextlib.suppress(ValueError):  # damaged: replace it
         meta = open_dataset(path).meta
@@ -1738,8 +1771,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(stopped="stopped"):
-    """For a script's main: bad input ends it in one line with code 2, Ctrl-C with 130 and what `stopped` says,
-    SIGTERM with 143."""
+    """For a script's main: bad input ends it in one line with code 2, Ctrl-C with 130 and what `stopped`
+    says, SIGTERM with 143."""
     def wrap(main):
         @functools.wraps(main)
         def run(*args, **more):

@@ -2951,7 +2951,7 @@ def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "dies.py").write_text(
         f"{ONE_FILE_A_PART}make = data.make_part\n"
         "def make_part(files, *more):\n"
-        "    print('made', files[0][1], flush=True)\n"
+        "    os.write(1, f'made {files[0][1]}\\n'.encode())\n"
         "    return os._exit(9) if files[0][1] == '0050.jsonl' and sys.argv[1:] == ['die'] else make(files, *more)\n"
         f"data.make_part = make_part\n{main}")
     (tmp_path / "die.py").write_text(f"import sys\nsys.argv.append('die')\n{(tmp_path / 'dies.py').read_text()}")
