@@ -1,5 +1,5 @@
-"""Documents -> clean, deduplicated, scored text -> tokens: `python data.py` makes data/web from this machine's
-own Python source.
+"""Documents -> clean, deduplicated, scored text -> tokens: `python data.py` makes data/web from this
+machine's own Python source.
 
     parts          directories, text and code files, JSON Lines, WET, parquet, URLs, datasets; gzipped or not
     rules          language_rule, quality_rule: document -> the reason to drop it, or None
@@ -8,9 +8,9 @@ own Python source.
     value          a random forest keeps what teaches most, as learned from labels (synth.py label)
     split, tokens  -> data/NAME/{train.bin, val.bin, tokenizer.json, meta.json, report.html}
 
-Work is cut into numbered parts on disk (PartStore), so a stopped command goes on where it was, and the result is
-the same for any number of processes and machines: `torchrun data.py ...` on several with one shared folder.
-Texts stay on disk; in memory a rank holds about 50 bytes for each document that passes the rules."""
+Work is cut into numbered parts on disk (PartStore), so a stopped command goes on where it was, and the result
+is the same for any number of processes and machines: `torchrun data.py ...` with a folder that all share.
+Texts stay on disk; in memory each rank holds about 80 bytes a document, dropped ones too (class Funnel)."""
 import argparse
 import ast
 import builtins
@@ -247,7 +247,8 @@ def write_jsonl(path, records):
 
 # ---------------------------------------------------------------- reading documents
 
-CODE = set(".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .jl .rb .sh .lua .swift .kt .cs .sql".split())
+CODE = set(".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .jl .rb .sh .lua .swift .kt .cs .sql"
+           .split())
 PROSE = set(".txt .md .rst .tex .text".split())
 RECORDS = {".jsonl", ".ndjson"}
 CRAWL = {".wet", ".warc"}
@@ -285,7 +286,8 @@ def roots_of(path):
     if re.match("https?://", path):
         return [fetch(path)]
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path}: no such file or directory (`python` names this machine's own source)")
+        raise FileNotFoundError(f"{path}: no such file or directory "
+                                "(`python` names this machine's own source)")
     if os.path.exists(f"{path}/train.bin"):
         return [f"{path}/train.bin", f"{path}/val.bin"]
     return [path]
@@ -343,7 +345,8 @@ def read_documents(files, skipped, max_document_bytes=10_000_000):
                 else:
                     records = [(name, {"text": file.read(max_document_bytes + 1)})]
                 for key, record in records:
-                    defaults = {"id": f"{name}@{key}" if isinstance(key, int) else key, "source": printable(path)}
+                    key = f"{name}@{key}" if isinstance(key, int) else key
+                    defaults = {"id": key, "source": printable(path)}
                     document = document_of(record, defaults, skipped, max_document_bytes)
                     if document:
                         yield document
@@ -453,22 +456,22 @@ def document_of(record, defaults, skipped, max_bytes):
                                               "prompt_chars": prompt_chars}
 
 
-# ---------------------------------------------------------------- rules: document -> the reason to drop it, or None
+# ---------------------------------------------------------------- rules: document -> reason or None
 
 GENERATED = re.compile(r"auto-?(?:matically)?[ -]?generated|@generated|do not (?:edit|modify)", re.I)
 COMMENT = re.compile(r"\"{3}[\s\S]*?\"{3}|'{3}[\s\S]*?'{3}|#[^\n]*")
-CODE_LINE = re.compile(r"\s*(?:(?:def|class|import|from|return|if|for|while|else|elif|try|function|var|const|let|int"
-                       r"|void|fn|#include)\b|[\w.\[\]]+ [-+*/]?= |//|[{}@])|.*[;{})]\s*$")
+CODE_LINE = re.compile(r"\s*(?:(?:def|class|import|from|return|if|for|while|else|elif|try|function|var|const"
+                       r"|let|int|void|fn|#include)\b|[\w.\[\]]+ [-+*/]?= |//|[{}@])|.*[;{})]\s*$")
 ALNUM = bytes(i for i in range(256) if i >= 128 or chr(i).isalnum())
 PUNCTUATION = string.punctuation + "’“”‘–—…•«»¿¡"
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
-FILLER = re.compile("lorem ipsum|javascript (?:is|must be|to be) (?:enabled|disabled)|enable javascript", re.I)
+FILLER = re.compile("lorem ipsum|javascript (?:is|must be|to be) (?:en|dis)abled|enable javascript", re.I)
 FINISHED = tuple(".!?\"':;)”")
 SCRIPTS = {"ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7af]", "zh": "[\u4e00-\u9fff]", "hi": "[\u0900-\u097f]",
            "bn": "[\u0980-\u09ff]", "ar": "[\u0600-\u06ff]", "ru": "[\u0400-\u04ff]"}
 # words that are frequent in English and rare in other languages
-ENGLISH = set("the and to of that with this you your which from are been be by it its has had would could there "
-              "their they what when who how can than these those".split())
+ENGLISH = set("the and to of that with this you your which from are been be by it its has had would could "
+              "there their they what when who how can than these those".split())
 
 
 def language(text, threshold=0.08):
@@ -477,7 +480,8 @@ def language(text, threshold=0.08):
     text = text[:5000].lower()
     n_letters = sum(map(str.isalpha, text))
     for name, script in {} if text.isascii() else SCRIPTS.items():
-        if len(re.findall(script, text)) > (0.1 if name == "ja" else 0.5) * n_letters:  # Japanese has Chinese letters
+        least = 0.1 if name == "ja" else 0.5  # Japanese has Chinese letters too
+        if len(re.findall(script, text)) > least * n_letters:
             return name
     words = re.findall(r"[^\W\d_]+", text)
     return "en" if sum(word in ENGLISH for word in words) > threshold * len(words) else "?"
@@ -505,7 +509,9 @@ def quietly(parse, text):
 def first_reason(checks):
     """Makes of a generator of (reason, whether it holds) a function that returns the first reason that
     holds."""
-    return functools.wraps(checks)(lambda *args: next((reason for reason, holds in checks(*args) if holds), None))
+    def rule(*args):
+        return next((reason for reason, holds in checks(*args) if holds), None)
+    return rule
 
 
 @first_reason
@@ -542,7 +548,7 @@ def gopher_rule(text):
     for unit, pieces in ("paragraphs", re.split(r"\n{2,}", text.strip())), ("lines", re.split(r"\n+", text)):
         counts = Counter(pieces)
         repeated_chars = sum(len(piece) * (count - 1) for piece, count in counts.items())
-        yield f"repeated {unit}", len(pieces) - len(counts) > 0.3 * len(pieces) or repeated_chars > 0.2 * len(text)
+        yield f"repeated {unit}", len(counts) < 0.7 * len(pieces) or repeated_chars > 0.2 * len(text)
     yield from repeated_phrases(words, len(text))
 
 
@@ -608,7 +614,8 @@ PII_PATTERNS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[\s\S]{0,8000}?-----END [A-Z ]{0,30}PRIVATE KEY-----", "<KEY>"),
     (r"(?<![\w-])(?:AKIA[0-9A-Z]{16}|(?:gh[pousr]|hf)_\w{30,}|(?:sk|xox[baprs])-[\w-]{20,}|AIza[\w-]{35}"
      r"|eyJ[\w-]{10,}(?:\.[\w-]{10,}){2})", "<KEY>"),
-    (r"(?i)((?:key|token|secret|password|passwd)['\"]?\s{0,9}[:=]\s{0,9})['\"][\w+/=.-]{16,}['\"]", r"\1'<KEY>'"))]
+    (r"(?i)((?:key|token|secret|password|passwd)['\"]?\s{0,9}[:=]\s{0,9})['\"][\w+/=.-]{16,}['\"]",
+     r"\1'<KEY>'"))]
 
 
 def redact_pii(text):
@@ -675,7 +682,8 @@ def minhash(texts, n_permutations=N_PERMUTATIONS):
     """MinHash signatures of word 5-grams, uint32 (documents, n_permutations): least values under x -> scale x
     mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so that a
     text of few words has grams too."""
-    scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32) * np.uint32(2) + np.uint32(1)
+    scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32)
+    scales = scales * np.uint32(2) + np.uint32(1)
     signatures = []
     for raws in batches((b"\xff " + text.encode() + (N_GRAM - 1) * b" \xfe" for text in texts), 1 << 17):
         words, bounds = word_hashes(raws)
@@ -759,7 +767,8 @@ def fold(text):
 
     if not text.isascii():
         lines = text.split("\n")
-        text = "\n".join(line if line.isascii() else " ".join(map(fold_word, line.split(" "))) for line in lines)
+        text = "\n".join(line if line.isascii() else " ".join(map(fold_word, line.split(" ")))
+                         for line in lines)
     return text.lower()
 
 
@@ -821,14 +830,14 @@ class Contamination:
     count, nor those of more than two problems of one file (what a benchmark says everywhere); a problem may
     stand in any number of files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section
     5): functions whose trees have difflib's ratio >= `match_rate`; trees below `min_nodes` do not count."""
-    # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these are
-    # public pages, of which a corpus may well have a copy.
+    # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
+    # are public pages, of which a corpus may well have a copy.
     QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
                 "problem_statement sentence input turns text").split()
-    ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution completion "
-              "answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 incorrect_answer_2 "
-              "incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets mc2_targets target solution "
-              "solutions code").split()
+    ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution "
+              "completion answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 "
+              "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
+              "mc2_targets target solution solutions code").split()
     MIN_COMMON = 3  # 7-grams in common that tell anything
 
     def __init__(self, paths, overlap=0.6, match_rate=0.9, min_nodes=20):
@@ -836,7 +845,7 @@ class Contamination:
         self.match_rate = match_rate
         self.min_nodes = min_nodes
         self.problems = list(self.read(paths))  # (name, text, (file, question))
-        self.owners = {7: {}, 13: {}}           # size of a gram -> {gram: numbers of the problems that have it}
+        self.owners = {7: {}, 13: {}}           # size of a gram -> {gram: numbers of its problems}
         self.trees = []                         # (number of a problem, labels, signs)
         for i, (_, text, _) in enumerate(self.problems):
             words = words_of(text)
@@ -850,21 +859,23 @@ class Contamination:
                 if len(labels) >= min_nodes:
                     self.trees.append((i, labels, count_signs(source)))
 
-        for n, owners in self.owners.items():
-            self.owners[n] = {gram: numbers for gram, numbers in owners.items() if not self.is_common(numbers)}
-        self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
-        self.sorted = {n: np.sort(np.array([*owners, 2**64 - 1], np.uint64)) for n, owners in self.owners.items()}
+        self.sorted = {}
         self.table = np.zeros(1 << 20, bool)  # by the first 20 bits: most grams need no other look
-        self.table[np.concatenate([*self.sorted.values()]) >> np.uint64(44)] = True
+        for n, owners in self.owners.items():
+            for gram in [gram for gram, numbers in owners.items() if self.is_common(numbers)]:
+                del owners[gram]
+            self.sorted[n] = np.sort(np.array([*owners, 2**64 - 1], np.uint64))
+            self.table[self.sorted[n] >> np.uint64(44)] = True
+        self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
         self.signs = np.array([signs for _, _, signs in self.trees])
 
         protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON} | {i for i, *_ in self.trees}
         protected.update(*self.owners[13].values())
         self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
         if self.unprotected and int(os.environ.get("RANK", 0)) == 0:
-            print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too few words "
-                  f"of their own to be recognized, so copies of them stay: {', '.join(self.unprotected[:5])}",
-                  file=sys.stderr)
+            print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too "
+                  "few words of their own to be recognized, so copies of them stay: "
+                  f"{', '.join(self.unprotected[:5])}", file=sys.stderr)
 
     def is_common(self, numbers):
         """Whether more than two problems of one file are among these."""
@@ -888,7 +899,8 @@ class Contamination:
                 place = ("" if is_text else path, b" ".join(words_of(question or text)))
                 yield str(record.get("task_id", f"{name}:{n_problems}")), text, place
         if skipped or not n_problems:
-            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: {dict(skipped) or 'no problem found'}; "
+            problem = dict(skipped) or "no problem found"
+            raise ValueError(f"--decontaminate {' '.join(map(str, paths))}: {problem}; "
                              "give JSON Lines or text files")
 
     def find(self, texts):
@@ -901,10 +913,11 @@ class Contamination:
                 at = np.flatnonzero(self.table[grams[n] >> np.uint64(44)])
                 hashes = grams[n][at]
                 is_hit = self.sorted[n][np.searchsorted(self.sorted[n], hashes)] == hashes
-                hits = at[is_hit].tolist(), hashes[is_hit].tolist()
-                common = {}
-                for start, gram, d in zip(*hits, (np.searchsorted(bounds, hits[0], side="right") - 1).tolist()):
-                    for i in owners.get(gram, ()) if start + n <= bounds[d + 1] else ():
+                text_of = np.searchsorted(bounds, at, side="right") - 1
+                is_hit &= at + n <= bounds[text_of + 1]
+                common = {}  # (text, problem) -> grams
+                for d, gram in zip(text_of[is_hit].tolist(), hashes[is_hit].tolist()):
+                    for i in owners.get(gram, ()):
                         common.setdefault((d, i), set()).add(gram)
                 for (d, i), both in sorted(common.items(), key=lambda item: len(item[1])):
                     shorter = min(self.n_grams[i], bounds[d + 1] - bounds[d] - 6)
@@ -924,8 +937,8 @@ class Contamination:
             matcher = difflib.SequenceMatcher(None, (), labels, autojunk=False)
             for i, other, _ in [self.trees[k] for k in similar] if len(labels) >= self.min_nodes else ():
                 matcher.set_seq1(other)
-                ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # cheapest bound first
-                if all(ratio() >= self.match_rate for ratio in ratios):
+                bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # the cheapest first
+                if all(bound() >= self.match_rate for bound in bounds):
                     return "syntax tree", i, f"match rate {matcher.ratio():.3f}: {source.strip()[:60]}"
 
 
@@ -933,10 +946,10 @@ class Contamination:
 
 # words, and first words of lines, whose share the classifier sees, and marks
 WORDS = [words.encode().split() for words in (
-    "because therefore thus hence means explain explains note notice consider suppose define definition why how step",
+    "because therefore thus hence means explain explains note notice consider suppose define definition why",
     "example examples exercise solution answer question prints expected result sample illustrate shows usage",
-    "algorithm list number value values function sum loop sort search tree graph string index count array theorem",
-    "click subscribe cookies login copyright license todo fixme deprecated http https www warranty share buy hack",
+    "algorithm list number value values function sum loop sort search tree graph string index count array",
+    "click subscribe cookies login copyright license todo fixme deprecated http https www warranty share buy",
     "if else elif for while return yield try except raise",
     "import self cls config settings logger assert pass kwargs isinstance")]
 STARTS = [words.split() for words in (
@@ -968,8 +981,8 @@ def embedding(text, run, n_tokens=256):
 
 
 def features(text, run=None):
-    """What the classifier sees of a text (its first 20,000 characters), float32: logarithms of sizes, and shares of
-    characters, words and lines; then a run's embedding."""
+    """What the classifier sees of a text (its first 20,000 characters), float32: logarithms of sizes, and
+    shares of characters, words and lines; then a run's embedding."""
     head = text[:20_000]
     raw = head.encode()
     lines = head.split("\n")
@@ -1029,7 +1042,7 @@ class RandomForest:
 
     def bin(self, X):
         """uint8 (features, n)"""
-        return np.stack([np.searchsorted(edges, column).astype(np.uint8) for edges, column in zip(self.edges, X.T)])
+        return np.stack([np.searchsorted(*pair).astype(np.uint8) for pair in zip(self.edges, X.T)])
 
     def grow(self, bins, y, rng):
         """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next),
@@ -1247,7 +1260,8 @@ def train_bpe(texts, vocab_size, workers=None):
     """A byte-level BPE of vocab_size tokens, the five special ones included (fewer where the texts run out of
     pairs)."""
     if not 261 <= vocab_size <= 500_000:
-        raise ValueError(f"a vocabulary of {vocab_size} tokens: give from 261 (bytes and special tokens) to 500,000")
+        raise ValueError(f"a vocabulary of {vocab_size} tokens: give from 261 (bytes and special tokens) "
+                         "to 500,000")
     return tokenizer_of(learn_merges(count_pretokens(list(texts), workers or n_cores()), vocab_size - 261))
 
 
@@ -1295,9 +1309,11 @@ def open_dataset(path):
                 continue
             dtype = np.dtype({"": meta["dtype"], ".mask": "uint8", ".ends": "int64"}[kind])
             n_bytes = meta[split]["documents" if kind == ".ends" else "tokens"] * dtype.itemsize
-            if file.stat().st_size != n_bytes:
-                raise ValueError(f"{file.name} has {file.stat().st_size} bytes where meta.json promises {n_bytes}")
-            arrays[split + kind.replace(".", "_")] = np.memmap(file, dtype, "r") if n_bytes else np.zeros(0, dtype)
+            size = file.stat().st_size
+            if size != n_bytes:
+                raise ValueError(f"{file.name} has {size} bytes where meta.json promises {n_bytes}")
+            array = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
+            arrays[split + kind.replace(".", "_")] = array
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dataset ({error}); "
                          f"make it with python data.py --name {path.name} --out {path.parent} ...") from None
@@ -1311,7 +1327,8 @@ def encode(documents, tokenizer, dtype):
     eot = np.array([tokenizer.eot], dtype)
     for document in documents:
         text, n_chars = document["text"], document["prompt_chars"]
-        prompt, answer = (np.array(tokenizer.encode(part), dtype) for part in (text[:n_chars], text[n_chars:]))
+        prompt = np.array(tokenizer.encode(text[:n_chars]), dtype)
+        answer = np.array(tokenizer.encode(text[n_chars:]), dtype)
         ids += [prompt, answer, eot]
         mask += [np.zeros(len(prompt), np.uint8), np.ones(len(answer) + 1, np.uint8)]
         lengths.append(len(prompt) + len(answer) + 1)
@@ -1344,8 +1361,12 @@ def split_files(files):
     for (path, name, _, end), size in zip(files, sizes):
         can_cut = suffix_of(path) in RECORDS and not path.endswith(".gz")
         starts = range(0, int(size), part_size) if can_cut else [0]
-        spans += [((path, name, start, stop), min(stop, size) - start) for start, stop in zip(starts, [*starts[1:], end])]
-    return [[span for span, _ in batch] for batch in batches(spans, part_size, lambda span: span[1] + 1000)]
+        spans += [(path, name, start, stop) for start, stop in zip(starts, [*starts[1:], end])]
+
+    def size_of(span):
+        return min(span[3], os.path.getsize(span[0])) - span[2] + 1000
+
+    return list(batches(spans, part_size, size_of))
 
 
 def make_part(files, rules, options):
@@ -1354,11 +1375,12 @@ def make_part(files, rules, options):
     skipped, redacted = Counter(), Counter()
     documents = []
     for document in read_documents(files, skipped):
-        verdicts = (f"{stage}: {rule(document)}" for stage, rule in rules)
-        document["reason"] = next((verdict for verdict in verdicts if not verdict.endswith(": None")), "")
+        verdicts = ((stage, rule(document)) for stage, rule in rules)
+        document["reason"] = next((f"{stage}: {reason}" for stage, reason in verdicts if reason), "")
+        redact = options.redact_pii == "all" or options.redact_pii == "web" and document.get("web")
         if document["reason"]:
             document["text"] = document["text"][:300]
-        elif not document["prompt_chars"] and options.redact_pii in ("all", "web" if document.get("web") else "all"):
+        elif redact and not document["prompt_chars"]:
             document["text"], counts = redact_pii(document["text"])
             redacted.update(counts)
         documents.append(document)
@@ -1393,17 +1415,21 @@ class Funnel:
     def column(self, name):
         return np.concatenate([part(name) for part in self.parts] or [np.zeros(0, np.uint64)])
 
+    def left(self):
+        """(documents, bytes) that are left"""
+        return int(self.alive.sum()), int(self.bytes[self.alive].sum())
+
     def drop(self, stage, masks):
         """masks: {reason: which documents go}. One row of the funnel, and examples."""
-        row = {"stage": stage, "documents_in": int(self.alive.sum()), "bytes_in": int(self.bytes[self.alive].sum()),
-               "dropped": {}}
+        n, n_bytes = self.left()
+        row = {"stage": stage, "documents_in": n, "bytes_in": n_bytes, "dropped": {}}
         for reason, mask in masks.items():
             mask = mask & self.alive
             if mask.any():
                 row["dropped"][reason] = int(mask.sum())
                 self.examples.setdefault(stage, []).extend(self.sample(mask, reason))
             self.alive ^= mask
-        row |= {"documents_out": int(self.alive.sum()), "bytes_out": int(self.bytes[self.alive].sum())}
+        row["documents_out"], row["bytes_out"] = self.left()
         self.rows.append(row)
 
     def sample(self, mask, reason=""):
@@ -1418,7 +1444,9 @@ class Funnel:
     def bottom_n(self, keys, n):
         """Of those that are left, the n of the least keys: a mask."""
         n = min(n, int(self.alive.sum()))
-        return self.alive & (keys <= np.partition(keys[self.alive], n - 1)[n - 1]) if n > 0 else self.alive & False
+        if n < 1:
+            return np.zeros_like(self.alive)
+        return self.alive & (keys <= np.partition(keys[self.alive], n - 1)[n - 1])
 
     def document(self, i):
         p = np.searchsorted(self.base, i, side="right") - 1
@@ -1465,7 +1493,8 @@ def drop_near_duplicates(funnel, threshold):
 
     def signatures(index):
         owners = np.searchsorted(base, index, side="right") - 1
-        return np.stack([signed[p]("signatures")[i - base[p]] for p, i in zip(owners.tolist(), index.tolist())])
+        places = zip(owners.tolist(), (index - base[owners]).tolist())
+        return np.stack([signed[p]("signatures")[row] for p, row in places])
 
     def compare(band):
         pairs = candidate_pairs(np.concatenate([part("bands")[band] for part in signed]))
@@ -1474,7 +1503,8 @@ def drop_near_duplicates(funnel, threshold):
         return {"pairs": spanning_pairs(np.concatenate([pairs[:0], *similar]))}
 
     compared = funnel.store.run("near duplicates", n_bands, compare)
-    nodes, label = connected_components(np.concatenate([np.zeros((0, 2), int), *(band("pairs") for band in compared)]))
+    pairs = np.concatenate([np.zeros((0, 2), int), *(band("pairs") for band in compared)])
+    nodes, label = connected_components(pairs)
     nodes = np.flatnonzero(funnel.alive)[nodes]
     order = np.lexsort((nodes, -funnel.size[nodes], label))
     is_shorter = np.zeros(len(funnel.alive), bool)
@@ -1490,15 +1520,17 @@ def decontaminate(funnel, contamination):
         return {"hits": [found.get(k) or contamination.find_functions(text) for k, text in enumerate(texts)]}
 
     checked = funnel.map_texts("decontaminate", check)
-    hits = dict(zip(np.flatnonzero(funnel.alive).tolist(), itertools.chain(*(part("hits") for part in checked))))
-    hits = {i: hit for i, hit in hits.items() if hit}
+    hits = itertools.chain(*(part("hits") for part in checked))
     records = []
-    for i, (rule, number, evidence) in hits.items():
-        name, text, _ = contamination.problems[number]
-        records.append(funnel.document(i) | {"rule": rule, "evidence": evidence, "problem": name, "problem_text": text})
-    everybody = np.arange(len(funnel.alive))
-    funnel.drop("decontaminate", {rule: np.isin(everybody, [i for i, hit in hits.items() if hit[0] == rule])
-                                  for rule in sorted({hit[0] for hit in hits.values()})})
+    masks = {}
+    for i, hit in zip(np.flatnonzero(funnel.alive).tolist(), hits):
+        if hit:
+            rule, number, evidence = hit
+            masks.setdefault(rule, np.zeros_like(funnel.alive))[i] = True
+            name, text, _ = contamination.problems[number]
+            about = {"rule": rule, "evidence": evidence, "problem": name, "problem_text": text}
+            records.append(funnel.document(i) | about)
+    funnel.drop("decontaminate", masks)
     return records
 
 
@@ -1543,7 +1575,7 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
         index = funnel.in_order(funnel.alive & (shard_of == shard))
         if n_documents > 1 or not len(index):
             return [[funnel.document(i) for i in index[is_val[index] == side]] for side in (False, True)]
-        text = funnel.document(index[0])["text"]  # one document alone is cut: its last share is for validation
+        text = funnel.document(index[0])["text"]  # one alone is cut: its last share is for validation
         cut = max(1, min(round(len(text) * (1 - val_share)), len(text) - 1))
         return [[{"text": piece, "prompt_chars": 0}] for piece in (text[:cut], text[cut:])]
 
@@ -1557,7 +1589,8 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
         return values
 
     if tokenizer is None:
-        n_counted = min(n_shards, 1 + n_shards * (2 << 30) // n_bytes)  # of at most 2 GB: a range of hashes is a sample
+        # of at most 2 GB: a range of hashes is a sample
+        n_counted = min(n_shards, 1 + n_shards * (2 << 30) // n_bytes)
         counted = funnel.store.run("words", n_counted, lambda shard: {
             "words": count_pretokens([document["text"] for document in documents(shard)[0]])})
         merged, = funnel.store.run("merges", 1, lambda _: {
@@ -1603,10 +1636,10 @@ def report_page(title, funnel, tables):
     """report.html as one string: tables of counts as bars, and examples of what each stage dropped or
     kept."""
     reasons = {f"{row['stage']}: {reason}": n for row in funnel.rows for reason, n in row["dropped"].items()}
-    left = {"found": funnel.rows[0]["documents_in"]} | {row["stage"]: row["documents_out"] for row in funnel.rows}
-    page = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:14px sans-serif;max-width:60em}i{display:inline-block;"
-            "background:#69c;height:.9em;margin-right:.5em}pre{background:#eee;white-space:pre-wrap}</style>",
-            f"<h1>{html.escape(title)}</h1>"]
+    left = {f"after {row['stage']}": row["documents_out"] for row in funnel.rows}
+    page = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:14px sans-serif;max-width:60em}"
+            "i{display:inline-block;background:#69c;height:.9em;margin-right:.5em}"
+            "pre{background:#eee;white-space:pre-wrap}</style>", f"<h1>{html.escape(title)}</h1>"]
     for heading, table in ({"documents left": left, "why documents were dropped": reasons} | tables).items():
         page.append(f"<h2>{heading}</h2>")
         for name, n in table.items():
@@ -1635,7 +1668,8 @@ def plan(options, tokenizer, unread):
               for path, name, *_ in [*files, *find_files(others, Counter())]]
     # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
     sources = [__file__, model.__file__, *([model.kernels.__file__] if options.embed else [])]
-    made_by = {"options": {name: value for name, value in vars(options).items() if name not in ("workers", "out")},
+    chosen = {name: value for name, value in vars(options).items() if name not in ("workers", "out")}
+    made_by = {"options": chosen,
                "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
                "sources": {os.path.basename(file): digest(Path(file).read_bytes()).hex() for file in sources}}
     return files, sum(size for _, size, _ in states[:len(files)]), made_by
@@ -1650,7 +1684,7 @@ def is_reusable(path, made_by):
     is_made = made_by.items() <= meta.items() and all((path / name).exists() for name in meta["files"])
     answers = all_gather((made_by, is_made))
     if any(other != made_by for other, _ in answers):
-        raise ValueError("the machines see different files; let --input and --out lie in a folder that they share")
+        raise ValueError("the machines see different files; let --input and --out lie in a shared folder")
     if path.exists() and not (path / "meta.json").exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not a dataset; choose another --name or --out")
     return all(made for _, made in answers)
@@ -1663,7 +1697,8 @@ def load_tokenizer(spec):
         return Tokenizer.load(spec), 0
     size = spec.removeprefix("train:")
     if not size.isdecimal() or not 261 <= int(size) <= 500_000:
-        raise ValueError(f"--tokenizer {spec}: give train:N with N from 261 (bytes and five special tokens) to 500,000")
+        raise ValueError(f"--tokenizer {spec}: give train:N with N from 261 (bytes and five special tokens) "
+                         "to 500,000")
     return None, int(size)
 
 
@@ -1675,7 +1710,8 @@ def load_classifier(options, workers):
         n_features = len(features("", options.embed))
         return RandomForest.load(f"{options.classifier}/classifier.npz", n_features), {}
     if options.keep < 1 or options.min_score:
-        raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) or --classifier DATASET")
+        raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) "
+                         "or --classifier DATASET")
     return None, {}
 
 
@@ -1727,13 +1763,15 @@ def build(options, rank=0, world_size=1):
         tables["scores"] = keep_valuable(funnel, forest, options)
         extra_files["classifier.npz"] = forest.save
     if options.max_documents:
-        funnel.drop("--max-documents", {"more than asked for": ~funnel.bottom_n(funnel.order, options.max_documents)})
+        chosen = funnel.bottom_n(funnel.order, options.max_documents)
+        funnel.drop("--max-documents", {"more than asked for": ~chosen})
     if rank == 0:
         show_rows(funnel.rows)
     if not funnel.alive.any():
         reasons = [f"{reason}: {n}" for row in funnel.rows for reason, n in row["dropped"].items()]
         raise ValueError(f"--input {' '.join(options.input)}: no document is left "
-                         f"({'; '.join(reasons) or 'nothing to read'}); give more text, or keep all by --rules none")
+                         f"({'; '.join(reasons) or 'nothing to read'}); "
+                         "give more text, or keep all by --rules none")
     tokenizer, encoded = make_tokens(funnel, tokenizer, vocab_size, options.val_share)
     if rank == 0:
         funnel.examples["kept"] = funnel.sample(funnel.alive)
@@ -1814,32 +1852,33 @@ def main(arguments=None):
     option = parser.option
     share = {"type": number(float, 0, 1), "metavar": "SHARE"}
     whole = {"type": number(int, 0), "metavar": "N"}
-    option("--input", ["python"], "directories, text or code files, .jsonl, .wet, .parquet, each also .gz, datasets, "
-           "URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
+    option("--input", ["python"], "directories, text or code files, .jsonl, .wet, .parquet, each also .gz, "
+           "datasets, URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
     option("--name", "web", "name of the dataset", type=folder_name)
     option("--out", "data", "folder of the datasets", metavar="FOLDER")
-    option("--tokenizer", "train:1024", "train:N makes a BPE of N tokens; or a directory, a tokenizer.json, gpt2, "
-           "cl100k_base, o200k_base, bytes", metavar="SPEC")
+    option("--tokenizer", "train:1024", "train:N makes a BPE of N tokens; or a directory, a tokenizer.json, "
+           "gpt2, cl100k_base, o200k_base, bytes", metavar="SPEC")
     option("--language", None, "keep code and these languages: en, and by their scripts ar bn hi ja ko ru zh",
            nargs="+", metavar="CODE")
     option("--rules", "auto", "quality rules; auto tells code from prose and leaves problems alone",
            choices=["auto", "code", "prose", "none"])
     option("--redact-pii", "web", "mask addresses, keys and tokens in pages of a crawl, or in all documents",
            choices=["web", "all", "none"])
-    option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams of near duplicates; 1: only equal texts go, "
-           "as is right for exercises", **share)
+    option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams of near duplicates; 1: only equal "
+           "texts go, as is right for exercises", **share)
     option("--decontaminate", None, "problems or texts: documents with one are dropped, and written to "
            "contaminated.jsonl", nargs="+", metavar="FILE")
-    option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns what is worth "
-           "keeping", metavar="FILE")
+    option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns "
+           "what is worth keeping", metavar="FILE")
     option("--classifier", None, "use the forest of this dataset instead of --labels", metavar="DATASET")
-    option("--embed", None, "let the forest see a run's mean last states of each text too, as phi-1 did", metavar="RUN")
+    option("--embed", None, "let the forest see a run's mean last states of each text too, as phi-1 did",
+           metavar="RUN")
     option("--keep", 1.0, "share of the documents to keep, the best-scored", **share)
     option("--min-score", 0.0, "least predicted probability of being good", **share)
     option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
     option("--max-documents", 0, "keep at most so many documents; 0: all", **whole)
-    option("--val-share", 0.01, "share of the documents for validation, at least one", type=number(float, 0, 0.9),
-           metavar="SHARE")
+    option("--val-share", 0.01, "share of the documents for validation, at least one",
+           type=number(float, 0, 0.9), metavar="SHARE")
     option("--workers", 0, "processes; 0: one a core", **whole)
     option("--seed", 0, "of the sample and of the documents' order", type=int)
     options = parser.parse_args(arguments)

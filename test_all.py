@@ -5672,10 +5672,62 @@ def skip(layers=12, over=80, steps=600):
                "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
 
 
+def bench_data(n_bytes=128_000_000):
+    """What each stage of data.py does with this machine's Python source on all cores, beside installed peers."""
+    skipped = Counter()
+    texts = [document["text"] for document in data.read_documents(data.find_files(["python"], skipped, 0, n_bytes), skipped)]
+    workers = data.n_cores()
+    pieces = list(data.batches(texts, 1 << 21))
+    some = next(data.batches(texts, 64_000_000))
+    mb = sum(map(len, texts)) / 1e6
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40_000, 32)).astype(np.float32)
+    y = (X[:, 0] * X[:, 1] + X[:, 2] + np.sin(3 * X[:, 3]) + rng.normal(size=len(X)) > 0).astype(int)
+    forest = data.RandomForest(workers=workers)
+    tokenizer = data.train_bpe(some[:500], 8192)
+    print(f"{len(texts):,} documents, {mb:.1f} MB, {workers} processes")
+
+    def show(stage, function):
+        with contextlib.suppress(ImportError):
+            begun = time.perf_counter()
+            made = function()
+            seconds = time.perf_counter() - begun
+            is_scores = isinstance(made, np.ndarray)
+            note = f"AUC {data.area_under_curve(y[20_000:], made):.4f}" if is_scores else f"{mb / seconds:8.1f} MB/s"
+            print(f"{stage:<30}{seconds:8.2f} s  {note}", flush=True)
+
+    def over(function):
+        return lambda: data.parallel(lambda piece: function(piece) and None, pieces, workers, "measuring")
+
+    def fit_and_predict(forest):
+        return lambda: forest.fit(X[:20_000], y[:20_000]).predict_proba(X[20_000:])
+
+    def scikit_learn():
+        from sklearn.ensemble import RandomForestClassifier
+        return fit_and_predict(RandomForestClassifier(100, n_jobs=workers))()[:, 1]
+
+    show("equal texts", over(lambda piece: len(data.sha64(text.encode() for text in piece))))
+    show("MinHash", over(lambda piece: len(data.minhash(piece))))
+    show("Gopher's rules", over(lambda piece: [data.gopher_rule(text) for text in piece]))
+    show("features", over(lambda piece: [data.features(text) is None for text in piece]))
+    show("forest of 100 trees, 32 features", fit_and_predict(forest))
+    show("  scikit-learn", scikit_learn)
+    if os.path.exists(os.environ.get("HUMANEVAL", "")):
+        show("decontamination by words", over(data.Contamination([os.environ["HUMANEVAL"]]).find))
+    for size in (8192, 32768):
+        show(f"BPE of {size:,}, of 64 MB", lambda: data.train_bpe(some, size, workers) and None)
+    show("token ids", over(lambda piece: len(data.encode([{"text": text, "prompt_chars": 0} for text in piece],
+                                                        tokenizer, np.uint16))))
+    show("  tiktoken's batch call", lambda: len(tokenizer._bpe.encode_ordinary_batch(texts)))
+
+
+BENCHES = {"data": bench_data}
 EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
+    if sys.argv[1:2] == ["bench"] and len(sys.argv) == 3 and sys.argv[2] in BENCHES:
+        data.command()(BENCHES[sys.argv[2]])()
+    elif sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
         data.command()(EXPERIMENTS[sys.argv[1]])()
     else:
-        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
+        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHES)}; the tests run by python -m pytest -q test_all.py")
