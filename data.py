@@ -1073,25 +1073,27 @@ class RandomForest:
     def best_splits(self, bins, y, rng, rows, node, n_all, n_one):
         """(gain, feature, threshold) of each node; gain 0 where no feature can split it."""
         n_features, n = bins.shape
+        flat = bins.ravel()
         n_drawn = max(1, round(n_features ** 0.5))
         best = np.zeros((3, len(n_all)))
         can_split = (n_one > 0) & (n_one < n_all) & (n_all >= 2 * self.min_leaf)
         for k, drawn in enumerate(rng.random((len(n_all), n_features)).argsort(1).T):
             if k == 0 or k >= n_drawn:  # beyond those drawn, only for nodes that none of them could split
                 nodes = np.flatnonzero(can_split & ((k == 0) | (best[0] == 0)))
+                if not len(nodes):
+                    break
                 slot = np.full(len(n_all), -1)
                 slot[nodes] = np.arange(len(nodes))
                 inside = np.flatnonzero(slot[node] >= 0)
-                base = slot[node[inside]] * self.BINS * 2 + y[rows[inside]]
-                if not len(nodes):
-                    break
-            bin_of = bins.ravel()[drawn[node[inside]] * n + rows[inside]].astype(np.int64)
-            counts = np.bincount(base + 2 * bin_of, minlength=len(nodes) * self.BINS * 2)
-            left = counts.reshape(-1, self.BINS, 2).cumsum(1).astype(np.float32)  # (nodes, threshold, class)
+                some_rows = rows[inside]
+                some_nodes = node[inside]
+                key = (y[some_rows] * len(nodes) + slot[some_nodes]) * self.BINS
+            counts = np.bincount(key + flat[drawn[some_nodes] * n + some_rows], minlength=2 * len(nodes) * self.BINS)
+            zero, one = counts.reshape(2, -1, self.BINS).cumsum(2, dtype=np.float32)  # (nodes, threshold)
+            left = zero + one
             right = left[:, -1:] - left
-            n_left, n_right = left.sum(2), right.sum(2)
-            score = left[..., 1] ** 2 / np.maximum(n_left, 1) + right[..., 1] ** 2 / np.maximum(n_right, 1)
-            score[np.minimum(n_left, n_right) < self.min_leaf] = 0
+            score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
+            score[np.minimum(left, right) < self.min_leaf] = 0
             at = score.argmax(1)
             gain = score[np.arange(len(nodes)), at] - n_one[nodes] ** 2 / n_all[nodes]
             best[:, nodes] = np.where(gain > best[0, nodes], (gain, drawn[nodes], at), best[:, nodes])
