@@ -10,7 +10,8 @@ machine's own Python source.
 
 Work is cut into numbered parts on disk (PartStore), so a stopped command goes on where it was, and the result
 is the same for any number of processes and machines: `torchrun data.py ...` with a folder that all share.
-Texts stay on disk; in memory each rank holds about 80 bytes a document, dropped ones too (class Funnel)."""
+Texts stay on disk; in memory each rank holds 41 bytes a document, dropped ones too, and about 100 more while
+it counts the rules' reasons (class Funnel)."""
 import argparse
 import ast
 import builtins
@@ -1088,7 +1089,8 @@ class RandomForest:
                 some_rows = rows[inside]
                 some_nodes = node[inside]
                 key = (y[some_rows] * len(nodes) + slot[some_nodes]) * self.BINS
-            counts = np.bincount(key + flat[drawn[some_nodes] * n + some_rows], minlength=2 * len(nodes) * self.BINS)
+            bin_of = flat[drawn[some_nodes] * n + some_rows]
+            counts = np.bincount(key + bin_of, minlength=2 * len(nodes) * self.BINS)
             zero, one = counts.reshape(2, -1, self.BINS).cumsum(2, dtype=np.float32)  # (nodes, threshold)
             left = zero + one
             right = left[:, -1:] - left
@@ -1467,12 +1469,14 @@ class Funnel:
 
 
 def drop_by_rules(funnel, rules):
-    reasons = funnel.column("reason").astype(str) if len(funnel.alive) else np.array([""])
-    counts = Counter(reasons.tolist()).most_common()
+    reasons, number, counts = np.unique(funnel.column("reason"), return_inverse=True, return_counts=True)
     for stage, _ in rules:
-        prefix = f"{stage}: "
-        funnel.drop(stage, {reason.removeprefix(prefix): reasons == reason for reason, _ in counts
-                            if reason.startswith(prefix)})
+        masks = {}
+        for i in (-counts).argsort(kind="stable"):  # the most frequent first
+            owner, _, reason = reasons[i].decode().partition(": ")
+            if owner == stage:
+                masks[reason] = number == i
+        funnel.drop(stage, masks)
 
 
 def drop_exact_duplicates(funnel):
