@@ -1,8 +1,10 @@
-"""The decoder of every phi (and of Llama 3 and Gemma): shape, layers, cache, generation, tokenizers, checkpoints.
+"""The decoder of every phi (and of Llama 3 and Gemma): shape, layers, cache, generation, tokenizers,
+checkpoints.
 
-Read it from top to bottom: Config -> Block -> Model.hidden -> KVCache -> Model.generate. One forward serves training,
-prefill and decoding. Modules and parameters carry the names of Hugging Face's Phi-3, and a run directory is a
-Hugging Face directory of its family, so there is no import or export step. `python model.py` prints the presets.
+Read it from top to bottom: Config -> Block -> Model.hidden -> KVCache -> Model.generate. One forward
+serves training, prefill and decoding. Modules and parameters carry the names of Hugging Face's Phi-3, and
+a run directory is a Hugging Face directory of its family, so there is no import or export step. `python
+model.py` prints the presets.
 """
 import argparse
 import base64
@@ -47,8 +49,9 @@ class Config:
     head_size: int | None = None            # channels of a head, where that is not d_model / n_head
     partial_rotary_factor: float = 1.0      # share of a head's channels that rotary positions turn
     window: int | None = None               # a token sees so many, itself included; None: all
-    # LongRoPE (arXiv 2402.13753): a sequence up to the original length uses the short factors, a longer one the
-    # long ones, one for each rotated pair of channels. cos and sin are multiplied by mscale (see rope_mscale).
+    # LongRoPE (arXiv 2402.13753): a sequence up to the original length uses the short factors, a longer
+    # one the long ones, one for each rotated pair of channels. cos and sin are multiplied by mscale (see
+    # rope_mscale).
     original_max_seq_len: int | None = None
     short_factor: list | None = None
     long_factor: list | None = None
@@ -56,12 +59,12 @@ class Config:
     long_mscale: float | None = None
     # phi-3-small: muP multipliers, blocksparse attention, ids that are never predicted
     embedding_multiplier: float = 1.0
-    attention_multiplier: float | None = None   # scores are q·k times this / head_dim instead of 1 / sqrt(head_dim)
+    attention_multiplier: float | None = None   # q·k is scaled by this / head_dim instead of 1 / sqrt(head_dim)
     logit_divisor: float = 1.0
     sparse_block: int = 64                  # a block of so many tokens sees
     sparse_local: int = 16                  # so many blocks back, itself included,
-    sparse_stride: int = 8                  # and of the older ones every so-manieth
-    dense_every: int = 1                    # every so-manieth layer is dense; 1: all are
+    sparse_stride: int = 8                  # and one of so many older ones
+    dense_every: int = 1                    # one of so many layers is dense; 1: all are
     dummy_tokens: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -81,7 +84,8 @@ class Config:
         if self.original_max_seq_len:
             for name in ("short_factor", "long_factor"):
                 if len(getattr(self, name) or ()) != self.rotary_dims // 2:
-                    raise ValueError(f"{name} must hold {self.rotary_dims // 2} numbers, one for each rotated pair")
+                    raise ValueError(f"{name} must hold {self.rotary_dims // 2} numbers, "
+                                     "one for each rotated pair")
 
     @property
     def family(self) -> "Family":
@@ -124,13 +128,15 @@ class Config:
 
 
 def _check_field(field: dataclasses.Field, value) -> None:
-    """ValueError that names the field unless its value is a positive number, a flag, a name or a list of numbers."""
+    """ValueError that names the field unless its value is a positive number, a flag, a name or a list of
+    numbers."""
     if field.type in (bool, str):
         valid, wanted = isinstance(value, field.type), field.type.__name__
     elif field.type in (list, list | None):
-        numbers = isinstance(value, (list, tuple)) and all(type(item) in (int, float) for item in value)
-        # factors are divided by; a token's id may be 0
-        valid, wanted = numbers and (not value or min(value) > 0 or field.type is list), "list of positive numbers"
+        smallest = 0 if field.type is list else 1e-9     # ids of tokens, or what frequencies are divided by
+        valid = isinstance(value, (list, tuple))
+        valid = valid and all(type(item) in (int, float) and item >= smallest for item in value)
+        wanted = "list of positive numbers"
     else:
         whole = field.type in (int, int | None)
         valid = type(value) in ((int,) if whole else (int, float)) and 0 < value < math.inf
@@ -143,13 +149,14 @@ def _check_field(field: dataclasses.Field, value) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How the checkpoints of one family differ from Phi-3's, in the block and in the files of Hugging Face."""
+    """How the checkpoints of one family differ from Phi-3's, in the block and in the files of Hugging
+    Face."""
     architecture: str               # the class in transformers
     names: dict                     # our module -> theirs, or several whose rows follow one another in ours
     fields: dict                    # Config field -> key of config.json, where it is not the one in FIELDS
     constants: dict                 # what config.json must say besides: another value there is another model
     activation: str = "swiglu"      # a function of kernels
-    parallel: bool = False          # attention and MLP read the same norm and are added together (GPT-J's block)
+    parallel: bool = False          # attention and MLP read the same norm and are added (GPT-J's block)
     layer_norm: bool = False        # LayerNorm with bias instead of RMSNorm
     bias: bool = False              # in all linear layers of the blocks
     head_bias: bool = False         # in the output layer
@@ -198,8 +205,8 @@ FAMILIES = {    # by config.json's model_type
         "Phi3SmallForCausalLM",
         {"self_attn.qkv_proj": "self_attn.query_key_value", "self_attn.o_proj": "self_attn.dense",
          "mlp.gate_up_proj": "mlp.up_proj", "model.norm": "model.final_layernorm"},
-        {"norm_eps": "layer_norm_epsilon", "d_ff": "ff_intermediate_size", "rope_theta": "rope_embedding_base",
-         "short_mscale": "short_mscale", "long_mscale": "long_mscale",
+        {"norm_eps": "layer_norm_epsilon", "d_ff": "ff_intermediate_size",
+         "rope_theta": "rope_embedding_base", "short_mscale": "short_mscale", "long_mscale": "long_mscale",
          "embedding_multiplier": "mup_embedding_multiplier", "attention_multiplier": "mup_attn_multiplier",
          "logit_divisor": "mup_width_multiplier", "sparse_block": "blocksparse_block_size",
          "sparse_local": "blocksparse_num_local_blocks", "sparse_stride": "blocksparse_vert_stride",
@@ -228,18 +235,20 @@ def _phi(n_layer: int, d_model: int, head_dim: int) -> Config:
 
 
 PHI_3_MINI = Config(32064, 4096, n_layer=32, d_model=3072, n_head=32, n_kv_head=32, d_ff=8192, window=2047)
-# The 128k shapes have plain rotary positions here: the factors of released models come with their checkpoints,
-# and grow.py searches new ones.
+# The 128k shapes have plain rotary positions here: the factors of released models come with their
+# checkpoints, and grow.py searches new ones.
 PHI_3_MINI_128K = dataclasses.replace(PHI_3_MINI, max_seq_len=131072, window=None)
 PHI_3_SMALL = Config(
-    100352, 8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336, rope_theta=1e6, tie_embeddings=True,
-    model_type="phi3small", embedding_multiplier=10.0, attention_multiplier=1.0, logit_divisor=8.0, dense_every=2,
+    100352, 8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336, rope_theta=1e6,
+    tie_embeddings=True, model_type="phi3small", embedding_multiplier=10.0, attention_multiplier=1.0,
+    logit_divisor=8.0, dense_every=2,
     dummy_tokens=[100256, *range(100258, 100261), 100264, 100265, *range(100267, 100352)])
 PHI_4 = Config(100352, 16384, n_layer=40, d_model=5120, n_head=40, n_kv_head=10, d_ff=17920, rope_theta=2.5e5)
 PRESETS = {
     "laptop": Config(1024, 512, n_layer=5, d_model=128, n_head=4, n_kv_head=2, d_ff=384),
     "baby": Config(65, 256, n_layer=6, d_model=384, n_head=6, n_kv_head=6, d_ff=1024),
-    "374m": Config(32064, 2048, n_layer=24, d_model=1024, n_head=16, n_kv_head=16, d_ff=2816),  # to time decoding
+    # to time decoding with
+    "374m": Config(32064, 2048, n_layer=24, d_model=1024, n_head=16, n_kv_head=16, d_ff=2816),
     "phi-1-small": _phi(20, 1024, 64),
     "phi-1": _phi(24, 2048, 64),
     "phi-1.5": _phi(24, 2048, 64),
@@ -249,14 +258,15 @@ PRESETS = {
     "phi-3.5-mini": PHI_3_MINI_128K,
     "phi-3-small": PHI_3_SMALL,
     "phi-3-small-128k": dataclasses.replace(PHI_3_SMALL, max_seq_len=131072),
-    "phi-3-medium": dataclasses.replace(PHI_4, vocab_size=32064, max_seq_len=4096, rope_theta=1e4, window=2047),
+    "phi-3-medium": dataclasses.replace(PHI_4, vocab_size=32064, max_seq_len=4096, rope_theta=1e4,
+                                        window=2047),
     "phi-4": PHI_4,
     "phi-4-mini": dataclasses.replace(PHI_3_MINI_128K, vocab_size=200064, n_head=24, n_kv_head=8,
                                       tie_embeddings=True, partial_rotary_factor=0.75),
     "llama-3-8b": Config(128256, 8192, n_layer=32, d_model=4096, n_head=32, n_kv_head=8, d_ff=14336,
                          rope_theta=5e5, model_type="llama"),
-    "gemma-2b": Config(256000, 8192, n_layer=18, d_model=2048, n_head=8, n_kv_head=1, d_ff=16384, norm_eps=1e-6,
-                       tie_embeddings=True, model_type="gemma"),
+    "gemma-2b": Config(256000, 8192, n_layer=18, d_model=2048, n_head=8, n_kv_head=1, d_ff=16384,
+                       norm_eps=1e-6, tie_embeddings=True, model_type="gemma"),
 }
 
 
@@ -289,7 +299,8 @@ class Linear(nn.Linear):
 
 
 class Visible(NamedTuple):
-    """What the queries of one forward see of the keys, for all layers. The kernels take intervals, plain PyTorch masks."""
+    """What the queries of one forward see of the keys, for all layers. The kernels take intervals, plain
+    PyTorch masks."""
     kv_ranges: torch.Tensor | None      # (2, B or 1, T): see kernels.attention
     kv_len: torch.Tensor | None         # (B,) keys in the cache
     mask: torch.Tensor | None           # (B or 1, 1, T, S)
@@ -319,7 +330,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)               # (B, S, n_kv_head, head_dim)
         y = kernels.attention(
-            q, k, v, self.scale, kv_ranges=visible.kv_ranges, kv_len=visible.kv_len, blocksparse=self.blocksparse,
+            q, k, v, self.scale,
+            kv_ranges=visible.kv_ranges,
+            kv_len=visible.kv_len,
+            blocksparse=self.blocksparse,
             mask=visible.sparse_mask if self.blocksparse else visible.mask)
         return self.o_proj(y.reshape(B, T, -1))                 # (B, T, n_head * head_dim) -> (B, T, d_model)
 
@@ -356,12 +370,22 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------- model
 
-@functools.lru_cache
-@torch.inference_mode(False)    # what is made while generating must serve training too
+# Constants on the device are made once: a copy from the host cannot be captured in a CUDA graph. And outside of
+# inference mode: what is made while generating must serve training too.
+
+@functools.cache
+@torch.inference_mode(False)
+def _constant(values: tuple, device):
+    return torch.tensor(values, device=device)
+
+
+@functools.cache
+@torch.inference_mode(False)
 def _inverse_frequencies(theta: float, dims: int, factors: tuple | None, device):
-    """(dims / 2,) float32: the angle that each rotated pair of channels turns by from one position to the next."""
+    """(dims / 2,) float32: the angle that each rotated pair of channels turns by from one position to the
+    next."""
     exponents = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims
-    factor = torch.tensor(factors, device=device) if factors else 1.0
+    factor = _constant(factors, device) if factors else 1.0
     return 1.0 / (factor * theta ** exponents)
 
 
@@ -405,15 +429,18 @@ class Model(nn.Module):
 
     @property
     def dtype(self):
-        """Of the residual stream and the cache. On a CPU a quantized model keeps float32 between its products."""
+        """Of the residual stream and the cache. On a CPU a quantized model keeps float32 between its
+        products."""
         if self.device.type == "cpu" and isinstance(self.lm_head, QuantizedLinear):
             return torch.float32
         return self.model.norm.weight.dtype
 
     def rotary(self, positions, lengths):
-        """positions (B or 1, T), lengths (B or 1,) of the sequences -> cos, sin (B or 1, T, rotary_dims / 2) float32.
+        """positions (B or 1, T), lengths (B or 1,) of the sequences -> cos, sin (B or 1, T, rotary_dims /
+        2) float32.
 
-        LongRoPE: a sequence longer than the original length turns by the long factors, each row by its own length.
+        LongRoPE: a sequence longer than the original length turns by the long factors, each row by its
+        own length.
         """
         config = self.config
         shape = config.rope_theta, config.rotary_dims
@@ -440,7 +467,8 @@ class Model(nn.Module):
         mask = kernels.attention_mask(positions, num_keys, kv_ranges)
         sparse_mask = None
         if config.dense_every > 1:
-            sparse_mask = kernels.attention_mask(positions, num_keys, kv_ranges, config.blocksparse, config.n_head)
+            sparse_mask = kernels.attention_mask(positions, num_keys, kv_ranges, config.blocksparse,
+                                                 config.n_head)
         return Visible(None, None, mask, sparse_mask)
 
     def embed(self, tokens):
@@ -456,18 +484,18 @@ class Model(nn.Module):
     def hidden(self, tokens, documents=None, cache=None, num_tokens=None, active_layers=None):
         """Final normed states (B, T, d_model).
 
-        documents (B, T) int: tokens of different documents in a row do not see each other.
-        cache: the tokens continue its rows. num_tokens (B,): how many of them are real, where rows end in padding.
+        documents (B, T) int: tokens of different documents in a row do not see each other. cache: the
+        tokens continue its rows. num_tokens (B,): how many of them are real, where rows end in padding.
         active_layers: SkipDecode's number of layers that run, for all tokens or (B, T) for each its own.
         """
         config = self.config
         T = tokens.shape[1]
         positions = torch.arange(T, device=tokens.device)[None]                 # (1, T)
-        lengths = torch.tensor([T], device=tokens.device)
+        lengths = torch.full((1,), T, device=tokens.device)
         if cache is not None:
             positions = positions + cache.lengths[:, None]                      # (B, T)
             lengths = cache.lengths + (T if num_tokens is None else num_tokens)
-            cache.open(positions)
+            cache.place(positions)
         elif T > config.max_seq_len:
             raise ValueError(f"{T} tokens do not fit the context of {config.max_seq_len}")
         x = self.embed(tokens)
@@ -491,12 +519,12 @@ class Model(nn.Module):
         """Final states (..., d_model) -> (..., vocab_size) float32."""
         logits = self.lm_head(x).float()
         if self.config.dummy_tokens:
-            dummies = torch.tensor(self.config.dummy_tokens, device=x.device)
-            logits = logits.index_fill(-1, dummies, -math.inf)
+            logits = logits.index_fill(-1, _constant(tuple(self.config.dummy_tokens), x.device), -math.inf)
         return logits
 
     def forward(self, tokens, documents=None, targets=None, weights=None, active_layers=None, cache=None):
-        """Logits (B, T, V) float32, or with targets (B, T; -1 for none) the loss: (sum in nats, sum of weights).
+        """Logits (B, T, V) float32, or with targets (B, T; -1 for none) the loss: (sum in nats, sum of
+        weights).
 
         weights (B, T): of each target, 1 unless given. The rest as in hidden.
         """
@@ -506,79 +534,84 @@ class Model(nn.Module):
         return kernels.cross_entropy(x, self.lm_head.weight, targets, weights, self.lm_head.bias)
 
     def prefill(self, texts: list[list[int]], cache, active_layers=None):
-        """Read whole texts into the rows of an empty or used cache -> the last state of each, (B, d_model)."""
-        longest = max(map(len, texts))
-        rows_at_once = max(1, 4096 // longest)      # activations and scores would take more memory than the cache
+        """Read whole texts into the rows of an empty or used cache -> the last state of each, (B,
+        d_model)."""
+        # a few at a time: activations and scores would take more memory than the cache
+        rows_at_once = max(1, 4096 // max(map(len, texts)))
         last = []
         for begin in range(0, len(texts), rows_at_once):
             part = texts[begin:begin + rows_at_once]
-            rows = cache.rows(begin, begin + len(part))
+            rows = cache.rows(slice(begin, begin + len(part)))
             rows.lengths.zero_()
+            longest = max(map(len, part))
             num_tokens = torch.tensor([len(text) for text in part], device=self.device)
             padded = [text + [0] * (longest - len(text)) for text in part]
             x = self.hidden(torch.tensor(padded, device=self.device), cache=rows, num_tokens=num_tokens,
                             active_layers=active_layers)
-            last.append(x[torch.arange(len(part)), num_tokens - 1])             # (B, T, d_model) -> (B, d_model)
+            last.append(x[torch.arange(len(part)), num_tokens - 1])     # (B, T, d_model) -> (B, d_model)
         return torch.cat(last)
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
-                 top_p: float = 1.0, stop=None, seed=None, stream=None, skip=None) -> list[list[int]]:
-        """The new tokens of each prompt, up to and including one of `stop` (an id or several), max_new_tokens, or
-        the end of the context. Prompts may differ in length.
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
+                 top_k: int = 0, top_p: float = 1.0, stop=None, seed=None, stream=None,
+                 skip=None) -> list[list[int]]:
+        """The new tokens of each prompt, up to and including one of `stop` (an id or several),
+        max_new_tokens, or the end of the context. Prompts may differ in length.
 
-        temperature 0 takes the likeliest token; top_k > 0 draws from that many likeliest, top_p < 1 from the fewest
-        that hold that much probability. seed: a number, or one for each prompt: what a row draws does not depend
-        on the other rows. stream(row, token) hears each new token and ends its row by returning True.
-        skip: SkipDecode's (max_layers, min_layers[, decay_tokens = max_new_tokens]), see layers_at.
+        temperature 0 takes the likeliest token; top_k > 0 draws from that many likeliest, top_p < 1 from
+        the fewest that hold that much probability. seed: a number, or one for each prompt: what a row
+        draws does not depend on the other rows. stream(row, token) hears each new token and ends its row
+        by returning True. skip: SkipDecode's (max_layers, min_layers[, decay_tokens = max_new_tokens]),
+        see layers_at.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         self.check_prompts(prompts, skip)
         stop = {stop} if isinstance(stop, int) else set(stop or ())
         outputs = [[] for _ in prompts]
         limits = [min(max_new_tokens, self.config.max_seq_len - len(prompt)) for prompt in prompts]
-        rows = [row for row, limit in enumerate(limits) if limit > 0]   # the prompt of each row of the cache
-        if not rows:
+        prompt_of = [number for number, limit in enumerate(limits) if limit > 0]    # for each row of the cache
+        if not prompt_of:
             return outputs
-        draws = uniform_draws(seed, len(prompts), max_new_tokens)[rows].to(self.device)
+        draws = uniform_draws(seed, len(prompts), max(limits))[prompt_of].to(self.device)
         max_layers, min_layers, decay_tokens = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
 
-        def emit(row, token) -> bool:       # -> whether the row goes on
-            outputs[row].append(token)
-            cancelled = stream is not None and stream(row, token)
-            return not cancelled and token not in stop and len(outputs[row]) < limits[row]
+        def emit(number, token) -> bool:    # -> whether the text goes on
+            outputs[number].append(token)
+            cancelled = stream is not None and stream(number, token)
+            return not cancelled and token not in stop and len(outputs[number]) < limits[number]
 
-        capacity = max(len(prompts[row]) + limits[row] for row in rows)
-        cache = KVCache(self.config, len(rows), capacity, self.device, self.dtype)
-        logits = self.logits(self.prefill([prompts[row] for row in rows], cache, max_layers))
+        capacity = max(len(prompts[number]) + limits[number] for number in prompt_of)
+        cache = KVCache(self.config, len(prompt_of), capacity, self.device, self.dtype)
+        logits = self.logits(self.prefill([prompts[number] for number in prompt_of], cache, max_layers))
         decode = DecodeStep(self, cache)
-        alive = list(range(len(rows)))
-        for n in range(max_new_tokens):
+        running = list(range(len(prompt_of)))       # rows of the cache
+        for n in range(max(limits)):
             tokens = sample(logits, temperature, top_k, top_p, draws[:, n])
-            tokens_read = tokens.tolist()
-            ended = [i for i in alive if not emit(rows[i], tokens_read[i])]
-            alive = [i for i in alive if i not in ended]
-            if not alive:
+            new_tokens = tokens.tolist()
+            ended = [row for row in running if not emit(prompt_of[row], new_tokens[row])]
+            running = [row for row in running if row not in ended]
+            if not running:
                 break
-            cache.lengths[ended] = 0                # they run along, from the beginning of their row
-            if len(alive) <= len(rows) * 7 // 8:    # dropping rows copies the cache, so they leave in groups
-                cache = cache.select(alive)
+            if ended:   # they are computed along; from length 0 on they stay within the capacity
+                cache.lengths[ended] = 0
+            if len(running) <= len(prompt_of) * 7 // 8:     # dropping rows copies the cache: they leave in groups
+                cache = cache.rows(running)
                 decode = DecodeStep(self, cache)
-                rows = [rows[i] for i in alive]
-                tokens, draws = tokens[alive], draws[alive]
-                alive = list(range(len(rows)))
+                prompt_of = [prompt_of[row] for row in running]
+                tokens, draws = tokens[running], draws[running]
+                running = list(range(len(prompt_of)))
             active_layers = layers_at(n, max_layers, min_layers, decay_tokens) if skip else None
             logits = decode(tokens, active_layers)
-            for i in alive:
-                length = len(prompts[rows[i]]) + len(outputs[rows[i]])
-                if self.outgrows(length):
-                    text = prompts[rows[i]] + outputs[rows[i]]
-                    logits[i] = self.logits(self.prefill([text], cache.rows(i, i + 1), max_layers))[0]
+            for row in running:
+                text = prompts[prompt_of[row]] + outputs[prompt_of[row]]
+                if self.outgrows(len(text)):
+                    rows = cache.rows(slice(row, row + 1))
+                    logits[row] = self.logits(self.prefill([text], rows, max_layers))[0]
         return outputs
 
     def outgrows(self, length: int) -> bool:
-        """Whether a text has just become longer than LongRoPE's original length: its older keys must turn by the
-        long factors too, so it has to be read again."""
+        """Whether a text has just become longer than LongRoPE's original length: its older keys must turn
+        by the long factors too, so it has to be read again."""
         return length - 1 == self.config.original_max_seq_len
 
     def check_prompts(self, prompts, skip=None) -> None:
@@ -588,8 +621,9 @@ class Model(nn.Module):
             if not fits or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
                 raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to {config.max_seq_len}, "
                                  f"all in the vocabulary of {config.vocab_size}")
-        if skip and not 2 <= skip[1] <= skip[0] <= config.n_layer:
-            raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= {config.n_layer}")
+        if skip and not (2 <= skip[1] <= skip[0] <= config.n_layer and min(skip) > 0):
+            raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= "
+                             f"{config.n_layer}")
 
 
 def default_device() -> str:
@@ -614,17 +648,21 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+        self.slots = None       # where the next tokens are written, (batch * T,), and
+        self.end = 0            # how many columns are looked at; see place
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def open(self, positions) -> None:
-        """Make ready for new tokens at these positions, (batch, T)."""
+    def place(self, positions) -> None:
+        """Make ready for new tokens at these positions, (batch, T), within the capacity."""
         first_slots = torch.arange(len(positions), device=positions.device) * self.capacity
         self.slots = (positions + first_slots[:, None]).flatten()
         self.end = self.capacity
-        if positions.device.type != "cuda":     # there, reading a number would wait for the device
+        # On CUDA all columns are looked at: reading a length would wait for the device, and a graph needs fixed
+        # shapes. The kernels stop at each row's own length.
+        if positions.device.type != "cuda":
             self.end = int(positions[:, -1].max()) + 1
             if self.end > self.capacity:
                 raise ValueError(f"{self.end} tokens do not fit the cache of {self.capacity}")
@@ -635,19 +673,12 @@ class KVCache:
             stored.flatten(0, 1).index_copy_(0, self.slots, new.flatten(0, 1).to(stored.dtype))
         return self.keys[layer, :, :self.end], self.values[layer, :, :self.end]
 
-    def rows(self, begin: int, end: int) -> "KVCache":
-        """These rows, in the same memory."""
-        view = copy.copy(self)
-        view.keys, view.values = self.keys[:, begin:end], self.values[:, begin:end]
-        view.lengths = self.lengths[begin:end]
-        return view
-
-    def select(self, rows: list[int]) -> "KVCache":
-        """A copy of these rows."""
-        selected = copy.copy(self)
-        selected.keys, selected.values = self.keys[:, rows], self.values[:, rows]
-        selected.lengths = self.lengths[rows]
-        return selected
+    def rows(self, index) -> "KVCache":
+        """These rows: of a slice in the same memory, of a list a copy."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, index], self.values[:, index]
+        part.lengths = self.lengths[index]
+        return part
 
 
 class DecodeStep:
@@ -661,6 +692,7 @@ class DecodeStep:
         self.model = model
         self.cache = cache
         self.graphs = {}
+        self.memory_pool = None
 
     def run(self, tokens, active_layers=None):
         x = self.model.hidden(tokens[:, None], cache=self.cache, active_layers=active_layers)
@@ -675,9 +707,11 @@ class DecodeStep:
             self.run(tokens, active_layers)         # compiles and autotunes, which must not be captured
         torch.cuda.current_stream(tokens.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.memory_pool):
             logits = self.run(tokens, active_layers)
-        self.cache.lengths.copy_(lengths)           # what the warm-up wrote beyond is written again
+        self.memory_pool = graph.pool()
+        # the warm-up went one token ahead; the replay writes the same key and value again
+        self.cache.lengths.copy_(lengths)
         return graph, tokens, logits
 
     def __call__(self, tokens, active_layers=None):
@@ -730,8 +764,8 @@ def sample(logits, temperature: float, top_k: int, top_p: float, draws):
 
 
 def uniform_draws(seed, rows: int, count: int):
-    """(rows, count) numbers from [0, 1). Each row has a generator of its own: of its own seed, or of one seed for all
-    and its number."""
+    """(rows, count) numbers from [0, 1). Each row has a generator of its own: of its own seed, or of one
+    seed for all and its number."""
     if seed is None:
         seed = int(torch.randint(2 ** 62, ()))      # from torch's own state, which torch.manual_seed sets
     if isinstance(seed, int):
@@ -744,11 +778,12 @@ def uniform_draws(seed, rows: int, count: int):
 
 # ---------------------------------------------------------------- SkipDecode
 
-# SkipDecode (arXiv 2307.02628): a later token runs fewer layers, the first one and the last ones. What a smaller
-# number runs has run for every earlier token, so no key or value is ever missing.
+# SkipDecode (arXiv 2307.02628): a later token runs fewer layers, the first one and the last ones. What a
+# smaller number runs has run for every earlier token, so no key or value is ever missing.
 
 def layers_at(n, max_layers: int, min_layers: int, decay_tokens: int):
-    """How many layers the n-th generated token runs (a number or a tensor): falling linearly over decay_tokens."""
+    """How many layers the n-th generated token runs (a number or a tensor): falling linearly over
+    decay_tokens."""
     layers = max_layers - (max_layers - min_layers) * n / decay_tokens
     if torch.is_tensor(n):
         return layers.round().clamp(min_layers, max_layers).long()
@@ -774,15 +809,14 @@ def parse_skip(text: str) -> tuple[int, ...]:
         numbers = tuple(map(int, text.split(":")))
         if 2 <= numbers[1] <= numbers[0]:
             return numbers
-    raise argparse.ArgumentTypeError(f"{text!r}: give MAX:MIN or MAX:MIN:TOKENS, the layers of the first and of the "
-                                     "last new token, 2 or more, such as 24:8")
+    raise argparse.ArgumentTypeError(f"{text!r}: give MAX:MIN or MAX:MIN:TOKENS, the layers of the first and "
+                                     "of the last new token, 2 or more, such as 24:8")
 
 
 # ---------------------------------------------------------------- quantization
 
 class QuantizedLinear(nn.Module):
     """A linear layer, or an embedding, with weights of 4 or 8 bits: kernels.quantize."""
-    cpu_pack = None     # the same once more, as ATen's products for few rows want it; made when it is first needed
 
     def __init__(self, rows: int, width: int, bits: int, group: int, bias=None):
         super().__init__()
@@ -800,18 +834,23 @@ class QuantizedLinear(nn.Module):
         rows = (part[tokens.flatten()] for part in (self.qweight, self.scale, self.zero))
         return kernels.dequantize(*rows, self.bits).view(*tokens.shape, -1)
 
+    @functools.cached_property
+    def cpu_pack(self):
+        """The same once more, as ATen's products for few rows want it."""
+        return kernels.pack_for_cpu(self.qweight, self.scale, self.zero, self.bits)
+
     def forward(self, x):
-        if x.device.type == "cpu" and self.cpu_pack is None:
-            self.cpu_pack = kernels.pack_for_cpu(self.qweight, self.scale, self.zero, self.bits)
-        y = kernels.quantized_linear(x, self.qweight, self.scale, self.zero, self.bits, self.cpu_pack)
+        cpu_pack = self.cpu_pack if x.device.type == "cpu" else None
+        y = kernels.quantized_linear(x, self.qweight, self.scale, self.zero, self.bits, cpu_pack)
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 def quantize(model: Model, bits: int) -> Model:
-    """Hold the matrices of the blocks in 4 or 8 bits and the output layer (a tied embedding with it) in 8, in place;
-    biases, norms and a separate embedding stay as they are. Of 4 bits, groups of 64 weights share a scale and a zero,
-    or of the largest power of two that divides the row; of 8 bits, whole rows do."""
+    """Hold the matrices of the blocks in 4 or 8 bits and the output layer (a tied embedding with it) in
+    8, in place; biases, norms and a separate embedding stay as they are. Of 4 bits, groups of 64 weights
+    share a scale and a zero, or of the largest power of two that divides the row; of 8 bits, whole rows
+    do."""
     if bits not in (4, 8):
         raise ValueError(f"weights have 4 or 8 bits, not {bits}")
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
@@ -823,7 +862,7 @@ def quantize(model: Model, bits: int) -> Model:
         layer_bits = 8 if name == "lm_head" else bits
         group = math.gcd(width, 64) if layer_bits == 4 else width
         if math.gcd(width, 64) < 8:
-            continue
+            raise ValueError(f"{name} has rows of {width} weights; only multiples of 8 can be quantized")
         small = QuantizedLinear(rows, width, layer_bits, group, module.bias)
         if not module.weight.is_meta:
             small.qweight, small.scale, small.zero = kernels.quantize(module.weight, small.bits, group)
@@ -1042,9 +1081,9 @@ class Tokenizer:
         if not files:
             special = sorted(self.special.items(), key=lambda item: item[1])
             added = [{"id": i, "content": name, **ADDED_TOKEN} for name, i in special]
-            vocab = {visible(token): i for token, i in self.ranks.items()}
+            vocab = {gpt2_text(token): i for token, i in self.ranks.items()}
             # tiktoken merges whatever two parts make a token, so each way to cut a token in two is a merge.
-            merges = [[visible(token[:n]), visible(token[n:])]
+            merges = [[gpt2_text(token[:n]), gpt2_text(token[n:])]
                       for token in sorted(self.ranks, key=self.ranks.get) for n in range(1, len(token))
                       if token[:n] in self.ranks and token[n:] in self.ranks]
             config = dict.fromkeys(("eos_token", "bos_token", "pad_token"), self.eot_token)
@@ -1142,7 +1181,7 @@ class SentencePiece(Tokenizer):
         return super().decode(ids).removeprefix("" if self.prepend == "never" else " ")
 
 
-def visible(token):
+def gpt2_text(token):
     return token.decode("latin-1").translate(TO_VISIBLE)
 
 
@@ -1222,26 +1261,32 @@ def read_json(path: str):
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated: restore it or make it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated: restore it or make it "
+                         "again") from error
 
 
 # ---------------------------------------------------------------- safetensors
 
 # u64 length of the header, the header as JSON padded with spaces to 8 bytes, then the tensors without gaps
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def write_safetensors(path: str, tensors: dict, gather=lambda tensor: tensor) -> None:
-    """gather(tensor) -> the whole of it; asked one by one as they are written, so that a sharded model is never
-    in one place."""
+    """gather(tensor) -> the whole of it; asked one by one as they are written, so that a sharded model is
+    never in one place."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
@@ -1254,7 +1299,8 @@ def write_safetensors(path: str, tensors: dict, gather=lambda tensor: tensor) ->
 
 
 def read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    """Tensors that map the file: nothing is read before it is used, and writing into them leaves the file alone."""
+    """Tensors that map the file: nothing is read before it is used, and writing into them leaves the file
+    alone."""
     tensors = {}
     try:
         size = os.path.getsize(path)
@@ -1287,46 +1333,59 @@ def download(url: str, path: str, headers=None) -> None:
     """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call, goes on
     from path.part. FileNotFoundError, PermissionError or OSError when it cannot be had."""
     import requests
-    from tqdm import tqdm
     part = path + ".part"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     problem = "cut again and again"
     for attempt in range(5):
         time.sleep(min(attempt, 3))
-        received = os.path.getsize(part) if os.path.exists(part) else 0
-        resume = {"Accept-Encoding": "identity", "Range": f"bytes={received}-"}
         try:
-            with requests.get(url, headers={**resume, **(headers or {})}, stream=True, timeout=30) as answer:
-                status = answer.status_code
-                if status == 404:
-                    raise FileNotFoundError(f"{url} does not exist")
-                if status in (401, 403):
-                    raise PermissionError(f"{url} is not given away without permission: accept the licence there and "
-                                          "set HF_TOKEN")
-                if status == 416:       # nothing is left to send, or what we have is of another file
-                    os.remove(part)
-                answer.raise_for_status()
-                received = received if status == 206 else 0
-                total = received + int(answer.headers.get("Content-Length", 0))
-                bar = tqdm(desc=path, initial=received, total=total, unit="B", unit_scale=True, disable=None)
-                with open(part, "ab" if received else "wb") as file, bar:
-                    for chunk in answer.iter_content(1 << 16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
+            if _download_rest(url, part, headers or {}):
+                os.replace(part, path)
+                return
         except requests.RequestException as error:
             problem = type(error).__name__
-            continue
-        if os.path.getsize(part) >= total:
-            os.replace(part, path)
-            return
-    raise OSError(f"{url} cannot be fetched ({problem}): go online, set HF_ENDPOINT to a mirror, or give a directory")
+    raise OSError(f"{url} cannot be fetched ({problem}): go online, set HF_ENDPOINT to a mirror, or give a "
+                  "directory")
+
+
+def _download_rest(url: str, part: str, headers) -> bool:
+    """Append to the file `part` what is missing -> whether it is whole."""
+    import requests
+    from tqdm import tqdm
+    received = os.path.getsize(part) if os.path.exists(part) else 0
+    headers = {"Accept-Encoding": "identity", **headers}
+    if received:
+        headers["Range"] = f"bytes={received}-"
+    with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+        status = answer.status_code
+        if status == 404:
+            raise FileNotFoundError(f"{url} does not exist")
+        if status in (401, 403):
+            raise PermissionError(f"{url} is not given away without permission: check the spelling, or accept the "
+                                  "licence there and set HF_TOKEN")
+        length = answer.headers.get("Content-Length")
+        total = int(length) if length else None
+        if status == 206:
+            begin, total = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"]).groups()
+            total = int(total) if int(begin) == received else -1
+        if status == 416 or total == -1:    # what we have is of another file
+            os.remove(part)
+            return False
+        answer.raise_for_status()
+        bar = tqdm(desc=part, initial=received, total=total, unit="B", unit_scale=True, disable=None)
+        with open(part, "ab" if status == 206 else "wb") as file, bar:
+            for chunk in answer.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+    return total is None or os.path.getsize(part) == total
 
 
 def snapshot_download(path_or_name, weights: bool = True) -> str:
-    """A local path as it is; for a hub name (owner/model or owner/model@revision) the directory of that model in the
-    cache, fetched where it is not there yet. A second call asks nobody.
+    """A local path as it is; for a hub name (owner/model or owner/model@revision) the directory of that
+    model in the cache, fetched where it is not there yet. A second call asks nobody.
 
-    HF_ENDPOINT: a mirror; HF_TOKEN: for gated models; MINPHI_CACHE: the cache (~/.cache/minphi unless set).
+    HF_ENDPOINT: a mirror; HF_TOKEN: for gated models; MINPHI_CACHE: the cache (~/.cache/minphi unless
+    set).
     """
     name = str(path_or_name)
     owner = name.split("/")[0]
@@ -1340,7 +1399,7 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
 
-    def fetch(file: str, required: bool = False) -> bool:
+    def fetch(file: str, required: bool = False) -> bool:      # -> whether the model has this file
         path = os.path.join(folder, file)
         missing = path + ".missing"             # so that nobody is asked again
         if os.path.exists(path) or os.path.exists(missing):
@@ -1350,9 +1409,9 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
             download(url, path, {"Authorization": f"Bearer {token}"} if token else None)
         except FileNotFoundError:
             if required:
-                raise FileNotFoundError(f"no {file} of {name}, neither in a directory here nor at {endpoint}; check "
-                                        "the spelling") from None
-            write_atomically(missing, lambda file: None)
+                raise FileNotFoundError(f"no {file} of {name}, neither in a directory here nor at "
+                                        f"{endpoint}; check the spelling") from None
+            write_atomically(missing, lambda empty: None)
         return os.path.exists(path)
 
     os.makedirs(folder, exist_ok=True)
@@ -1361,10 +1420,11 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
         fetch("config.json", required=True)
-        for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "cl100k_base.tiktoken"):
             fetch(file)
         if weights and fetch("model.safetensors.index.json"):
-            for shard in set(read_json(os.path.join(folder, "model.safetensors.index.json"))["weight_map"].values()):
+            index = read_json(os.path.join(folder, "model.safetensors.index.json"))
+            for shard in set(index["weight_map"].values()):
                 fetch(os.path.basename(shard), required=True)
         elif weights:
             fetch("model.safetensors", required=True)
@@ -1388,13 +1448,14 @@ def hf_names(config: Config, name: str) -> list[str]:
 def split_rows(config: Config, tensor, parts: int):
     """Rows of a parameter -> as they are, gate and up, or q, k and v."""
     if parts == 3:
-        return tensor.split([heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)])
+        heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        return tensor.split([count * config.head_dim for count in heads])
     return tensor.chunk(parts)
 
 
 def _phi3small_rows(config: Config, name: str):
-    """Which of our rows (q, k, v; gate, up) each row of phi-3-small's files is, or None where the order is ours.
-    Theirs go key/value head by key/value head, each with its queries, and gate and up by turns."""
+    """Which of our rows (q, k, v; gate, up) each row of phi-3-small's files is, or None where the order
+    is ours. Theirs go key/value head by key/value head, each with its queries, and gate and up by turns."""
     if config.model_type == "phi3small" and ".gate_up_proj." in name:
         return torch.arange(2 * config.d_ff).view(2, -1).T.flatten()
     if config.model_type == "phi3small" and ".qkv_proj." in name:
@@ -1406,8 +1467,11 @@ def _phi3small_rows(config: Config, name: str):
 
 def stored_parameters(model: Model) -> dict[str, torch.Tensor]:
     """What files hold of a model: a tied embedding once."""
-    tied = ("lm_head.weight", "lm_head.qweight", "lm_head.scale", "lm_head.zero") if model.config.tie_embeddings else ()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    tensors = model.state_dict()
+    if model.config.tie_embeddings:
+        for name in ("weight", "qweight", "scale", "zero"):
+            tensors.pop(f"lm_head.{name}", None)
+    return tensors
 
 
 def to_hf(model: Model) -> dict[str, torch.Tensor]:
@@ -1443,8 +1507,13 @@ def save(model: Model, tokenizer, path: str) -> None:
 def config_json(model: Model) -> dict:
     config = model.config
     if config.model_type == "phi3small" and config.original_max_seq_len:    # its code wants them spelled out
-        config = dataclasses.replace(config, short_mscale=config.rope_mscale(False), long_mscale=config.rope_mscale(True))
+        config = dataclasses.replace(config, short_mscale=config.rope_mscale(long=False),
+                                     long_mscale=config.rope_mscale(long=True))
     keys = {**FIELDS, **config.family.fields}
+    for field in dataclasses.fields(Config):
+        is_default = getattr(config, field.name) in (field.default, [])
+        if field.name not in keys and field.name != "model_type" and not is_default:
+            raise ValueError(f"a config.json of {config.model_type} has no place for {field.name}")
     values = {key: getattr(config, field) for field, key in keys.items() if field not in ROPE_SCALING_FIELDS}
     rope_scaling = {"type": "longrope"}
     for field in ROPE_SCALING_FIELDS:
@@ -1472,6 +1541,8 @@ def config_json(model: Model) -> dict:
 def read_config(file: str) -> Config:
     """A config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
     source = read_json(file)
+    if not isinstance(source, dict):
+        raise ValueError(f"{file} is not a model's configuration")
     model_type = source.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{file} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
@@ -1481,8 +1552,8 @@ def read_config(file: str) -> Config:
     flat = {**source, **rope}
     values = {"n_kv_head": flat.get(keys["n_head"]), **family.defaults}
     values.update((field, flat[key]) for field, key in keys.items() if flat.get(key) is not None)
-    required = [field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING]
-    lacking = [keys[name] for name in required if name in keys and values.get(name) is None]
+    required = [field.name for field in dataclasses.fields(Config)[:7]]
+    lacking = [keys[name] for name in required if values.get(name) is None]
     if lacking:
         raise ValueError(f"{file} lacks {', '.join(lacking)}")
 
@@ -1498,11 +1569,12 @@ def read_config(file: str) -> Config:
         is_older_name = model_type == "gemma" and value in ("gelu", None)
         if value != wanted and not is_older_name:
             raise ValueError(f"{file} has {key} {value!r}; only {wanted!r} is supported")
-    if values.get("head_size") == values["d_model"] / values["n_head"]:
-        del values["head_size"]
     try:
-        return Config(model_type=model_type, **values)
-    except (ValueError, TypeError) as error:
+        config = Config(model_type=model_type, **values)
+        if config.head_size and config.head_size * config.n_head == config.d_model:
+            config.head_size = None
+        return config
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -1519,25 +1591,27 @@ def open_weights(folder: str) -> dict[str, torch.Tensor]:
 
 
 def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
-    """Open a run, a Hugging Face directory of a family in FAMILIES, or a hub name -> the model in eval mode and its
-    tokenizer (None if it has none). dtype: as stored unless given."""
+    """Open a run, a Hugging Face directory of a family in FAMILIES, or a hub name -> the model in eval
+    mode and its tokenizer (None if it has none). dtype: as stored unless given."""
     path = snapshot_download(path_or_name)
     config_file = os.path.join(path, "config.json")
     if not os.path.isfile(config_file):
         if path in PRESETS:
-            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub name "
-                             "such as microsoft/phi-1_5")
-        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with python train.py, or give "
-                                "a hub name")
+            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a "
+                             "hub name such as microsoft/phi-1_5")
+        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with python train.py, "
+                                "or give a hub name")
     config = read_config(config_file)
     quantization = read_json(config_file).get("quantization_config") or {}
     with torch.device("meta"):
         model = Model(config)
         if quantization.get("quant_method") == "minphi":
             quantize(model, quantization.get("bits"))
-    stored = {name: tensor for name, tensor in open_weights(path).items() if "rotary_emb.inv_freq" not in name}
-    if config.tie_embeddings:
-        stored.pop("lm_head.weight", None)      # a second copy of the embedding
+    stored = open_weights(path)
+    for name in list(stored):
+        is_copy = config.tie_embeddings and name == "lm_head.weight"
+        if is_copy or name.endswith("rotary_emb.inv_freq"):     # follows from the config
+            del stored[name]
     norm = stored.get(hf_names(config, "model.norm.weight")[0])
     dtype = dtype or (torch.float32 if norm is None else norm.dtype)
     weights = {}
@@ -1559,8 +1633,8 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
         weights[name] = tensor.to(device or default_device(), like.dtype if is_quantized else dtype)
     problems += [f"{name} is not part of the model" for name in stored]
     if problems:
-        raise ValueError(f"{path} does not hold the model its config.json describes: {'; '.join(problems[:5])} "
-                         f"({len(problems)} in all)")
+        raise ValueError(f"{path} does not hold the model its config.json describes: "
+                         f"{'; '.join(problems[:5])} ({len(problems)} in all)")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_embeddings()
     model.requires_grad_(True).eval()
@@ -1572,8 +1646,9 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
 
 # ---------------------------------------------------------------- table of presets
 
-TRAINING_TOKENS = {"phi-1": 50e9, "phi-1.5": 150e9, "phi-2": 1.4e12, "phi-3-mini": 3.3e12, "phi-3-small": 4.8e12,
-                   "phi-3-medium": 4.8e12, "phi-4": 10e12, "phi-4-mini": 5e12, "llama-3-8b": 15e12}
+TRAINING_TOKENS = {"phi-1": 50e9, "phi-1.5": 150e9, "phi-2": 1.4e12, "phi-3-mini": 3.3e12,
+                   "phi-3-small": 4.8e12, "phi-3-medium": 4.8e12, "phi-4": 10e12, "phi-4-mini": 5e12,
+                   "llama-3-8b": 15e12}
 COLUMNS = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16",
            "GB int8", "GB int4", "tokens/parameter"]
 
@@ -1581,10 +1656,16 @@ COLUMNS = ["preset", "parameters", "GFLOPs/token", "+ attention at full context"
 def describe(name: str) -> list[str]:
     config = PRESETS[name]
     n = config.num_parameters()
-    row = [name, f"{n:,}", f"{2 * n / 1e9:.4g}", f"{config.attention_flops() / 1e9:.3g}", f"{config.kv_cache_bytes():,}"]
-    row += [f"{n * bits / 8e9:.3g}" for bits in (16, 8, 4.5)]       # in int4, 64 weights share a scale and a zero
     tokens = TRAINING_TOKENS.get(name)
-    return [*row, f"{tokens / n:.0f}" if tokens else ""]
+    return [
+        name,
+        f"{n:,}",
+        f"{2 * n / 1e9:.4g}",
+        f"{config.attention_flops() / 1e9:.3g}",
+        f"{config.kv_cache_bytes():,}",
+        *(f"{n * bits / 8e9:.3g}" for bits in (16, 8, 4.5)),    # in int4, 64 weights share 32 bits
+        f"{tokens / n:.0f}" if tokens else "",
+    ]
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ class Request:
         first = Score(self.ids[0], None, [])
         scores = [first, *self.prompt_scores] if self.logprobs is not None else [None] * len(self.ids)
         for token, score in zip(self.ids, scores):
-            self.add_text(token, score, tokenizer)
+            self.add_text(token, score and score._replace(top=score.top[:self.logprobs]), tokenizer)
         self.answer_begin = len(self.text)
 
     def append_token(self, token: int, score: Score | None, tokenizer) -> None:
@@ -484,22 +484,35 @@ class Engine(threading.Thread):
         tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=self.model.device)
         num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=self.model.device)
         self.set_lengths()
-        cache = self.cache.rows(rows[0], rows[0] + len(batch))
+        cache = self.cache.rows(slice(rows[0], rows[0] + len(batch)))
         x = self.model.hidden(tokens, cache=cache, num_tokens=num_tokens)       # (B, T, d_model)
-        for request, chunk, states in zip(batch, chunks, x):
-            if request.echo and request.logprobs is not None and len(request.ids) == request.num_prompt_tokens:
-                self.score_prompt(request, states)
+        self.score_prompts(batch, chunks, x)
+        for request, chunk in zip(batch, chunks):
             request.num_cached += len(chunk)
         whole = [row for row, request in enumerate(batch) if not request.num_uncached]
         if whole:
             logits = self.model.logits(x[whole, num_tokens[whole] - 1])         # (B, T, d_model) -> (rows, V)
             self.append_tokens([batch[row] for row in whole], logits)
 
-    def score_prompt(self, request, states) -> None:
-        """Each state scores the token after its own; the whole prompt's logits at once would not fit."""
-        targets = torch.tensor(request.ids[request.num_cached + 1:][:len(states)], device=states.device)
-        for part, tokens in zip(states.split(256), targets.split(256)):
-            request.prompt_scores += score_tokens(self.model.logits(part[:len(tokens)]), tokens, request.logprobs)
+    def score_prompts(self, batch: list[Request], chunks, x) -> None:
+        """Each state scores the token after its own. Logits in parts: those of all at once would not fit."""
+        owners = []
+        targets = []
+        states = []
+        for request, chunk, row_states in zip(batch, chunks, x):
+            if request.echo and request.logprobs is not None and len(request.ids) == request.num_prompt_tokens:
+                following = request.ids[request.num_cached + 1:][:len(chunk)]
+                owners += [request] * len(following)
+                targets += following
+                states.append(row_states[:len(following)])
+        if not targets:
+            return
+        num_top = max(request.logprobs for request in owners)
+        targets = torch.tensor(targets, device=x.device)
+        owners = iter(owners)
+        for part, tokens in zip(torch.cat(states).split(256), targets.split(256)):
+            for score in score_tokens(self.model.logits(part), tokens, num_top):
+                next(owners).prompt_scores.append(score)
 
     def decode(self, rows: list[int]) -> None:
         """One more token for the texts of these rows; the other rows run along."""
@@ -507,7 +520,7 @@ class Engine(threading.Thread):
         if self.model.device.type == "cuda":    # each number of rows is a CUDA graph
             num_rows = min(1 << (num_rows - 1).bit_length(), len(self.cache.lengths))
         if num_rows not in self.decoders:
-            self.decoders[num_rows] = models.DecodeStep(self.model, self.cache.rows(0, num_rows))
+            self.decoders[num_rows] = models.DecodeStep(self.model, self.cache.rows(slice(num_rows)))
         tokens = [request.ids[-1] for request in self.running]
         tokens += [0] * (num_rows - len(tokens))
         self.set_lengths()

