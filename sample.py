@@ -331,31 +331,17 @@ class Engine(threading.Thread):
         self.cache_tokens = cache_tokens
         self.waiting = collections.deque()
         self.running = []
-        self.closed = False
         self.cache = None
         self.decoders = {}      # by the number of rows
         self.changed = threading.Condition()
 
     def submit(self, requests: list[Request]) -> None:
         with self.changed:
-            if self.closed:
-                raise APIError(503, "the server is stopping")
             num_busy = sum(not request.is_over for request in (*self.waiting, *self.running))
             if num_busy + len(requests) > self.queue_size + self.max_num_seqs:
                 raise APIError(429, f"{num_busy} texts are here already; try later", code="rate_limit_exceeded")
             self.waiting.extend(requests)
             self.changed.notify()
-
-    def close(self, seconds: float) -> None:
-        """Refuse what comes and what waits; give what is being decoded so many seconds."""
-        with self.changed:
-            self.closed = True
-            for request in self.waiting:
-                request.events.put(APIError(503, "the server is stopping"))
-            self.waiting.clear()
-        deadline = time.monotonic() + seconds
-        while self.is_busy() and time.monotonic() < deadline:
-            time.sleep(0.05)
 
     def is_busy(self) -> bool:
         return any(not request.is_over for request in self.running)
@@ -392,8 +378,9 @@ class Engine(threading.Thread):
             self.admit()
             for row in reversed(range(len(self.running))):
                 if self.running[row].is_over:       # the last row takes its place
-                    self.copy_row(-1, row)
-                    self.running[row] = self.running[-1]
+                    last = self.running[-1]
+                    self.copy_row(len(self.running) - 1, row, last.num_cached)
+                    self.running[row] = last
                     self.running.pop()
             self.admit()
 
@@ -402,15 +389,17 @@ class Engine(threading.Thread):
         later = []
         while self.waiting and self.fits(self.waiting[0]):
             request = self.waiting.popleft()
-            donor, num_shared = self.longest_prefix(request)
-            if num_shared and not self.running[donor].is_over and self.running[donor].num_cached < num_shared:
+            num_shared, row = max(((self.num_shared(other, request), row) for row, other in enumerate(self.running)),
+                                  default=(0, 0))
+            donor = self.running[row] if num_shared else request
+            if num_shared > donor.num_cached and not donor.is_over:
                 later.append(request)       # what it can copy is being prefilled
             elif not request.cancelled:
+                request.num_cached = min(num_shared, donor.num_cached)
+                request.prompt_scores = donor.prompt_scores[:request.num_cached]
                 self.running.append(request)
                 self.grow_cache()
-                if num_shared:
-                    request.num_cached = self.copy_row(donor, len(self.running) - 1, num_shared)
-                    request.prompt_scores = self.running[donor].prompt_scores[:request.num_cached]
+                self.copy_row(row, len(self.running) - 1, request.num_cached)
         self.waiting.extendleft(reversed(later))
 
     def fits(self, request) -> bool:
@@ -422,16 +411,14 @@ class Engine(threading.Thread):
         """Whether LongRoPE's long factors turn its keys, which must then be computed in one pass over all of it."""
         return 0 < (self.model.config.original_max_seq_len or 0) < len(request.ids)
 
-    def longest_prefix(self, request) -> tuple[int, int]:
-        """-> the row that shares most of this text's beginning, and how many of its tokens can be copied: not the last
-        common one, whose state predicts what differs."""
-        best = 0, 0
-        for row, other in enumerate(self.running):
-            has_scores = not request.echo or other.echo and (other.logprobs or 0) >= (request.logprobs or 0)
-            if has_scores and self.is_long(other) == self.is_long(request):
-                if other.ids[:MIN_SHARED] == request.ids[:MIN_SHARED]:
-                    best = max(best, (row, len(os.path.commonprefix([other.ids, request.ids])) - 1), key=lambda pair: pair[1])
-        return best if best[1] >= MIN_SHARED else (0, 0)
+    def num_shared(self, donor, request) -> int:
+        """How many of the donor's cached tokens the request can copy: not the last common one, whose state predicts what
+        differs."""
+        has_scores = not request.echo or donor.echo and (donor.logprobs or 0) >= (request.logprobs or 0)
+        if not has_scores or self.is_long(donor) != self.is_long(request) or donor.ids[:MIN_SHARED] != request.ids[:MIN_SHARED]:
+            return 0
+        ids = donor.ids[:donor.num_prompt_tokens] if request.echo else donor.ids    # what was answered has no scores
+        return len(os.path.commonprefix([ids, request.ids])) - 1
 
     def grow_cache(self) -> None:
         """A row for each text, long enough for its last token."""
@@ -448,14 +435,9 @@ class Engine(threading.Thread):
             self.cache.keys[kept] = old.keys[kept]
             self.cache.values[kept] = old.values[kept]
 
-    def copy_row(self, source: int, target: int, limit=None) -> int:
-        """-> the number of tokens copied."""
-        length = self.running[source].num_cached
-        length = min(length, limit or length)
-        source %= len(self.running)
+    def copy_row(self, source: int, target: int, length: int) -> None:
         for stored in (self.cache.keys, self.cache.values):
             stored[:, target, :length] = stored[:, source, :length]
-        return length
 
     # ---- the model
 
@@ -743,8 +725,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for event in self.events(requests):
                 content = {"text": event.text}
                 if is_chat:
-                    is_first = all(choice["index"] != event.index for choice in choices[:len(requests)])
-                    role = {"role": "assistant"} if is_first else {}
+                    role = {} if is_stream and choices else {"role": "assistant"}
                     content = {"delta" if is_stream else "message": {**role, "content": event.text}}
                 logprobs = None
                 if requests[0].logprobs is not None:
@@ -891,9 +872,11 @@ def serve(args) -> None:
         server.engine.join()
     finally:
         print("stopping: answers that have begun are finished", file=sys.stderr)
-        server.engine.close(30)
-        time.sleep(0.5)     # the last of them are being sent
         server.shutdown()
+        deadline = time.monotonic() + 30
+        while server.engine.is_busy() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)     # the last of them are being sent
 # ---------------------------------------------------------------- the page at /
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
