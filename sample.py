@@ -2,11 +2,11 @@
 
     python sample.py --run runs/phi --prompt 'def add(a, b):'
     python sample.py --run runs/chat --chat
-    python sample.py --run runs/chat --serve                            # OpenAI's interface, a page at http://127.0.0.1:8000
+    python sample.py --run runs/chat --serve                            # OpenAI's interface; http://127.0.0.1:8000
     python sample.py --run runs/phi --eval HumanEval.jsonl.gz some.txt  # pass@k; bits per byte
-    python sample.py --eval HumanEval.jsonl.gz --solutions canonical    # no model: checks the file and the sandbox
+    python sample.py --eval HumanEval.jsonl.gz --solutions canonical    # no model: checks file and sandbox
 
-MMLU, ARC, HellaSwag, GSM8K and the rest are lm-evaluation-harness's, which asks the server (README, Evaluation).
+MMLU, ARC, HellaSwag, GSM8K and the rest are lm-evaluation-harness's, which asks the server (README).
 """
 import codecs
 import collections
@@ -45,33 +45,33 @@ def options(arguments=None):
     option = parser.option
     whole = data.number(int, 0)
     positive = data.number(int, 1)
-    option("--run", "runs/phi", "run directory, Hugging Face directory, or hub name such as microsoft/phi-1_5")
+    option("--run", "runs/phi", "run or Hugging Face directory, or hub name such as microsoft/phi-1_5")
     option("--device", models.default_device(), "cpu, cuda, cuda:1 or mps")
     option("--dtype", None, "of the weights (default: bf16 on CUDA, else fp32)", choices=DTYPES)
     option("--quantize", None, "hold the weights in so many bits; with --out DIR write them there",
            choices=["int8", "int4"])
-    option("--skip", None, "SkipDecode: the layers run fall from MAX at the first new token to MIN at the last",
+    option("--skip", None, "SkipDecode: layers fall from MAX at the first new token to MIN at the last",
            type=models.parse_skip, metavar="MAX:MIN")
     option("--seed", 0, "of the sampling", type=whole)
     option("--max-tokens", None, "new tokens at most (default: 256, with --eval 1024)", type=positive)
     option("--temperature", 0.0, "0 takes the likeliest token, 1 samples plainly", type=data.number(float, 0))
     option("--top-k", 0, "sample among this many likeliest tokens, 0 for all", type=whole)
-    option("--top-p", 1.0, "sample among the fewest tokens holding this probability", type=data.number(float, 1e-9, 1))
+    option("--top-p", 1.0, "sample among the fewest tokens holding this probability",
+           type=data.number(float, 1e-9, 1))
     option("--prompt", "-", "text to complete, or - for standard input")
-    option("--chat", False, "talk in the terminal; with --eval, ask through the chat template", action="store_true")
-    option("--serve", False, "OpenAI's interface at /v1 and a page at /; asks for the key MINPHI_API_KEY if that is set",
+    option("--chat", False, "talk in the terminal; with --eval, ask through the chat template",
+           action="store_true")
+    option("--serve", False, "OpenAI's interface at /v1, a page at /; asks for the key MINPHI_API_KEY if it is set",
            action="store_true")
     option("--host", "127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
     option("--port", 8000, "port to listen at, 0 for any free one", type=data.number(int, 0, 65535))
     option("--batch-size", 128, "texts that --eval and --serve decode at once", type=positive)
-    option("--queue", 256, "texts that may wait for a place; more are refused", type=whole)
     option("--eval", None, "HumanEval, HumanEval+, MBPP or exercises (pass@k), or any text (bits per byte)",
            metavar="FILE", nargs="+")
     option("--solutions", "model", "whose solutions to judge", choices=["model", "canonical"])
     option("--shots", 3, "of MBPP's problems 2, 3 and 4, solved before each question", type=whole)
     option("--samples", 1, "completions a problem, for pass@k; above 1 needs a --temperature", type=positive)
     option("--limit", None, "take only this many problems from a file's start", type=positive)
-    option("--timeout", 5.0, "seconds a problem's tests may take", type=data.number(float, 0.1))
     option("--show", 2, "solved and failed examples to print, each", type=whole)
     option("--out", None, "write every question, answer and verdict here", metavar="FILE.jsonl")
     option("--json", None, "write the summary here", metavar="FILE")
@@ -98,15 +98,15 @@ def open_model(args):
     dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     model, tokenizer = models.load(args.run, args.device, DTYPES[dtype])
     if tokenizer is None:
-        raise ValueError(f"--run {args.run} has no tokenizer.json; copy the one its model was trained with into it")
+        raise ValueError(f"--run {args.run} has no tokenizer.json; copy its model's into it")
     if args.quantize:
         models.quantize(model, int(args.quantize[3:]))
     return model, tokenizer
 
 
 def encode_prompt(tokenizer, text):
-    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one token, so
-    a prompt that ends between them would have to be continued by a token never seen there."""
+    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one token,
+    so a prompt that ends between them would have to be continued by a token never seen there."""
     return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
 
 
@@ -155,7 +155,8 @@ class Request:
         self.cancelled = False      # the client has gone
         self.finish_reason = None
         self.random = random.Random(self.seed)
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over tokens
+        # a character may be spread over tokens
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.pattern = re.compile("|".join(map(re.escape, self.stop)) or "(?!)")
         self.prompt_scores = []     # of the prompt's tokens from the second on
         self.scores = []            # (where its text begins, Score) of tokens that were not sent yet
@@ -194,7 +195,7 @@ class Request:
                 self.finish_reason = "length"
         else:
             self.finish_reason = "stop"
-            if self.echo and score:         # the text's log-probabilities then end with this one, as vLLM's do
+            if self.echo and score:     # as vLLM's, the log-probabilities then end with this one
                 self.scores.append((len(self.text), score))
         if self.finish_reason:
             self.text += self.decoder.decode(b"", final=True)
@@ -219,8 +220,10 @@ def generate(args, model, tokenizer, requests: list[Request]) -> None:
     def stream(row, token):
         requests[row].append_token(token, None, tokenizer)
         return requests[row].is_over
-    model.generate([list(request.ids) for request in requests], args.max_tokens, args.temperature, args.top_k, args.top_p,
-                   tokenizer.stops, [request.seed for request in requests], stream, args.skip)
+    prompts = [list(request.ids) for request in requests]
+    seeds = [request.seed for request in requests]
+    model.generate(prompts, args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, seeds,
+                   stream, args.skip)
 
 
 # ---------------------------------------------------------------- complete and chat
@@ -233,7 +236,7 @@ class Printer:
 
 
 def print_answer(args, model, tokenizer, ids, stop=()) -> str:
-    """Print the answer as it comes, and tokens a second on stderr -> the answer, which Ctrl-C ends in a chat."""
+    """Print the answer as it comes, tokens a second on stderr -> the answer, which Ctrl-C ends in a chat."""
     max_new_tokens = min(args.max_tokens, model.config.max_seq_len - len(ids))
     request = Request(ids, max_new_tokens, seed=args.seed, stop=stop, stream=True, events=Printer())
     start = time.perf_counter()
@@ -273,7 +276,7 @@ def chat(args) -> None:
     model, tokenizer = open_model(args)
     context = model.config.max_seq_len
     messages = []
-    print("Write a message. /retry answers anew, /new forgets all, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
+    print("/retry answers anew, /new forgets all, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     while True:
         try:
             text = input("\n> " if sys.stdin.isatty() else "").strip()
@@ -301,7 +304,8 @@ def chat(args) -> None:
 
 MAX_PREFILL = 4096      # tokens in one pass over prompts
 MAX_CHUNK = 512         # the same while other texts are being decoded, so that none of them stalls
-MIN_SHARED = 16         # tokens that two texts must begin with for one to wait for the other's keys and values
+MAX_WAITING = 256       # texts; more are refused
+MIN_SHARED = 16         # tokens that two texts begin with for one to wait for the other's keys and values
 
 
 class APIError(Exception):
@@ -315,19 +319,18 @@ class APIError(Exception):
 
 
 class Engine(threading.Thread):
-    """Decodes the texts of many requests together. A request joins the running batch between two tokens and leaves it
-    with its last, so that nobody waits for another's end (Orca, OSDI 2022, section 3.1).
+    """Decodes the texts of many requests together. A request joins the running batch between two tokens and leaves
+    it with its last, so that nobody waits for another's end (Orca, OSDI 2022, section 3.1).
 
-    Row i of the cache belongs to running[i] and holds its first num_cached tokens. One token that is not cached is
-    decoded, several are prefilled in chunks. Texts that begin alike are prefilled once: the later ones copy.
+    Row i of the cache belongs to running[i] and holds its first num_cached tokens. One token that is not cached
+    is decoded, several are prefilled in chunks. Texts that begin alike are prefilled once: the later ones copy.
     """
 
-    def __init__(self, model, tokenizer, max_num_seqs: int, queue_size: int, cache_tokens: int):
+    def __init__(self, model, tokenizer, max_num_seqs: int, cache_tokens: int):
         super().__init__(daemon=True)
         self.model = model
         self.tokenizer = tokenizer
         self.max_num_seqs = max_num_seqs
-        self.queue_size = queue_size
         self.cache_tokens = cache_tokens
         self.waiting = collections.deque()
         self.running = []
@@ -338,8 +341,8 @@ class Engine(threading.Thread):
     def submit(self, requests: list[Request]) -> None:
         with self.changed:
             num_busy = sum(not request.is_over for request in (*self.waiting, *self.running))
-            if num_busy + len(requests) > self.queue_size + self.max_num_seqs:
-                raise APIError(429, f"{num_busy} texts are here already; try later", code="rate_limit_exceeded")
+            if num_busy + len(requests) > self.max_num_seqs + MAX_WAITING:
+                raise APIError(429, f"{num_busy} texts are here; try later", code="rate_limit_exceeded")
             self.waiting.extend(requests)
             self.changed.notify()
 
@@ -353,7 +356,7 @@ class Engine(threading.Thread):
             try:
                 with torch.inference_mode():
                     self.step()
-            except Exception as error:  # a lack of memory, most likely: these texts are lost, but not the server
+            except Exception as error:  # a lack of memory, most likely: these texts are lost, not the server
                 message = f"decoding failed ({type(error).__name__}: {str(error)[:200]})"
                 print(f"sample.py: {message}", file=sys.stderr)
                 for request in self.running:
@@ -366,7 +369,8 @@ class Engine(threading.Thread):
         prefilling = [row for row, request in enumerate(self.running) if request.num_uncached > 1]
         if prefilling:
             self.prefill(prefilling)
-        decoding = [row for row, request in enumerate(self.running) if request.num_uncached == 1 and not request.is_over]
+        rows = [row for row, request in enumerate(self.running) if request.num_uncached == 1]
+        decoding = [row for row in rows if not self.running[row].is_over]
         if decoding:
             self.decode(decoding)
 
@@ -389,8 +393,8 @@ class Engine(threading.Thread):
         later = []
         while self.waiting and self.fits(self.waiting[0]):
             request = self.waiting.popleft()
-            num_shared, row = max(((self.num_shared(other, request), row) for row, other in enumerate(self.running)),
-                                  default=(0, 0))
+            shared = [(self.num_shared(other, request), row) for row, other in enumerate(self.running)]
+            num_shared, row = max(shared, default=(0, 0))
             donor = self.running[row] if num_shared else request
             if num_shared > donor.num_cached and not donor.is_over:
                 later.append(request)       # what it can copy is being prefilled
@@ -408,17 +412,19 @@ class Engine(threading.Thread):
         return num_rows == 1 or num_rows <= self.max_num_seqs and num_rows * longest <= self.cache_tokens
 
     def is_long(self, request) -> bool:
-        """Whether LongRoPE's long factors turn its keys, which must then be computed in one pass over all of it."""
+        """Whether LongRoPE's long factors turn its keys, which are then computed in one pass over all of it."""
         return 0 < (self.model.config.original_max_seq_len or 0) < len(request.ids)
 
     def num_shared(self, donor, request) -> int:
-        """How many of the donor's cached tokens the request can copy: not the last common one, whose state predicts what
-        differs."""
-        has_scores = not request.echo or donor.echo and (donor.logprobs or 0) >= (request.logprobs or 0)
-        if not has_scores or self.is_long(donor) != self.is_long(request) or donor.ids[:MIN_SHARED] != request.ids[:MIN_SHARED]:
-            return 0
-        ids = donor.ids[:donor.num_prompt_tokens] if request.echo else donor.ids    # what was answered has no scores
-        return len(os.path.commonprefix([ids, request.ids])) - 1
+        """How many of the donor's cached tokens the request can copy: not the last common one, whose state predicts
+        what differs."""
+        donor_ids = donor.ids
+        if request.echo:
+            donor_ids = donor.ids[:donor.num_prompt_tokens]     # what was answered has no scores
+            if not donor.echo or (donor.logprobs or 0) < (request.logprobs or 0):
+                return 0
+        is_alike = donor_ids[:MIN_SHARED] == request.ids[:MIN_SHARED] and self.is_long(donor) == self.is_long(request)
+        return len(os.path.commonprefix([donor_ids, request.ids])) - 1 if is_alike else 0
 
     def grow_cache(self) -> None:
         """A row for each text, long enough for its last token."""
@@ -428,7 +434,8 @@ class Engine(threading.Thread):
         if old and num_rows <= len(old.lengths) and capacity <= old.capacity:
             return
         num_rows = max(num_rows, min(2 * num_rows, self.max_num_seqs, self.cache_tokens // capacity))
-        self.cache = models.KVCache(self.model.config, num_rows, capacity, self.model.device, self.model.dtype)
+        model = self.model
+        self.cache = models.KVCache(model.config, num_rows, capacity, model.device, model.dtype)
         self.decoders = {}
         if old:
             kept = slice(None), slice(min(num_rows, len(old.lengths))), slice(min(capacity, old.capacity))
@@ -462,9 +469,10 @@ class Engine(threading.Thread):
             batch.append(request)
             chunks.append(chunk)
 
+        device = self.model.device
         longest = max(map(len, chunks))
-        tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=self.model.device)
-        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=self.model.device)
+        tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
+        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=device)
         self.set_lengths()
         cache = self.cache.rows(slice(rows[0], rows[0] + len(batch)))
         x = self.model.hidden(tokens, cache=cache, num_tokens=num_tokens)       # (B, T, d_model)
@@ -482,7 +490,8 @@ class Engine(threading.Thread):
         targets = []
         states = []
         for request, chunk, row_states in zip(batch, chunks, x):
-            if request.echo and request.logprobs is not None and len(request.ids) == request.num_prompt_tokens:
+            is_prompt = len(request.ids) == request.num_prompt_tokens
+            if request.echo and request.logprobs is not None and is_prompt:
                 following = request.ids[request.num_cached + 1:][:len(chunk)]
                 owners += [request] * len(following)
                 targets += following
@@ -541,7 +550,7 @@ def score_tokens(logits, tokens, num_top: int) -> list[Score]:
 
 
 def sample_batch(logits, requests: list[Request]):
-    """(n, V) logits -> (n,) tokens: as model.sample, but each row by its own request's settings and random numbers."""
+    """(n, V) logits -> (n,) tokens: as model.sample, but each row by its own settings and random numbers."""
     tokens = logits.argmax(-1)
     alike = collections.defaultdict(list)
     for row, request in enumerate(requests):
@@ -560,8 +569,8 @@ READ_SECONDS = 30       # for headers and body together
 MAX_READING = 512       # connections whose request has not arrived
 NUMBER = (int, float)
 FIELDS = {              # of a request: type, smallest, largest
-    "temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 1e-9, 1), "top_k": (int, 0, 1e9), "seed": (int, -1e19, 1e19),
-    "n": (int, 1, 128), "stream": (bool, 0, 1), "echo": (bool, 0, 1), "logprobs": (int, 0, 20),
+    "temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 1e-9, 1), "top_k": (int, 0, 1e9),
+    "seed": (int, -1e19, 1e19), "n": (int, 1, 128), "stream": (bool, 0, 1), "echo": (bool, 0, 1), "logprobs": (int, 0, 20),
     "top_logprobs": (int, 0, 20), "max_tokens": (int, 0, 1e9), "max_completion_tokens": (int, 0, 1e9)}
 UNSUPPORTED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty", "suffix")
 LOCAL = ("127.0.0.1", "localhost", "")
@@ -592,8 +601,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.key = os.environ.get("MINPHI_API_KEY", "")
         self.reading = {}       # connection -> when its request must have arrived; the oldest first
         bytes_a_token = model.config.kv_cache_bytes() * model.dtype.itemsize / 2
-        cache_tokens = int(0.4 * cache_memory(model.device) / bytes_a_token)    # moving to a larger cache holds both
-        self.engine = Engine(model, tokenizer, args.batch_size, args.queue, cache_tokens)
+        # 0.4: moving to a larger cache holds both
+        cache_tokens = int(0.4 * cache_memory(model.device) / bytes_a_token)
+        self.engine = Engine(model, tokenizer, args.batch_size, cache_tokens)
         super().__init__((args.host, args.port), Handler)
 
     def verify_request(self, request, address):
@@ -665,7 +675,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.route(self.path.partition("?")[0])
             except APIError as error:
                 self.send_json(error.body, error.status)
-                if self.connection in self.server.reading:  # a client that is still sending listens when it may finish
+                # a client that is still sending listens when it may finish
+                if self.connection in self.server.reading:
                     self.connection.shutdown(socket.SHUT_WR)
                     while self.connection.recv(1 << 16):
                         pass
@@ -680,7 +691,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise APIError(403, "other web sites may not use this server")  # nor reach it by a name of theirs
         is_open = path in ("/", "/health") or not server.key
         if not is_open and self.headers.get("Authorization") != f"Bearer {server.key}":
-            raise APIError(401, "send the key of MINPHI_API_KEY as Authorization: Bearer ...", code="invalid_api_key")
+            raise APIError(401, "send MINPHI_API_KEY as Authorization: Bearer ...", code="invalid_api_key")
         model = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
         documents = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]},
                      f"/v1/models/{server.name}": model}
@@ -713,12 +724,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise APIError(400, "the request must be a JSON object")
 
     def answer(self, is_chat: bool) -> None:
-        """Decode and send what is asked for: at once, or as server-sent events, in which later errors are events too."""
+        """Decode and send what is asked for: at once, or as server-sent events, where later errors are events too."""
         body = self.read_body()
         requests = make_requests(self.server, body, is_chat)
         is_stream = requests[0].stream
         kind = "chat.completion" + ".chunk" * is_stream if is_chat else "text_completion"
-        reply = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time()), "model": self.server.name}
+        reply = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time()),
+                 "model": self.server.name}
         choices = []
         try:
             self.server.engine.submit(requests)
@@ -730,7 +742,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 logprobs = None
                 if requests[0].logprobs is not None:
                     logprobs = format_logprobs(event.scores, self.server.tokenizer, is_chat)
-                choice = {"index": event.index, **content, "logprobs": logprobs, "finish_reason": event.finish_reason}
+                choice = {"index": event.index, **content, "logprobs": logprobs,
+                          "finish_reason": event.finish_reason}
                 if is_stream and not choices:
                     self.send(b"", "text/event-stream")
                 choices.append(choice)
@@ -784,8 +797,8 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
             raise APIError(400, f"{name} is not supported", name)
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 64 or not all(isinstance(text, str) and 0 < len(text) < 1000 for text in stop):
-        raise APIError(400, "stop must be a text or up to 64 of them", "stop")
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise APIError(400, "stop must be a text or a list of them", "stop")
     settings = {name: body[name] for name in ("top_p", "top_k", "echo", "stream", "logprobs") if name in body}
     settings["temperature"] = body.get("temperature", 1.0)
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens", server.args.max_tokens))
@@ -793,12 +806,13 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
         if is_chat:
             settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
             stop += chat_stops(server.tokenizer)
-            prompts = [(server.tokenizer.render(plain_messages(body["messages"])), " ")]    # some begin answers with a space
+            # some formats make an answer begin with a space
+            prompts = [(server.tokenizer.render(plain_messages(body["messages"])), " ")]
         else:
             prompt = body["prompt"]
-            prompts = prompt if prompt and isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-            prompts = [read_prompt(server, prompt, body.get("echo")) for prompt in prompts]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            is_one = not isinstance(prompt, list) or isinstance(prompt[0], int)
+            prompts = [read_prompt(server, one, body.get("echo")) for one in ([prompt] if is_one else prompt)]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         name = "messages" if is_chat else "prompt"
         raise APIError(400, f"{name}: {type(error).__name__} {error}", name) from None
     requests = []
@@ -806,7 +820,7 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
     for ids, skip in prompts:
         room = server.config.max_seq_len - len(ids)
         if room < min(max_tokens, 1):
-            raise APIError(400, f"the prompt has {len(ids):,} tokens; with an answer {server.config.max_seq_len:,} fit",
+            raise APIError(400, f"{len(ids):,} tokens and an answer do not fit {server.config.max_seq_len:,}",
                            code="context_length_exceeded")
         for n in range(body.get("n", 1)):
             seed = f"{body['seed']}, {n}" if "seed" in body else None
@@ -817,23 +831,24 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
 
 def plain_messages(messages: list[dict]) -> list[dict]:
     """Contents may be lists of parts."""
-    if not messages:
-        raise ValueError("no message is there")
     plain = []
     for message in messages:
-        parts = message["content"]
-        if isinstance(parts, list):
-            parts = "".join(part["text"] for part in parts)
-        plain.append({"role": message["role"], "content": parts})
+        content = message["content"]
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content)
+        plain.append({"role": message["role"], "content": content})
+    if not plain:
+        raise ValueError("no message is there")
     return plain
 
 
 def read_prompt(server: Server, prompt, echo: bool) -> tuple[list[int], str]:
     """A text or tokens -> tokens, and the whitespace at a text's end, which the model writes and the client has."""
     tokenizer = server.tokenizer
+    if isinstance(prompt, str) and echo:
+        return tokenizer.bos + tokenizer.encode(prompt) or [tokenizer.eot], ""
     if isinstance(prompt, str):
-        ids = tokenizer.bos + tokenizer.encode(prompt) if echo else encode_prompt(tokenizer, prompt)
-        return ids or [tokenizer.eot], "" if echo else prompt[len(prompt.rstrip()):]
+        return encode_prompt(tokenizer, prompt), prompt[len(prompt.rstrip()):]
     if not prompt or not all(type(token) is int and 0 <= token < server.config.vocab_size for token in prompt):
         raise ValueError("it must be a text, a list of the model's tokens, or a list of either")
     return prompt, ""
@@ -860,14 +875,15 @@ def serve(args) -> None:
     try:
         server = Server(args, model, tokenizer)
     except OSError as error:
-        raise OSError(f"cannot listen at {args.host} port {args.port} ({error.strerror}); choose another --port") from None
+        reason = f"cannot listen at {args.host} port {args.port} ({error.strerror})"
+        raise OSError(f"{reason}; choose another --port") from None
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_address[1]}"
     print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts at once, "
-          f"{args.queue} may wait, {server.engine.cache_tokens:,} tokens of cache at most; Ctrl-C stops", flush=True)
+          f"{server.engine.cache_tokens:,} tokens of cache; Ctrl-C stops", flush=True)
     if args.host not in LOCAL and not server.key:
-        print("anybody who reaches this machine may use it: set MINPHI_API_KEY to ask for a key", file=sys.stderr)
+        print("anybody may use it: set MINPHI_API_KEY to ask for a key", file=sys.stderr)
     try:
         server.engine.join()
     finally:
@@ -879,26 +895,24 @@ def serve(args) -> None:
         time.sleep(0.5)     # the last of them are being sent
 # ---------------------------------------------------------------- the page at /
 
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+          "frame-ancestors 'none'")
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>minphi</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
 <style>
 :root { color-scheme: light dark }
-body { max-width: 46rem; height: 95dvh; margin: auto; padding: 1rem; display: flex; flex-direction: column; font: 16px/1.5 system-ui }
+body { max-width: 46rem; height: 95dvh; margin: auto; display: flex; flex-flow: column; font: 16px system-ui }
 main { flex: 1; overflow-y: auto }
-article { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
-.user { margin-left: 20%; padding: .5rem; border: 1px solid gray; border-radius: .5rem }
-form { display: flex; gap: .5rem }
-textarea { flex: 1 }
-[type=number] { width: 4rem }
+article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+.user { margin-left: 20%; font-weight: bold }
+textarea { width: 100% }
 </style>
-<p><b>MODEL</b> <label>temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
-<label>tokens <input id="max_tokens" type="number" min="1" value="256"></label>
-<label>key <input id="key" type="password"></label> <button id="new">New</button> <button id="retry">Retry</button></p>
+<p><b>MODEL</b> temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7">
+key <input id="key" type="password"></p>
 <main></main>
-<form><textarea rows="2" placeholder="Message; Enter sends" autofocus></textarea><button>Send</button></form>
+<form><textarea rows="2" placeholder="Message" autofocus></textarea>
+<button>Send</button> <button type="button" id="retry">Retry</button></form>
 <script>
-"use strict"
 const $ = selector => document.querySelector(selector)
 let messages = [], running = null
 
@@ -911,33 +925,32 @@ function show(text, name) {
 }
 
 async function answer() {
-  const place = show("…", ""), turns = messages
+  const place = show("…", ""), message = {role: "assistant", content: ""}
   const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("#key").value}
-  const body = {messages, stream: true, temperature: +$("#temperature").value, max_tokens: +$("#max_tokens").value}
-  let text = "", rest = ""
+  const body = JSON.stringify({messages, stream: true, temperature: +$("#temperature").value})
   running = new AbortController()
-  $("form button").textContent = "Stop"
+  $("button").textContent = "Stop"
   try {
-    const options = {method: "POST", headers, body: JSON.stringify(body), signal: running.signal}
-    const reply = await fetch("/v1/chat/completions", options)
+    const reply = await fetch("/v1/chat/completions", {method: "POST", headers, body, signal: running.signal})
     if (!reply.ok) throw Error((await reply.json()).error.message)
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
+    let rest = ""
     for (let part; !(part = await reader.read()).done;) {
       const lines = (rest + part.value).split("\\n\\n")
       rest = lines.pop()
       for (const line of lines.filter(line => line != "data: [DONE]")) {
         const event = JSON.parse(line.slice(6))
         if (event.error) throw Error(event.error.message)
-        text += event.choices[0].delta.content
+        message.content += event.choices[0].delta.content
       }
-      place.textContent = text
+      place.textContent = message.content
     }
   } catch (error) {
-    place.textContent = error.name == "AbortError" ? text : text + " [" + error.message + "]"
+    if (error.name != "AbortError") place.textContent += " [" + error.message + "]"
   }
+  messages.push(message)
   running = null
-  $("form button").textContent = "Send"
-  turns.push({role: "assistant", content: text})
+  $("button").textContent = "Send"
 }
 
 $("form").onsubmit = event => {
@@ -945,15 +958,9 @@ $("form").onsubmit = event => {
   const text = $("textarea").value
   if (running) return running.abort()
   if (!text.trim()) return
-  messages.push({role: "user", content: text})
-  show(text, "user")
   $("textarea").value = ""
+  messages.push({role: "user", content: show(text, "user").textContent})
   answer()
-}
-$("textarea").onkeydown = event => {
-  if (event.key != "Enter" || event.shiftKey || event.isComposing) return
-  event.preventDefault()
-  $("form").requestSubmit()
 }
 $("#retry").onclick = () => {
   if (running || !messages.length) return
@@ -961,7 +968,6 @@ $("#retry").onclick = () => {
   $("main").lastChild.remove()
   answer()
 }
-$("#new").onclick = () => { running?.abort(); messages = []; $("main").textContent = "" }
 </script>
 </html>
 """
@@ -969,10 +975,12 @@ $("#new").onclick = () => { running?.abort(); messages = []; $("main").textConte
 
 # ---------------------------------------------------------------- evaluation
 
-LINE_AT_MARGIN = re.compile(r"\n(?=[^\s])")     # where a function's body is over: the next line starts at column 0
+LINE_AT_MARGIN = re.compile(r"\n(?=[^\s])")     # where a function's body is over
 CODE_BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.S)
-MBPP_PROMPT = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n"
-CHAT_PROMPT = "Complete this Python function. Answer with the whole function in one code block.\n```python\n{}\n```"
+MBPP_PROMPT = ("You are an expert Python programmer, and here is your task: {} "
+               "Your code should pass these tests:\n\n{}\n")
+CHAT_PROMPT = ("Complete this Python function. Answer with the whole function in one code block.\n"
+               "```python\n{}\n```")
 PLUS_TEST = """import copy, math
 def same(a, b):
     if isinstance(a, float) or isinstance(b, float):
@@ -985,11 +993,12 @@ def check(candidate):
     for inputs in {base_input} + {plus_input}:
         assert same(candidate(*copy.deepcopy(inputs)), {entry_point}(*copy.deepcopy(inputs)))
 """
-KINDS = {"MBPP": {"code", "test_list"}, "code": {"prompt", "entry_point"}, "text": {"text"}}   # fields of their records
+# by the fields of their records
+KINDS = {"MBPP": {"code", "test_list"}, "code": {"prompt", "entry_point"}, "text": {"text"}}
 
 
 def cut(completion: str) -> str:
-    """The completion up to the first later line at column 0. Example: cut("\\n    return 1\\n\\nx") == "\\n    return 1\\n" """
+    """The completion up to the first later line at column 0. Example: cut("  return 1\\nx") == "  return 1" """
     return LINE_AT_MARGIN.split(completion, maxsplit=1)[0]
 
 
@@ -1008,8 +1017,8 @@ def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
     fields = set.intersection(*map(set, records)) if records else set()
     kind = next((kind for kind in KINDS if KINDS[kind] <= fields), None)
     if kind is None:
-        raise ValueError(f"{path}: its records must all have the fields of {KINDS}, not {fields or 'none'}; other "
-                         "benchmarks are lm-evaluation-harness's, see the README")
+        raise ValueError(f"{path}: its records must all have the fields of one of {KINDS}, not {fields or 'none'}; "
+                         "other benchmarks are lm-evaluation-harness's, see the README")
     for n, record in enumerate(records):
         record.setdefault("task_id", f"record {n + 1}")
         if "plus_input" in record:      # HumanEval+: what the reference answers is expected
@@ -1021,27 +1030,29 @@ def mbpp_problems(records: list[dict], num_shots: int, is_chat: bool) -> list[di
     """The test part, problems 11 to 510 (arXiv 2108.07732), with its prompts; 2, 3 and 4 are the examples."""
     end = "" if is_chat else "[BEGIN]\n"
     for record in records:
-        record["prompt"] = MBPP_PROMPT.format(record.get("text") or record["prompt"], "\n".join(record["test_list"])) + end
+        task = record.get("text") or record["prompt"]
+        record["prompt"] = MBPP_PROMPT.format(task, "\n".join(record["test_list"])) + end
     shots = [record for record in records if record["task_id"] in (2, 3, 4)][:0 if is_chat else num_shots]
     intro = "".join(f"{shot['prompt']}{shot['code']}\n[DONE]\n\n" for shot in shots)
     tests = [record for record in records if record["task_id"] in range(11, 511)] or records
     return [{**record, "prompt": intro + record["prompt"]} for record in tests]
 
 
-def write_answers(args, model, tokenizer, problems, end: re.Pattern) -> list[Request]:
-    """--samples answers to each problem, up to `end`. Of a prompt that is too long the beginning is left out. A text
-    depends on --seed, its prompt and its number, not on its batch."""
+def write_answers(args, model, tokenizer, kind, problems, end: re.Pattern) -> list[Request]:
+    """--samples answers to each problem, up to `end`. Of a prompt that is too long the beginning is left out.
+    A text depends on --seed, its prompt and its number, not on its batch."""
     room = max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
     requests = []
     for problem in problems:
+        ids = encode_prompt(tokenizer, problem["prompt"])
         if args.chat:
-            ids = tokenizer.render([{"role": "user", "content": problem["question"]}])[-room:]
-        else:
-            ids = encode_prompt(tokenizer, problem["prompt"])[-room:]
+            question = CHAT_PROMPT.format(problem["prompt"]) if kind == "code" else problem["prompt"]
+            ids = tokenizer.render([{"role": "user", "content": question}])
         for n in range(args.samples):
             seed = hashlib.sha256(json.dumps([args.seed, ids, n]).encode()).digest()[:8]
-            request = Request(list(ids), args.max_tokens, seed=int.from_bytes(seed))
-            request.pattern = end
+            request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed))
+            if not args.chat:
+                request.pattern = end
             requests.append(request)
     # texts of one length together waste least; with the longest first, a lack of memory shows at once
     order = sorted(requests, key=lambda request: -len(request.ids))
@@ -1054,27 +1065,25 @@ def solve(args, model, tokenizer, kind, records) -> list[dict]:
     """A row for each sample of each problem: question, answer, verdict."""
     end = re.compile(r"\[DONE\]") if kind == "MBPP" else LINE_AT_MARGIN
     if kind == "MBPP":
-        problems = mbpp_problems(records, args.shots, args.chat)
-    else:
-        problems = [{**record, "prompt": record["prompt"].rstrip()} for record in records]
-    for problem in problems:
-        problem["question"] = CHAT_PROMPT.format(problem["prompt"]) if kind == "code" else problem["prompt"]
+        records = mbpp_problems(records, args.shots, args.chat)
     if args.solutions == "canonical":
-        texts = [problem.get("code") or problem["canonical_solution"] for problem in problems]
-        truncated = [False] * len(texts)
+        answers = [Request([], 0) for _ in records]
+        for record, answer in zip(records, answers):
+            answer.text = record.get("code") or record["canonical_solution"]
     else:
-        answers = write_answers(args, model, tokenizer, problems, re.compile("(?!)") if args.chat else end)
-        texts = [answer.text for answer in answers]
-        truncated = [answer.finish_reason != "stop" for answer in answers]
-    if args.chat:
-        texts = [(CODE_BLOCK.findall(text) or [text])[0] for text in texts]
-        for problem in problems:    # the answer repeats the function; imports and helpers stand before it
-            problem["prompt"] = re.split(rf"^def {problem.get('entry_point', '')}\b", problem["prompt"], flags=re.M)[0]
-    problems = [problem for problem in problems for _ in range(args.samples)]
-    verdicts = synth.judge_all(list(zip(problems, texts)), timeout=args.timeout)
+        answers = write_answers(args, model, tokenizer, kind, records, end)
+    problems = [dict(record) for record in records for _ in range(args.samples)]
+    for problem, answer in zip(problems, answers):
+        if args.chat:       # the answer repeats the function; imports and helpers stand before it
+            answer.text = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
+            function = rf"^def {problem.get('entry_point', '')}\b"
+            problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
+        else:
+            problem["prompt"] = problem["prompt"].rstrip()
+    verdicts = synth.judge_all([(problem, answer.text) for problem, answer in zip(problems, answers)])
     return [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],
-             "completion": text, "truncated": is_truncated, "passed": verdict.passed, "reason": verdict.reason}
-            for problem, text, is_truncated, verdict in zip(problems, texts, truncated, verdicts)]
+             "completion": answer.text, "truncated": answer.finish_reason == "length", **verdict._asdict()}
+            for problem, answer, verdict in zip(problems, answers, verdicts)]
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -1092,19 +1101,20 @@ def ratio(values, weights) -> tuple[float, float]:
 
 def score(rows: list[dict], samples: int) -> dict:
     """The summary of the rows of some problems, `samples` each."""
-    passed = [sum(row["passed"] for row in rows[begin:begin + samples]) for begin in range(0, len(rows), samples)]
+    passed = [sum(row["passed"] for row in rows[begin:begin + samples])
+              for begin in range(0, len(rows), samples)]
     result = {"problems": len(passed), "passed": sum(passed), "total": len(rows),
               "truncated": sum(row["truncated"] for row in rows)}
-    for k in (1, 10, 100):
+    for k in (100, 10, 1):
         if k <= samples:
             values = [pass_at_k(samples, n, k) for n in passed]
-            result[f"pass@{k}"], result["se" if k == 1 else f"se pass@{k}"] = ratio(values, [1] * len(values))
+            result[f"pass@{k}"], result["se"] = ratio(values, [1] * len(values))    # at last of pass@1
     return result
 
 
 @torch.inference_mode()
 def count_bits(model, tokenizer, text: str) -> dict:
-    """Each token is predicted once, in windows of the context, the last of them from all that fits before it."""
+    """Each token is predicted once, in windows of the context, the last of them from all that fits before."""
     ids = (tokenizer.bos or [tokenizer.eot]) + tokenizer.encode(text)
     context = model.config.max_seq_len
     nats = 0.0
@@ -1114,17 +1124,21 @@ def count_bits(model, tokenizer, text: str) -> dict:
         targets = window[:, 1:].clone()
         targets[:, :begin - end] = -1
         nats += model(window[:, :-1], targets=targets)[0].item()
-    return {"bits": nats / math.log(2), "bytes": len(text.encode()), "words": len(text.split()), "tokens": len(ids) - 1}
+    return {"bits": nats / math.log(2), "bytes": len(text.encode()), "words": len(text.split()),
+            "tokens": len(ids) - 1}
 
 
 def evaluate_texts(model, tokenizer, records) -> tuple[list[dict], dict]:
     """-> rows, and bits per byte and perplexities of all together."""
+    progress = tqdm(records, desc="reading", unit="text", disable=None)
     rows = [{"task_id": record["task_id"], **count_bits(model, tokenizer, record["text"])}
-            for record in tqdm(records, desc="reading", unit="text", disable=None)]
-    totals = {name: sum(row[name] for row in rows) for name in ("bits", "bytes", "words", "tokens")}
-    bits_per_byte, se = ratio([row["bits"] for row in rows], [row["bytes"] for row in rows])
-    perplexities = {f"{unit} perplexity": 2 ** (totals["bits"] / max(1, totals[f"{unit}s"])) for unit in ("word", "token")}
-    return rows, {"problems": len(rows), **totals, "bits per byte": bits_per_byte, "se": se, **perplexities}
+            for record in progress]
+    result = {name: sum(row[name] for row in rows) for name in ("bits", "bytes", "words", "tokens")}
+    bits, sizes = zip(*((row["bits"], row["bytes"]) for row in rows))
+    result["bits per byte"], result["se"] = ratio(bits, sizes)
+    for unit in ("word", "token"):
+        result[f"{unit} perplexity"] = 2 ** (result["bits"] / max(1, result[f"{unit}s"]))
+    return rows, result
 
 
 def evaluate(args) -> None:
@@ -1133,22 +1147,21 @@ def evaluate(args) -> None:
     written = []
     for path in args.eval:
         kind, records = read_problems(path, args.limit)
+        levels = {}
         if kind == "text":
             rows, result = evaluate_texts(model, tokenizer, records)
-            results = {"": result}
         else:
             rows = solve(args, model, tokenizer, kind, records)
-            levels = sorted({row["level"] for row in rows} - {""}, key=lambda level: (len(level), level))
-            results = {level: score([row for row in rows if level in ("", row["level"])], args.samples)
-                       for level in ("", *levels)}
+            result = score(rows, args.samples)
+            for level in dict.fromkeys(row["level"] for row in rows if row["level"]):
+                levels[level] = score([row for row in rows if row["level"] == level], args.samples)
             for verdict in (True, False):
                 for row in [row for row in rows[::args.samples] if row["passed"] == verdict][:args.show]:
                     print(f"\n--- {row['task_id']}: {row['reason']}\n{row['prompt']}{row['completion']}")
-        for level, result in results.items():
-            figures = ", ".join(f"{name} {value:,.4g}" for name, value in result.items())
-            print(f"{path}{level and f', k = {level}'}: {figures}")
-        about = {name: getattr(args, name) for name in ("run", "solutions", "temperature")}
-        summaries.append({"file": path, "kind": kind, **about, **results.pop(""), "levels": results})
+        for level, figures in {"": result, **levels}.items():
+            words = [f"{name} {value:,.4g}" for name, value in figures.items()]
+            print(path, level and f"k = {level}", *words, sep="  ")
+        summaries.append({"file": path, "kind": kind, "run": args.run, **result, "levels": levels})
         written += [{"file": path, **row} for row in rows]
     if args.out:
         data.write_jsonl(args.out, written)

@@ -1625,7 +1625,7 @@ ROPED = dict(original_max_seq_len=24, short_factor=[1.0] * 4, long_factor=[2.0] 
 
 
 def engine_of(m, rows=4, cache_tokens=1 << 20):
-    engine = sample.Engine(m, Tokenizer.load("bytes"), rows, 64, cache_tokens)
+    engine = sample.Engine(m, Tokenizer.load("bytes"), rows, cache_tokens)
     engine.start()
     return engine
 
@@ -1778,7 +1778,7 @@ def served(tmp_path_factory):
     models.save(m, tokenizer, run)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MINPHI_API_KEY", raising=False)
-        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--queue", "4", "--max-tokens", "20"])
+        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--max-tokens", "20"])
         server = sample.Server(args, m, tokenizer)
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -1879,11 +1879,11 @@ def test_bad_requests_get_openais_errors(served, path, body, status, field):
 
 
 def test_a_full_queue_asks_to_come_again(served, monkeypatch):
-    monkeypatch.setattr(served.server.engine, "queue_size", -8)
+    monkeypatch.setattr(sample, "MAX_WAITING", -8)
     answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
     assert answer.json()["error"]["code"] == "rate_limit_exceeded"
-    monkeypatch.setattr(served.server.engine, "queue_size", -7)
+    monkeypatch.setattr(sample, "MAX_WAITING", -7)
     gone = sample.Request([1], 5)
     gone.cancelled = True
     with served.server.engine.changed:
@@ -1987,7 +1987,7 @@ def test_two_hundred_clients_a_third_of_whom_leave(served, monkeypatch):
         else:
             body = {"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}
             assert requests.post(url, json=body).json()["choices"][0]["text"] == expected[n % 4]
-    monkeypatch.setattr(served.server.engine, "queue_size", 1000)
+    monkeypatch.setattr(sample, "MAX_WAITING", 1000)
     with ThreadPoolExecutor(200) as pool:
         assert len(list(pool.map(client, range(200)))) == 200  # raises what a client raised
 
@@ -2168,7 +2168,7 @@ def test_chat_models_answer_in_a_code_block(tmp_path, monkeypatch):
             request.text = "Sure:\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```\nDone."
             request.finish_reason = "stop"
     monkeypatch.setattr(sample, "generate", reply)
-    summary, rows = evaluated(tmp_path, [ADDITION], "--chat")
+    summary, rows = evaluated(tmp_path, [ADDITION], "--chat", "--max-tokens", "20")
     assert summary["passed"] == 1 and rows[0]["completion"].startswith("def add") and rows[0]["prompt"] == "import math\n\n"
     assert asked[0].startswith("<|user|>") and "def add(a, b):" in asked[0]
 
