@@ -2,7 +2,7 @@
 
     python sample.py --run runs/phi --prompt 'def add(a, b):'
     python sample.py --run runs/chat --chat
-    python sample.py --run runs/chat --serve                            # OpenAI's interface; http://127.0.0.1:8000
+    python sample.py --run runs/chat --serve                            # OpenAI's interface, and a page
     python sample.py --run runs/phi --eval HumanEval.jsonl.gz some.txt  # pass@k; bits per byte
     python sample.py --eval HumanEval.jsonl.gz --solutions canonical    # no model: checks file and sandbox
 
@@ -61,7 +61,7 @@ def options(arguments=None):
     option("--prompt", "-", "text to complete, or - for standard input")
     option("--chat", False, "talk in the terminal; with --eval, ask through the chat template",
            action="store_true")
-    option("--serve", False, "OpenAI's interface at /v1, a page at /; asks for the key MINPHI_API_KEY if it is set",
+    option("--serve", False, "OpenAI's interface at /v1, a page at /; asks for MINPHI_API_KEY if it is set",
            action="store_true")
     option("--host", "127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
     option("--port", 8000, "port to listen at, 0 for any free one", type=data.number(int, 0, 65535))
@@ -105,8 +105,8 @@ def open_model(args):
 
 
 def encode_prompt(tokenizer, text):
-    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one token,
-    so a prompt that ends between them would have to be continued by a token never seen there."""
+    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one
+    token, so a prompt that ends between them would have to be continued by a token never seen there."""
     return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
 
 
@@ -319,11 +319,12 @@ class APIError(Exception):
 
 
 class Engine(threading.Thread):
-    """Decodes the texts of many requests together. A request joins the running batch between two tokens and leaves
-    it with its last, so that nobody waits for another's end (Orca, OSDI 2022, section 3.1).
+    """Decodes the texts of many requests together. A request joins the running batch between two tokens and
+    leaves it with its last, so that nobody waits for another's end (Orca, OSDI 2022, section 3.1).
 
-    Row i of the cache belongs to running[i] and holds its first num_cached tokens. One token that is not cached
-    is decoded, several are prefilled in chunks. Texts that begin alike are prefilled once: the later ones copy.
+    Row i of the cache belongs to running[i] and holds its first num_cached tokens. One token that is not
+    cached is decoded, several are prefilled in chunks. Texts that begin alike are prefilled once: the later
+    ones copy.
     """
 
     def __init__(self, model, tokenizer, max_num_seqs: int, cache_tokens: int):
@@ -412,19 +413,20 @@ class Engine(threading.Thread):
         return num_rows == 1 or num_rows <= self.max_num_seqs and num_rows * longest <= self.cache_tokens
 
     def is_long(self, request) -> bool:
-        """Whether LongRoPE's long factors turn its keys, which are then computed in one pass over all of it."""
+        """Whether LongRoPE's long factors turn its keys, which are then computed in one pass over all."""
         return 0 < (self.model.config.original_max_seq_len or 0) < len(request.ids)
 
     def num_shared(self, donor, request) -> int:
-        """How many of the donor's cached tokens the request can copy: not the last common one, whose state predicts
-        what differs."""
+        """How many of the donor's cached tokens the request can copy: not the last common one, whose state
+        predicts what differs."""
         donor_ids = donor.ids
         if request.echo:
             donor_ids = donor.ids[:donor.num_prompt_tokens]     # what was answered has no scores
             if not donor.echo or (donor.logprobs or 0) < (request.logprobs or 0):
                 return 0
-        is_alike = donor_ids[:MIN_SHARED] == request.ids[:MIN_SHARED] and self.is_long(donor) == self.is_long(request)
-        return len(os.path.commonprefix([donor_ids, request.ids])) - 1 if is_alike else 0
+        if donor_ids[:MIN_SHARED] != request.ids[:MIN_SHARED] or self.is_long(donor) != self.is_long(request):
+            return 0
+        return len(os.path.commonprefix([donor_ids, request.ids])) - 1
 
     def grow_cache(self) -> None:
         """A row for each text, long enough for its last token."""
@@ -569,9 +571,18 @@ READ_SECONDS = 30       # for headers and body together
 MAX_READING = 512       # connections whose request has not arrived
 NUMBER = (int, float)
 FIELDS = {              # of a request: type, smallest, largest
-    "temperature": (NUMBER, 0, 2), "top_p": (NUMBER, 1e-9, 1), "top_k": (int, 0, 1e9),
-    "seed": (int, -1e19, 1e19), "n": (int, 1, 128), "stream": (bool, 0, 1), "echo": (bool, 0, 1), "logprobs": (int, 0, 20),
-    "top_logprobs": (int, 0, 20), "max_tokens": (int, 0, 1e9), "max_completion_tokens": (int, 0, 1e9)}
+    "temperature": (NUMBER, 0, 2),
+    "top_p": (NUMBER, 1e-9, 1),
+    "top_k": (int, 0, 1e9),
+    "seed": (int, -1e19, 1e19),
+    "n": (int, 1, 128),
+    "stream": (bool, 0, 1),
+    "echo": (bool, 0, 1),
+    "logprobs": (int, 0, 20),
+    "top_logprobs": (int, 0, 20),
+    "max_tokens": (int, 0, 1e9),
+    "max_completion_tokens": (int, 0, 1e9),
+}
 UNSUPPORTED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty", "suffix")
 LOCAL = ("127.0.0.1", "localhost", "")
 
@@ -724,7 +735,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise APIError(400, "the request must be a JSON object")
 
     def answer(self, is_chat: bool) -> None:
-        """Decode and send what is asked for: at once, or as server-sent events, where later errors are events too."""
+        """Decode and send what is asked for: at once, or as server-sent events, as later errors are too."""
         body = self.read_body()
         requests = make_requests(self.server, body, is_chat)
         is_stream = requests[0].stream
@@ -843,13 +854,14 @@ def plain_messages(messages: list[dict]) -> list[dict]:
 
 
 def read_prompt(server: Server, prompt, echo: bool) -> tuple[list[int], str]:
-    """A text or tokens -> tokens, and the whitespace at a text's end, which the model writes and the client has."""
+    """A text or tokens -> tokens, and the whitespace at a text's end, which the client has already."""
     tokenizer = server.tokenizer
     if isinstance(prompt, str) and echo:
         return tokenizer.bos + tokenizer.encode(prompt) or [tokenizer.eot], ""
     if isinstance(prompt, str):
         return encode_prompt(tokenizer, prompt), prompt[len(prompt.rstrip()):]
-    if not prompt or not all(type(token) is int and 0 <= token < server.config.vocab_size for token in prompt):
+    vocab_size = server.config.vocab_size
+    if not prompt or not all(type(token) is int and 0 <= token < vocab_size for token in prompt):
         raise ValueError("it must be a text, a list of the model's tokens, or a list of either")
     return prompt, ""
 
@@ -880,8 +892,8 @@ def serve(args) -> None:
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_address[1]}"
-    print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts at once, "
-          f"{server.engine.cache_tokens:,} tokens of cache; Ctrl-C stops", flush=True)
+    print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts at "
+          f"once, {server.engine.cache_tokens:,} tokens of cache; Ctrl-C stops", flush=True)
     if args.host not in LOCAL and not server.key:
         print("anybody may use it: set MINPHI_API_KEY to ask for a key", file=sys.stderr)
     try:
@@ -998,7 +1010,7 @@ KINDS = {"MBPP": {"code", "test_list"}, "code": {"prompt", "entry_point"}, "text
 
 
 def cut(completion: str) -> str:
-    """The completion up to the first later line at column 0. Example: cut("  return 1\\nx") == "  return 1" """
+    """The completion up to its first later line at column 0. Example: cut("  x = 1\\ny") == "  x = 1" """
     return LINE_AT_MARGIN.split(completion, maxsplit=1)[0]
 
 
@@ -1017,8 +1029,8 @@ def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
     fields = set.intersection(*map(set, records)) if records else set()
     kind = next((kind for kind in KINDS if KINDS[kind] <= fields), None)
     if kind is None:
-        raise ValueError(f"{path}: its records must all have the fields of one of {KINDS}, not {fields or 'none'}; "
-                         "other benchmarks are lm-evaluation-harness's, see the README")
+        raise ValueError(f"{path}: its records must all have the fields of one of {KINDS}, not "
+                         f"{fields or 'none'}; other benchmarks are lm-evaluation-harness's, see the README")
     for n, record in enumerate(records):
         record.setdefault("task_id", f"record {n + 1}")
         if "plus_input" in record:      # HumanEval+: what the reference answers is expected
@@ -1078,7 +1090,7 @@ def solve(args, model, tokenizer, kind, records) -> list[dict]:
             answer.text = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
             function = rf"^def {problem.get('entry_point', '')}\b"
             problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
-        else:
+        elif args.solutions == "model":
             problem["prompt"] = problem["prompt"].rstrip()
     verdicts = synth.judge_all([(problem, answer.text) for problem, answer in zip(problems, answers)])
     return [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],

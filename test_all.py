@@ -2106,8 +2106,8 @@ def evaluated(tmp_path, records, *arguments, name="bench.jsonl"):
     return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
 
 
-ADDITION = {"task_id": "add", "prompt": "import math\n\ndef add(a, b):\n    ", "entry_point": "add", "k": 1,
-       "canonical_solution": "return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
+ADDITION = {"task_id": "add", "prompt": "import math\n\ndef add(a, b):\n    'Sum.'\n", "entry_point": "add", "k": 1,
+            "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
 
 
 def test_bits_per_byte_counts_each_token_once(tmp_path):
@@ -2141,11 +2141,11 @@ def test_samples_depend_on_their_problem_and_number_alone(tmp_path):
 def test_canonical_solutions_and_those_of_humaneval_plus(tmp_path):
     plus = {**ADDITION, "base_input": [[1, 2]], "plus_input": [[0.1, 0.2], [5, -5]], "atol": 1e-6}
     del plus["test"]
-    problems = [ADDITION, plus, {**ADDITION, "canonical_solution": "return 3\n", "test": ADDITION["test"] + "    assert f(2, 2) == 4\n"}]
+    problems = [ADDITION, plus, {**ADDITION, "canonical_solution": "    return 3\n", "test": ADDITION["test"] + "    assert f(2, 2) == 4\n"}]
     summary, rows = evaluated(tmp_path, problems, "--solutions", "canonical")
     assert [row["passed"] for row in rows] == [True, True, False] and summary["pass@1"] == pytest.approx(2 / 3)
     problem = sample.read_problems(str(tmp_path / "bench.jsonl"), 2)[1][1]
-    for answer, passed in {"return a + b + 1e-8": True, "return a + b + 1e-3": False, "return 3": False}.items():
+    for answer, passed in {"    return a + b + 1e-8": True, "    return a + b + 1e-3": False, "    return 3": False}.items():
         assert judge(problem, answer).passed == passed, answer
 
 
