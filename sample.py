@@ -305,7 +305,7 @@ def chat(args) -> None:
 MAX_PREFILL = 4096      # tokens in one pass over prompts
 MAX_CHUNK = 512         # the same while other texts are being decoded, so that none of them stalls
 MAX_WAITING = 256       # texts; more are refused
-MIN_SHARED = 16         # tokens that two texts begin with for one to wait for the other's keys and values
+MIN_SHARED = 8          # tokens that two texts begin with for one to wait for the other's keys and values
 
 
 class APIError(Exception):
@@ -466,7 +466,9 @@ class Engine(threading.Thread):
             chunk = request.ids[request.num_cached:][:count]
             longest = max(map(len, [*chunks, chunk]))
             end = longest + max(other.num_cached for other in (*batch, request))
-            if batch and (len(chunk) < 2 or longest * (len(batch) + 1) > limit or end > self.cache.capacity):
+            num_padded = longest * (len(batch) + 1)
+            is_wasteful = num_padded > 1.5 * sum(map(len, [*chunks, chunk]))
+            if batch and (len(chunk) < 2 or is_wasteful or num_padded > limit or end > self.cache.capacity):
                 break
             batch.append(request)
             chunks.append(chunk)
@@ -892,8 +894,8 @@ def serve(args) -> None:
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_address[1]}"
-    print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts at "
-          f"once, {server.engine.cache_tokens:,} tokens of cache; Ctrl-C stops", flush=True)
+    print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts "
+          f"at once, {server.engine.cache_tokens:,} tokens of cache; Ctrl-C stops", flush=True)
     if args.host not in LOCAL and not server.key:
         print("anybody may use it: set MINPHI_API_KEY to ask for a key", file=sys.stderr)
     try:
