@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import io
 import importlib.util
 import itertools
 import json
@@ -1496,8 +1497,10 @@ def test_pass_at_k_and_cut():
     assert sample.cut("\n    return 1\n\nprint(2)") == "\n    return 1\n" and sample.cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
     assert [sample.cut("\n    x" + end) for end in ("\ndef f", "\nclass A", "\nif __name__", "\n@d", "\n# c", "\n```")] == ["\n    x"] * 6
     assert sample.cut("  # comment\n    x") == "  # comment\n    x"
-    result = sample.score([[{"pass@1": i < n} for i in range(4)] for n in (3, 0, 1, 4)])
-    assert result["passed"] == 8 and result["total"] == 16 and result["pass@1"] == 0.5 and abs(result["se"] - 0.2282) < 1e-3
+    rows = [{"passed": i < n, "truncated": i == n} for n in (3, 0, 1, 4) for i in range(4)]
+    result = sample.score(rows, 4)
+    assert (result["passed"], result["total"], result["truncated"]) == (8, 16, 3)
+    assert result["pass@1"] == 0.5 and abs(result["se"] - 0.2282) < 1e-3
 
 
 # ------------------------------------------------------------------ decoding: quantized weights, SkipDecode
@@ -1622,107 +1625,167 @@ def test_finetuning_for_skip_decoding_follows_the_marks():
 ROPED = dict(original_max_seq_len=24, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
 
 
-def engine_of(m, rows=4, queue_size=64, cache_tokens=1 << 20):
-    engine = sample.Engine(m, Tokenizer.load("bytes"), rows, queue_size, cache_tokens)
+def engine_of(m, rows=4, cache_tokens=1 << 20):
+    engine = sample.Engine(m, Tokenizer.load("bytes"), rows, cache_tokens)
     engine.start()
     return engine
 
 
-def told(request):
+def answered(request):
     """All that a request is told: (text, scores, why it ended)."""
-    text, scores = "", []
+    text = ""
+    scores = []
     while True:
         event = request.events.get(timeout=60)
         if isinstance(event, Exception):
             raise event
-        text, scores = text + event[0], scores + event[1]
-        if event[2]:
-            return text, scores, event[2]
+        text += event.text
+        scores += event.scores
+        if event.finish_reason:
+            return text, scores, event.finish_reason
 
 
+def ask(engine, *prompts, **settings):
+    asked = [sample.Request(list(prompt), **settings) for prompt in prompts]
+    engine.submit(asked)
+    return asked
+
+
+@pytest.mark.parametrize("rows,cache_tokens", [(4, 1 << 20), (8, 150)])
 @pytest.mark.parametrize("change", [{}, ROPED, dict(model_type="phi", partial_rotary_factor=0.5), dict(window=11)])
-def test_requests_that_come_and_go_get_what_they_get_alone(change):
-    m, rng = tiny(**change), random.Random(0)
-    engine, tokenizer = engine_of(m), Tokenizer.load("bytes")
-    prompts = [[rng.randrange(256) for _ in range(rng.choice([1, 5, 17, 30, 50]))] for _ in range(24)]
+def test_requests_that_come_and_go_get_what_they_get_alone(change, rows, cache_tokens, monkeypatch):
+    """In chunks of a few tokens, and with beginnings that are copied from one another."""
+    monkeypatch.setattr(sample, "MAX_PREFILL", 24)
+    monkeypatch.setattr(sample, "MAX_CHUNK", 7)
+    monkeypatch.setattr(sample, "MIN_SHARED", 3)
+    m = tiny(**change)
+    rng = random.Random(0)
+    tokenizer = Tokenizer.load("bytes")
+    engine = engine_of(m, rows, cache_tokens)
+    copied = []
+    num_shared = engine.num_shared
+    monkeypatch.setattr(engine, "num_shared", lambda *args: copied.append(num_shared(*args)) or copied[-1])
+    text = [rng.randrange(256) for _ in range(50)]
+    lengths = [rng.choice([1, 5, 17, 30, 50]) for _ in range(24)]
+    prompts = [text[:rng.choice([0, n])] + [rng.randrange(256) for _ in range(n)] for n in lengths]
+    prompts = [prompt[:50] for prompt in prompts]
     limits = [rng.choice([1, 3, 14, 40]) for _ in prompts]
     asked = []
     for prompt, limit in zip(prompts, limits):
-        asked.append(sample.Request([*prompt], min(limit, 64 - len(prompt)), stream=True))
-        engine.submit(asked[-1])
+        asked += ask(engine, prompt, max_new_tokens=min(limit, 64 - len(prompt)), stream=True)
         time.sleep(rng.choice([0, 0, 0.01]))
     for prompt, limit, request in zip(prompts, limits, asked):
-        text, _, finish = told(request)
+        text, _, finish_reason = answered(request)
         (want,) = m.generate([prompt], limit, stop=tokenizer.stops)
-        assert request.ids[len(prompt):] == want and text == tokenizer.decode([i for i in want if i not in tokenizer.stops])
-        assert finish == ("stop" if want[-1] in tokenizer.stops else "length")
-    engine.close(0)
+        assert request.ids[len(prompt):] == want
+        assert text == tokenizer.decode([i for i in want if i not in tokenizer.stops])
+        assert finish_reason == ("stop" if want[-1] in tokenizer.stops else "length")
+    assert any(copied), "no beginning was shared"
+
+
+@pytest.mark.parametrize("change", [{}, ROPED])
+def test_prompts_are_scored_as_by_the_plain_model(change, monkeypatch):
+    monkeypatch.setattr(sample, "MAX_PREFILL", 20)
+    monkeypatch.setattr(sample, "MIN_SHARED", 3)
+    m = tiny(**change)
+    tokenizer = Tokenizer.load("bytes")
+    engine = engine_of(m, rows=16)
+    rng = random.Random(1)
+    text = [rng.randrange(97, 123) for _ in range(40)]
+    prompts = [text, text, text[:39] + [65], text[:20], text[:20] + [66, 67], [68], text[:2]]
+    asked = ask(engine, *prompts, max_new_tokens=1, logprobs=2, echo=True)
+    asked += ask(engine, *prompts, max_new_tokens=0, logprobs=1, echo=True)
+    (longer,) = ask(engine, text[:4], max_new_tokens=8, logprobs=2, echo=True)
+    while engine.is_busy() or engine.waiting:
+        time.sleep(0.01)
+    asked += ask(engine, longer.ids + [69, 70], max_new_tokens=0, logprobs=1, echo=True)    # begins with what was answered
+    for request, prompt in zip(asked, 2 * prompts + [longer.ids + [69, 70]]):
+        words, scores, _ = answered(request)
+        ids = prompt + request.ids[len(prompt):]
+        with torch.no_grad():
+            want = m(torch.tensor([ids]))[0].log_softmax(-1)
+            if change and len(prompt) <= 24 < len(ids):
+                want[:24] = m(torch.tensor([prompt]))[0].log_softmax(-1)
+        assert [score.token for score in scores] == ids
+        assert scores[0].logprob is None
+        logprobs = [score.logprob for score in scores[1:]]
+        assert logprobs == pytest.approx([want[t, ids[t + 1]].item() for t in range(len(ids) - 1)], abs=1e-4)
+        tops = [score.top[0] for score in scores[1:]]
+        assert [token for token, _ in tops] == want.argmax(-1)[:len(ids) - 1].tolist()
+        assert words == tokenizer.decode([i for i in ids if i not in tokenizer.stops])
+    assert len(asked[0].ids) == 41 and len(asked[-2].ids) == 2
 
 
 def test_seeded_answers_do_not_depend_on_the_company():
     m = tiny()
-    ask = lambda seed, temperature=1.0: sample.Request([1, 2, 3], 20, temperature, 0.9, 50, seed)
+    settings = dict(max_new_tokens=20, temperature=1.0, top_p=0.9, top_k=50)
     alone = []
     for seed in range(4):
-        engine = engine_of(m)
-        engine.submit(request := ask(seed))
-        told(request)
+        (request,) = ask(engine_of(m), [1, 2, 3], seed=seed, **settings)
+        answered(request)
         alone.append(request.ids)
     engine = engine_of(m, rows=8)
-    together = [ask(seed) for seed in range(4)] + [ask(9, 0.0)]
-    for request in together:
-        engine.submit(request)
-    for request in together:
-        told(request)
-    assert [request.ids for request in together[:4]] == alone and len({*map(tuple, alone)}) > 1
-    assert together[4].ids[3:] == m.generate([[1, 2, 3]], 20, stop=Tokenizer.load("bytes").stops)[0]
+    together = [ask(engine, [1, 2, 3], seed=seed, **settings)[0] for seed in range(4)]
+    (greedy,) = ask(engine, [1, 2, 3], max_new_tokens=20)
+    for request in [*together, greedy]:
+        answered(request)
+    assert [request.ids for request in together] == alone and len({*map(tuple, alone)}) > 1
+    assert greedy.ids[3:] == m.generate([[1, 2, 3]], 20, stop=Tokenizer.load("bytes").stops)[0]
 
 
 def test_choosing_follows_each_rows_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]]).repeat(6000, 1)
     settings = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.0, top_k=2), dict(temperature=1.0, top_p=0.8)]
     requests_ = [sample.Request([0], 1, seed=i, **settings[i % 4]) for i in range(6000)]
-    chosen = sample.choose(logits, requests_)
-    for i, want in enumerate([logits[0].softmax(0), (logits[0] / 0.5).softmax(0), torch.tensor([2.0, 1.0]).softmax(0), torch.tensor([2.0, 1.0]).softmax(0)]):
+    chosen = sample.sample_batch(logits, requests_)
+    likeliest_two = torch.tensor([2.0, 1.0]).softmax(0)
+    for i, want in enumerate([logits[0].softmax(0), (logits[0] / 0.5).softmax(0), likeliest_two, likeliest_two]):
         counts = torch.bincount(chosen[i::4], minlength=5)[:5].float()
         want = torch.cat((want, torch.zeros(5 - len(want)))) * 1500
-        assert counts[want == 0].sum() == 0 and ((counts - want)[want > 1] ** 2 / want[want > 1]).sum() < 20  # chi-square
+        assert counts[want == 0].sum() == 0
+        assert ((counts - want)[want > 1] ** 2 / want[want > 1]).sum() < 20  # chi-square
 
 
-def test_text_is_held_back_until_it_is_certain():
+@pytest.mark.parametrize("tokens,settings,events,finish_reason", [
+    ("\n  aéxEN ENDmore", dict(stop=("END", "né"), stream=True, skip="\n  "), "aéx|EN |", "stop"),
+    ("axy", dict(max_new_tokens=3, stop=("xyz",)), "axy", "length"),
+    ("abab!", dict(stop=("ab!",), stream=True), "ab|", "stop"),
+    ("é€", dict(max_new_tokens=3, stream=True), "é|\ufffd", "length")])
+def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_reason):
     tokenizer = Tokenizer.load("bytes")
-    request = sample.Request([0], 100, stop=("END", "né"), stream=True, skip="\n  ")
+    request = sample.Request([0], **{"max_new_tokens": 100, "logprobs": 0, **settings})
+    for token in tokens.encode():
+        if not request.is_over:
+            request.append_token(token, sample.Score(token, -1.0, []), tokenizer)
     told = []
-    for i in "\n  aéxEN ENDmore".encode():
-        if request.take(i, tokenizer):
-            break
     while not request.events.empty():
-        told.append(request.events.get()[0])
-    assert "".join(told) == "aéxEN " and all("E" not in text or text == "EN " for text in told)
-    request = sample.Request([0], 3, stop=("xyz",))
-    assert [request.take(i, tokenizer) for i in b"axy"] == [False, False, True] and request.events.get()[0] == "axy"
-    request = sample.Request([0], 2, stream=True)
-    assert [request.take(i, tokenizer) for i in "é€".encode()[:2]] == [False, True] and request.events.get()[0] == "é"
+        told.append(request.events.get())
+    texts = [event.text for event in told]
+    assert "".join(texts) == events.replace("|", "") and request.finish_reason == finish_reason
+    held = events.split("|")
+    assert all("".join(texts).startswith("".join(held[:n])) for n in range(len(held)))
+    scored = bytes(score.token for event in told for score in event.scores).decode(errors="replace")
+    assert scored == settings.get("skip", "") + events.replace("|", ""), "log-probabilities belong to the text"
     request = sample.Request([0], 9)
-    assert request.take(tokenizer.eot, tokenizer) and request.events.get() == ("", [], "stop")
+    request.append_token(tokenizer.eot, None, tokenizer)
+    assert request.events.get() == (0, "", [], "stop")
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    run, m, tokenizer = str(folder / "talk"), tiny(max_seq_len=512, vocab_size=261), Tokenizer.load("bytes")
+    run = str(tmp_path_factory.mktemp("runs") / "talk")
+    m = tiny(max_seq_len=512, vocab_size=261)
+    tokenizer = Tokenizer.load("bytes")
     models.save(m, tokenizer, run)
-    with open(folder / "talk" / "log.jsonl", "w") as file:
-        file.writelines(json.dumps({"step": i, "tokens": 10 * i, "loss": 5 / (i + 1)}) + "\n" for i in range(2000))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MINPHI_API_KEY", raising=False)
-        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--queue", "4", "--max-tokens", "20"])
+        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--max-tokens", "20"])
         server = sample.Server(args, m, tokenizer)
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_address[1]}", port=server.server_address[1], model=m, tokenizer=tokenizer, server=server)
+    port = server.server_address[1]
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, model=m, tokenizer=tokenizer, server=server)
     server.shutdown()
-    server.engine.close(5)
     server.server_close()
 
 
@@ -1732,138 +1795,202 @@ def events_of(answer):
     return [json.loads(line) for line in lines[:-1]]
 
 
+def greedy_text(served, ids, limit):
+    (tokens,) = served.model.generate([ids], limit, stop=served.tokenizer.stops)
+    return served.tokenizer.decode([i for i in tokens if i not in served.tokenizer.stops])
+
+
 HELLO = [{"role": "user", "content": "hello <|end|>"}]
 
 
 def test_served_equals_local(served):
     tokenizer = served.tokenizer
-    (want,) = served.model.generate([tokenizer.render(HELLO)], 20, stop=tokenizer.stops)
-    text = tokenizer.decode([i for i in want if i not in tokenizer.stops])
-    body = {"model": "talk", "messages": HELLO, "temperature": 0}
-    plain = requests.post(served.url + "/v1/chat/completions", json=body).json()
-    assert plain["object"] == "chat.completion" and plain["choices"][0]["message"] == {"role": "assistant", "content": text}
-    assert plain["usage"] == {"prompt_tokens": len(tokenizer.render(HELLO)), "completion_tokens": len(want), "total_tokens": len(tokenizer.render(HELLO)) + len(want)}
-    with requests.post(served.url + "/v1/chat/completions", json={**body, "stream": True, "stream_options": {"include_usage": True}}, stream=True) as answer:
+    ids = tokenizer.render(HELLO)
+    text = greedy_text(served, ids, 20)
+    url = served.url + "/v1/chat/completions"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "<|end|>"}]}]
+    body = {"model": "talk", "messages": parts, "temperature": 0}
+    plain = requests.post(url, json=body).json()
+    assert plain["object"] == "chat.completion"
+    assert plain["choices"][0]["message"] == {"role": "assistant", "content": text}
+    assert plain["usage"]["prompt_tokens"] == len(ids) and plain["usage"]["total_tokens"] > len(ids)
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
+    with requests.post(url, json=body, stream=True) as answer:
         assert answer.headers["Content-Type"] == "text/event-stream"
         chunks = events_of(answer)
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and chunks[-1]["usage"] == plain["usage"]
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == text
-    assert chunks[-2]["choices"][0]["finish_reason"] == plain["choices"][0]["finish_reason"] and len(chunks) > 4
-    for prompt in ("def f(x):\n", tokenizer.encode("a")):
-        answer = requests.post(served.url + "/v1/completions", json={"prompt": prompt, "temperature": 0, "max_tokens": 7, "logprobs": 3}).json()
-        ids = tokenizer.encode(prompt.rstrip()) if isinstance(prompt, str) else prompt
-        (want,) = served.model.generate([ids], 7)
-        scores = served.model(torch.tensor([ids + want]))[0, len(ids) - 1:-1].log_softmax(-1)
-        (choice,) = answer["choices"]
-        assert answer["usage"]["prompt_tokens"] == len(ids) and choice["index"] == 0 and choice["text"] == tokenizer.decode(want)
-        assert choice["logprobs"]["token_logprobs"] == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
-        assert [len(others) <= 3 for others in choice["logprobs"]["top_logprobs"]] == [True] * 7
+    assert chunks[-1]["usage"] == plain["usage"] and len(chunks) > 4
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    assert [choice["delta"].get("role") for choice in choices] == ["assistant"] + [None] * (len(choices) - 1)
+    assert "".join(choice["delta"]["content"] for choice in choices) == text
+    entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
+    assert bytes(b for entry in entries for b in entry["bytes"]).decode(errors="replace") == text
+    assert choices[-1]["finish_reason"] == plain["choices"][0]["finish_reason"]
 
 
-@pytest.mark.parametrize("path,body,status,field", [
-    ("/v1/chat/completions", {"messages": HELLO, "temperature": "hot"}, 400, "temperature"), ("/v1/chat/completions", {"messages": HELLO, "top_p": 0}, 400, "top_p"),
-    ("/v1/chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"), ("/v1/chat/completions", {"messages": []}, 400, "messages"),
-    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"), ("/v1/chat/completions", {"messages": HELLO, "tools": [1]}, 400, "tools"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, None), ("/v1/completions", {"prompt": [1, 999]}, 400, "prompt"),
-    ("/v1/completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
-    ("/v1/completions", {"prompt": "a", "n": 2}, 400, "n"), ("/v1/nothing", {}, 404, None), ("/v1/completions", [1], 400, None),
-    ("/v1/completions", b"{", 400, None), ("/v1/completions", b"[" * 90000, 400, None), ("/v1/completions", b"x" * 6_000_000, 413, None)])
+def test_lists_of_prompts_and_several_answers(served):
+    url = served.url + "/v1/completions"
+    prompts = ["def f(x):\n", "a", "def f(x):\n    y"]
+    body = {"temperature": 0, "max_tokens": 7, "logprobs": 3}
+    answer = requests.post(url, json={**body, "prompt": prompts}).json()
+    for n, prompt in enumerate(prompts):
+        ids = served.tokenizer.encode(prompt.rstrip())
+        choice = answer["choices"][n]
+        assert choice["index"] == n and choice["text"].lstrip() == greedy_text(served, ids, 7).lstrip()
+        assert max(map(len, choice["logprobs"]["top_logprobs"])) <= 3
+    tokens = [served.tokenizer.encode(prompt) for prompt in prompts]
+    echoed = requests.post(url, json={**body, "prompt": tokens, "echo": True, "max_tokens": 1}).json()["choices"]
+    for prompt, ids, choice in zip(prompts, tokens, echoed):
+        logprobs = choice["logprobs"]
+        assert choice["text"].startswith(prompt)
+        assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == len(ids) + 1
+        assert "".join(logprobs["tokens"][:-1]) == prompt and logprobs["text_offset"][-1] == len(prompt)
+    sampled = {"prompt": ["a", "b"], "n": 3, "seed": 1, "temperature": 1, "max_tokens": 12}
+    first = requests.post(url, json=sampled).json()
+    second = requests.post(url, json={**sampled, "prompt": ["b", "a"]}).json()
+    texts = [choice["text"] for choice in first["choices"]]
+    assert len({*texts[:3]}) == 3 and first["usage"]["prompt_tokens"] == 2
+    assert texts[3:] + texts[:3] == [choice["text"] for choice in second["choices"]]
+
+
+BAD_REQUESTS = [
+    ("chat/completions", {"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
+    ("chat/completions", {"messages": HELLO, "top_p": 0}, 400, "top_p"),
+    ("chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"),
+    ("chat/completions", {"messages": []}, 400, "messages"),
+    ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
+    ("chat/completions", {"messages": HELLO, "tools": [1]}, 400, "tools"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, None),
+    ("completions", {"prompt": [1, 999]}, 400, "prompt"),
+    ("completions", {"prompt": ["a", [1, "x"]]}, 400, "prompt"),
+    ("completions", {}, 400, "prompt"),
+    ("completions", {"prompt": "a", "stop": [1]}, 400, "stop"),
+    ("completions", {"prompt": "a", "n": 0}, 400, "n"),
+    ("completions", [1], 400, None), ("completions", b"{", 400, None), ("completions", b"[" * 90000, 400, None),
+    ("completions", b"x" * 17_000_000, 413, None), ("nothing", {}, 405, None)]
+
+
+@pytest.mark.parametrize("path,body,status,field", BAD_REQUESTS)
 def test_bad_requests_get_openais_errors(served, path, body, status, field):
-    answer = requests.post(served.url + path, **({"data": body} if isinstance(body, bytes) else {"json": body}))
-    assert answer.status_code == status and {"message", "type", "param", "code"} == {*answer.json()["error"]} and answer.json()["error"]["param"] == field
+    how = {"data": body} if isinstance(body, bytes) else {"json": body}
+    answer = requests.post(f"{served.url}/v1/{path}", **how)
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["param"] == field
+    assert error["message"] and {*error} == {"message", "type", "param", "code"}
     assert "Retry-After" not in answer.headers
 
 
 def test_a_full_queue_asks_to_come_again(served, monkeypatch):
-    monkeypatch.setattr(served.server.engine, "queue_size", -served.server.engine.rows)
+    monkeypatch.setattr(sample, "MAX_WAITING", -8)
     answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
-    assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0 and answer.json()["error"]["code"] == "rate_limit_exceeded"
+    assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    monkeypatch.setattr(sample, "MAX_WAITING", -7)
+    gone = sample.Request([1], 5)
+    gone.cancelled = True
+    with served.server.engine.changed:
+        served.server.engine.waiting.append(gone)
+        served.server.engine.submit([sample.Request([1], 1)])  # who has gone does not count
 
 
-def test_other_doors(served):
+@pytest.mark.parametrize("request_lines,status", [
+    ("nonsense", 400), ("GET /health", 200), ("PUT /health", 501), ("GET /v1/completions", 405),
+    ("POST /v1/completions\nTransfer-Encoding: chunked", 413), ("POST /v1/completions\nContent-Length: -5", 400),
+    ("POST /v1/completions\nContent-Length: ²", 400), ("POST /v1/completions\nContent-Length: 5\nExpect: 100-continue", 100)])
+def test_every_request_is_answered(served, request_lines, status):
+    first, *headers = request_lines.split("\n")
+    lines = [f"{first} HTTP/1.1" if " " in first else first, "Host: localhost", *headers, "", ""]
+    with socket.create_connection(("127.0.0.1", served.port)) as raw:
+        raw.sendall("\r\n".join(lines).encode("latin-1"))
+        raw.settimeout(30)
+        answer = raw.recv(10000)
+        assert answer.startswith(f"HTTP/1.1 {status}".encode())
+        if status >= 400:
+            body = answer.partition(b"\r\n\r\n")[2] or raw.recv(10000)
+            assert json.loads(body)["error"]["message"]
+
+
+def test_other_doors(served, monkeypatch):
     get = lambda path, **headers: requests.get(served.url + path, headers=headers)
-    assert get("/v1/models").json()["data"][0]["id"] == "talk"
+    assert get("/v1/models").json()["data"] == [get("/v1/models/talk").json()]
+    assert get("/v1/models/other").status_code == 404
     page = get("/")
-    assert page.status_code == 200 and "default-src 'none'" in page.headers["Content-Security-Policy"] and "http" not in page.text.replace("http://www.w3.org/2000/svg", "")
-    log = get("/training").json()
-    assert log["name"] == "talk" and log["last"]["step"] == 1999 and "<polyline" in log["svg"] and len(log["svg"]) < 20000
-    assert get("/v1/models", Origin="http://evil.example").status_code == 403 and get("/v1/models", Host="evil.example").status_code == 403
+    assert "<b>talk</b>" in page.text and "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert get("/v1/models", Origin="http://evil.example").status_code == 403
+    assert get("/v1/models", Host="evil.example").status_code == 403
     assert get("/v1/models", Origin=served.url).status_code == 200
-    with socket.create_connection(("127.0.0.1", served.port)) as raw:
-        raw.sendall(b"nonsense\r\n\r\n")
-        assert raw.recv(1000).startswith(b"HTTP/1.1 400")
-    with socket.create_connection(("127.0.0.1", served.port)) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert raw.recv(1000).startswith(b"HTTP/1.1 411")
-    served.server.key = "secret"
-    try:
-        assert get("/v1/models").status_code == get("/v1/models", Authorization="Bearer secre").status_code == 401
-        assert get("/v1/models", Authorization="Bearer secret").status_code == get("/").status_code == 200
-    finally:
-        served.server.key = ""
+    monkeypatch.setattr(served.server, "key", "secret")
+    assert get("/v1/models").status_code == get("/v1/models", Authorization="Bearer secre").status_code == 401
+    assert get("/v1/models", Authorization="Bearer secret").status_code == get("/").status_code == 200
 
 
-def test_who_leaves_frees_the_place(served):
+def test_idle_sockets_lock_nobody_out(served, monkeypatch):
+    monkeypatch.setattr(sample, "MAX_READING", 20)
+    idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(60)]
+    assert requests.get(served.url + "/health", timeout=30).json() == {"status": "ok"}
+    monkeypatch.setattr(sample, "READ_SECONDS", 0)
+    slow = socket.create_connection(("127.0.0.1", served.port))
+    slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+    slow.settimeout(30)
+    assert slow.recv(1000).startswith(b"HTTP/1.1 408")  # one deadline over headers and body
+    for connection in [*idle, slow]:
+        connection.close()
+
+
+def test_who_leaves_frees_the_place(served, monkeypatch):
     engine = served.server.engine
     (whole,) = served.model.generate([served.tokenizer.encode("a")], 100, stop=served.tokenizer.stops)
     assert len(whole) == 100  # so long if nobody left
-    slow, hidden = threading.Event(), served.model.hidden
+    slow = threading.Event()
+    hidden = served.model.hidden
 
     def wait_a_little(*args, **more):
         slow.wait(0.05)
         return hidden(*args, **more)
-    served.model.hidden = wait_a_little
-    try:
-        body = json.dumps({"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 0}).encode()
-        connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
-        for n, connection in enumerate(connections):
-            connection.request("POST", "/v1/completions", body if n else body.replace(b'"ignored": 1', b'"stream": true'))
-        while len(engine.active) < 3:
-            time.sleep(0.01)
-        joined = list(engine.active)
-        for connection in connections:
-            connection.sock.close()
-        while engine.active:  # those who stay leave the batch too, with their last token
-            time.sleep(0.01)
-        assert all(request.left and len(request.ids) - request.prompt_tokens < request.limit for request in joined)
-    finally:
-        slow.set()
-        del served.model.hidden
+    monkeypatch.setattr(served.model, "hidden", wait_a_little)
+    body = {"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 0}
+    connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
+    for n, connection in enumerate(connections):
+        connection.request("POST", "/v1/completions", json.dumps({**body, "stream": n == 0}))
+    while sum(not request.is_over for request in engine.running) < 3:
+        time.sleep(0.01)
+    joined = [request for request in engine.running if not request.is_over]
+    for connection in connections:
+        connection.sock.close()
+    while engine.is_busy():
+        time.sleep(0.01)
+    slow.set()
+    assert all(request.cancelled and len(request.ids) < request.max_length for request in joined)
 
 
-def test_a_failed_step_is_told_and_survived(served):
-
+def test_a_failed_step_is_told_and_survived(served, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no memory left")
-    served.model.hidden = broken
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(served.model, "hidden", broken)
         answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
-    finally:
-        del served.model.hidden
     assert answer.status_code == 500 and "no memory left" in answer.json()["error"]["message"]
     assert requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
-def test_many_clients_some_leaving_some_malformed(served, monkeypatch):
-    expected = {}
-    for n in range(4):
-        ids = served.tokenizer.encode(f"prompt {n}")
-        expected[n] = served.tokenizer.decode([i for i in served.model.generate([ids], 12, stop=served.tokenizer.stops)[0] if i not in served.tokenizer.stops])
+def test_two_hundred_clients_a_third_of_whom_leave(served, monkeypatch):
+    expected = [greedy_text(served, served.tokenizer.encode(f"prompt {n}"), 12) for n in range(4)]
+    url = served.url + "/v1/completions"
 
     def client(n):
         if n % 3 == 0:  # leaves midway
             connection = http.client.HTTPConnection("127.0.0.1", served.port)
-            connection.request("POST", "/v1/completions", json.dumps({"prompt": "b" * (n % 60 + 1), "max_tokens": 60, "temperature": 1, "stream": n % 2 == 0}))
+            body = {"prompt": "b" * (n % 60 + 1), "max_tokens": 60, "temperature": 1, "stream": n % 2 == 0}
+            connection.request("POST", "/v1/completions", json.dumps(body))
             time.sleep(0.02)
             connection.close()
         elif n % 7 == 0:
-            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code == 400
+            assert requests.post(url, data=b"{" * (n * 1000)).status_code == 400
         else:
-            answer = requests.post(served.url + "/v1/completions", json={"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}).json()
-            assert answer["choices"][0]["text"] == expected[n % 4]
-    monkeypatch.setattr(served.server.engine, "queue_size", 1000)
-    with ThreadPoolExecutor(80) as pool:
-        assert len(list(pool.map(client, range(80)))) == 80  # raises what a client raised
+            body = {"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}
+            assert requests.post(url, json=body).json()["choices"][0]["text"] == expected[n % 4]
+    monkeypatch.setattr(sample, "MAX_WAITING", 1000)
+    with ThreadPoolExecutor(200) as pool:
+        assert len(list(pool.map(client, range(200)))) == 200  # raises what a client raised
 
 
 @needs("openai")
@@ -1871,67 +1998,58 @@ def test_official_client(served):
     import openai
     client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
     assert client.models.list().data[0].id == "talk"
-    ask = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
-    whole_ = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True))
-    assert whole_.choices[0].message.content == text and len(whole_.choices[0].logprobs.content[0].top_logprobs) == 2
-    plain = dict(model="talk", prompt="a", temperature=0)
-    uncut = client.completions.create(**plain, max_tokens=9).choices[0]
-    cut = client.completions.create(**plain, max_tokens=9, stop=[uncut.text[-1]]).choices[0]
-    assert (uncut.finish_reason, cut.finish_reason, cut.text) == ("length", "stop", uncut.text.split(uncut.text[-1])[0])
+    question = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
+    whole_ = client.chat.completions.create(**question, logprobs=True, top_logprobs=2).choices[0]
+    chunks = client.chat.completions.create(**question, stream=True)
+    assert whole_.message.content == "".join(chunk.choices[0].delta.content for chunk in chunks)
+    assert len(whole_.logprobs.content[0].top_logprobs) == 2
+    plain = dict(model="talk", prompt="a", temperature=0, max_tokens=9)
+    uncut = client.completions.create(**plain).choices[0]
+    cut = client.completions.create(**plain, stop=[uncut.text[-1]], logprobs=1).choices[0]
+    assert (uncut.finish_reason, cut.finish_reason) == ("length", "stop")
+    assert cut.text == "".join(cut.logprobs.tokens) == uncut.text.split(uncut.text[-1])[0]
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(**{**ask, "temperature": 3})
+        client.chat.completions.create(**{**question, "temperature": 3})
 
 
 def run_sample(*arguments, **more):
-    return subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), *arguments], capture_output=True, text=True, timeout=120, **more)
+    command = [sys.executable, os.path.join(HERE, "sample.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
 
 
 def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
-    m, tokenizer = tiny(max_seq_len=128), Tokenizer.load("bytes")
+    m = tiny(max_seq_len=128)
+    tokenizer = Tokenizer.load("bytes")
     models.save(m, tokenizer, tmp_path / "run")
-    lines = ["/help", "/system be", "hi", "/set temperature 2.5", "/set nonsense 1", "/retry", "/set temperature 0", "x" * 300, f"/save {tmp_path}/c.jsonl", "/new", "two\\", "lines", "/quit", "never"]
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
-    monkeypatch.setattr("builtins.input", lambda _: lines.pop(0))
+    lines = ["", "/retry", "hi", "/retry", "x" * 300, "/new", "two lines"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     sample.chat(sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--device", "cpu"]))
     told = capsys.readouterr()
-    assert lines == ["never"] and "/retry" in told.err and "takes" in told.err and "nonsense" in told.err
-    (saved,) = data.read_jsonl(tmp_path / "c.jsonl")
-    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"] and saved["messages"][1]["content"] == "hi"
-    (want,) = m.generate([tokenizer.render([{"role": "system", "content": "be"}, {"role": "user", "content": "two\nlines"}])], 10, stop=tokenizer.stops, seed=1)
+    assert "takes" in told.err and "a second" in told.err
+    (want,) = m.generate([tokenizer.render([{"role": "user", "content": "two lines"}])], 10, stop=tokenizer.stops)
     assert told.out.rstrip("\n").endswith(tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n"))
 
 
-def test_saving_a_chat_keeps_the_others(tmp_path):
-    say = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": text.upper()}]
-    file = tmp_path / "c.jsonl"
-    before = [{"messages": say("old")}, {"messages": say("hi"), "source": "elsewhere"}, {"prompt": "p", "chosen": "c", "rejected": "r"}]
-    data.write_jsonl(file, before)
-    sample.save_chat(file, say("hi"))
-    sample.save_chat(file, say("hi") + say("more"))  # in the place of what it goes on from
-    sample.save_chat(file, say("other"))
-    saved = [{"messages": say("hi") + say("more")}, {"messages": say("other")}]
-    assert list(data.read_jsonl(file)) == before + saved
-    file.write_text("my notes\n")
-    with pytest.raises(ValueError, match="c.jsonl:1"):
-        sample.save_chat(file, say("hi"))
-    assert file.read_text() == "my notes\n"
+def test_answers_end_where_phi_2_asks_itself():
+    tokenizer = Tokenizer.load("bytes")
+    assert sample.chat_stops(tokenizer) == ()
+    assert sample.chat_stops(SimpleNamespace(special={"<|endoftext|>": 0})) == ("\nInstruct:",)
 
 
 def test_quantized_weights_do_not_replace_their_source(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        same = f"{tmp_path}/../{tmp_path.name}/"
-        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", same])
+        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", f"{tmp_path}/../{tmp_path.name}/"])
     assert "choose another --out" in capsys.readouterr().err
 
 
 def test_long_chats_lose_their_oldest_turns():
     tokenizer = Tokenizer.load("bytes")
-    messages = [{"role": "system", "content": "S"}] + [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][:-1]
-    ids = sample.fitting(tokenizer, messages, 60)
-    assert ids == tokenizer.render(messages[:1] + messages[-3:]) and len(ids) <= 60 < len(tokenizer.render(messages[:1] + messages[-5:]))
+    messages = [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][:-1]
+    room = len(tokenizer.render(messages[-3:]))
+    for more in (0, 1):
+        assert sample.fit_chat(tokenizer, messages, room + more) == tokenizer.render(messages[-3:])
     with pytest.raises(ValueError, match="shorter"):
-        sample.fitting(tokenizer, messages, 5)
+        sample.fit_chat(tokenizer, messages, 5)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -1939,456 +2057,121 @@ def test_long_chats_lose_their_oldest_turns():
 @pytest.mark.parametrize("number,code", [(2, 130), (15, 143)])
 def test_server_stops_gracefully(tmp_path, number, code, inherited):
     models.save(tiny(max_seq_len=2048), Tokenizer.load("bytes"), tmp_path / "run")
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), "--run", str(tmp_path / "run"), "--serve", "--port", "0", "--device", "cpu"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
+    command = [sys.executable, os.path.join(HERE, "sample.py"), "--run", str(tmp_path / "run"), "--serve", "--port", "0"]
+    process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=inherit(inherited))
     url = process.stdout.readline().split("page at ")[1].split(",")[0]
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(requests.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 300, "temperature": 1})))
+    body = {"prompt": "a", "max_tokens": 300, "temperature": 1}
+    thread = threading.Thread(target=lambda: answers.append(requests.post(url + "/v1/completions", json=body)))
     thread.start()
     time.sleep(0.3)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     thread.join()
-    assert process.returncode == code and "Traceback" not in err and answers[0].json()["usage"]["completion_tokens"] >= 1
+    assert process.returncode == code and "Traceback" not in err
+    assert answers[0].json()["usage"]["completion_tokens"] >= 1
 
 
-def test_serve_says_what_is_wrong(tmp_path, capsys):
+def test_sample_says_what_is_wrong(tmp_path, capsys):
     models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run_sample("--run", str(tmp_path / "run"), "--serve", "--port", str(taken.getsockname()[1]))
     assert result.returncode == 2 and "choose another --port" in result.stderr and "Traceback" not in result.stderr
-    for arguments in (["--serve", "--chat"], ["--skip", "4"], ["--serve", "--lookup"], ["--port", "99999"]):
+    for arguments in (["--serve", "--chat"], ["--skip", "4"], ["--json", "x"], ["--port", "99999"], ["--samples", "2"]):
         with pytest.raises(SystemExit, match="2"):
             sample.options(arguments)
         assert capsys.readouterr().err.count("\n") == 1
-
-
-class Browser:
-    """Headless Chromium, spoken to through its debugging pipe (messages end with a zero byte)."""
-
-    def __init__(self, program, folder, *flags):
-        import fcntl
-        theirs_in, self.write = os.pipe()
-        self.read, theirs_out = os.pipe()
-        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
-        self.process = subprocess.Popen([program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={folder}",
-                                         "--remote-debugging-pipe", *flags], pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        preexec_fn=lambda: (os.dup2(moved[0], 3), os.dup2(moved[1], 4)))
-        for fd in (theirs_in, theirs_out, *moved):
-            os.close(fd)
-        self.buffer, self.count, self.session, self.log = b"", 0, None, []
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self(f"{domain}.enable")
-
-    def __call__(self, method, **parameters):
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": parameters, **({"sessionId": self.session} if self.session else {})}
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.buffer:
-                chunk = os.read(self.read, 1 << 20)
-                assert chunk, "Chromium has ended"
-                self.buffer += chunk
-            text, self.buffer = self.buffer.split(b"\0", 1)
-            answer = json.loads(text)
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.log.append(answer)
-
-    def run(self, script):
-        result = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def until(self, script, seconds=20):
-        end = time.monotonic() + seconds
-        while not self.run(f"!!({script})"):
-            assert time.monotonic() < end, f"never came true: {script}"
-            time.sleep(0.05)
-
-    def picture(self, path, width, height, dark, phone=False):
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
-        with open(path, "wb") as file:
-            file.write(base64.b64decode(self("Page.captureScreenshot")["data"]))
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self.write)
-        os.close(self.read)
-
-
-HOSTILE = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script>**é漢** "
-
-
-@pytest.fixture
-def browser(tmp_path):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not program or os.name != "posix":
-        pytest.skip("Chromium is not installed")
-    browser = Browser(program, tmp_path / "profile")
-    yield browser
-    browser.close()
-
-
-def test_page_in_a_browser(served, browser, monkeypatch):
-    script = iter(HOSTILE.encode() * 100)
-    monkeypatch.setattr(sample, "choose", lambda logits, requests: torch.tensor([next(script) for _ in requests]))
-    pictures = os.environ.get("PICTURES")  # a directory to look at them
-    browser("Page.navigate", url=served.url)
-    browser.until("document.readyState == 'complete' && $('h1').textContent == 'talk'")
-
-    def ask(text, tokens):
-        browser.run(f"$('[name=max_tokens]').value = {tokens}; $('textarea').value = {json.dumps(text)}; $('form').requestSubmit()")
-    ask("Say <b>something</b>", len(HOSTILE.encode()))
-    browser.until("!running && $('footer button')")
-    assert browser.run("$('article:last-of-type').textContent") == HOSTILE
-    assert browser.run("$('article.user').textContent") == "Say <b>something</b>" and browser.run("document.querySelectorAll('article *:not(span)').length") == 0
-    assert browser.run("document.title") == "minphi" and "a second" in browser.run("$('footer').textContent")
-    assert browser.run("turns.map(t => t.role).join()") == "user,assistant" and browser.run("turns[1].content") == HOSTILE
-    # alternatives, by pointer and by keys
-    shown = "getComputedStyle([...document.querySelectorAll('article span')][{}], '::after').content".format
-    at = browser.run("(r => [r.x + r.width / 2, r.y + r.height / 2])($('article:last-of-type span').getBoundingClientRect())")
-    assert browser.run(shown(0)) == "none"
-    browser("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
-    browser.until(shown(0) + ".split('%').length == 6")
-    browser("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
-    browser.run("$('article:last-of-type').focus(); for (const k of ['ArrowRight', 'ArrowRight', 'ArrowRight', 'ArrowLeft'])"
-                " document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: k, bubbles: true}))")
-    assert browser.run(shown(0)) == "none" and browser.run(shown(1)).count("%") == 5
-    if pictures:
-        for name, size in (("phone", (390, 800)), ("desktop", (1280, 800))):
-            for dark in (False, True):
-                browser.picture(f"{pictures}/chat-{name}-{'dark' if dark else 'light'}.png", *size, dark, name == "phone")
-    # retry replaces the answer; stop ends it and frees the place
-    browser.run("$('footer button').click()")
-    browser.until("!running && $('footer button') && document.querySelectorAll('article').length == 2")
-    assert browser.run("turns.length") == 2
-    hidden = served.model.hidden
-    monkeypatch.setattr(served.model, "hidden", lambda *a, **k: (time.sleep(0.05), hidden(*a, **k))[1])
-    ask("again", 40)
-    browser.until("running && document.querySelectorAll('article:last-of-type span').length > 2")
-    browser.run("$('form').requestSubmit()")
-    browser.until("!running && $('footer:last-of-type').textContent.includes('stopped')")
-    end = time.monotonic() + 5
-    while served.server.engine.active and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not served.server.engine.active
-    monkeypatch.undo()
-    browser.run("$('#new').click(); $('summary').click(); $('[name=plain]').click()")
-    assert browser.run("turns.length + log.childElementCount") == 0
-    ask("def f(x):", 5)
-    browser.until("!running && $('article.plain span')")
-    assert browser.run("$('article.plain').textContent").startswith("def f(x):")
-    if pictures:
-        browser.picture(f"{pictures}/settings-phone.png", 390, 800, False, True)
-    browser.run("$('summary').click(); $('#training summary').click()")
-    browser.until("$('img').naturalWidth")
-    assert "talk: step 1,999" in browser.run("$('#training p').textContent")
-    if pictures:
-        browser.picture(f"{pictures}/training-desktop.png", 1280, 800, True)
-    asked = {entry["params"]["request"]["url"] for entry in browser.log if entry.get("method") == "Network.requestWillBeSent"}
-    assert asked and all(url.startswith((served.url, "data:")) for url in asked)
-    bad = [entry["params"] for entry in browser.log if entry.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    assert not [entry for entry in bad if "exceptionDetails" in entry or entry["entry"]["level"] == "error"], bad
-
-
-def test_a_hostile_page_could_not_run_a_script(served, browser):
-    """Even markup that got into the page would be stopped by its Content-Security-Policy."""
-    browser("Page.navigate", url=served.url)
-    browser.until("document.readyState == 'complete'")
-    browser.run(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(HOSTILE)}); document.body.append(Object.assign(document.createElement('script'),"
-                " {textContent: \"document.title = 'broken'\"}))")
-    time.sleep(0.3)
-    assert browser.run("document.title") == "minphi"
-    assert any("Content Security Policy" in json.dumps(entry) for entry in browser.log)
+    result = run_sample("--run", str(tmp_path / "run"), "--max-tokens", "5", "--device", "cpu", input="def f")
+    assert result.returncode == 0 and "5 tokens" in result.stderr
+    for text, word in (('{"a": 1}', "harness"), ('{"prompt": "x", "entry_point": "y"}\n{"prompt": "x"}', "all"), ("", "none")):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=word):
+            sample.read_problems(str(tmp_path / "x.jsonl"), None)
 
 
 # ------------------------------------------------------------------ sample.py --eval
 
-def evaluated(tmp_path, records, *arguments, m=None, name="bench.jsonl"):
+def evaluated(tmp_path, records, *arguments, name="bench.jsonl"):
     """-> (summary, rows) of sample.py --eval on these records (or the text of a file) with a tiny model."""
-    file, run = tmp_path / name, tmp_path / "run"
+    file = tmp_path / name
     if isinstance(records, str):
         file.write_text(records)
     else:
         data.write_jsonl(file, records)
-    if not run.exists():
-        models.save(m or tiny(max_seq_len=256), Tokenizer.load("bytes"), run)
-    sample.evaluate(sample.options(["--run", str(run), "--eval", str(file), "--device", "cpu", "--dtype", "fp32", "--json", str(tmp_path / "s.json"),
-                                    "--out", str(tmp_path / "o.jsonl"), *arguments]))
+    if not (tmp_path / "run").exists():
+        models.save(tiny(max_seq_len=256), Tokenizer.load("bytes"), tmp_path / "run")
+    outputs = ["--json", str(tmp_path / "s.json"), "--out", str(tmp_path / "o.jsonl")]
+    how = ["--run", str(tmp_path / "run"), "--device", "cpu", "--show", "0", *outputs]
+    sample.evaluate(sample.options([*how, "--eval", str(file), *arguments]))
     return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
 
 
-QUESTIONS = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(5)]
-HELLASWAG = [dict(ind=n, activity_label="Sky", ctx_a="The sky [title] is.", ctx_b="it", ctx="", endings=["blue [x] now.", "a very long ending indeed", "é", "no"], label=n % 4)
-             for n in range(6)]
-ARC = [{"id": "a", "question": {"stem": "Which?", "choices": [{"text": "one", "label": "1"}, {"text": "two", "label": "2"}]}, "answerKey": "2"},
-       {"id": "b", "question": "Why?", "choices": {"text": ["so", "because"], "label": ["A", "B"]}, "answerKey": "A"}]
-GPQA = [{"Question": "Q?", "Correct Answer": "right\n", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2", "Incorrect Answer 3": "w3"}]
-
-
-def test_multiple_choice_equals_an_independent_computation(tmp_path):
-    m, tokenizer = tiny(max_seq_len=256), Tokenizer.load("bytes")
-    summary, rows = evaluated(tmp_path, HELLASWAG, m=m)
-    right = right_by_length = 0
-    for record, row in zip(HELLASWAG, rows):
-        assert row["prompt"] == "Sky: The sky.  is. It".replace("  ", " ")
-        endings = ["blue  now.".replace("  ", " "), *record["endings"][1:]]
-        sums = []
-        for ending in endings:
-            ids, total = tokenizer.encode(row["prompt"]), 0.0
-            for token in tokenizer.encode(" " + ending):  # one token at a time, no cache, no batch
-                total += m(torch.tensor([ids]))[0, -1].log_softmax(-1)[token].item()
-                ids.append(token)
-            sums.append(total)
-        assert row["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
-        by_length = [total / len(ending) for total, ending in zip(sums, endings)]
-        right += sums.index(max(sums)) == record["label"]
-        right_by_length += by_length.index(max(by_length)) == record["label"]
-    assert summary["kind"] == "HellaSwag" and summary["accuracy"] == right / 6 and summary["by length"] == right_by_length / 6
-    assert summary["se"] == pytest.approx((summary["accuracy"] * (1 - summary["accuracy"]) / 5) ** 0.5)
-
-
-def test_texts_too_long_lose_their_beginning_and_shared_passes_change_nothing():
-    m, rng = tiny(), random.Random(0)
-    draw = lambda n: [rng.randrange(256) for _ in range(n)]
-    context = draw(20)
-    pairs = [(context, [1]), (context, [2]), (draw(90), draw(10)), (draw(3), draw(64)), (draw(1), draw(1)), (context, [1, 2])]
-    got = dict(sample.likelihoods(m, pairs)(range(len(pairs))))
-    for i, (before, after) in enumerate(pairs):
-        ids = (before + after)[-65:]
-        scores = m(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
-        assert got[i] == pytest.approx(sum(scores[t - 1, ids[t]].item() for t in range(len(ids) - len(after), len(ids))), abs=1e-3)
+ADDITION = {"task_id": "add", "prompt": "import math\n\ndef add(a, b):\n    'Sum.'\n", "entry_point": "add", "k": 1,
+            "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
 
 
 def test_bits_per_byte_counts_each_token_once(tmp_path):
     text = "It was — naïve.\n\n" * 40
     summary, _ = evaluated(tmp_path, text, name="some.txt")
     m, tokenizer = models.load(tmp_path / "run", "cpu")
-    ids, nats = [tokenizer.eot] + tokenizer.encode(text), 0.0
+    ids = [tokenizer.eot] + tokenizer.encode(text)
+    nats = 0.0
     for begin in range(0, len(ids) - 1, 256):
         end = min(begin + 256, len(ids) - 1)
         window = ids[max(0, end - 256):end + 1]
         scores = m(torch.tensor([window[:-1]]))[0].log_softmax(-1)
         nats -= sum(scores[t - 1, window[t]].item() for t in range(len(window) - (end - begin), len(window)))
     assert summary["bits per byte"] == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-5)
-    assert summary["word perplexity"] == pytest.approx(math.exp(min(700, nats / (40 * 4 + 1))), rel=1e-3) and summary["tokens"] == len(ids) - 1
+    assert summary["tokens"] == len(ids) - 1 and summary["words"] == 40 * 4
+    assert summary["token perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
 
 
-@pytest.mark.parametrize("records,kind,prompt,options,answer", [
-    (ARC, "ARC", "Question: Which?\nAnswer:", ["one", "two"], " two"),
-    ([{"question": " 1+1? ", "subject": "high_school", "choices": ["1", "2", "3", "4"], "answer": 1}], "MMLU",
-     "The following are multiple choice questions (with answers) about high school.\n\n1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", [*"ABCD"], " B"),
-    ([{"question": "How many?", "answer": "Two.\n#### 2"}], "GSM8K", "Question: How many?\nAnswer:", None, " Two.\n#### 2"),
-    ([{"problem": "P", "solution": "so $\\boxed{2}$", "level": "Level 1"}], "MATH", "Problem:\nP\n\nSolution:", None, " so $\\boxed{2}$"),
-    ([{"task_id": 11, "text": "Add.", "code": "def f(): pass", "test_list": ["assert f() == 1", "assert f()"]}], "MBPP",
-     "You are an expert Python programmer, and here is your task: Add. Your code should pass these tests:\n\nassert f() == 1\nassert f()\n[BEGIN]\n", None, "def f(): pass\n[DONE]")])
-def test_benchmarks_are_recognised(tmp_path, records, kind, prompt, options, answer):
-    data.write_jsonl(tmp_path / "b.jsonl", records)
-    found, read = sample.read_benchmark(str(tmp_path / "b.jsonl"))
-    question = sample.BENCHMARKS[found].ask(read[0])
-    assert found == kind and question.intro + question.prompt == prompt and question.options == options and question.answer == answer
+def test_samples_depend_on_their_problem_and_number_alone(tmp_path):
+    problems = [{**ADDITION, "task_id": n, "k": n, "prompt": ADDITION["prompt"] + "#" * n} for n in range(3)]
+    how = ["--temperature", "1", "--max-tokens", "12", "--samples", "10"]
+    summary, rows = evaluated(tmp_path, problems, *how)
+    assert [row["task_id"] for row in rows] == [n for n in range(3) for _ in range(10)]
+    assert len({row["completion"] for row in rows[:10]}) > 5
+    assert {"pass@1", "pass@10", "se"} <= {*summary} and [*summary["levels"]] == ["0", "1", "2"]
+    assert evaluated(tmp_path, problems[::-1], *how, "--batch-size", "7")[1][20:] == rows[:10]
+    assert evaluated(tmp_path, problems, *how, "--seed", "1")[1] != rows
+    assert summary["truncated"] == sum(row["truncated"] for row in rows) > 0
 
 
-def test_published_files_are_read(tmp_path):
-    (tmp_path / "law_test.csv").write_text('"Q, 1?",a,b,c,d,C\nQ2,a,b,c,d,A\n')
-    kind, records = sample.read_benchmark(str(tmp_path / "law_test.csv"))
-    assert kind == "MMLU" and [sample.mmlu(r).right for r in records] == [2, 0] and "about law." in sample.mmlu(records[0]).intro
-    (tmp_path / "gpqa.csv").write_text("Record ID," + ",".join(GPQA[0]) + "\n7,Q?,right,w1,w2,w3\n")
-    kind, (record,) = sample.read_benchmark(str(tmp_path / "gpqa.csv"))
-    question = sample.gpqa(record)
-    assert kind == "GPQA" and f"({'ABCD'[question.right]}) right" in question.prompt and question.options == ["(A)", "(B)", "(C)", "(D)"]
-    os.makedirs(tmp_path / "MATH" / "algebra")
-    (tmp_path / "MATH" / "algebra" / "1.json").write_text(json.dumps({"problem": "P", "solution": "\\boxed{1}", "level": "Level 5", "type": "Algebra"}))
-    kind, (record,) = sample.read_benchmark(str(tmp_path / "MATH"))
-    assert kind == "MATH" and record["task_id"] == "algebra/1.json" and record[sample.BENCHMARKS["MATH"].group] == "Level 5"
-    for text, told in (('{"a": 1}', "fields a"), ('{"problem": "x", "solution": "y"}\n{"problem": "x"}', "record 2 lacks solution"), ("", "no problems")):
-        (tmp_path / "x.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=told):
-            sample.read_benchmark(str(tmp_path / "x.jsonl"))
+def test_canonical_solutions_and_those_of_humaneval_plus(tmp_path):
+    plus = {**ADDITION, "base_input": [[1, 2]], "plus_input": [[0.1, 0.2], [5, -5]], "atol": 1e-6}
+    del plus["test"]
+    problems = [ADDITION, plus, {**ADDITION, "canonical_solution": "    return 3\n", "test": ADDITION["test"] + "    assert f(2, 2) == 4\n"}]
+    summary, rows = evaluated(tmp_path, problems, "--solutions", "canonical")
+    assert [row["passed"] for row in rows] == [True, True, False] and summary["pass@1"] == pytest.approx(2 / 3)
+    problem = sample.read_problems(str(tmp_path / "bench.jsonl"), 2)[1][1]
+    for answer, passed in {"    return a + b + 1e-8": True, "    return a + b + 1e-3": False, "    return 3": False}.items():
+        assert judge(problem, answer).passed == passed, answer
 
 
-def test_gsm8k_grades():
-    grade = lambda text: sample.gsm8k_grade({"question": "?", "answer": "So 1,200.\n#### 1,200"}, text)
-    assert grade(" it is 7, then\n#### 1200") == {"pass@1": True, "after ####": True}
-    assert grade("It is $1,200.00 or 1200.") == {"pass@1": True, "after ####": False}
-    assert grade("none") == {"pass@1": False, "after ####": False} and not any(grade("#### 12 and 1201").values())
+def test_mbpp(tmp_path):
+    record = {"text": "Add one.", "code": "def inc(x):\n    return x + 1", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"]}
+    records = [{**record, "task_id": n} for n in (2, 3, 4, 11, 12, 511)]
+    records[4]["code"] = "def inc(x):\n    return x"
+    summary, rows = evaluated(tmp_path, records, "--solutions", "canonical", "--shots", "2")
+    assert [row["task_id"] for row in rows] == [11, 12] and [row["passed"] for row in rows] == [True, False]
+    assert rows[0]["prompt"].count("[DONE]") == 2 and rows[0]["prompt"].endswith("assert inc(-1) == 0\n[BEGIN]\n")
+    assert "wrong answer" in rows[1]["reason"] and summary["problems"] == 2
 
 
-@pytest.mark.parametrize("a,b,same", [
-    ("\\frac{1}{2}", "\\tfrac12", True), ("0.5", "\\frac12", True), ("1/2", "\\dfrac{1}{2}", True), (".5", "0.5", True), ("\\sqrt3", "\\sqrt{3}", True),
-    ("x = 5", "5", True), ("10\\%", "10", True), ("90^\\circ", "90", True), ("\\left( 1, 2 \\right)", "(1,2)", True), ("5\\text{ cm}", "5", True),
-    ("\\frac1{72}", "\\frac{1}{72}", True), ("12", "13", False), ("x+y=5", "5", False), ("\\frac{1}{2}", "\\frac{2}{1}", False), ("-1", "1", False)])
-def test_math_answers_in_other_spellings(a, b, same):
-    grade = lambda text: sample.math_grade({"problem": "?", "solution": f"thus $\\boxed{{{a}}}$."}, text)["pass@1"]
-    assert grade(f"First \\boxed{{9}}, then \\boxed{{{b}}} follows.") == same
-    assert grade(f"Final Answer: The final answer is ${b}$. I hope it is correct.") == same
-    assert not grade("no answer")
+def test_chat_models_answer_in_a_code_block(tmp_path, monkeypatch):
+    asked = []
 
-
-def test_examples_stand_before_a_question_and_are_not_itself(tmp_path):
-    records = [{"question": f"Q{n}?", "answer": f"A{n}\n#### {n}"} for n in range(4)]
-    _, rows = evaluated(tmp_path, records, "--shots", "2", "--max-tokens", "2")
-    assert [row["prompt"].count("Question:") for row in rows] == [3] * 4
-    assert rows[0]["prompt"] == "Question: Q1?\nAnswer: A1\n#### 1\n\nQuestion: Q2?\nAnswer: A2\n#### 2\n\nQuestion: Q0?\nAnswer:"
-    assert rows[3]["prompt"].startswith("Question: Q0?\nAnswer: A0\n#### 0\n\nQuestion: Q1?")
-
-
-def test_a_cut_evaluation_goes_on(tmp_path, monkeypatch):
-    records, m = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(7)], tiny(max_seq_len=256)
-    arguments = ["--shots", "0", "--max-tokens", "6", "--batch-size", "2"]
-    told = evaluated(tmp_path, records, *arguments, m=m)
-    assert not list(tmp_path.glob("o.jsonl.part*"))
-    calls, generate = [], Model.generate
-
-    def counted(self, prompts, *rest, **more):
-        calls.append(len(prompts))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(self, prompts, *rest, **more)
-    monkeypatch.setattr(Model, "generate", counted)
-    (tmp_path / "o.jsonl").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(tmp_path, records, *arguments)
-    (part,) = tmp_path.glob("o.jsonl.part*")
-    part.write_text(part.read_text() + '["cut')
-    assert evaluated(tmp_path, records, *arguments) == told and calls == [2, 2, 2, 2, 1]
-    evaluated(tmp_path, records, *arguments[:-2], "--max-tokens", "5")
-    assert sum(calls) - 9 == 7  # other settings, other answers
-
-
-def test_a_finished_evaluation_keeps_the_answers_of_a_cut_one(tmp_path, monkeypatch):
-    arguments = ["--shots", "0", "--max-tokens", "6", "--batch-size", "2"]
-    calls, generate = [], Model.generate
-
-    def counted(self, prompts, *rest, **more):
-        calls.append(len(prompts))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return generate(self, prompts, *rest, **more)
-    monkeypatch.setattr(Model, "generate", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(tmp_path, QUESTIONS, *arguments)
-    evaluated(tmp_path, QUESTIONS, *arguments[:2], "--max-tokens", "3", "--limit", "1")
-    calls[:] = [0, 0]  # from here on none is cut
-    evaluated(tmp_path, QUESTIONS, *arguments)
-    assert calls[2:] == [2, 1]  # the first two were answered before the cut
-
-
-def test_samples_do_not_depend_on_ranks_batches_or_cuts(tmp_path):
-    """Sampled texts, by whatever share of a process and whatever batch they are written in."""
-    m, tokenizer = tiny(max_seq_len=256), Tokenizer.load("bytes")
-    opened = m, tokenizer, {}
-    prompts = [tokenizer.encode(f"Question {n}: {'?' * n}") for n in range(4)]
-    asked = [(prompt, n) for prompt in prompts for n in range(8)]
-
-    how = ["--temperature", "1", "--max-tokens", "12"]
-
-    def write(world, batch_size, begin=0, seed=3):
-        """The texts of `world` processes together, each of which writes its share of those from `begin` on."""
-        args = sample.options([*how, "--seed", str(seed), "--batch-size", str(batch_size)])
-        todo, answer = range(begin, len(asked)), sample.write_texts(args, opened, asked, "(?!)")
-        return dict(pair for rank in range(world) for pair in answer(todo[rank::world]))
-    one = write(1, 128)
-    assert sorted(one) == list(range(32))
-    for n in range(4):
-        assert len({one[i] for i in range(8 * n, 8 * n + 8)}) == 8, "a problem's samples repeat one another"
-    assert one == write(2, 128) == write(4, 128) == write(1, 5)
-    assert {i: one[i] for i in range(13, 32)} == write(2, 3, begin=13)  # what is left of a run cut after 13
-    assert not {*one.values()} & {*write(1, 128, seed=4).values()}
-
-
-def test_a_cut_evaluation_draws_no_sample_twice(tmp_path, monkeypatch):
-    arguments = ["--shots", "0", "--max-tokens", "12", "--samples", "16", "--temperature", "1", "--batch-size", "4"]
-    told = evaluated(tmp_path, QUESTIONS[:1], *arguments)
-    texts = [row["completion"] for row in told[1]]
-    assert len(set(texts)) == len(texts) == 16
-    calls, generate = [], Model.generate
-
-    def cut(self, prompts, *rest, **more):
-        calls.append(len(prompts))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(self, prompts, *rest, **more)
-    monkeypatch.setattr(Model, "generate", cut)
-    (tmp_path / "o.jsonl").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(tmp_path, QUESTIONS[:1], *arguments)
-    assert evaluated(tmp_path, QUESTIONS[:1], *arguments) == told and calls == [4, 4, 4, 4, 4]
-
-
-def test_options_are_chosen_once_however_many_samples(tmp_path):
-    once = evaluated(tmp_path, HELLASWAG)
-    often = evaluated(tmp_path, HELLASWAG, "--samples", "2", "--temperature", "0.8")
-    assert often[1] == once[1] and often[0]["accuracy"] == once[0]["accuracy"] and often[0]["total"] == 6
-
-
-def test_two_processes_evaluate_as_one(tmp_path):
-    how = ["--shots", "0", "--max-tokens", "12", "--samples", "2", "--temperature", "1"]
-    one = evaluated(tmp_path, QUESTIONS, *how), evaluated(tmp_path, HELLASWAG, *how, name="h.jsonl")
-    arguments = ["--run", str(tmp_path / "run"), "--eval", str(tmp_path / "bench.jsonl"), str(tmp_path / "h.jsonl"), "--device", "cpu", "--dtype", "fp32",
-                 *how, "--json", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.jsonl")]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = [subprocess.Popen([sys.executable, os.path.join(HERE, "sample.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-             for rank in range(2)]
-    told = [rank.communicate(timeout=100) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
-    two, rows = json.loads((tmp_path / "two.json").read_text()), list(data.read_jsonl(tmp_path / "two.jsonl"))
-    assert two == [one[0][0], one[1][0]] and [row["task_id"] for row in rows] == [row["task_id"] for row in one[0][1] + one[1][1]]
-    texts = [row["completion"] for row in one[0][1]]
-    assert "HellaSwag" not in told[1][0]
-    assert [row.get("completion") for row in rows[:10]] == texts and len(set(texts)) == 10
-
-
-def test_benchmarks_from_a_url(tmp_path, monkeypatch, capsys):
-    import functools
-    import hashlib
-    import http.server
-    monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "g.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n')
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, digest = f"http://127.0.0.1:{server.server_address[1]}/g.jsonl", hashlib.sha256((tmp_path / "g.jsonl").read_bytes()).hexdigest()
-    assert sample.read_benchmark(f"{url}#sha256={digest}")[0] == "GSM8K"
-    monkeypatch.setattr(models.time, "sleep", lambda _: None)
-    with pytest.raises(ValueError, match="hash"):
-        sample.read_benchmark(f"{url}#sha256={'0' * 64}")
-    assert sample.read_benchmark(url)[0] == "GSM8K" and digest in capsys.readouterr().err
-    server.shutdown()
-    server.server_close()
-    assert sample.read_benchmark(f"{url}#sha256={digest}")[0] == "GSM8K"  # from the cache
-
-
-def test_mbpp_is_run(tmp_path, capsys):
-    record = {"task_id": 11, "text": "Add one.", "code": "def inc(x):\n    return x + 1", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"], "test_setup_code": ""}
-    (summary, rows) = evaluated(tmp_path, [record, {**record, "task_id": 12, "code": "def inc(x):\n    return x"}], "--solutions", "canonical")
-    assert summary["passed"] == 1 and rows[0]["passed"] and "wrong answer" in rows[1]["reason"]
-
-
-def test_a_judge_rates_conversations(tmp_path, served):
-    """Our own server plays the judge: synth.py's client works against it."""
-    records = [{"question_id": n, "category": "abc"[n % 3], "turns": [f"Q{n}", "And?"], "reference": ["R", "S"]} for n in range(4)]
-
-    def say(logits, requests_):
-        return torch.tensor([(list(b"Fine. RATING: 7") + [served.tokenizer.eot])[len(r.ids) - r.prompt_tokens] for r in requests_])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "choose", say)
-        patch.setattr(served.server.engine, "queue_size", 100)
-        arguments = ["--judge", f"{served.url}/v1#talk", "--max-tokens", "4"]
-        summary, rows = evaluated(tmp_path, records, *arguments)
-        assert summary["rating"] == 7 and summary["se"] == 0 and {*summary["levels"]} == {*"abc"} and [row["ratings"] for row in rows] == [[7, 7]] * 4
-        assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"] * 2 and rows[0]["messages"][2]["content"] == "And?"
-        patch.setattr(sample, "choose", None)  # a second time nobody is asked
-        assert evaluated(tmp_path, records, *arguments)[0]["rating"] == 7
-    assert len((tmp_path / "o.jsonl.paid.jsonl").read_text().splitlines()) == 8
+    def reply(args, model, tokenizer, requests_):
+        for request in requests_:
+            asked.append(tokenizer.decode(request.ids))
+            request.text = "Sure:\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```\nDone."
+            request.finish_reason = "stop"
+    monkeypatch.setattr(sample, "generate", reply)
+    summary, rows = evaluated(tmp_path, [ADDITION], "--chat", "--max-tokens", "20")
+    assert summary["passed"] == 1 and rows[0]["completion"].startswith("def add") and rows[0]["prompt"] == "import math\n\n"
+    assert asked[0].startswith("<|user|>") and "def add(a, b):" in asked[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
