@@ -2150,8 +2150,8 @@ def reference_merges(counts, n_merges):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_bpe_merges_equal_reference(seed):
-    rng = random.Random(seed)                                         # few letters: long runs, overlaps and ties
-    letters = "ab" if seed % 3 == 0 else "abcd" if seed % 3 == 1 else "aé漢_ xyz"
+    rng = random.Random(seed)
+    letters = ("ab", "abcd", "aé漢_ xyz")[seed % 3]  # few letters: long runs, overlaps and ties
     counts = Counter()
     for _ in range(rng.choice([1, 5, 60])):
         counts["".join(rng.choices(letters, k=rng.randint(1, 12)))] += rng.choice([1, 2, 3, 1000])
@@ -2184,7 +2184,8 @@ def test_bpe_edge_cases():
 def test_split_pattern_agrees_with_tiktoken():
     """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads there."""
     import regex
-    for text in (HARD_TEXT, open(data.__file__).read()[:20000], open(model.__file__).read().encode("ascii", "ignore").decode()[:20000]):
+    code = [open(module.__file__).read()[:20000] for module in (data, model)]
+    for text in (HARD_TEXT.replace("\x1c", ""), code[0], code[1].encode("ascii", "ignore").decode()):
         counts = data.count_pretokens([text])
         pieces = regex.findall(model.PATTERN, text)
         assert "".join(pieces) == text and Counter(pieces) == counts
@@ -2216,16 +2217,22 @@ def test_minhash_estimates_jaccard():
 
 def test_near_duplicates_keep_one_of_each_group(tmp_path):
     rng = random.Random(1)
-    texts = ["x", "y", "x y"]
-    for i in range(40):
-        text = page(rng)
-        texts += [text, text + " the end"]
-    data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    path = make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes")
-    dataset = data.open_dataset(path)
-    assert dataset.meta["funnel"][-1]["dropped"] == {"similar text": 40} and dataset.meta["funnel"][-1]["documents_out"] == 43
-    kept = sum(bytes(np.array(ids[ids < 256], np.uint8)).count(b" the end") for ids in (dataset.train, dataset.val))
-    assert kept == 40                                                 # the longer one of each pair
+    bases = [page(rng) for _ in range(40)]
+    texts = ["x", "y", "x y", *bases, *(f"{text} the end" for text in bases)]
+    dataset = dataset_of(tmp_path, texts)
+    assert dataset.meta["funnel"][-1]["dropped"] == {"similar text": 40}
+    kept = texts_of(dataset)
+    assert len(kept) == 43 and sum(text.endswith(" the end") for text in kept) == 40  # the longer one of each pair
+
+
+@pytest.mark.parametrize("threshold, shape", [(0.8, (14, 8)), (0.5, (37, 3)), (0.95, (5, 19))])
+def test_bands_find_nine_of_ten_pairs_of_just_this_similarity(threshold, shape):
+    assert data.lsh_shape(threshold) == shape
+    rng = np.random.default_rng(0)
+    signatures = rng.integers(0, 2**32, (2, 2000, data.N_PERMUTATIONS), dtype=np.uint32)
+    signatures[1] = np.where(rng.random(signatures[1].shape) < threshold, signatures[0], signatures[1])
+    first, second = (data.lsh_band_hashes(side, threshold) for side in signatures)
+    assert (first == second).any(0).mean() > 0.88
 
 
 def test_reading_survives_everything(tmp_path):
@@ -2280,39 +2287,71 @@ def make(tmp_path, *more):
     return data.main(["--out", str(tmp_path / "data"), "--workers", "2", *more])
 
 
+def dataset_of(tmp_path, records, *more):
+    """The dataset of these texts or records, one byte a token."""
+    records = [{"text": record} if isinstance(record, str) else record for record in records]
+    data.write_jsonl(tmp_path / "in.jsonl", records)
+    plain = ["--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes"]
+    return data.open_dataset(make(tmp_path, *plain, *more))
+
+
+def texts_of(dataset):
+    tokenizer = Tokenizer.load(str(dataset.path))
+    texts = []
+    for split in ("train", "val"):
+        ends = dataset.ends(split)
+        tokens = np.array(getattr(dataset, split))
+        assert (tokens[ends - 1] == tokenizer.eot).all() and len(ends) == (tokens == tokenizer.eot).sum()
+        texts += [tokenizer.decode(ids[:-1].tolist()) for ids in np.split(tokens, ends)[:-1]]
+    return texts
+
+
 def test_dataset_directory(tmp_path, capsys):
     rng = random.Random(2)
-    data.write_jsonl(tmp_path / "web.jsonl.gz", [{"text": f"é {page(rng)}\n"} for _ in range(50)])
-    arguments = ["--input", str(tmp_path / "web.jsonl.gz"), "--tokenizer", "train:300", "--rules", "none", "--val-share", "0.1"]
-    path = make(tmp_path, *arguments)
-    dataset = data.open_dataset(path)
-    tokenizer = model.Tokenizer.load(str(path))
-    assert tokenizer.vocab_size == dataset.meta["vocab_size"] == 300 and tokenizer.fingerprint == dataset.meta["tokenizer"]
-    texts = {record["text"] for record in data.read_jsonl(tmp_path / "web.jsonl.gz")}
-    found = set()
-    for split in ("train", "val"):
-        ids = getattr(dataset, split)
-        assert ids[-1] == tokenizer.eot and ids.dtype == np.uint16 and getattr(dataset, f"{split}_mask") is None
-        parts = np.split(np.array(ids), np.flatnonzero(ids == tokenizer.eot) + 1)[:-1]
-        decoded = {tokenizer.decode(part[:-1].tolist()) for part in parts}
-        assert len(decoded) == dataset.meta[split]["documents"] > 0 and not decoded & found
-        assert sum(len(text.encode()) for text in decoded) == dataset.meta[split]["bytes"]
-        found |= decoded
-    assert found == texts
+    texts = [f"é {page(rng)}\n" for _ in range(50)]
+    arguments = ["--tokenizer", "train:300", "--val-share", "0.1"]
+    dataset = dataset_of(tmp_path, texts, *arguments)
     before = dataset.meta
+    tokenizer = Tokenizer.load(str(dataset.path))
+    assert tokenizer.vocab_size == before["vocab_size"] == 300 and tokenizer.fingerprint == before["tokenizer"]
+    assert sorted(texts_of(dataset)) == sorted(texts) and dataset.train.dtype == np.uint16
+    assert dataset.train_mask is None and dataset.val_mask is None and dataset.train_ends.dtype == np.int64
+    assert before["train"]["documents"] == len(dataset.train_ends) and before["val"]["documents"] > 0
+    assert before["train"]["bytes"] + before["val"]["bytes"] == len("".join(texts).encode())
     capsys.readouterr()
-    make(tmp_path, *arguments)
+    dataset_of(tmp_path, texts, *arguments, "--seed", "1")            # another order, the same split and counts
+    after = dataset_of(tmp_path, texts, *arguments, "--seed", "1").meta
+    assert "reused" not in capsys.readouterr().out                    # the file was written anew
+    make(tmp_path, *options_of(after))
     assert "reused" in capsys.readouterr().out
-    make(tmp_path, *arguments, "--seed", "1")                          # another order, the same split and counts
-    after = data.open_dataset(path).meta
     assert after["val"] | {"tokens": 0} == before["val"] | {"tokens": 0}
-    assert [name for name in os.listdir(tmp_path / "data")] == ["web"]
-    with open(path / "train.bin", "r+b") as file:
+    assert os.listdir(tmp_path / "data") == ["web"]
+    with open(dataset.path / "train.bin", "r+b") as file:
         file.truncate(100)
     with pytest.raises(ValueError, match="train.bin has 100 bytes"):
-        data.open_dataset(path)
-    make(tmp_path, *arguments, "--seed", "1")                          # a damaged dataset is made anew
-    data.open_dataset(path)
+        data.open_dataset(dataset.path)
+    make(tmp_path, *options_of(after))                          # a damaged dataset is made anew
+    assert sorted(texts_of(data.open_dataset(dataset.path))) == sorted(texts)
+
+
+def options_of(meta):
+    """The options that made a dataset."""
+    options = {name: value for name, value in meta["options"].items() if value is not None}
+    return [word for name, value in options.items()
+            for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value]))]
+
+
+def test_a_dataset_without_ends_opens_and_is_read_as_documents(tmp_path):
+    dataset = dataset_of(tmp_path, texts := pages(20))
+    meta = json.loads((dataset.path / "meta.json").read_text())
+    for split in ("train", "val"):
+        (dataset.path / f"{split}.ends.bin").unlink()
+        meta["files"].remove(f"{split}.ends.bin")
+    (dataset.path / "meta.json").write_text(json.dumps(meta))
+    old = data.open_dataset(dataset.path)
+    assert old.train_ends is None and (old.ends("train") == dataset.ends("train")).all()
+    again = make(tmp_path, "--input", str(dataset.path), "--name", "again", "--rules", "none", "--tokenizer", "bytes")
+    assert sorted(texts_of(data.open_dataset(again))) == sorted(texts)
 
 
 def test_an_edited_source_makes_parts_and_dataset_anew(tmp_path, monkeypatch, capsys):
@@ -2427,21 +2466,51 @@ def test_a_folder_is_there_whatever_stops_its_replacement(tmp_path, monkeypatch)
             rename(source, target)
 
         monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(stop), data.aside(path) as new:
+        with pytest.raises(stop), data.atomic_path(path) as new:
             new.mkdir()
         assert os.listdir(tmp_path) == ["x"] and os.listdir(path) == ["old"]
     monkeypatch.setattr(os, "replace", rename)
     (tmp_path / f".x.new-{os.getpid()}" / "half").mkdir(parents=True)  # of a killed process with the same id
-    with data.aside(path) as new:
+    with data.atomic_path(path) as new:
         new.mkdir()
     assert os.listdir(tmp_path) == ["x"] and not os.listdir(path)
 
 
-def test_same_result_for_any_number_of_workers(tmp_path):
-    made = [data.main(["--input", "python", "--max-documents", "60", "--tokenizer", "train:320", "--name", f"w{n}", "--workers", n,
-                       "--out", str(tmp_path)]) for n in ("1", "2")]
-    assert (made[0] / "train.bin").read_bytes() == (made[1] / "train.bin").read_bytes()
-    assert (made[0] / "tokenizer.json").read_bytes() == (made[1] / "tokenizer.json").read_bytes()
+def test_at_most_so_many_documents_after_all_filters(tmp_path):
+    """Not so many files, before them."""
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(pages(30)):
+        (tmp_path / "in" / f"{i}.txt").write_text(text if i % 2 else "x")
+    path = make(tmp_path, "--input", str(tmp_path / "in"), "--max-documents", "10", "--rules", "none")
+    meta = data.open_dataset(path).meta
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 10
+
+
+def test_a_file_name_that_is_no_utf8(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, text in ((b"a\xff.txt", PROBLEM["prompt"] + PROBLEM["canonical_solution"]), (b"b\xfe.txt", "two")):
+        with open(os.fsencode(tmp_path / "in") + b"/" + name, "w") as file:
+            file.write(text)
+    data.write_jsonl(tmp_path / "p.jsonl", [PROBLEM])
+    path = make(tmp_path, "--input", str(tmp_path / "in"), "--rules", "none", "--tokenizer", "bytes", "--max-bytes",
+                "100000", "--decontaminate", str(tmp_path / "p.jsonl"))
+    hit, = data.read_jsonl(path / "contaminated.jsonl")
+    assert hit["id"] == "a\ufffd.txt"
+
+
+def test_a_part_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = set()
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino) or fsync(file))
+
+    def replace(source, target):
+        assert {path.stat().st_ino for path in [source, *source.rglob("*")]} <= synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    store = data.PartStore(tmp_path, 1)
+    part, = store.run("stage", 1, lambda i: {"numbers": np.arange(3), "names": ["a"]})
+    assert part("numbers").tolist() == [0, 1, 2] and part("names") == ["a"]
 
 
 def test_problem_masks_and_boundary(tmp_path):
@@ -2538,26 +2607,37 @@ def test_forest_learns_what_a_line_cannot():
     forest = data.RandomForest(40, workers=1).fit(X[:2000], y[:2000])
     p = forest.predict_proba(X[2000:])
     assert data.area_under_curve(y[2000:], p) > 0.85 and p.min() >= 0 and p.max() <= 1
-    assert set(forest.importance.argsort()[-2:]) == {0, 1} and abs(forest.importance.sum() - 1) < 1e-6
     assert (data.RandomForest(40, workers=2).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) == p).all()
     assert (data.RandomForest(40, seed=1, workers=1).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) != p).any()
 
 
 def test_forest_edge_cases_and_file(tmp_path):
-    forest = data.RandomForest(30, min_leaf=1, workers=1).fit(np.repeat(np.float32([[0], [1]]), 20, 0), np.repeat([0, 1], 20))
+    halves = np.repeat(np.float32([[0], [1]]), 20, 0)
+    forest = data.RandomForest(30, min_leaf=1, workers=1).fit(halves, np.repeat([0, 1], 20))
     assert forest.predict_proba(np.float32([[0], [1], [-9], [9]])).round(3).tolist() == [0, 1, 0, 1]
-    assert data.RandomForest(3, workers=1).fit(np.zeros((5, 2), np.float32), np.ones(5)).predict_proba(np.zeros((2, 2))).tolist() == [1, 1]
-    forest.save(tmp_path / "f.npz", ["a", "b"])
-    again = data.RandomForest.load(tmp_path / "f.npz", ["a", "b"])
+    sure = data.RandomForest(3, workers=1).fit(np.zeros((5, 2), np.float32), np.ones(5))
+    assert sure.predict_proba(np.zeros((2, 2))).tolist() == [1, 1]
+    forest.save(tmp_path / "f.npz")
+    again = data.RandomForest.load(tmp_path / "f.npz", 1)
     X = np.random.default_rng(0).normal(size=(50, 1))
     assert (again.predict_proba(X) == forest.predict_proba(X)).all()
     (tmp_path / "g.npz").write_bytes((tmp_path / "f.npz").read_bytes()[:300])
     for name in ("f.npz", "g.npz", "h.npz"):
         with pytest.raises(ValueError, match="--labels"):
-            data.RandomForest.load(tmp_path / name, ["a", "c"])
+            data.RandomForest.load(tmp_path / name, 2)
     for X, y in ((np.zeros((2, 2)), [0, 2]), (np.full((2, 1), np.nan), [0, 1]), (np.zeros((2, 2)), [0])):
         with pytest.raises(ValueError, match="forest learns"):
             data.RandomForest().fit(X, y)
+
+
+def test_a_node_looks_on_until_a_feature_splits_it():
+    rng = np.random.default_rng(0)
+    X = np.zeros((400, 38), np.float32)
+    X[:, 5], X[:, 20] = rng.normal(size=(2, 400))                     # the other 36 are constant
+    y = (X[:, 5] > 0).astype(int)
+    forest = data.RandomForest(20, workers=1).fit(X, y)
+    assert (np.diff(forest.roots) > 1).all()                          # no tree is one leaf
+    assert ((forest.predict_proba(X) > 0.8) == y).mean() > 0.95
 
 
 @needs("sklearn")
@@ -2576,44 +2656,40 @@ def test_area_under_curve_by_hand():
     assert math.isnan(data.area_under_curve(np.ones(3), np.ones(3)))
 
 
-def test_features_name_what_they_count():
-    text = '"""Doc."""\n\n\ndef f(x):\n    # because\n    return x\n'
-    row = dict(zip(data.FEATURES, data.features(text).tolist()))
-    assert len(row) == len(data.FEATURES) == len(data.features("")) and np.isfinite(data.features("")).all()
-    assert row["definitions"] == row["comments"] == row["exits"] == 0.25 and row["explanation"] > 0 and row["noise"] == 0
+def test_features_are_finite_and_tell_texts_apart():
+    texts = ["", " ", "def f(x):\n    return x\n", "It is a page of prose.\n\nIt has two paragraphs.", "x" * 50_000]
+    rows = np.array([data.features(text) for text in texts])
+    assert rows.dtype == np.float32 and np.isfinite(rows).all() and len(np.unique(rows[1:], axis=0)) == 4
 
 
 def test_labels_choose_the_best(tmp_path, capsys):
     rng = random.Random(0)
     good = [f"def f{i}(x):\n    # because this explains why\n    return x + {i}\n" * rng.randint(1, 4) for i in range(60)]
     bad = [f"x{i} = {{'a': {i}, 'b': [1, 2]}}\n" * rng.randint(1, 9) for i in range(60)]
-    data.write_jsonl(tmp_path / "in.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(good + bad)])
-    labels = [{"text": (good + bad)[i], "score": 5 if i < 60 else 0} for i in range(0, 120, 3)]
-    data.write_jsonl(tmp_path / "labels.jsonl", labels + [{"score": 2}, {"text": "x"}])
-    arguments = ["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--dedup-threshold", "1"]
-    path = data.main([*arguments, "--labels", str(tmp_path / "labels.jsonl"), "--keep", "0.5"])
-    meta = data.open_dataset(path).meta
-    assert meta["classifier"]["labels"] == 40 and meta["classifier"]["auc"] > 0.99 and len(meta["classifier"]["features"]) == 10
-    assert meta["classifier"]["left out"] == {"no score from 0 to 5": 1, "no text": 1}
-    kept = bytes(np.array(data.open_dataset(path).train, np.uint8)).decode(errors="replace")
-    assert kept.count("because") > 50 and "'a'" not in kept and meta["train"]["documents"] + meta["val"]["documents"] == 60
-    again = data.main([*arguments, "--classifier", str(path), "--min-score", "0.5", "--name", "again"])
-    assert data.open_dataset(again).meta["train"] == meta["train"]
+    data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in good + bad])
+    labels = tmp_path / "labels.jsonl"
+    data.write_jsonl(labels, [{"text": (good + bad)[i], "score": 5 if i < 60 else 0} for i in range(0, 120, 3)])
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes", "--dedup-threshold", "1"]
+    dataset = data.open_dataset(make(tmp_path, *arguments, "--labels", str(labels), "--keep", "0.5"))
+    assert dataset.meta["classifier"]["labels"] == 40 and dataset.meta["classifier"]["auc"] > 0.99
+    assert sorted(texts_of(dataset)) == sorted(good)
+    again = make(tmp_path, *arguments, "--classifier", str(dataset.path), "--min-score", "0.5", "--name", "again")
+    assert data.open_dataset(again).meta["train"] == dataset.meta["train"]
     with pytest.raises(SystemExit):
-        data.main([*arguments, "--keep", "0.5", "--name", "none"])
+        make(tmp_path, *arguments, "--keep", "0.5", "--name", "none")
     assert "--labels" in capsys.readouterr().err
     m, tokenizer = tiny(), Tokenizer.load("bytes")                    # and with a run's states, as phi-1 did
     models.save(m, tokenizer, tmp_path / "run")
     seen = data.features(good[0], str(tmp_path / "run"))
     with torch.inference_mode():
         want = m.hidden(torch.tensor([tokenizer.encode(good[0])[:64]]))[0].mean(0)
-    assert len(seen) == len(data.FEATURES) + 48 and np.allclose(seen[-48:], want, atol=1e-5)
-    arguments += ["--embed", str(tmp_path / "run"), "--keep", "0.5", "--name"]
-    made = [data.main([*arguments, name, "--workers", n, *more]) for name, n, *more in
-            (("one", "1", "--labels", str(tmp_path / "labels.jsonl")), ("two", "2", "--labels", str(tmp_path / "labels.jsonl")), ("three", "2", "--classifier", str(tmp_path / "one")))]
-    assert len({(path / "train.bin").read_bytes() for path in made}) == 1
+    assert len(seen) == len(data.features(good[0])) + 48 and np.allclose(seen[-48:], want, atol=1e-5)
+    arguments += ["--embed", str(tmp_path / "run"), "--keep", "0.5"]
+    one = make(tmp_path, *arguments, "--name", "one", "--labels", str(labels))
+    two = make(tmp_path, *arguments, "--name", "two", "--classifier", str(one))
+    assert (one / "train.bin").read_bytes() == (two / "train.bin").read_bytes()
     with pytest.raises(SystemExit):
-        data.main([*arguments, "four", "--classifier", str(path)])
+        make(tmp_path, *arguments, "--name", "three", "--classifier", str(dataset.path))
     assert "other features" in capsys.readouterr().err
 
 
@@ -2634,7 +2710,8 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
     renamed = ("class A:\n    def g(self):\n        return 1\n\n    def often(texts, k):\n        'Other words.'\n        c = {}\n        for t in texts:\n"
                "            c[t] = c.get(t, 0) + 1\n        r = [a for a, b in c.items() if b >= k]\n        return sorted(r, key=len, reverse=True)\n")
     rule, i, evidence = check.find_functions(renamed)
-    assert rule == "syntax tree" and i == 1 and "often: match rate 1.000" == evidence and not check.find([renamed])
+    assert rule == "syntax tree" and i == 1 and not check.find([renamed])
+    assert evidence.startswith("match rate 1.000: def often(texts, k)")
     assert check.find_functions("def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n") is None
 
 
@@ -2698,43 +2775,55 @@ def test_fields_of_the_usual_benchmarks(tmp_path, record):
 
 
 def test_contaminated_documents_are_written_out(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    data.write_jsonl(tmp_path / "p.jsonl", [PROBLEM])
     text = PROBLEM["prompt"] + PROBLEM["canonical_solution"]
-    data.write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in [*pages(20), text]])
-    path = data.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--decontaminate", str(tmp_path / "p.jsonl")])
-    hit, = data.read_jsonl(path / "contaminated.jsonl")
+    dataset = dataset_of(tmp_path, [*pages(20), text], "--decontaminate", str(tmp_path / "p.jsonl"))
+    hit, = data.read_jsonl(dataset.path / "contaminated.jsonl")
     assert hit["text"] == text and PROBLEM["prompt"] in hit["problem_text"] and hit["problem"] == "P/1"
-    assert data.open_dataset(path).meta["funnel"][2]["dropped"] == {"13-gram": 1}
+    assert dataset.meta["funnel"][-1]["dropped"] == {"13-gram": 1} and text not in texts_of(dataset)
 
 
-SPOKEN = {"vi": "Ủy ban sẽ họp lại vào thứ năm và báo cáo về các trường học mới của thành phố sẽ được công bố trước cuối tháng này, để mọi người có thể đọc.",
-          "en": "The committee will meet again on Thursday, and it is expected that the report about the new schools in the city will be published before the end of the month.",
-          "de": "Der Ausschuss trifft sich am Donnerstag wieder, und es wird erwartet, dass der Bericht über die neuen Schulen in der Stadt noch in diesem Monat erscheint.",
-          "fr": "Le comité se réunira de nouveau jeudi, et on s'attend à ce que le rapport sur les nouvelles écoles de la ville soit publié avant la fin du mois.",
-          "es": "El comité se reunirá de nuevo el jueves y se espera que el informe sobre las nuevas escuelas de la ciudad se publique antes de que termine el mes.",
-          "pt": "O comitê se reunirá novamente na quinta-feira e espera-se que o relatório sobre as novas escolas da cidade seja publicado antes do fim do mês.",
-          "it": "Il comitato si riunirà di nuovo giovedì e si prevede che il rapporto sulle nuove scuole della città sarà pubblicato prima della fine del mese.",
-          "nl": "De commissie komt donderdag weer bijeen en naar verwachting zal het rapport over de nieuwe scholen in de stad nog voor het einde van de maand verschijnen.",
-          "ru": "Комитет снова соберётся в четверг, и ожидается, что доклад о новых школах города будет опубликован до конца месяца.",
-          "zh": "委员会将于星期四再次开会，预计关于该市新学校的报告将在月底之前公布。", "ja": "委員会は木曜日に再び開かれ、市の新しい学校についての報告書は月末までに発表される見込みです。",
-          "ko": "위원회는 목요일에 다시 열리며, 시의 새 학교에 대한 보고서는 이달 말 이전에 발표될 것으로 예상된다.", "ar": "ستجتمع اللجنة مرة أخرى يوم الخميس ومن المتوقع أن ينشر التقرير عن المدارس الجديدة في المدينة قبل نهاية الشهر.",
-          "hi": "समिति की बैठक गुरुवार को फिर होगी और उम्मीद है कि शहर के नए स्कूलों पर रिपोर्ट महीने के अंत से पहले प्रकाशित होगी।", "?": "xq zzv qqk wrrt plmn vbx ghjk"}
+SPOKEN = {
+    "en": "The committee will meet again on Thursday, and it is expected that the report about the new schools in the "
+          "city will be published before the end of the month.",
+    "? German": "Der Ausschuss trifft sich am Donnerstag wieder, und es wird erwartet, dass der Bericht über die neuen "
+                "Schulen in der Stadt noch in diesem Monat erscheint.",
+    "? French": "Le comité se réunira de nouveau jeudi, et on s'attend à ce que le rapport sur les nouvelles écoles de "
+                "la ville soit publié avant la fin du mois.",
+    "? Dutch": "De commissie komt donderdag weer bijeen en naar verwachting zal het rapport over de nieuwe scholen in de "
+               "stad nog voor het einde van de maand verschijnen.",
+    "? Polish": "Komisja zbierze się ponownie w czwartek i oczekuje się, że raport o nowych szkołach w mieście będzie "
+                "dostępny przed końcem miesiąca, to jest na czas.",
+    "ru": "Комитет снова соберётся в четверг, и ожидается, что доклад о новых школах города будет опубликован.",
+    "zh": "委员会将于星期四再次开会，预计关于该市新学校的报告将在月底之前公布。",
+    "ja": "委員会は木曜日に再び開かれ、市の新しい学校についての報告書は月末までに発表される見込みです。",
+    "ko": "위원회는 목요일에 다시 열리며, 시의 새 학교에 대한 보고서는 이달 말 이전에 발표될 것으로 예상된다.",
+    "ar": "ستجتمع اللجنة مرة أخرى يوم الخميس ومن المتوقع أن ينشر التقرير عن المدارس الجديدة في المدينة قبل نهاية الشهر.",
+    "hi": "समिति की बैठक गुरुवार को फिर होगी और उम्मीद है कि शहर के नए स्कूलों पर रिपोर्ट महीने के अंत से पहले प्रकाशित होगी।",
+    "?": "xq zzv qqk wrrt plmn vbx ghjk"}
 
 
-@pytest.mark.parametrize("name", SPOKEN)
-def test_languages(name):
-    assert data.language(SPOKEN[name]) == data.language(unicodedata.normalize("NFD", SPOKEN[name])) == name
-
-
-def test_language_option_and_personal_data(tmp_path):
-    mail = "Write to jane.doe@example.org or 81.2.69.142, not to 192.168.0.1 or version 1.2.3; api_key = 'abcdefghij0123456789' and ghp_" + "a" * 36 + ". "
+def test_languages(tmp_path):
+    for name, text in SPOKEN.items():
+        assert data.language(text) == name.split()[0], name
     code = "import os\n\n\ndef f(x):\n    return os.path.join(x, 'a')\n\n\nprint(f('b'))\n"
-    data.write_jsonl(tmp_path / "in.jsonl", [{"text": t} for t in [*SPOKEN.values(), mail + SPOKEN["en"], code]])
-    path = data.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--language", "en", "--mask-personal", "all"])
-    meta, dataset = data.open_dataset(path).meta, data.open_dataset(path)
-    assert meta["funnel"][1]["dropped"] == {name: 1 for name in SPOKEN if name != "en"}
-    text = "".join(bytes(np.array(ids[ids < 256], np.uint8)).decode() for ids in (dataset.train, dataset.val))
-    assert "<EMAIL> or <IP>, not to 192.168.0.1 or version 1.2.3; api_key = '<KEY>' and <KEY>. " in text and "jane" not in text and "os.path" in text
+    dataset = dataset_of(tmp_path, [*SPOKEN.values(), code], "--language", "en")
+    assert dataset.meta["funnel"][1]["dropped"] == {"?": 5, **dict.fromkeys(("ru", "zh", "ja", "ko", "ar", "hi"), 1)}
+    assert sorted(texts_of(dataset)) == sorted([SPOKEN["en"], code])
+
+
+def test_personal_data_is_redacted(tmp_path):
+    mail = ("Write to jane.doe@example.org or 81.2.69.142, not to 192.168.0.1 or version 1.2.3; "
+            "api_key = 'abcdefghij0123456789' and ghp_" + "a" * 36 + ".")
+    texts = texts_of(dataset_of(tmp_path, [mail, "other"], "--redact-pii", "all"))
+    assert "Write to <EMAIL> or <IP>, not to 192.168.0.1 or version 1.2.3; api_key = '<KEY>' and <KEY>." in texts
+
+
+def test_redaction_takes_linear_time():
+    """Each of these took minutes; 40,000 characters of the first 7.5 s."""
+    for unit in ("a.", "-----BEGIN PRIVATE KEY-----", "-eyJaaaaaaaaaa", "key ", "a@a."):
+        text = unit * (1_000_000 // len(unit))
+        assert data.redact_pii(text)[0] == text
 
 
 def test_prose_rules_of_gopher_and_the_line_filters():
@@ -2810,16 +2899,12 @@ def test_parquet(tmp_path):
     assert [d["text"] for d in data.read_documents(data.find_files([tmp_path], Counter()), Counter())] == ["a", "b"]
 
 
-def test_kth_smallest_and_components():
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 2**64, n, dtype=np.uint64) >> np.uint64(s) for n, s in ((100, 0), (0, 0), (57, 40), (3, 63))]
-    flat = np.sort(np.concatenate(arrays))
-    assert all(data.kth_smallest(lambda: arrays, k) == flat[k - 1] for k in range(1, len(flat) + 1))
+def test_connected_components():
     pairs = np.array([[i, i + 1] for i in range(0, 99) if i % 10 != 9] + [[200, 300]])
-    nodes, label = data.components(pairs[rng.permutation(len(pairs))])
+    nodes, label = data.connected_components(np.random.default_rng(0).permutation(pairs))
     groups = [nodes[label == one].tolist() for one in np.unique(label)]
     assert groups == [list(range(i, i + 10)) for i in range(0, 100, 10)] + [[200, 300]]
-    assert len(data.components(np.zeros((0, 2), np.int64))[0]) == 0
+    assert len(data.connected_components(np.zeros((0, 2), np.int64))[0]) == 0
 
 
 def corpus(folder, n=120):
@@ -2831,82 +2916,86 @@ def corpus(folder, n=120):
 
 
 def files_of(path):
-    return {name: (path / name).read_bytes() for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json", "report.html")}
+    return {name: (path / name).read_bytes() for name in os.listdir(path) if name != "report.html"}
 
 
-def test_ranks_workers_and_ranges_of_hashes_change_nothing(tmp_path, monkeypatch):
+ONE_FILE_A_PART = "import data, os, sys, time\ndata.split_files = lambda files: [[file] for file in files]\n"
+
+
+def test_ranks_and_workers_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     arguments = corpus(tmp_path / "in")
     monkeypatch.setattr(data, "split_files", lambda files: [[file] for file in files])
     one = data.main([*arguments, "--workers", "1", "--out", str(tmp_path / "one")])
-    meta = data.open_dataset(one).meta
-    assert [row["dropped"] for row in meta["funnel"][2:]] == [{"same text": 10}, {"similar text": 20}]
-    monkeypatch.setattr(data.find_duplicates, "__defaults__", (7,))
+    dropped = [row["dropped"] for row in data.open_dataset(one).meta["funnel"][2:]]
+    assert dropped == [{"same text": 10}, {"similar text": 20}]
     several = data.main([*arguments, "--workers", "2", "--out", str(tmp_path / "several")])
-    program = ("import sys, data\ndata.split_files = lambda files: [[file] for file in files]\n"
-               f"data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'ranks')]!r})")
-    ranks = [subprocess.Popen([sys.executable, "-c", program], cwd=os.path.dirname(data.__file__), stdout=subprocess.PIPE,
-                              env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
-    assert files_of(one) | {"report.html": 0} == files_of(several) | {"report.html": 0} == files_of(tmp_path / "ranks" / "web") | {"report.html": 0}
+    (tmp_path / "ranks.py").write_text(
+        f"{ONE_FILE_A_PART}data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'ranks')]!r})")
+    done = run_torchrun(tmp_path / "ranks.py")
+    assert done.returncode == 0, done.stderr
+    assert files_of(one) == files_of(several) == files_of(tmp_path / "ranks" / "web")
     assert os.listdir(tmp_path / "ranks") == ["web"]
+
+
+def run_torchrun(script):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": HERE}, capture_output=True, text=True, timeout=120)
+
+
+def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    command = [*corpus(tmp_path / "in"), "--workers", "1", "--out", str(tmp_path / "out")]
+    main = f"data.main({command!r})\n"
+    (tmp_path / "dies.py").write_text(
+        f"{ONE_FILE_A_PART}make = data.make_part\n"
+        "def make_part(files, *more):\n"
+        "    os.write(1, f'made {files[0][1]}\\n'.encode())\n"
+        "    return os._exit(9) if files[0][1] == '0050.jsonl' and sys.argv[1:] == ['die'] else make(files, *more)\n"
+        f"data.make_part = make_part\n{main}")
+    (tmp_path / "die.py").write_text(f"import sys\nsys.argv.append('die')\n{(tmp_path / 'dies.py').read_text()}")
+    died = run_torchrun(tmp_path / "die.py")
+    assert died.returncode != 0 and not (tmp_path / "out" / "web").exists()
+    done = run_torchrun(tmp_path / "dies.py")
+    assert done.returncode == 0, done.stderr
+    first, second = ({line for line in run.stdout.splitlines() if line.startswith("made")} for run in (died, done))
+    assert "made 0050.jsonl" in first & second and len(first & second) <= 2 and len(first | second) == 15
+    assert os.listdir(tmp_path / "out") == ["web"]
 
 
 def test_a_killed_command_goes_on(tmp_path):
     (tmp_path / "in").mkdir()
-    arguments = corpus(tmp_path / "in")
-    program = f"""
-import os, sys, data
-load = data.Work.run
+    arguments = [*corpus(tmp_path / "in"), "--workers", "1", "--out", str(tmp_path / "out")]
+    program = f"""{ONE_FILE_A_PART}
+run_stage = data.PartStore.run
 def run(self, stage, n, make):
     def logged(i):
         print(stage, i, flush=True)
         return make(i)
     if stage == sys.argv[1]:
-        load(self, stage, 1, logged)
+        run_stage(self, stage, 1, logged)
         os.kill(os.getpid(), 9)
-    return load(self, stage, n, logged)
-data.Work.run = run
-data.split_files = lambda files: [[file] for file in files]
-data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'out')]!r})
+    return run_stage(self, stage, n, logged)
+data.PartStore.run = run
+data.main({arguments!r})
 """
-    start = lambda stage: subprocess.run([sys.executable, "-c", program, stage], cwd=os.path.dirname(data.__file__), capture_output=True, text=True)
-    *killed, done = map(start, ("documents", "tokens", "never"))
-    assert [one.returncode for one in killed] == [-signal.SIGKILL] * 2
-    assert done.returncode == 0 and os.listdir(tmp_path / "out") == ["web"], done.stderr
+    runs = [subprocess.run([sys.executable, "-c", program, stage], cwd=HERE, capture_output=True, text=True)
+            for stage in ("documents", "tokens", "never")]
+    assert [run.returncode for run in runs] == [-signal.SIGKILL, -signal.SIGKILL, 0], runs[2].stderr
     first, second, third = ({line for line in run.stdout.splitlines() if line.startswith(("documents ", "tokens "))}
-                            for run in (*killed, done))
+                            for run in runs)
     assert first == {"documents 0"} and "tokens 0" in second and third
-    assert not (first & second or second & third or first & third)  # what was there is not made again
+    assert not (first & second or second & third or first & third)    # what was there is not made again
     assert data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
 
 
-def test_millions_of_signatures_are_compared_in_little_memory(tmp_path):
-    """50,000 here, in 8 parts and 10 ranges; MINPHI_SIGNATURES=5000000 is the simulation of the README, within 2 GB."""
-    n, n_parts, rows = int(os.environ.get("MINPHI_SIGNATURES", 50_000)), 8, 8
-    work, rng = data.Work(tmp_path / "work", 1), np.random.default_rng(0)
-    per = n // n_parts
-
-    def make(i):
-        signatures = np.random.default_rng(i).integers(0, 2**32, (per, 14 * rows), dtype=np.uint32)
-        twins = np.arange(0, per, 100)
-        if i % 2:                                                     # every hundredth is a near copy of the part before's
-            signatures[twins] = np.random.default_rng(i - 1).integers(0, 2**32, (per, 14 * rows), dtype=np.uint32)[twins]
-            signatures[twins, :11] += np.uint32(1)
-        keys = np.concatenate([rng.integers(0, 2**64, (1, per), dtype=np.uint64), data.band_keys(signatures, 14)])
-        return {"signatures": signatures, "keys": keys, "value": np.zeros(per, np.float32), "size": np.full(per, 10)}
-
-    parts = work.run("documents", n_parts, make)
-    options = SimpleNamespace(dedup_bands=14, dedup_threshold=0.8)
-    dropped, same, groups = data.find_duplicates(work, parts, np.arange(n_parts + 1) * per, options, max(5000, n // 5))
-    assert dropped.tolist() == [i * per + k for i in range(1, n_parts, 2) for k in range(0, per, 100)] and not same.any()
-    assert {int(k): v for k, v in groups.items()} == {2: len(dropped)}
-
-
 def test_candidates_share_a_key():
-    assert data.candidates(np.uint64([7, 7, 3, 7, 5])).tolist() == [[0, 1], [0, 3], [1, 3]] and data.candidates(np.uint64([])).shape == (0, 2)
-    many = data.candidates(np.zeros(100, np.uint64))  # of a large bucket not all pairs
-    assert len(many) < 500 and (many[:, 0] < many[:, 1]).all() and len(data.components(many)[0]) == 100
+    pairs = data.candidate_pairs(np.uint64([7, 7, 3, 7, 5]))
+    assert {tuple(pair) for pair in pairs.tolist()} == {(0, 1), (0, 3), (1, 3)}
+    assert data.candidate_pairs(np.uint64([])).shape == (0, 2)
+    many = data.candidate_pairs(np.zeros(100, np.uint64))             # of a large bucket not all pairs
+    nodes, label = data.connected_components(many)
+    assert len(many) < 500 and (many[:, 0] < many[:, 1]).all() and len(nodes) == 100 and not label.any()
 
 
 def test_similar_documents_are_found_and_others_left(tmp_path):
@@ -2920,41 +3009,18 @@ def test_similar_documents_are_found_and_others_left(tmp_path):
         grams = [{tuple(w[i:i + 5]) for i in range(len(w) - 4)} for w in (words, other)]
         pairs.append(len(grams[0] & grams[1]) / len(grams[0] | grams[1]))
         texts += [base, " ".join(other)]
-    keys = data.band_keys(data.minhash(texts), 14)
     signatures = data.minhash(texts)
-    near = {tuple(pair) for key in keys for pair in data.candidates(key).tolist()}
+    keys = data.lsh_band_hashes(signatures, 0.8)
+    near = {tuple(pair) for key in keys for pair in data.candidate_pairs(key).tolist()}
     near = {(a, b) for a, b in near if (signatures[a] == signatures[b]).mean() >= 0.8}
     assert all(((2 * i, 2 * i + 1) in near) for i, truth in enumerate(pairs) if truth >= 0.9) and sum(truth >= 0.9 for truth in pairs) > 50
     assert not any((2 * i, 2 * i + 1) in near for i, truth in enumerate(pairs) if truth < 0.6) and len(near) <= 150
 
 
-def test_paragraphs_that_stand_elsewhere_are_cut_from_prose_and_not_from_code(tmp_path):
-    notice, short = "All rights  are reserved by the owners of this page, whoever they are.", "Read on."
-    texts = {"a.txt": f"The first page.\n\n{notice}\n\n{short}", "b.txt": f"{notice.upper()}\n \nThe second page.\n\n{short}\n\n{notice}",
-             "c.md": notice.replace("  ", " "), "d.py": f"x = 1\n\n# {notice}\n\ny = 2", "e.py": f"x = 3\n\n# {notice}\n\ny = 4", "f.txt": "No blank line."}
-    (tmp_path / "in").mkdir()
-    for name, text in texts.items():
-        (tmp_path / "in" / name).write_text(text)
-    arguments = ["--input", str(tmp_path / "in"), "--out", str(tmp_path), "--rules", "none", "--tokenizer", "bytes", "--dedup-paragraphs", "40"]
-    made = [data.main([*arguments, "--workers", n, "--name", f"w{n}"]) for n in ("1", "2")]
-    assert (made[0] / "train.bin").read_bytes() == (made[1] / "train.bin").read_bytes()
-    dataset = data.open_dataset(made[0])
-    found = [*dataset.train, *dataset.val]
-    found = "".join("|" if i > 255 else chr(i) for i in found).split("|")[:-1]
-    assert sorted(found) == sorted([texts["a.txt"], f"The second page.\n\n{short}", texts["d.py"], texts["e.py"], texts["f.txt"]])
-    row = dataset.meta["funnel"][-1]
-    assert row["stage"] == "paragraphs" and row["dropped"] == {"nothing new in it": 1} and row["bytes_out"] == sum(map(len, found))
-    parts = [{"paragraphs": np.uint64([5, 7, 5, 2**63]), "has": np.array([1, 3]), "text": np.frombuffer(b"aaaa" + b"bbbb\n\ncccc\n\ndddd", np.uint8),
-              "size": np.array([4, 16]), "end": np.array([4, 20]), "prompt": np.zeros(2, int)}.get] * 2
-    cut = data.without_repeats(data.Work(tmp_path / "work", 1), parts, np.split(np.array([False, True, True, True]), 2), 1, per_range=2)  # several ranges
-    assert [bytes(part("text")) for part in cut] == [b"aaaabbbb\n\ncccc\n\ndddd", b""] and cut[1]("size").tolist() == [0, 0]
-
-
 def test_report_is_one_page(tmp_path):
     (tmp_path / "in").mkdir()
-    path = data.main([*corpus(tmp_path / "in"), "--out", str(tmp_path / "out")])
-    page = (path / "report.html").read_text()
-    assert "http" not in page and "similar text" in page and "near duplicates: 120" in page.replace(" 120", ": 120") and page.count("<pre>") >= 10
+    page = (data.main([*corpus(tmp_path / "in"), "--out", str(tmp_path / "out")]) / "report.html").read_text()
+    assert "http" not in page and "near duplicates: similar text 20" in page and page.count("<pre>") == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5605,10 +5671,62 @@ def skip(layers=12, over=80, steps=600):
                "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
 
 
+def bench_data(n_bytes=128_000_000):
+    """What each stage of data.py does with this machine's Python source on all cores, beside installed peers."""
+    skipped = Counter()
+    texts = [document["text"] for document in data.read_documents(data.find_files(["python"], skipped, 0, n_bytes), skipped)]
+    workers = data.n_cores()
+    pieces = list(data.batches(texts, 1 << 21))
+    some = next(data.batches(texts, 64_000_000))
+    mb = sum(map(len, texts)) / 1e6
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(40_000, 32)).astype(np.float32)
+    y = (X[:, 0] * X[:, 1] + X[:, 2] + np.sin(3 * X[:, 3]) + rng.normal(size=len(X)) > 0).astype(int)
+    forest = data.RandomForest(workers=workers)
+    tokenizer = data.train_bpe(some[:500], 8192)
+    print(f"{len(texts):,} documents, {mb:.1f} MB, {workers} processes")
+
+    def show(stage, function):
+        with contextlib.suppress(ImportError):
+            begun = time.perf_counter()
+            made = function()
+            seconds = time.perf_counter() - begun
+            is_scores = isinstance(made, np.ndarray)
+            note = f"AUC {data.area_under_curve(y[20_000:], made):.4f}" if is_scores else f"{mb / seconds:8.1f} MB/s"
+            print(f"{stage:<30}{seconds:8.2f} s  {note}", flush=True)
+
+    def over(function):
+        return lambda: data.parallel(lambda piece: function(piece) and None, pieces, workers, "measuring")
+
+    def fit_and_predict(forest):
+        return lambda: forest.fit(X[:20_000], y[:20_000]).predict_proba(X[20_000:])
+
+    def scikit_learn():
+        from sklearn.ensemble import RandomForestClassifier
+        return fit_and_predict(RandomForestClassifier(100, n_jobs=workers))()[:, 1]
+
+    show("equal texts", over(lambda piece: len(data.sha64(text.encode() for text in piece))))
+    show("MinHash", over(lambda piece: len(data.minhash(piece))))
+    show("Gopher's rules", over(lambda piece: [data.gopher_rule(text) for text in piece]))
+    show("features", over(lambda piece: [data.features(text) is None for text in piece]))
+    show("forest of 100 trees, 32 features", fit_and_predict(forest))
+    show("  scikit-learn", scikit_learn)
+    if os.path.exists(os.environ.get("HUMANEVAL", "")):
+        show("decontamination by words", over(data.Contamination([os.environ["HUMANEVAL"]]).find))
+    for size in (8192, 32768):
+        show(f"BPE of {size:,}, of 64 MB", lambda: data.train_bpe(some, size, workers) and None)
+    show("token ids", over(lambda piece: len(data.encode([{"text": text, "prompt_chars": 0} for text in piece],
+                                                        tokenizer, np.uint16))))
+    show("  tiktoken's batch call", lambda: len(tokenizer._bpe.encode_ordinary_batch(texts)))
+
+
+BENCHES = {"data": bench_data}
 EXPERIMENTS = {"growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
+    if sys.argv[1:2] == ["bench"] and len(sys.argv) == 3 and sys.argv[2] in BENCHES:
+        data.command()(BENCHES[sys.argv[2]])()
+    elif sys.argv[1:2] and sys.argv[1] in EXPERIMENTS and len(sys.argv) == 2:
         data.command()(EXPERIMENTS[sys.argv[1]])()
     else:
-        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}; the tests run by python -m pytest -q test_all.py")
+        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHES)}; the tests run by python -m pytest -q test_all.py")
