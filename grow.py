@@ -468,8 +468,8 @@ def target_shape(args, config):
 @torch.no_grad()
 def run(args):
     target = Path(args.target)
-    state = Path(args.source, "state.pt")
-    if (target / "state.pt").exists() or target.resolve() == state.parent.resolve():
+    source_folder = Path(args.source)
+    if list(target.glob("state-*")) or target.resolve() == source_folder.resolve():
         raise ValueError(f"{target} is the source or a training run; give another DST, or delete it")
     source, tokenizer = models.load(args.source, args.device, DTYPES[args.dtype])
     config = source.config
@@ -516,9 +516,9 @@ def run(args):
         data.fail("the grown model does not compute the source's function, so nothing was written; this is a "
                   "bug: please report the command", 1)
     models.save(grown, tokenizer, target)
-    if state.exists():
-        print("note     the optimizer's state (state.pt) is dropped: training goes on as a new run, whose "
-              "warmup builds it up again")
+    if list(source_folder.glob("state-*")):
+        print("note     the optimizer's state is dropped: training goes on as a new run, whose warmup builds it up "
+              "again")
     context = f" --context {args.context}" if args.context else ""
     print(f"saved    {target}; go on with: python train.py --init {target} --data ... --out ...{context}")
 
