@@ -1186,6 +1186,8 @@ def evaluate(args) -> None:
 @data.command("interrupted")
 def main() -> None:
     args = options()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        data.fail("sample.py runs in one process and decodes many texts together; start it without torchrun")
     try:
         if args.quantize and args.out and not args.eval:
             model, tokenizer = open_model(args)

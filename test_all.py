@@ -2111,6 +2111,14 @@ ADDITION = {"task_id": "add", "prompt": "import math\n\ndef add(a, b):\n    'Sum
             "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
 
 
+def test_ranks_would_each_write_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", str(tmp_path), "--prompt", "x"])
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    assert stop.value.code == 2 and "without torchrun" in capsys.readouterr().err
+
+
 def test_bits_per_byte_counts_each_token_once(tmp_path):
     text = "It was — naïve.\n\n" * 40
     summary, _ = evaluated(tmp_path, text, name="some.txt")
