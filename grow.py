@@ -517,8 +517,8 @@ def run(args):
                   "bug: please report the command", 1)
     models.save(grown, tokenizer, target)
     if list(source_folder.glob("state-*")):
-        print("note     the optimizer's state is dropped: training goes on as a new run, whose warmup builds it "
-              "up again")
+        print("note     the optimizer's state is dropped: training goes on as a new run, whose warmup builds "
+              "it up again")
     context = f" --context {args.context}" if args.context else ""
     print(f"saved    {target}; go on with: python train.py --init {target} --data ... --out ...{context}")
 

@@ -59,7 +59,7 @@ class Config:
     long_mscale: float | None = None
     # phi-3-small: muP multipliers, blocksparse attention, ids that are never predicted
     embedding_multiplier: float = 1.0
-    attention_multiplier: float | None = None   # q·k is scaled by this / head_dim instead of 1 / sqrt(head_dim)
+    attention_multiplier: float | None = None   # q·k times this / head_dim instead of 1 / sqrt(head_dim)
     logit_divisor: float = 1.0
     sparse_block: int = 64                  # a block of so many tokens sees
     sparse_local: int = 16                  # so many blocks back, itself included,
@@ -370,8 +370,8 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------- model
 
-# Constants on the device are made once: a copy from the host cannot be captured in a CUDA graph. And outside of
-# inference mode: what is made while generating must serve training too.
+# Constants on the device are made once: a copy from the host cannot be captured in a CUDA graph. And outside
+# of inference mode: what is made while generating must serve training too.
 
 @functools.cache
 @torch.inference_mode(False)
@@ -569,7 +569,7 @@ class Model(nn.Module):
         stop = {stop} if isinstance(stop, int) else set(stop or ())
         outputs = [[] for _ in prompts]
         limits = [min(max_new_tokens, self.config.max_seq_len - len(prompt)) for prompt in prompts]
-        prompt_of = [number for number, limit in enumerate(limits) if limit > 0]    # for each row of the cache
+        prompt_of = [number for number, limit in enumerate(limits) if limit > 0]    # of each row of the cache
         if not prompt_of:
             return outputs
         draws = uniform_draws(seed, len(prompts), max(limits))[prompt_of].to(self.device)
@@ -594,7 +594,7 @@ class Model(nn.Module):
                 break
             if ended:   # they are computed along; from length 0 on they stay within the capacity
                 cache.lengths[ended] = 0
-            if len(running) <= len(prompt_of) * 7 // 8:     # dropping rows copies the cache: they leave in groups
+            if len(running) <= len(prompt_of) * 7 // 8:     # rows leave in groups: the cache is copied
                 cache = cache.rows(running)
                 decode = DecodeStep(self, cache)
                 prompt_of = [prompt_of[row] for row in running]
@@ -619,8 +619,8 @@ class Model(nn.Module):
         for row, prompt in enumerate(prompts):
             fits = 0 < len(prompt) <= config.max_seq_len
             if not fits or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-                raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to {config.max_seq_len}, "
-                                 f"all in the vocabulary of {config.vocab_size}")
+                raise ValueError(f"prompt {row} has {len(prompt)} tokens; it needs 1 to "
+                                 f"{config.max_seq_len}, all in the vocabulary of {config.vocab_size}")
         if skip and not (2 <= skip[1] <= skip[0] <= config.n_layer and min(skip) > 0):
             raise ValueError(f"skip {':'.join(map(str, skip))} must be layers with 2 <= MIN <= MAX <= "
                              f"{config.n_layer}")
@@ -660,8 +660,8 @@ class KVCache:
         first_slots = torch.arange(len(positions), device=positions.device) * self.capacity
         self.slots = (positions + first_slots[:, None]).flatten()
         self.end = self.capacity
-        # On CUDA all columns are looked at: reading a length would wait for the device, and a graph needs fixed
-        # shapes. The kernels stop at each row's own length.
+        # On CUDA all columns are looked at: reading a length would wait for the device, and a graph needs
+        # fixed shapes. The kernels stop at each row's own length.
         if positions.device.type != "cuda":
             self.end = int(positions[:, -1].max()) + 1
             if self.end > self.capacity:
@@ -1330,8 +1330,8 @@ def read_safetensors(path: str) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------- hub
 
 def download(url: str, path: str, headers=None) -> None:
-    """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call, goes on
-    from path.part. FileNotFoundError, PermissionError or OSError when it cannot be had."""
+    """Fetch url into path, which appears only when it is whole. What was cut, now or in an earlier call, goes
+    on from path.part. FileNotFoundError, PermissionError or OSError when it cannot be had."""
     import requests
     part = path + ".part"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1361,8 +1361,8 @@ def _download_rest(url: str, part: str, headers) -> bool:
         if status == 404:
             raise FileNotFoundError(f"{url} does not exist")
         if status in (401, 403):
-            raise PermissionError(f"{url} is not given away without permission: check the spelling, or accept the "
-                                  "licence there and set HF_TOKEN")
+            raise PermissionError(f"{url} is not given away without permission: check the spelling, or accept "
+                                  "the licence there and set HF_TOKEN")
         length = answer.headers.get("Content-Length")
         total = int(length) if length else None
         if status == 206:
@@ -1420,8 +1420,10 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
         fetch("config.json", required=True)
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "cl100k_base.tiktoken"):
-            fetch(file)
+        fetch("tokenizer.json")
+        fetch("tokenizer_config.json")
+        fetch("chat_template.jinja")
+        fetch("cl100k_base.tiktoken")           # phi-3-small's
         if weights and fetch("model.safetensors.index.json"):
             index = read_json(os.path.join(folder, "model.safetensors.index.json"))
             for shard in set(index["weight_map"].values()):
@@ -1502,7 +1504,8 @@ def save(model: Model, tokenizer, path: str, tensors=None, gather=lambda tensor:
         write_json(os.path.join(path, "generation_config.json"), {**token_ids, "eos_token_id": ends})
         tokenizer.save(path)
     write_json(os.path.join(path, "config.json"), {**config_json(model), **token_ids})
-    write_safetensors(os.path.join(path, "model.safetensors"), to_hf(model) if tensors is None else tensors, gather)
+    tensors = to_hf(model) if tensors is None else tensors
+    write_safetensors(os.path.join(path, "model.safetensors"), tensors, gather)
 
 
 def config_json(model: Model) -> dict:
@@ -1598,10 +1601,10 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
     config_file = os.path.join(path, "config.json")
     if not os.path.isfile(config_file):
         if path in PRESETS:
-            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a "
-                             "hub name such as microsoft/phi-1_5")
-        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with python train.py, "
-                                "or give a hub name")
+            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or "
+                             "a hub name such as microsoft/phi-1_5")
+        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with "
+                                "python train.py, or give a hub name")
     config = read_config(config_file)
     quantization = read_json(config_file).get("quantization_config") or {}
     with torch.device("meta"):
