@@ -708,8 +708,7 @@ def draw_safety_seeds(rng, topics):
         return {"unsafe": rng.choice(LOOKALIKES), "manner": manner, "rejected": rejected, "harmless": True}
     manner = (
         "This could hurt people. The assistant declines in one or two kind sentences, says why without a "
-        "lecture, and offers "
-        "something lawful and harmless in its place."
+        "lecture, and offers something lawful and harmless in its place."
     )
     rejected = rng.choice(
         (
@@ -3011,8 +3010,8 @@ def protections():
         worker.close()
     return worker.protections or (
         "resource limits alone: this kernel grants neither Landlock nor seccomp. Run it in a container, "
-        "such as "
-        "docker run --rm --network none --cap-drop ALL -v $PWD:/w -w /w python:3.12 python synth.py ..."
+        "such as docker run --rm --network none --cap-drop ALL -v $PWD:/w -w /w python:3.12 python "
+        "synth.py ..."
     )
 
 
@@ -3161,9 +3160,8 @@ def read_items(args):
             items = real_functions(items)
     if not items:
         raise ValueError(
-            f"{' '.join(args.file)}: nothing to ask about; {args.kind} needs questions (prompt, messages or "
-            f"text; for the "
-            "built-in teacher, with tests) or Python functions that stand alone"
+            f"{' '.join(args.file)}: nothing to ask about; {args.kind} needs questions (prompt, messages "
+            "or text; for the built-in teacher, with tests) or Python functions that stand alone"
         )
     return items[: args.count]
 

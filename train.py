@@ -509,9 +509,8 @@ def rows_of_rank(args, world):
     num_rows = args.batch_tokens // args.context
     if num_rows < world or num_rows % world:
         nearest = max(1, round(num_rows / world)) * world * args.context
-        data.fail(f"--batch-tokens {args.batch_tokens} makes {num_rows} rows of --context {args.context}; it "
-                  "must be "
-                  f"a multiple of {args.context} x {world} processes, such as {nearest}")
+        data.fail(f"--batch-tokens {args.batch_tokens} makes {num_rows} rows of --context {args.context}; "
+                  f"it must be a multiple of {args.context} x {world} processes, such as {nearest}")
     return num_rows // world
 
 
@@ -524,9 +523,8 @@ def dry_run(args, config):
     micro_batch = micro_batch_rows(args, config, rows, world, gigabytes)
     parts = memory(config, args, micro_batch, world)
     total = sum(parts.values()) / 1e9
-    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows a "
-          "step "
-          f"on {world} GPU(s), --micro-tokens {micro_batch * args.context}")
+    print(f"model    {config.num_parameters():,} parameters; context {args.context}, {rows * world:,} rows "
+          f"a step on {world} GPU(s), --micro-tokens {micro_batch * args.context}")
     for part, size in parts.items():
         print(f"  {part:26} {size / 1e9:10.2f} GB")
     advice = "fits" if total <= USABLE * gigabytes else f"does not fit: {LESS_MEMORY}"
@@ -747,9 +745,8 @@ def open_mixture(entries):
         datasets.append(dataset)
         first = datasets[0]
         if dataset.meta["tokenizer"] != first.meta["tokenizer"]:
-            data.fail(f"{dataset.path} was made with another tokenizer than {first.path}; make it again with "
-                      "data.py "
-                      f"--tokenizer {first.path}")
+            data.fail(f"{dataset.path} was made with another tokenizer than {first.path}; make it again "
+                      f"with data.py --tokenizer {first.path}")
     return datasets, weights, models.Tokenizer.load(first.path)
 
 
@@ -777,18 +774,16 @@ def choose_config(args, tokenizer):
         folder = models.snapshot_download(start)
         if not os.path.isfile(os.path.join(folder, "config.json")):
             data.fail(f"{option}: no model there (config.json is missing); give a run directory, a Hugging "
-                      "Face "
-                      "directory or a hub name")
+                      "Face directory or a hub name")
         config = models.read_config(os.path.join(folder, "config.json"))
         args.context = args.context or config.max_seq_len
         if args.context > config.max_seq_len and not args.rope_theta:
-            data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of {start}; "
-                      "lower it, "
-                      f"or give a larger --rope-theta than its {config.rope_theta:g} as well")
+            data.fail(f"--context {args.context} is longer than the {config.max_seq_len} tokens of "
+                      f"{start}; lower it, or give a larger --rope-theta than its {config.rope_theta:g} as "
+                      "well")
         if tokenizer and models.Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
             data.fail(f"{option} has another tokenizer than the data; make the data again with data.py "
-                      "--tokenizer "
-                      f"{start}")
+                      f"--tokenizer {start}")
     return dataclasses.replace(config, max_seq_len=max(args.context, config.max_seq_len),
                                rope_theta=args.rope_theta or config.rope_theta)
 
@@ -903,9 +898,8 @@ def find_source(args, identity):
     for name, fingerprint in identity["fingerprints"].items():
         if fingerprint != source["fingerprints"].get(name):
             data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it "
-                      "was, or "
-                      f"give another --out (with --continue-from {out} its weights and optimizer go on with "
-                      "these)")
+                      f"was, or give another --out (with --continue-from {out} its weights and optimizer "
+                      "go on with these)")
     if source["step"] >= args.steps:
         print(f"{out} is trained already ({args.steps:,} steps); to train again, delete it or give another "
               "--out")
@@ -971,10 +965,9 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
         run.print0(f"going on from step {checkpoint['step']:,} of {args.steps:,} in {args.out}")
     elif source:
         run.print0(f"weights and optimizer state of step {source['step']:,} of {args.continue_from}")
-    run.print0(f"model    {config.num_parameters():,} parameters: {config.n_layer} layers, {config.d_model} "
-               "wide, "
-               f"{config.n_head} query and {config.n_kv_head} key/value heads, vocabulary "
-               f"{config.vocab_size}")
+    run.print0(f"model    {config.num_parameters():,} parameters: {config.n_layer} layers, "
+               f"{config.d_model} wide, {config.n_head} query and {config.n_kv_head} key/value heads, "
+               f"vocabulary {config.vocab_size}")
     compiled = f"not compiled: {reason_against}" if reason_against else "blocks compiled"
     run.print0(f"device   {device}: compute dtype {identity['dtype']} ({reason}); {compiled}")
     return run
@@ -1080,9 +1073,8 @@ class Log:
             saved = "nothing was saved yet"
         elif self.saved_step == step:
             saved = f"the checkpoint in {out} has these very weights"
-        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; lower "
-                  "--lr and "
-                  "--muon-lr", 1)
+        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; "
+                  "lower --lr and --muon-lr", 1)
 
 
 def micro_steps(run, module, loss_fn, micro_batches, weight):
@@ -1118,8 +1110,7 @@ def report(run, log, chart_options):
         svg = loss_svg(log.records, out, **chart_options)
         models.write_atomically(os.path.join(out, "loss.svg"), lambda file: file.write(svg.encode()))
     run.print0(f"saved    {out}: {run.args.steps:,} steps, {log.tokens:,} tokens in {seconds:.1f} s of "
-               "stepping "
-               f"({log.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+               f"stepping ({log.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
     if run.world > 1:
         leave()
 
@@ -1246,22 +1237,19 @@ def recipe_stages(quick):
               f"{root}/web", 7),
         Stage("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
               f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens "
-              "3072 "
-              f"--steps {pretrain} --out {runs}/base",
+              f"3072 --steps {pretrain} --out {runs}/base",
               f"{runs}/base"),
         Stage("evaluate the base", "solves the held-out problems by running their tests",
               f"sample.py --run {runs}/base --eval {root}/test.jsonl --json {runs}/base/eval.json "
-              "--max-tokens 400 "
-              "--show 0",
+              "--max-tokens 400 --show 0",
               f"{runs}/base/eval.json", held_out / 50),
         Stage("finetune", "the exercises (phi-1's CodeExercises)",
               f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 {rows} "
               f"--steps {finetune} --out {runs}/phi",
               f"{runs}/phi"),
         Stage("evaluate", "the same held-out problems",
-              f"sample.py --run {runs}/phi --eval {root}/test.jsonl --json {runs}/phi/eval.json --max-tokens "
-              "400 "
-              "--show 1",
+              f"sample.py --run {runs}/phi --eval {root}/test.jsonl --json {runs}/phi/eval.json "
+              "--max-tokens 400 --show 1",
               f"{runs}/phi/eval.json", held_out / 50)]
 
 
@@ -1304,10 +1292,9 @@ def recipe(quick):
     book_file = "runs/quick/recipe.json" if quick else "runs/recipe.json"
     # product -> the command that made it (None: an attempt was cut short) and its seconds
     book = models.read_json(book_file) if os.path.exists(book_file) else {}
-    print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under data/ "
-          "and "
-          "runs/; give the same command again to go on after an interruption. A stage by hand runs as here "
-          "after\n"
+    print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under "
+          "data/ and runs/; give the same command again to go on after an interruption. A stage by hand "
+          "runs as here after\n"
           f"    {EXPORT}\n")
     for number, stage in enumerate(stages, 1):
         before = book.get(stage.product, {"command": None, "seconds": 0})
@@ -1357,10 +1344,10 @@ def print_report(stages, book):
     for name, result in zip(("pretrained on code + textbooks", "finetuned on exercises"), evaluations):
         cells = [*(result["levels"][level] for level in levels), result]
         print(f"{name:36}" + "".join(f"{cell['pass@1']:>9.1%} ±{cell['se']:5.1%}" for cell in cells))
-    print("\nphi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the "
-          "same two "
-          "steps.\nOurs are held-out compositions of the teacher's own operations: a far easier test, on a "
-          "model "
+    print("\n"
+          "phi-1 itself (HumanEval pass@1): 350 M parameters 20.1 % -> 45 %, 1.3 B 29 % -> 50.6 % by the "
+          "same two steps.\n"
+          "Ours are held-out compositions of the teacher's own operations: a far easier test, on a model "
           "some hundred times smaller.")
 
 
@@ -1398,8 +1385,7 @@ def one_line_errors():
         lost = ("gloo", "nccl", "connection closed")
         if dist.is_initialized() and any(word in text.lower() for word in lost):
             data.fail(f"rank {dist.get_rank()} lost another one, whose error is the one to read "
-                      f"({text[:100]}); "
-                      "give the same command to go on from the last save", 1)
+                      f"({text[:100]}); give the same command to go on from the last save", 1)
         raise
 
 
@@ -1415,8 +1401,7 @@ def loop_options(option):
     """The options of the loop itself, which align.py has too."""
     flag, count, number, share = kinds_of(option)
     count("--micro-tokens", None, "most tokens in one forward pass of a process; lower it when memory runs "
-                                  "out "
-          "(default: what a GPU's memory holds by our estimate; 4096 on a CPU)")
+                                  "out (default: what a GPU's memory holds by our estimate; 4096 on a CPU)")
     option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all",
            choices=("muon", "adamw"))
     number("--lr", 0.003, "peak learning rate of AdamW")
@@ -1438,8 +1423,7 @@ def loop_options(option):
     option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
     flag("--fsdp", text="spread weights, gradients and optimizer state over the processes of torchrun")
     flag("--activation-checkpointing", text="keep only what enters each block and run it again in the "
-                                            "backward pass: "
-         "less memory, a third more work")
+                                            "backward pass: less memory, a third more work")
     option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
 
 
@@ -1449,20 +1433,17 @@ def make_parser():
     option = parser.option
     flag, count, number, share = kinds_of(option)
     several = functools.partial(option, type=data.number(int, 2))
-    option("--data", None, "dataset directories (or names under data/) and their shares; without this option "
-                           "the "
-           "whole recipe runs", nargs="+", metavar="NAME[:WEIGHT]")
+    option("--data", None, "dataset directories (or names under data/) and their shares; without this "
+                           "option the whole recipe runs", nargs="+", metavar="NAME[:WEIGHT]")
     flag("--quick", text="the recipe on chains of one and two operations, in a third of the time, with a "
-                         "model that "
-         "has learned little")
+                         "model that has learned little")
     option("--out", "runs/base", "run directory to write, and to go on from")
     option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from")
     option("--continue-from", None, "run whose weights and optimizer state to start from: its next phase, "
-                                    "with data, "
-           "context, rates and steps of its own (give another --seed for another order of the same data)")
+                                    "with data, context, rates and steps of its own (give another --seed "
+                                    "for another order of the same data)")
     option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for "
-                             "the options "
-           "not given", choices=models.PRESETS)
+                             "the options not given", choices=models.PRESETS)
     for name in SHAPE:
         count("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's")
     option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's",
@@ -1471,9 +1452,9 @@ def make_parser():
     several("--batch-tokens", 4096, "tokens a step, over all processes")
     count("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)")
     share("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts")
-    option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of an "
-                           "answer, "
-           "falling to MIN at the TOKENS-th and later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
+    option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of "
+                           "an answer, falling to MIN at the TOKENS-th and "
+                           "later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
     several("--val-tokens", 65536, "validation tokens of each dataset")
     loop_options(option)
     flag("--dry-run", text="print what training would take in memory and time, and stop")
@@ -1532,8 +1513,7 @@ def main():
             pretrain(args)
         elif given:
             parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own "
-                         "settings "
-                         "(each stage prints its command)")
+                         "settings (each stage prints its command)")
         elif "RANK" in os.environ:
             data.fail("the recipe starts torchrun itself where it helps; run python train.py")
         else:
