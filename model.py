@@ -1544,6 +1544,9 @@ def config_json(model: Model) -> dict:
 
 def read_config(file: str) -> Config:
     """A config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"no model at {os.path.dirname(file)} (config.json is missing): make one with "
+                                "python train.py, or give a hub name")
     source = read_json(file)
     if not isinstance(source, dict):
         raise ValueError(f"{file} is not a model's configuration")
@@ -1599,12 +1602,9 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
     mode and its tokenizer (None if it has none). dtype: as stored unless given."""
     path = snapshot_download(path_or_name)
     config_file = os.path.join(path, "config.json")
-    if not os.path.isfile(config_file):
-        if path in PRESETS:
-            raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or "
-                             "a hub name such as microsoft/phi-1_5")
-        raise FileNotFoundError(f"no model at {path} (config.json is missing): make one with "
-                                "python train.py, or give a hub name")
+    if path in PRESETS and not os.path.isfile(config_file):
+        raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub "
+                         "name such as microsoft/phi-1_5")
     config = read_config(config_file)
     quantization = read_json(config_file).get("quantization_config") or {}
     with torch.device("meta"):

@@ -6402,7 +6402,7 @@ def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("dpo --init runs/none --data pairs.jsonl", "runs/none"), ("dpo --init runs/init --data none.jsonl", "none.jsonl"),
+    ("dpo --init runs/none --data pairs.jsonl", "no model at runs/none"), ("dpo --init runs/init --data none.jsonl", "none.jsonl"),
     ("dpo", "--data"), ("sft --data x --sped 3", "--sped"),
     ("sft --init runs/init --data chats.jsonl --context 5000", "--context"), ("", "sft")])
 def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
