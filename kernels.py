@@ -923,7 +923,7 @@ def cross_entropy(
 # ---------------------------------------------------------------- matrix products, of quantized weights too
 
 @functools.cache
-def cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16():
     """Whether this CPU multiplies bf16 itself."""
     return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "bf16")))
 
@@ -931,15 +931,15 @@ def cpu_has_bfloat16() -> bool:
 def linear(x, weight, bias=None):
     """x Wᵀ + bias; many rows in bf16 on a CPU without units for it go through float32, which is faster
     there."""
-    many = x.numel() > 16 * x.shape[-1]
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and many and not cpu_has_bfloat16():
+    is_slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() > 16 * x.shape[-1]
+    if is_slow and not torch.compiler.is_compiling() and not cpu_has_bfloat16():
         return F.linear(
             x.float(), weight.float(),
             None if bias is None else bias.float()).bfloat16()
     return F.linear(x, weight, bias)
 
 
-def quantize(weight, bits: int, group: int):
+def quantize(weight, bits, group):
     """weight (N, K), group a divisor of K and a multiple of 8 -> (qweight uint8 (N, K · bits / 8), scale
     (N, K / group), zero (N, K / group), both bf16) with weight ≈ zero + scale · code, code from 0 to
     2^bits - 1.
@@ -1000,7 +1000,7 @@ def dequantize(
         scale, zero, dtype).flatten(1)
 
 
-def pack_for_cpu(qweight, scale, zero, bits: int):
+def pack_for_cpu(qweight, scale, zero, bits):
     """The same weight as ATen's products of few rows read it, (weights, scales), or None where they do
     not serve: of 4 bits they take groups of 32 to 256 and N % 16 = 0, of 8 bits one symmetric group a row
     and K % 64 = 0."""

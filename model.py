@@ -1361,8 +1361,8 @@ def _download_rest(url: str, part: str, headers) -> bool:
         if status == 404:
             raise FileNotFoundError(f"{url} does not exist")
         if status in (401, 403):
-            raise PermissionError(f"{url} is not given away without permission: check the spelling, or accept "
-                                  "the licence there and set HF_TOKEN")
+            raise PermissionError(f"{url} is not given away without permission: check the spelling, or "
+                                  "accept the licence there and set HF_TOKEN")
         length = answer.headers.get("Content-Length")
         total = int(length) if length else None
         if status == 206:
@@ -1545,8 +1545,8 @@ def config_json(model: Model) -> dict:
 def read_config(file: str) -> Config:
     """A config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"no model at {os.path.dirname(file)} (config.json is missing): make one with "
-                                "python train.py, or give a hub name")
+        raise FileNotFoundError(f"no model at {os.path.dirname(file)} (config.json is missing): make one "
+                                "with python train.py, or give a hub name")
     source = read_json(file)
     if not isinstance(source, dict):
         raise ValueError(f"{file} is not a model's configuration")
@@ -1603,8 +1603,8 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
     path = snapshot_download(path_or_name)
     config_file = os.path.join(path, "config.json")
     if path in PRESETS and not os.path.isfile(config_file):
-        raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a hub "
-                         "name such as microsoft/phi-1_5")
+        raise ValueError(f"{path} is a shape without weights; give the directory of a trained model, or a "
+                         "hub name such as microsoft/phi-1_5")
     config = read_config(config_file)
     quantization = read_json(config_file).get("quantization_config") or {}
     with torch.device("meta"):
