@@ -74,6 +74,19 @@ def needs(*packages):
     return mark
 
 
+@pytest.fixture(autouse=True)
+def deadline(request):
+    """A test that hangs fails after ten minutes, and the next one runs."""
+    def stop(number, frame):
+        raise TimeoutError(f"{request.node.name} took more than ten minutes")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(600)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def inherit(handler):
     """A child's preexec_fn: its disposition of SIGINT, whatever these tests were started with."""
     return lambda: signal.signal(signal.SIGINT, handler)
