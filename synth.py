@@ -39,7 +39,6 @@ import itertools
 import json
 import marshal
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -1077,7 +1076,14 @@ class Run:
         ):
             threads = [threading.Thread(target=work, args=(numbered,), daemon=True) for _ in range(n_threads)]
             for thread in threads:
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # the machine has no room for more: those there are go on
+                    threads = [started for started in threads if started.ident]
+                    print(f"synth.py: no more than {len(threads)} threads can be started", file=sys.stderr)
+                    if not threads:
+                        raise OSError("no thread can be started; end other programs") from None
+                    break
             while any(thread.is_alive() for thread in threads):
                 try:
                     for thread in threads:
@@ -2371,10 +2377,6 @@ def render_page(chain, phrases, entry_point, signature, body, parameter, shown, 
     }
 
 
-def draw_job(job):
-    return draw_problem(*job)
-
-
 def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None):
     """Yield `count` distinct records of the built-in teacher: "exercises" (problems) or "textbooks" (pages).
 
@@ -2385,33 +2387,34 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
         raise ValueError(
             f"--split {split} has no problems of one operation, which all belong to training; use --k 2-6"
         )
+    import data
+
     seen = set()
     left = [count // len(ks) + (slot < count % len(ks)) for slot in range(len(ks))]
     start = 0
     latest = 0  # the last number that gave something new
-    with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(
-        min(workers or os.cpu_count() or 1, 1 + count // 200)
-    ) as pool:
-        while any(left):
-            numbers = [
-                i for i in range(start, start + min(max(256, max(left) * len(ks)), 8192)) if left[i % len(ks)]
-            ]
-            jobs = [(i, split, tuple(ks), seed, kind == "textbooks") for i in numbers]
-            for i, record in zip(numbers, pool.imap(draw_job, jobs, chunksize=32)):
-                key = hash(
-                    record.get("text") or (record["prompt"] if split == "train" else str(record["chains"]))
-                )
-                if key not in seen and left[i % len(ks)]:
-                    seen.add(key)
-                    left[i % len(ks)] -= 1
-                    latest = i
-                    yield record
-            start = numbers[-1] + 1
-            if start - latest > 2048:
-                raise ValueError(
-                    f"only {len(seen):,} of {count:,} different {kind} found for --k "
-                    f"{','.join(map(str, ks))}; ask for fewer"
-                )
+
+    def draw(numbers):
+        return [(i, draw_problem(i, split, tuple(ks), seed, kind == "textbooks")) for i in numbers]
+
+    while any(left):
+        end = start + min(max(256, max(left) * len(ks)), 8192)
+        numbers = [i for i in range(start, end) if left[i % len(ks)]]
+        chunks = [numbers[at : at + 32] for at in range(0, len(numbers), 32)]
+        n_workers = min(workers or os.cpu_count() or 1, 1 + count // 200)
+        for i, record in itertools.chain(*data.parallel(draw, chunks, n_workers, f"drawing {kind}")):
+            text = record.get("text") or (record["prompt"] if split == "train" else str(record["chains"]))
+            if hash(text) not in seen and left[i % len(ks)]:
+                seen.add(hash(text))
+                left[i % len(ks)] -= 1
+                latest = i
+                yield record
+        start = numbers[-1] + 1
+        if start - latest > 2048:
+            raise ValueError(
+                f"only {len(seen):,} of {count:,} different {kind} found for --k {','.join(map(str, ks))}; "
+                "ask for fewer"
+            )
 
 
 def builtin_exercise(number, args):
@@ -2736,47 +2739,70 @@ def die_with_parent():
         system("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
-def spawn(function, descriptors, scratch, timeout, memory_mb):
+def max_processes():
+    """The limit counts all of a user's processes and threads, so 64 more than the machine has."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/loadavg") as file:
+        return 64 + int(re.search(r"/(\d+)", file.read())[1])
+    return 64
+
+
+def fork():
+    """os.fork() that waits for ten seconds where the machine has no process or memory left. Then it ends this
+    process, and the worker reports what was said on stderr."""
+    for seconds in (0, 1, 2, 3, 4):
+        time.sleep(seconds)
+        try:
+            return os.fork()
+        except OSError as error:
+            reason = error
+    print(f"no process can be started: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
     """A confined process that has these descriptors alone and calls the function; its pid."""
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid
     try:
         os.setsid()
         die_with_parent()
         os.chdir(scratch)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(null, descriptor)
         for descriptor in set(range(3, 256)) - set(descriptors):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         for name, value in dict(
-            AS=memory_mb << 20, CPU=int(timeout) + 1, FSIZE=16 << 20, NOFILE=64, NPROC=64, CORE=0
+            AS=memory_mb << 20, CPU=int(timeout) + 1, FSIZE=16 << 20, NOFILE=64, NPROC=max_processes(), CORE=0
         ).items():
             with contextlib.suppress(ValueError, OSError):  # above what the user may have anyway, or macOS
                 resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + (name == "CPU")))
-        confine(scratch)
-        function()
+        if confine(scratch) == protections:  # else this once the kernel refused: nothing runs unprotected
+            function()
     finally:
         os._exit(1)
 
 
 def cause_of_death(pid):
     """Why a program no longer answers."""
-    for _ in range(50):
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            if code < 0:
-                return "timed out" if -code == signal.SIGXCPU else f"killed by {signal.Signals(-code).name}"
-            return f"exited with code {code} instead of answering"
-        time.sleep(0.001)
-    return "closed its pipe instead of answering"
+    time.sleep(0.05)  # it may be about to end
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    code = os.waitstatus_to_exitcode(status)
+    if not ended:
+        return "closed its pipe instead of answering"
+    if code >= 0:
+        return f"exited with code {code} instead of answering"
+    return "timed out" if -code == signal.SIGXCPU else f"killed by {signal.Signals(-code).name}"
 
 
-def keep(jobs, verdicts, scratch):
+def keep(jobs, verdicts, scratch, protections):
     """One problem: start its two processes, wait for the verdict, leave nothing behind. In a process of its
     own, so that no program's memory holds another problem."""
     die_with_parent()
-    program, *limits = marshal.loads(jobs.recv_bytes())
+    program, timeout, memory_mb = marshal.loads(jobs.recv_bytes())
+    limits = (protections, timeout, memory_mb)
     folder = os.path.join(scratch, "job")
     os.makedirs(folder, exist_ok=True)
     ours, theirs = Pipe()
@@ -2790,7 +2816,7 @@ def keep(jobs, verdicts, scratch):
     )
     os.close(verdict_out)
     verdict = b"-timed out"
-    if select.select([verdict_in], [], [], limits[0])[0]:
+    if select.select([verdict_in], [], [], timeout)[0]:
         verdict = os.read(verdict_in, 2048) or b"-the tests' process was killed"
     if verdict == b"?":
         verdict = b"-" + cause_of_death(pids[0]).encode()
@@ -2805,6 +2831,12 @@ def keep(jobs, verdicts, scratch):
     os.write(verdicts, signature + verdict)
 
 
+def is_open(folder, mode):
+    """Whether everybody has these rights to a folder and to all those above it."""
+    folder = os.path.realpath(folder)
+    return os.stat(folder).st_mode & mode == mode and (folder == "/" or is_open(os.path.dirname(folder), mode))
+
+
 def serve(scratch):
     """The server: fork a keeper for each problem on stdin, which comes in two messages: the program with its
     limits; the tests."""
@@ -2813,38 +2845,31 @@ def serve(scratch):
     jobs = Connection(os.dup(0), writable=False)
     verdicts = os.dup(1)
     granted = []
-    library = os.path.realpath(os.__file__)
-    parents = [library[:i] or "/" for i, character in enumerate(library) if character == "/"]
-    if os.geteuid() == 0 and all(os.stat(parent).st_mode & 5 == 5 for parent in parents):
-        os.chown(scratch, 65534, 65534)  # root owns the machine, nobody this directory alone
+    # root becomes nobody, if nobody can reach the standard library and the scratch directory
+    if os.geteuid() == 0 and is_open(os.path.dirname(os.__file__), 5) and is_open(os.path.dirname(scratch), 1):
+        os.chown(scratch, 65534, 65534)
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
         granted.append("nobody's rights instead of root's")
     die_with_parent()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         os._exit(confine(scratch))
     bits = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     granted += ["Landlock"] * (bits & 1) + ["seccomp"] * (bits >> 1)
     os.write(verdicts, b"ready" + ", ".join(granted).encode())
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(null, descriptor)
     gc.freeze()  # forks share what is never looked at again
     while True:
         select.select([jobs], [], [])
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
-            try:
-                keep(jobs, verdicts, scratch)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        if os.waitpid(pid, 0)[1]:
-            os._exit(
-                1
-            )  # the end of the jobs; or the keeper was killed, and nobody knows where in the stream we are
+            with contextlib.suppress(BaseException):
+                keep(jobs, verdicts, scratch, bits)
+                os._exit(0)
+            os._exit(1)
+        if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, and who knows where in the stream we are
+            os._exit(1)
 
 
 # The server runs from its functions' source in a bare interpreter: a fork costs under a millisecond there,
@@ -2874,26 +2899,29 @@ class Verdict(NamedTuple):
 
 
 class Worker:
-    """One server and the problem it works on. Raises RuntimeError if the server does not start."""
+    """One server and the problem it works on. Raises OSError, with the reason, if the server does not
+    start."""
 
     def __init__(self, root):
+        self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root)],
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True
         )
         self.jobs = Connection(os.dup(self.process.stdin.fileno()), readable=False)
         self.signature = b"ready"
+        self.deadline = time.monotonic() + 120.0
+        select.select([self.process.stdout], [], [], 120.0)
         self.protections = self.receive()
         if self.protections is None:
             self.close()
-            raise RuntimeError(
-                f"the sandbox did not start: see above, and try {sys.executable} -S -c 'import ctypes, json'"
-            )
+            raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
 
     def send(self, index, job, timeout, memory_mb):
         self.index = index
@@ -2905,19 +2933,20 @@ class Worker:
             self.jobs.send_bytes(marshal.dumps([self.signature, tests]))
 
     def receive(self):
-        """The verdict (one write, one read), or None if the server has died or somebody else wrote to its
-        pipe."""
+        """The verdict (one write, one read), or None if there is none, the server has died or somebody else
+        wrote to its pipe."""
+        if not select.select([self.process.stdout], [], [], 0)[0]:
+            return None
         message = os.read(self.process.stdout.fileno(), 1 << 16)
-        return (
-            message[len(self.signature) :].decode("utf-8", "replace")
-            if message.startswith(self.signature)
-            else None
-        )
+        if message.startswith(self.signature):
+            return message[len(self.signature) :].decode("utf-8", "replace")
 
     def close(self):
         self.process.kill()  # its children die with it
         self.process.wait()
-        for channel in (self.process.stdin, self.process.stdout, self.jobs):
+        self.errors.seek(0)
+        self.error = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]  # its last words
+        for channel in (self.process.stdin, self.process.stdout, self.jobs, self.errors):
             channel.close()
 
 
@@ -2961,6 +2990,7 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
     jobs = [job_of(*pair) for pair in pairs]
     results = [None] * len(jobs)
     waiting = list(range(len(jobs)))[::-1]
+    workers = workers or os.cpu_count() or 1
     died = set()
     idle = []
     busy = []
@@ -2968,23 +2998,30 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
         os.chmod(root, 0o711)  # a worker that is nobody must reach its own directory
         try:
             while waiting or busy:
-                while waiting and len(busy) < (workers or os.cpu_count() or 1):
-                    busy.append(idle.pop() if idle else Worker(root))
+                while waiting and len(busy) < workers:
+                    try:
+                        busy.append(idle.pop() if idle else Worker(root))
+                    except OSError as error:
+                        if not busy:
+                            raise
+                        workers = len(busy)  # the machine has no room for more
+                        print(f"{error}; {workers} of its workers go on", file=sys.stderr)
+                        break
                     index = waiting.pop()
                     busy[-1].send(index, jobs[index], timeout, memory_mb)
                 patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
                 ready = select.select([worker.process.stdout for worker in busy], [], [], patience)[0]
                 for worker in [w for w in busy if w.process.stdout in ready or w.deadline < time.monotonic()]:
                     busy.remove(worker)
-                    verdict = worker.receive() if worker.process.stdout in ready else None
+                    verdict = worker.receive()
                     if verdict is None:
                         worker.close()
-                        if (
-                            worker.index not in died
-                        ):  # once may be an accident, of which the problem is not guilty
+                        if worker.index not in died:  # once may be an accident: the problem is not guilty
                             died.add(worker.index)
                             waiting.append(worker.index)
                             continue
+                        if worker.error:
+                            raise OSError(f"the sandbox failed: {worker.error}")
                         verdict = "-killed or disturbed the sandbox itself, twice"
                     else:
                         idle.append(worker)
