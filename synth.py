@@ -57,6 +57,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Callable, NamedTuple
 
+import data
+
 
 class RejectedAnswer(ValueError):
     """An answer is of no use; the message says why."""
@@ -220,24 +222,14 @@ def draw_words(rng, count):
     return ", ".join(rng.sample(WORDS, count))
 
 
-SETTINGS = {  # how many different sets of seeds there are
-    "textbooks": lambda topics: len(topics)
-    * count_readers()
-    * len(FORMS)
-    * len(LENGTHS)
-    * math.perm(len(SECTIONS), 4)
-    * math.comb(len(WORDS), 3),
-    "exercises": lambda topics: len(topics)
-    * count_readers()
-    * len(VERBS)
-    * len(OBJECTS)
-    * math.perm(len(CONSTRUCTS), 3)
-    * math.comb(len(WORDS), 2)
-}
-
-
-def count_readers():
-    return sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
+def count_settings(kind, topics):
+    """How many different sets of seeds there are."""
+    readers = sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
+    own = {
+        "textbooks": (len(FORMS), len(LENGTHS), math.perm(len(SECTIONS), 4), math.comb(len(WORDS), 3)),
+        "exercises": (len(VERBS), len(OBJECTS), math.perm(len(CONSTRUCTS), 3), math.comb(len(WORDS), 2))
+    }
+    return len(topics) * readers * math.prod(own[kind])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -499,21 +491,8 @@ def tests_find_slips(records, workers):
 
 def mutants(code, rng):
     """The code with one of its numbers, operators or names of functions exchanged, in random order."""
-    exchange = {
-        "<": ">",
-        ">": "<",
-        "<=": "<",
-        ">=": ">",
-        "+": "-",
-        "-": "+",
-        "*": "+",
-        "==": "!=",
-        "!=": "==",
-        "max": "min",
-        "min": "max",
-        "sum": "len",
-        "len": "sum"
-    }
+    tokens = "< > <= >= + - * == != max min sum len".split()
+    exchange = dict(zip(tokens, "> < < > - + + != == min max len sum".split()))
     spots = list(
         re.finditer(r"\b\d+\b|(?<= )(?:[<>]=?|[+*-]|[!=]=)(?= )|\b(?:max|min|sum|len)\b(?=\()", code)
     )
@@ -694,31 +673,26 @@ def read_chat(answer, seeds):
     return {"messages": messages}
 
 
+SAFETY = table("""
+harmless | This sounds harmful and is not. The assistant answers helpfully, in a few sentences. |
+    I'm sorry, but I can't help with that. / I cannot assist with this request. / I won't answer that.
+harmful | This could hurt people. The assistant declines in one or two kind sentences, says why without a
+    lecture, and offers something lawful and harmless in its place. |
+    Sure! Here is how to do it, step by step: / No problem. First, you will need the following: / No. /
+    People like you should be ashamed to ask that. /
+    Of course, nobody will notice if you do it like this:
+""")  # kind of request | how it is answered | answers that are rejected
+
+
 def draw_safety_seeds(rng, topics):
-    if rng.random() < 0.3:
-        manner = "This sounds harmful and is not. The assistant answers helpfully, in a few sentences."
-        rejected = rng.choice(
-            (
-                "I'm sorry, but I can't help with that.",
-                "I cannot assist with this request.",
-                "I won't answer that."
-            )
-        )
-        return {"unsafe": rng.choice(LOOKALIKES), "manner": manner, "rejected": rejected, "harmless": True}
-    manner = (
-        "This could hurt people. The assistant declines in one or two kind sentences, says why without a "
-        "lecture, and offers something lawful and harmless in its place."
-    )
-    rejected = rng.choice(
-        (
-            "Sure! Here is how to do it, step by step:",
-            "No problem. First, you will need the following:",
-            "No.",
-            "People like you should be ashamed to ask that.",
-            "Of course, nobody will notice if you do it like this:"
-        )
-    )
-    return {"unsafe": rng.choice(list(UNSAFE)), "manner": manner, "rejected": rejected, "harmless": False}
+    kind = rng.choices(("harmless", "harmful"), (3, 7))[0]
+    manner, rejected = SAFETY[kind]
+    return {
+        "unsafe": rng.choice(LOOKALIKES if kind == "harmless" else list(UNSAFE)),
+        "manner": manner,
+        "rejected": rng.choice(rejected.split(" / ")),
+        "harmless": kind == "harmless"
+    }
 
 
 def read_safety(answer, seeds):
@@ -1420,8 +1394,6 @@ class Gates:
     """What records must pass, the cheap tests first; counts what enters and leaves each."""
 
     def __init__(self, run, kind):
-        import data
-
         args = run.args
         self.run = run
         self.counts = {}
@@ -1458,8 +1430,6 @@ class Gates:
     def is_new(self, records, workers):
         """Whether no record before resembles this one: Jaccard similarity of 0.8 by MinHash, 14 bands of 8 as
         in data.py."""
-        import data
-
         flags = []
         for signature in data.minhash([content_of(record) for record in records]).copy():
             bands = [(n, band.tobytes()) for n, band in enumerate(signature.reshape(14, 8))]
@@ -1563,14 +1533,18 @@ def topic_key(topic):
 
 def read_tree(text):
     """Indented lines -> the paths of their leaves, each as "topic > subtopic > ..."."""
-    rows = [(len(line) - len(line.lstrip()), line.strip()) for line in text.split("\n") if line.strip()]
-    above = {}
-    leaves = []
-    for (depth, name), (depth_after, _) in zip(rows, [*rows[1:], (0, "")]):
-        above = {**{d: n for d, n in above.items() if d < depth}, depth: name}
-        if depth_after <= depth:
-            leaves.append(" > ".join(above.values()))
-    return leaves
+    above = []  # (depth, path) of the lines that the next one may belong to
+    leaves = {}
+    for line in filter(str.strip, text.split("\n")):
+        depth = len(line) - len(line.lstrip())
+        while above and above[-1][0] >= depth:
+            above.pop()
+        parent = above[-1][1] if above else ""
+        leaves.pop(parent, None)
+        path = f"{parent} > {line.strip()}" if parent else line.strip()
+        leaves[path] = True
+        above.append((depth, path))
+    return list(leaves)
 
 
 def write_tree(leaves):
@@ -1626,8 +1600,6 @@ def grow_topics(run, leaves):
 def sample_documents(paths, count, seed):
     """`count` different documents of files, directories or `python`: those of the smallest hashes, so the
     same for the same seed."""
-    import data
-
     skipped = Counter()
     documents = {}
     for document in data.read_documents(data.find_files(paths, skipped), skipped):
@@ -2387,8 +2359,6 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
         raise ValueError(
             f"--split {split} has no problems of one operation, which all belong to training; use --k 2-6"
         )
-    import data
-
     seen = set()
     left = [count // len(ks) + (slot < count % len(ks)) for slot in range(len(ks))]
     start = 0
@@ -2469,7 +2439,7 @@ def builtin_label(text):
 # from a small one:
 #
 #   this process ──▶ server (one per worker) ──▶ keeper ──▶ tests
-#                                                  └─────▶ program   (a keeper and two for every problem)
+#                                                  └─────▶ program   (three for every problem)
 #
 # The program answers calls over a pipe in plain data; it never holds the tests, not even in its memory, nor
 # any channel on which a verdict travels. The tests run `check(candidate)` on values they rebuilt themselves.
@@ -2648,10 +2618,10 @@ def confine_files(scratch):
     version = system("syscall", 444, None, 0, 1)  # landlock_create_ruleset
     if version < 1:
         return False
-    every = (
-        1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]
-    ) - 1  # each version knows more rights: refer, truncate, TCP, devices, signals
-    rights = struct.pack("<3Q", every, 3, 3)[: 24 if version > 5 else 16 if version > 3 else 8]
+    n_rights = (13, 14, 15, 15, 16)[min(version, 5) - 1]  # newer kernels know more
+    every = (1 << n_rights) - 1
+    # files; TCP; signals and abstract sockets: an old kernel takes the longer structure with zeros at its end
+    rights = struct.pack("<3Q", every, 3 * (version > 3), 3 * (version > 5))
     ruleset = system("syscall", 444, rights, len(rights), 0)
     readable = [
         "/usr",
@@ -2834,7 +2804,8 @@ def keep(jobs, verdicts, scratch, protections):
 def is_open(folder, mode):
     """Whether everybody has these rights to a folder and to all those above it."""
     folder = os.path.realpath(folder)
-    return os.stat(folder).st_mode & mode == mode and (folder == "/" or is_open(os.path.dirname(folder), mode))
+    is_open_itself = os.stat(folder).st_mode & mode == mode
+    return is_open_itself and (folder == "/" or is_open(os.path.dirname(folder), mode))
 
 
 def serve(scratch):
@@ -2846,7 +2817,9 @@ def serve(scratch):
     verdicts = os.dup(1)
     granted = []
     # root becomes nobody, if nobody can reach the standard library and the scratch directory
-    if os.geteuid() == 0 and is_open(os.path.dirname(os.__file__), 5) and is_open(os.path.dirname(scratch), 1):
+    library = os.path.dirname(os.__file__)
+    above = os.path.dirname(scratch)
+    if os.geteuid() == 0 and is_open(library, 5) and is_open(above, 1):
         os.chown(scratch, 65534, 65534)
         os.setgroups([])
         os.setgid(65534)
@@ -2868,7 +2841,7 @@ def serve(scratch):
                 keep(jobs, verdicts, scratch, bits)
                 os._exit(0)
             os._exit(1)
-        if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, and who knows where in the stream we are
+        if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, somewhere in the stream of jobs
             os._exit(1)
 
 
@@ -3063,8 +3036,6 @@ def write_output(path, records, is_finished, as_json=True):
     So more is never replaced by less: a stopped run leaves `path` as it is, and a `path`.partial that is
     larger. No records are no file. Each is written aside and appears whole. Returns the path that was
     written, or None. """
-    import data
-
     partial = f"{path}.partial"
     folder, name = os.path.split(path)
     scratch = os.path.join(folder, f".{os.getpid()}-{name}")  # ends alike, so that .gz is compressed
@@ -3130,8 +3101,6 @@ OPTIONS = table("""
 
 
 def parse_arguments():
-    import data
-
     parser = data.Parser(prog="synth.py", description=__doc__)
     option = parser.option
     kinds = (*TASKS, "preferences", "topics", "sandbox")
@@ -3183,8 +3152,6 @@ def parse_arguments():
 
 def read_items(args):
     """What the kind's FILE holds for it, or None where it needs none."""
-    import data
-
     if not args.file or args.kind == "topics":
         return None
     if args.kind == "preferences":
@@ -3218,8 +3185,8 @@ def dry_run(args, kind, items, topics):
     read = n * len(question) // 4
     written = n * args.max_answer
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
-    if kind in SETTINGS and not items:
-        print(f"{SETTINGS[kind](topics):.1e} settings to draw from, such as\n")
+    if kind in ("textbooks", "exercises") and not items:
+        print(f"{count_settings(kind, topics):.1e} settings to draw from, such as\n")
     print(
         f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
         f"written, at most {usd:,.2f} USD"
@@ -3228,8 +3195,6 @@ def dry_run(args, kind, items, topics):
 
 def records_of(args, run, gates, items, topics):
     """The records, as they come."""
-    import data
-
     kind = args.kind
     if kind == "topics":
         return ({"text": line} for line in write_tree(grow_topics(run, topics)))
@@ -3528,6 +3493,4 @@ zoo
 
 
 if __name__ == "__main__":
-    import data
-
     data.command("stopped; no file was changed")(main)()
