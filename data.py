@@ -961,29 +961,9 @@ LETTERS = bytes(i if i >= 128 or chr(i).isalpha() else 32 for i in range(256))
 CLASSES = string.ascii_letters.encode(), string.digits.encode(), string.ascii_uppercase.encode()
 
 
-@functools.lru_cache
-def embedder(run):
-    """(model, tokenizer), once a process."""
-    import torch
-
-    import model as models
-    torch.set_num_threads(1)  # every core has a process of its own
-    return models.load(run, "cpu", torch.float32)
-
-
-def embedding(text, run, n_tokens=256):
-    """The mean over a text's first tokens of a run's last states, float32 (d_model,): what phi-1's classifier
-    saw (arXiv 2306.11644, section 2.1)."""
-    import torch
-    model, tokenizer = embedder(run)
-    ids = tokenizer.encode(text[:16 * n_tokens])[:min(n_tokens, model.config.max_seq_len)] or [tokenizer.eot]
-    with torch.inference_mode():
-        return model.hidden(torch.tensor([ids]))[0].mean(0).numpy()
-
-
-def features(text, run=None):
+def features(text):
     """What the classifier sees of a text (its first 20,000 characters), float32: logarithms of sizes, and
-    shares of characters, words and lines; then a run's embedding."""
+shares of characters, words and lines."""
     head = text[:20_000]
     raw = head.encode()
     lines = head.split("\n")
@@ -1002,7 +982,7 @@ def features(text, run=None):
         *(sum(counts[word] for word in words) / n_words for words in WORDS),
         *(sum(starts[word] for word in words) / n_lines for words in STARTS),
         *(head.count(mark) / n_lines for mark in MARKS)]
-    return np.concatenate([row, embedding(text, run) if run else []]).astype(np.float32)
+    return np.array(row, np.float32)
 
 
 class RandomForest:
@@ -1138,18 +1118,17 @@ class RandomForest:
 
 def area_under_curve(y, p):
     """ROC AUC: how often a row of y = 1 has the larger p than one of y = 0, ties counting half."""
-    _, place, counts = np.unique(p, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    n_one = int(y.sum())
-    n_pairs = n_one * (len(y) - n_one)
-    return float((ranks[y == 1].sum() - n_one * (n_one + 1) / 2) / n_pairs) if n_pairs else math.nan
+    zeros = np.sort(p[y == 0])
+    ones = p[y == 1]
+    below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
+    return float(below.mean() / 2 / len(zeros)) if len(zeros) and len(ones) else math.nan
 
 
-def train_quality_classifier(path, seed, workers, run=None):
+def train_quality_classifier(path, seed, workers):
     """(forest, report) from labels: JSON Lines with `text` and `score` from 0 to 5, good from 3 on."""
     labels = [record for record in read_jsonl(path) if "text" in record and "score" in record]
     texts = [str(record["text"]) for record in labels]
-    X = np.array(parallel(functools.partial(features, run=run), texts, workers, "reading labels"))
+    X = np.array(parallel(features, texts, workers, "reading labels"))
     y = np.array([record["score"] >= 3 for record in labels], int)
     if not 5 <= y.sum() <= len(y) - 5 or len(y) < 20:
         raise ValueError(f"--labels {path}: {y.sum()} of {len(y)} labels have a score of 3 or more; "
@@ -1544,7 +1523,7 @@ def keep_valuable(funnel, forest, options):
     """Drops what scores below --min-score, and all but the best --keep. Returns {score: how many
     documents}."""
     def score(texts):
-        X = np.array([features(text, options.embed) for text in texts])
+        X = np.array([features(text) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
 
     scored = [part("value") for part in funnel.map_texts("value", score)]
@@ -1667,13 +1646,10 @@ def plan(options, tokenizer, unread):
     others = [*(options.decontaminate or [])]
     if options.labels or options.classifier:
         others.append(options.labels or f"{options.classifier}/classifier.npz")
-    if options.embed:
-        run = Path(model.snapshot_download(options.embed))
-        others += [*sorted(run.glob("*.safetensors")), run / "config.json", run / "tokenizer.json"]
     states = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns)
               for path, name, *_ in [*files, *find_files(others, Counter())]]
     # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
-    sources = [__file__, model.__file__, *([model.kernels.__file__] if options.embed else [])]
+    sources = [__file__, model.__file__]
     chosen = {name: value for name, value in vars(options).items() if name not in ("workers", "out")}
     made_by = {"options": chosen,
                "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
@@ -1711,9 +1687,9 @@ def load_tokenizer(spec):
 def load_classifier(options, workers):
     """(forest, report of its training); None without labels."""
     if options.labels:
-        return train_quality_classifier(options.labels, options.seed, workers, options.embed)
+        return train_quality_classifier(options.labels, options.seed, workers)
     if options.classifier:
-        n_features = len(features("", options.embed))
+        n_features = len(features(""))
         return RandomForest.load(f"{options.classifier}/classifier.npz", n_features), {}
     if options.keep < 1 or options.min_score:
         raise ValueError("--keep and --min-score need --labels FILE (synth.py label writes one) "
@@ -1877,8 +1853,6 @@ def main(arguments=None):
     option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns "
            "what is worth keeping", metavar="FILE")
     option("--classifier", None, "use the forest of this dataset instead of --labels", metavar="DATASET")
-    option("--embed", None, "let the forest see a run's mean last states of each text too, as phi-1 did",
-           metavar="RUN")
     option("--keep", 1.0, "share of the documents to keep, the best-scored", **share)
     option("--min-score", 0.0, "least predicted probability of being good", **share)
     option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
