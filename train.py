@@ -898,8 +898,7 @@ def find_source(args, identity):
     for name, fingerprint in identity["fingerprints"].items():
         if fingerprint != source["fingerprints"].get(name):
             data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it "
-                      f"was, or give another --out (with --continue-from {out} its weights and optimizer "
-                      "go on with these)")
+                      "was, or give another --out")
     if source["step"] >= args.steps:
         print(f"{out} is trained already ({args.steps:,} steps); to train again, delete it or give another "
               "--out")
