@@ -618,17 +618,19 @@ def _launch_attention(
 
 # operators, so that a compiled block holds them whole
 
-@torch.library.custom_op(
-    "minphi::attention", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? kv_ranges, Tensor? kv_len, int[] blocksparse)"
-           " -> (Tensor, Tensor)")
-def _attention(q, k, v, *options):
+def _attend(q, k, v, *options):
     """-> output (B, T, H, D), log2 of the softmax's denominators (B, H, T)."""
     out, lse = _empty_output(q)
     _launch_attention(
         _attn_fwd, _grid(q, "BLOCK_M"),
         (q, k, v, out, lse), *options)
     return out, lse
+
+
+_attention = torch.library.custom_op(
+    "minphi::attention", _attend, mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor? kv_ranges, Tensor? kv_len, int[] blocksparse)"
+           " -> (Tensor, Tensor)")
 
 
 @_attention.register_fake
@@ -729,8 +731,10 @@ def attention(
             x if x.stride(3) == 1 else x.contiguous()
             for x in (q, k, v))
         options = scale, kv_ranges, kv_len, list(blocksparse or ())
-        if grad or T * H > 64 * k.shape[2]:
+        if grad or torch.compiler.is_compiling():
             return _attention(q, k, v, *options)[0]
+        if T * H > 64 * k.shape[2]:
+            return _attend(q, k, v, *options)[0]
         return _decode(q, k, v, *options)
     if mask is None and (kv_ranges is not None or kv_len is not None or blocksparse or T not in (1, S)):
         length = S if kv_len is None else kv_len[:, None]
@@ -771,7 +775,7 @@ def layer_norm(
     y = F.layer_norm(
         total, x.shape[-1:],
         weight.to(x.dtype),
-        bias.to(x.dtype), eps)
+        bias.to(x.dtype), eps).to(x.dtype)  # autocast would leave float32
     return y if residual is None else (y, total)
 
 
@@ -1006,6 +1010,7 @@ def _unpack(qweight, groups: int, bits: int):
     return codes if bits == 8 else torch.cat((codes & 15, codes >> 4), -1)
 
 
+@fused
 def dequantize(
         qweight, scale, zero, bits: int,
         dtype=torch.float32):
@@ -1034,67 +1039,114 @@ def pack_for_cpu(qweight, scale, zero, bits):
 
 
 @jit
-def _quantized_linear(
-        X, QWEIGHT, SCALE, ZERO, OUT, m, n,
-        k, row_words, groups, BITS: tl.constexpr,
-        GROUP_BYTES: tl.constexpr, ROWS: tl.constexpr,
-        WORDS: tl.constexpr, OUTS: tl.constexpr):
-    """X Wᵀ for few rows of X. One program: ROWS rows of X and OUTS of W, restored in registers, WORDS words
-    of 32 bits of each at a time, for one split of the steps; the caller adds the splits' parts up."""
-    # a code, shifted into the mantissa of this power of two, makes power + code: no conversion, which is slow
-    bit = 16 if BITS == 4 else 8
-    power = 128.0 if BITS == 4 else 32768.0
-    outs = tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :].to(tl.int64)
-    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)[:, None]
-    acc = tl.zeros((WORDS if ROWS == 1 else ROWS, OUTS), tl.float32)
-    for start in range(tl.program_id(1) * WORDS, row_words, tl.num_programs(1) * WORDS):
-        words = start + tl.arange(0, WORDS)
-        exists = words < row_words
-        inside = exists[:, None] & (outs < n)
-        codes = tl.load(
-            QWEIGHT + outs * row_words + words[:, None],
-            mask=inside, other=0)                                                  # (WORDS, OUTS)
-        group = words * 4 // GROUP_BYTES
-        scale = _load_float32(SCALE + outs * groups + group[:, None], inside)
-        zero = _load_float32(ZERO + outs * groups + group[:, None], inside) - power * scale
+def _quantized_row(
+        X, QWEIGHT, SCALE, ZERO, OUT, n, row_words,
+        groups, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr,
+        PIECES: tl.constexpr, PIECE: tl.constexpr,
+        OUTS: tl.constexpr):
+    """x Wᵀ of one row x. One program: OUTS rows of W, PIECES · PIECE words of 32 bits of each at a time, each
+    piece within one group. X[i] goes with the i-th codes of all words."""
+    # conversions are slow: a code at the top of the mantissa of 2^BITS in float32 makes 2^BITS + code
+    bit: tl.constexpr = 23 - BITS
+    power_bits: tl.constexpr = 127 + BITS << 23
+    outs = tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, None, :].to(tl.int64)
+    pieces = tl.arange(0, PIECES)
+    acc = tl.zeros((PIECES, PIECE, OUTS), tl.float32)
+    for start in range(0, row_words, PIECES * PIECE):
+        words = start + pieces[:, None, None] * PIECE + tl.arange(0, PIECE)[None, :, None]
+        inside = (words < row_words) & (outs < n)
+        codes = tl.load(QWEIGHT + outs * row_words + words, mask=inside, other=0)
+        products = tl.zeros_like(acc)
+        x_sum = tl.zeros_like(acc)
         for i in tl.static_range(32 // BITS):
-            # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
-            column = words * 4 + i if BITS == 8 else words * 4 + i // 2 + (group + i % 2) * GROUP_BYTES
-            x = tl.load(
-                X + rows * k + column[None, :],
-                mask=(rows < m) & exists[None, :], other=0.0)                      # (ROWS, WORDS)
+            # of the same shape as codes, or it would change threads by way of shared memory each time
+            x = tl.load(X + i * row_words + words + 0 * outs, mask=inside, other=0.0)
             shift = bit - i * BITS
             code = codes << shift if shift > 0 else codes >> -shift
-            code = code & (2 ** BITS - 1) << bit
-            w = (code | (0x43000000 if BITS == 4 else 0x47000000)).to(tl.float32, bitcast=True)
-            w = zero + scale * w
-            if ROWS == 1:
-                acc += w * tl.trans(x)
-            else:
-                acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
-    if ROWS == 1:
-        acc = tl.sum(acc, 0, keep_dims=True)
+            code = code & (2 ** BITS - 1) << bit | power_bits
+            products += code.to(tl.float32, bitcast=True) * x
+            x_sum += x
+        group = (start + pieces * PIECE) // GROUP_WORDS
+        pointers = outs * groups + group[:, None, None]
+        inside = (group < groups)[:, None, None] & (outs < n)
+        scale = _load_float32(SCALE + pointers, inside)
+        zero = _load_float32(ZERO + pointers, inside) - 2.0 ** BITS * scale
+        acc += scale * products + zero * x_sum
+    out = tl.sum(tl.sum(acc, 0, keep_dims=True), 1, keep_dims=True)
+    tl.store(OUT + outs, out, mask=outs < n)
+
+
+def _one_row(
+        x, qweight, scale, zero, bits: int, words: int = 128,
+        outs: int = 8, warps: int = 4):
+    """x (1, K) -> (1, N) by _quantized_row."""
+    N, row_bytes = qweight.shape
+    groups = scale.shape[1]
+    group_words = row_bytes // groups // 4
+    dtype = x.dtype
+    piece = min(group_words & -group_words, 32)
+    # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
+    x = x.view(groups, 8 // bits, group_words, 4).permute(3, 1, 0, 2).float().contiguous()
+    out = torch.empty(1, N, dtype=dtype, device=x.device)
+    launch(
+        _quantized_row, (triton.cdiv(N, outs),), x.device,
+        x, qweight.view(torch.int32), scale, zero, out,
+        N, row_bytes // 4, groups, BITS=bits,
+        GROUP_WORDS=group_words, PIECES=words // piece, PIECE=piece,
+        OUTS=outs, num_warps=warps)
+    return out
+
+
+@jit
+def _quantized_linear(
+        X, QWEIGHT, SCALE, ZERO, PART, m, n,
+        k, row_bytes, groups, BITS: tl.constexpr,
+        GROUP_BYTES: tl.constexpr, BYTES: tl.constexpr):
+    """X Wᵀ for few rows of X. One program: 16 rows of X and 32 of W, restored in registers, BYTES of each
+    at a time, for one split of the steps; the caller adds the splits' parts up."""
+    rows = tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
+    outs = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :].to(tl.int64)
+    columns = tl.arange(0, BYTES)
+    acc = tl.zeros((16, 32), tl.float32)
+    for byte in range(tl.program_id(1) * BYTES, row_bytes, tl.num_programs(1) * BYTES):
+        group = outs * groups + byte // GROUP_BYTES
+        codes = tl.load(
+            QWEIGHT + outs * row_bytes + byte + columns[:, None],
+            mask=outs < n, other=0)                                                # (BYTES, 32)
+        scale = _load_float32(SCALE + group, outs < n)
+        zero = _load_float32(ZERO + group, outs < n)
+        # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
+        x = X + rows * k + byte + byte // GROUP_BYTES * GROUP_BYTES * (8 // BITS - 1) + columns[None, :]
+        for half in tl.static_range(8 // BITS):
+            w = zero + scale * (codes >> 4 * half & 2 ** BITS - 1).to(tl.float32)
+            acc = tl.dot(
+                tl.load(x + half * GROUP_BYTES, mask=rows < m, other=0.0),
+                w.to(X.dtype.element_ty), acc, input_precision="ieee")
     tl.store(
-        OUT + (tl.program_id(1) * m + rows) * n + outs, acc,
+        PART + (tl.program_id(1) * m + rows) * n + outs, acc,
         mask=(rows < m) & (outs < n))
 
 
-def _few_rows(x, qweight, scale, zero, bits: int, tile=None):
-    """x (M, K) -> (M, N) by _quantized_linear. tile: (WORDS, OUTS, warps, stages, splits)."""
+def _few_rows(
+        x, qweight, scale, zero, bits: int,
+        tile: int):
+    """x (M, K) -> (M, N) by _quantized_linear. tile: how many bytes of a row, all of one group, at a time."""
     M, K = x.shape
     N, row_bytes = qweight.shape
     groups = scale.shape[1]
-    words, outs, warps, stages, splits = tile or ((128, 8, 4, 2, 1) if M == 1 else (32, 32, 2, 3, 4))
-    out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
-    rows = 1 if M == 1 else 16
+    blocks = triton.cdiv(N, 32)
+    # more splits than the card has room for: reading the weights is all that counts
+    num_splits = max(1, min(8 * num_sms(x.device) // blocks, row_bytes // tile, 32))
+    part = x.new_empty(
+        num_splits, M, N, dtype=torch.float32)
     launch(
         _quantized_linear,
-        (triton.cdiv(N, outs), splits, triton.cdiv(M, rows)),
-        x.device, x, qweight.view(torch.int32), scale, zero, out,
-        M, N, K, row_bytes // 4, groups, BITS=bits,
-        GROUP_BYTES=row_bytes // groups, ROWS=rows, WORDS=words, OUTS=outs,
-        num_warps=warps, num_stages=stages)
-    return out[0] if splits == 1 else out.sum(0)
+        (blocks, num_splits, triton.cdiv(M, 16)),
+        x.device, x, qweight, scale, zero, part,
+        M, N, K, row_bytes, groups, BITS=bits,
+        GROUP_BYTES=row_bytes // groups, BYTES=tile, num_warps=2,
+        num_stages=3)
+    return part.sum(0)
 
 
 def quantized_linear(
@@ -1104,8 +1156,14 @@ def quantized_linear(
     bytes a weight; for many the weight is restored. cpu_pack: pack_for_cpu of the same, made once:
     without it CPUs restore for few rows too."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if use_triton(x) and len(rows) <= 64:
-        y = _few_rows(rows, qweight, scale, zero, bits)
+    group_bytes = qweight.shape[1] // scale.shape[1]
+    # a power of two that divides a group; tl.dot takes no fewer than 16
+    tile = min(64, group_bytes & -group_bytes)
+    if use_triton(x) and len(rows) == 1:
+        y = _one_row(rows, qweight, scale, zero, bits)
+    elif use_triton(x) and len(rows) <= 64 and tile >= 16:
+        y = _few_rows(
+            rows, qweight, scale, zero, bits, tile)
     elif cpu_pack is None or len(rows) > 16:
         dtype = x.dtype
         if x.device.type == "cpu":
@@ -1203,7 +1261,8 @@ def bench_loss(tokens: int = 8192, d: int = 3072, V: int = 100352) -> None:
 def bench_bandwidth() -> None:
     """What moves memory, as a share of what a copy moves: reads and writes both count."""
     def row(name, num_bytes, function):
-        ms = milliseconds(function)
+        # as in a CUDA graph: a small kernel takes less time than its launch
+        ms = triton.testing.do_bench_cudagraph(function, rep=40, return_mode="median")
         print(f"{name:43}{ms:9.3f} ms{num_bytes / ms / 1e6:7.0f} GB/s"
               f"{num_bytes / ms / 1e6 / copied:6.0%} of a copy's", flush=True)
 
@@ -1232,14 +1291,15 @@ def bench_bandwidth() -> None:
 
 def bench() -> None:
     """Everything beside its peers on this GPU."""
+    torch._functorch.config.donated_buffer = False  # a compiled peer's backward pass runs many times
     print(torch.cuda.get_device_name(), datetime.date.today(), "torch", torch.__version__, "triton",
           triton.__version__)
-    bench_bandwidth()
     print(f"{'':43}{'forward':>26}{'backward':>23}{'memory':>10}")
-    bench_loss()
-    bench_packed()
     for D, T in itertools.product((64, 96, 128), (2048, 4096, 8192, 16384)):
         bench_attention(T, D)
+    bench_packed()
+    bench_loss()
+    bench_bandwidth()
 
 
 if __name__ == "__main__":

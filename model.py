@@ -773,7 +773,8 @@ def uniform_draws(seed, rows: int, count: int):
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} prompts: give one for all, or one for each")
     generators = [torch.Generator().manual_seed(int(row_seed)) for row_seed in seed]
-    return torch.stack([torch.rand(count, generator=generator) for generator in generators])
+    draws = [torch.rand(count, generator=generator, device="cpu") for generator in generators]
+    return torch.stack(draws)
 
 
 # ---------------------------------------------------------------- SkipDecode
