@@ -1,4 +1,4 @@
-"""The operations a decoder spends its time in, for CPUs and GPUs, and their benchmark: `python kernels.py`.
+"""The operations a decoder spends its time in, on CPUs and GPUs (`python test_all.py bench kernels`).
 
 Attention, loss and products of quantized weights stand as reference -> Triton kernels -> autograd -> public
 function, which takes the kernels where `use_triton` says so (a GPU with Triton), else the reference. Norms,
@@ -21,10 +21,7 @@ R rotated channels, V words of the vocabulary.
 """
 from __future__ import annotations  # so that annotations name tl.constexpr where Triton is missing too
 
-import contextlib
-import datetime
 import functools
-import itertools
 import math
 import os
 import warnings
@@ -724,8 +721,10 @@ def attention(
     B, T, H, D = q.shape
     S = k.shape[1]
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    # float32 and wider heads pass shared memory, descriptors start at 16 bytes; of gradients the kernels know those of training
-    served = D <= 256 and D % 8 == 0 and (q.itemsize == 2 or INTERPRETED) and not (grad and (T != S or kv_len is not None))
+    # float32 and wider heads pass shared memory, and descriptors begin at multiples of 16 bytes
+    fits = D <= 256 and D % 8 == 0 and (q.itemsize == 2 or INTERPRETED)
+    # of gradients the kernels know those of training
+    served = fits and not (grad and (T != S or kv_len is not None))
     if use_triton(q) and served:
         q, k, v = (
             x if x.stride(3) == 1 else x.contiguous()
@@ -1039,18 +1038,19 @@ def pack_for_cpu(qweight, scale, zero, bits):
 
 
 @jit
-def _quantized_row(
+def _quantized_linear(
         X, QWEIGHT, SCALE, ZERO, OUT, n, row_words,
         groups, BITS: tl.constexpr, GROUP_WORDS: tl.constexpr,
         PIECES: tl.constexpr, PIECE: tl.constexpr,
         OUTS: tl.constexpr):
-    """x Wᵀ of one row x. One program: OUTS rows of W, PIECES · PIECE words of 32 bits of each at a time, each
-    piece within one group. X[i] goes with the i-th codes of all words."""
+    """x Wᵀ. One program: one x and OUTS rows of W, PIECES · PIECE words of 32 bits of each at a time, each
+    piece within one group. X (rows, 32 / BITS, row_words): X[:, i] goes with the i-th codes of all words."""
     # conversions are slow: a code at the top of the mantissa of 2^BITS in float32 makes 2^BITS + code
     bit: tl.constexpr = 23 - BITS
     power_bits: tl.constexpr = 127 + BITS << 23
     outs = tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, None, :].to(tl.int64)
     pieces = tl.arange(0, PIECES)
+    X += tl.program_id(1) * row_words * (32 // BITS)
     acc = tl.zeros((PIECES, PIECE, OUTS), tl.float32)
     for start in range(0, row_words, PIECES * PIECE):
         words = start + pieces[:, None, None] * PIECE + tl.arange(0, PIECE)[None, :, None]
@@ -1073,80 +1073,27 @@ def _quantized_row(
         zero = _load_float32(ZERO + pointers, inside) - 2.0 ** BITS * scale
         acc += scale * products + zero * x_sum
     out = tl.sum(tl.sum(acc, 0, keep_dims=True), 1, keep_dims=True)
-    tl.store(OUT + outs, out, mask=outs < n)
+    tl.store(
+        OUT + tl.program_id(1) * n + outs, out,
+        mask=outs < n)
 
 
-def _one_row(
-        x, qweight, scale, zero, bits: int, words: int = 128,
-        outs: int = 8, warps: int = 4):
-    """x (1, K) -> (1, N) by _quantized_row."""
+def _few_rows(x, qweight, scale, zero, bits: int):
+    """x (M, K) -> (M, N) by _quantized_linear."""
     N, row_bytes = qweight.shape
     groups = scale.shape[1]
     group_words = row_bytes // groups // 4
-    dtype = x.dtype
-    piece = min(group_words & -group_words, 32)
+    piece = min(group_words & -group_words, 32)  # a power of two that divides a group
+    out = x.new_empty(len(x), N)
     # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
-    x = x.view(groups, 8 // bits, group_words, 4).permute(3, 1, 0, 2).float().contiguous()
-    out = torch.empty(1, N, dtype=dtype, device=x.device)
+    x = x.view(-1, groups, 8 // bits, group_words, 4).permute(0, 4, 2, 1, 3).float().contiguous()
     launch(
-        _quantized_row, (triton.cdiv(N, outs),), x.device,
-        x, qweight.view(torch.int32), scale, zero, out,
-        N, row_bytes // 4, groups, BITS=bits,
-        GROUP_WORDS=group_words, PIECES=words // piece, PIECE=piece,
-        OUTS=outs, num_warps=warps)
+        _quantized_linear, (triton.cdiv(N, 8), len(x)),
+        x.device, x, qweight.view(torch.int32), scale,
+        zero, out, N, row_bytes // 4, groups, BITS=bits,
+        GROUP_WORDS=group_words, PIECES=128 // piece,
+        PIECE=piece, OUTS=8)
     return out
-
-
-@jit
-def _quantized_linear(
-        X, QWEIGHT, SCALE, ZERO, PART, m, n,
-        k, row_bytes, groups, BITS: tl.constexpr,
-        GROUP_BYTES: tl.constexpr, BYTES: tl.constexpr):
-    """X Wᵀ for few rows of X. One program: 16 rows of X and 32 of W, restored in registers, BYTES of each
-    at a time, for one split of the steps; the caller adds the splits' parts up."""
-    rows = tl.program_id(2) * 16 + tl.arange(0, 16)[:, None]
-    outs = tl.program_id(0) * 32 + tl.arange(0, 32)[None, :].to(tl.int64)
-    columns = tl.arange(0, BYTES)
-    acc = tl.zeros((16, 32), tl.float32)
-    for byte in range(tl.program_id(1) * BYTES, row_bytes, tl.num_programs(1) * BYTES):
-        group = outs * groups + byte // GROUP_BYTES
-        codes = tl.load(
-            QWEIGHT + outs * row_bytes + byte + columns[:, None],
-            mask=outs < n, other=0)                                                # (BYTES, 32)
-        scale = _load_float32(SCALE + group, outs < n)
-        zero = _load_float32(ZERO + group, outs < n)
-        # of 4 bits the low halves of a group's bytes are its first half, the high ones its second
-        x = X + rows * k + byte + byte // GROUP_BYTES * GROUP_BYTES * (8 // BITS - 1) + columns[None, :]
-        for half in tl.static_range(8 // BITS):
-            w = zero + scale * (codes >> 4 * half & 2 ** BITS - 1).to(tl.float32)
-            acc = tl.dot(
-                tl.load(x + half * GROUP_BYTES, mask=rows < m, other=0.0),
-                w.to(X.dtype.element_ty), acc, input_precision="ieee")
-    tl.store(
-        PART + (tl.program_id(1) * m + rows) * n + outs, acc,
-        mask=(rows < m) & (outs < n))
-
-
-def _few_rows(
-        x, qweight, scale, zero, bits: int,
-        tile: int):
-    """x (M, K) -> (M, N) by _quantized_linear. tile: how many bytes of a row, all of one group, at a time."""
-    M, K = x.shape
-    N, row_bytes = qweight.shape
-    groups = scale.shape[1]
-    blocks = triton.cdiv(N, 32)
-    # more splits than the card has room for: reading the weights is all that counts
-    num_splits = max(1, min(8 * num_sms(x.device) // blocks, row_bytes // tile, 32))
-    part = x.new_empty(
-        num_splits, M, N, dtype=torch.float32)
-    launch(
-        _quantized_linear,
-        (blocks, num_splits, triton.cdiv(M, 16)),
-        x.device, x, qweight, scale, zero, part,
-        M, N, K, row_bytes, groups, BITS=bits,
-        GROUP_BYTES=row_bytes // groups, BYTES=tile, num_warps=2,
-        num_stages=3)
-    return part.sum(0)
 
 
 def quantized_linear(
@@ -1156,14 +1103,8 @@ def quantized_linear(
     bytes a weight; for many the weight is restored. cpu_pack: pack_for_cpu of the same, made once:
     without it CPUs restore for few rows too."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    group_bytes = qweight.shape[1] // scale.shape[1]
-    # a power of two that divides a group; tl.dot takes no fewer than 16
-    tile = min(64, group_bytes & -group_bytes)
-    if use_triton(x) and len(rows) == 1:
-        y = _one_row(rows, qweight, scale, zero, bits)
-    elif use_triton(x) and len(rows) <= 64 and tile >= 16:
-        y = _few_rows(
-            rows, qweight, scale, zero, bits, tile)
+    if use_triton(x) and len(rows) <= 4:
+        y = _few_rows(rows, qweight, scale, zero, bits)
     elif cpu_pack is None or len(rows) > 16:
         dtype = x.dtype
         if x.device.type == "cpu":
@@ -1177,133 +1118,3 @@ def quantized_linear(
             rows.bfloat16(), weights,
             x.shape[-1] // len(scales), scales)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-# ---------------------------------------------------------------- benchmark
-
-def milliseconds(function) -> float:
-    return triton.testing.do_bench(function, warmup=20, rep=60, return_mode="median")
-
-
-def random_bf16(*shape):
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
-
-
-def bench_training(name: str, flops, inputs, **peers) -> None:
-    """A row for each peer: milliseconds and TFLOP/s of its forward and of its backward pass, of so many
-    operations each, and the memory that both need beyond what they are given."""
-    for peer, forward in peers.items():
-        try:
-            out = forward()
-            upstream = torch.randn_like(out)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            torch.autograd.grad(forward(), inputs, upstream)
-            gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
-            times = [milliseconds(lambda: forward()),
-                     milliseconds(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True))]
-        except (RuntimeError, ImportError) as error:
-            print(f"{name:34}{peer:9} {str(error).splitlines()[0][:60]}", flush=True)
-            continue
-        rates = "".join(f"{ms:9.3f} ms{work / ms / 1e9:5.0f} TFLOP/s" for ms, work in zip(times, flops))
-        print(f"{name:34}{peer:9}{rates}{gigabytes:8.2f} GB", flush=True)
-
-
-def bench_attention(T: int, D: int, tokens: int = 16384, width: int = 2048) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    B, H = tokens // T, width // D
-    q, k, v = inputs = [random_bf16(B, T, H, D) for _ in range(3)]
-    sdpa = functools.partial(
-        F.scaled_dot_product_attention,
-        *(x.transpose(1, 2) for x in inputs), is_causal=True)
-    flops = 2 * B * H * T ** 2 * D
-    bench_training(
-        f"attention {B} x {T}, {H} heads of {D}", (flops, 2.5 * flops), inputs,
-        ours=lambda: attention(q, k, v, D ** -0.5),
-        cudnn=sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa),
-        flash=sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa))
-
-
-def bench_packed(T: int = 8192, length: int = 1024, H: int = 16, D: int = 128) -> None:
-    """Rows of T tokens of documents of `length`: what others see of it is told as a mask of blocks."""
-    from torch.nn.attention import flex_attention
-    q, k, v = inputs = [random_bf16(2, T, H, D) for _ in range(3)]
-    documents = (torch.arange(T, device="cuda") // length).expand(2, T)
-    ranges = kv_ranges(torch.arange(T, device="cuda")[None], None, documents)
-    blocks = flex_attention.create_block_mask(
-        lambda b, h, query, key: (query >= key) & (query // length == key // length),
-        None, None, T, T, device="cuda")
-    flex = torch.compile(flex_attention.flex_attention)
-    flops = 2 * 2 * H * T * length * D
-    bench_training(
-        f"attention 2 x {T}, documents of {length}", (flops, 2.5 * flops), inputs,
-        ours=lambda: attention(q, k, v, D ** -0.5, kv_ranges=ranges),
-        flex=lambda: flex(*(x.transpose(1, 2) for x in inputs), block_mask=blocks))
-
-
-def bench_loss(tokens: int = 8192, d: int = 3072, V: int = 100352) -> None:
-    x, head = inputs = [random_bf16(tokens, d), random_bf16(V, d)]
-    targets = torch.randint(V, (tokens,), device="cuda")
-    eager = lambda: F.cross_entropy(F.linear(x, head).float(), targets, reduction="sum")
-    peers = dict(
-        ours=lambda: cross_entropy(x, head, targets)[0], eager=eager, compiled=torch.compile(eager))
-    if hasattr(F, "linear_cross_entropy"):
-        peers["torch"] = lambda: F.linear_cross_entropy(x, head, targets, reduction="sum")
-    with contextlib.suppress(ImportError):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        peers["liger"] = lambda: liger(head, x, targets)
-    flops = 2 * tokens * d * V
-    bench_training(f"loss {tokens} x {d} x {V}", (flops, 2 * flops), inputs, **peers)
-
-
-@torch.no_grad()
-def bench_bandwidth() -> None:
-    """What moves memory, as a share of what a copy moves: reads and writes both count."""
-    def row(name, num_bytes, function):
-        # as in a CUDA graph: a small kernel takes less time than its launch
-        ms = triton.testing.do_bench_cudagraph(function, rep=40, return_mode="median")
-        print(f"{name:43}{ms:9.3f} ms{num_bytes / ms / 1e6:7.0f} GB/s"
-              f"{num_bytes / ms / 1e6 / copied:6.0%} of a copy's", flush=True)
-
-    x, residual = random_bf16(16384, 8192), random_bf16(16384, 8192)
-    size = 2 * x.numel()
-    copied = 2 * size / milliseconds(lambda: x.clone()) / 1e6
-    weight = torch.ones(8192, device="cuda")
-    row("copy", 2 * size, lambda: x.clone())
-    row("rms_norm with a residual", 4 * size, lambda: rms_norm(x, weight, 1e-5, residual))
-    row("layer_norm with a residual", 4 * size, lambda: layer_norm(x, weight, weight, 1e-5, residual))
-    row("swiglu", 1.5 * size, lambda: swiglu(x))
-    cos = sin = torch.rand(4096, 64, device="cuda")
-    q = x.view(4, 4096, 64, 128)
-    row("rotary of as many queries as keys", 4 * size, lambda: rotary(q, residual.view_as(q), cos, sin))
-    for B, S, H, KV, D in ((1, 16384, 32, 32, 96), (64, 2048, 32, 32, 96), (64, 4096, 40, 10, 128)):
-        q, k, v = random_bf16(B, 1, H, D), random_bf16(B, S, KV, D), random_bf16(B, S, KV, D)
-        lengths = torch.full((B,), S, device="cuda")
-        row(f"decode {B} x {S}, {H} / {KV} heads of {D}", 4 * k.numel(),
-            lambda: attention(q, k, v, D ** -0.5, kv_len=lengths))
-    for bits, group in ((4, 64), (8, 8192)):
-        matrix = quantize(residual, bits, group)
-        for rows in (1, 16, 64):
-            row(f"int{bits} product, {rows} rows", sum(part.nbytes for part in matrix),
-                lambda: quantized_linear(x[:rows], *matrix, bits))
-
-
-def bench() -> None:
-    """Everything beside its peers on this GPU."""
-    torch._functorch.config.donated_buffer = False  # a compiled peer's backward pass runs many times
-    print(torch.cuda.get_device_name(), datetime.date.today(), "torch", torch.__version__, "triton",
-          triton.__version__)
-    print(f"{'':43}{'forward':>26}{'backward':>23}{'memory':>10}")
-    for D, T in itertools.product((64, 96, 128), (2048, 4096, 8192, 16384)):
-        bench_attention(T, D)
-    bench_packed()
-    bench_loss()
-    bench_bandwidth()
-
-
-if __name__ == "__main__":
-    if not (triton and torch.cuda.is_available()):
-        raise SystemExit("kernels.py: its benchmark needs a GPU and Triton; without one,"
-                         " `python test_all.py compile` shows what the compiler makes of the kernels")
-    bench()

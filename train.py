@@ -1209,12 +1209,7 @@ def recipe_stages(quick):
         pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000)
     page_k, train_k, test_k = ("1-2", "1-2", "2-3") if quick else ("1,1,1,2,2,3", "1-4", "2-6")
     pretrain, finetune = (40, 1200) if quick else (300, 1900)
-    shape, book_tokens = "", 3072
     rows = "--context 192 --batch-tokens 1536" if quick else "--context 384 --batch-tokens 2304"
-    if torch.cuda.is_available() and not quick:     # a larger model and more of everything, in less time
-        pages, problems, pretrain, finetune = 12_000, 120_000, 300, 1500
-        shape, book_tokens = "--n-layer 8 --d-model 512 --n-head 8 --n-kv-head 4 --d-ff 1536 ", 24_576
-        rows = "--context 384 --batch-tokens 24576"
     bpe = f"--tokenizer {root}/textbooks --out {root}"
     rates = "--lr 0.02 --muon-lr 0.008"
     plain = "--rules none --dedup-threshold 1"
@@ -1240,8 +1235,8 @@ def recipe_stages(quick):
               f"data.py --input python --name web --max-bytes {web} {bpe}",
               f"{root}/web", 7),
         Stage("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
-              f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} {shape}--context 384 --batch-tokens "
-              f"{book_tokens} --steps {pretrain} --out {runs}/base",
+              f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens "
+              f"3072 --steps {pretrain} --out {runs}/base",
               f"{runs}/base"),
         Stage("evaluate the base", "solves the held-out problems by running their tests",
               f"sample.py --run {runs}/base --eval {root}/test.jsonl --json {runs}/base/eval.json "
