@@ -1,4 +1,4 @@
-"""The operations a decoder spends its time in, on CPUs and GPUs (`python test_all.py bench kernels`).
+"""The operations a decoder spends its time in, on CPUs and GPUs. `python kernels.py` times them on a GPU.
 
 Attention, loss and products of quantized weights stand as reference -> Triton kernels -> autograd -> public
 function, which takes the kernels where `use_triton` says so (a GPU with Triton), else the reference. Norms,
@@ -24,6 +24,7 @@ from __future__ import annotations  # so that annotations name tl.constexpr wher
 import functools
 import math
 import os
+import sys
 import warnings
 from collections import namedtuple
 
@@ -1118,3 +1119,8 @@ def quantized_linear(
             rows.bfloat16(), weights,
             x.shape[-1] // len(scales), scales)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+if __name__ == "__main__":  # beside their peers
+    test_all = os.path.join(os.path.dirname(os.path.abspath(__file__)), "test_all.py")
+    os.execv(sys.executable, [sys.executable, test_all, "bench", "kernels"])
