@@ -6601,9 +6601,44 @@ def print_table(head, rows, name):
     models.write_atomically(f"runs/{name}.txt", lambda file: file.write(f"{text}\n".encode()))
 
 
+COLORS = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214", "#111111", "#17becf")
+
+
+def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
+    """{name: [(x, y) or (x, y, low, high)]} as a small SVG picture, the band from low to high shaded.
+    ticks: {x: its name}."""
+    def axis(values, is_log, begin, length):
+        """-> value -> place in the picture, and the lowest and the highest value"""
+        values = [value for value in values if value > 0 or not is_log]
+        scale = math.log if is_log else float
+        low = min(values)
+        size = max(scale(max(values)) - scale(low), 1e-9)
+        return lambda value: begin + length * (scale(max(value, low)) - scale(low)) / size, (low, max(values))
+
+    points = [point for curve in curves.values() for point in curve]
+    heights = [value for point in points for value in point[1:]]
+    if not any(value > 0 or not log_y for value in heights):
+        return ""
+    x, _ = axis([*ticks, *(point[0] for point in points)], log_x, 60, 600)
+    y, bounds = axis(heights, log_y, 320, -300)
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" '
+           f'font-size="12"><rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
+           f'<text x="660" y="352" text-anchor="end">{unit}</text>']
+    for level in (np.geomspace if log_y else np.linspace)(*bounds, 5):
+        at = f"{y(level):.1f}"
+        svg.append(f'<text x="8" y="{at}">{level:.3g}</text><path d="M60 {at}h600" stroke="#ddd"/>')
+    svg += [f'<text x="{x(at):.1f}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(COLORS))):
+        line, low, high = ([f"{x(p[0]):.1f},{y((*p, p[1], p[1])[k]):.1f}" for p in curve] for k in (1, 2, 3))
+        svg.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(low + high[::-1])}"/>'
+                   f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
+                   f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
+    return "\n".join([*svg, "</svg>\n"])
+
+
 def save_chart(name, *arguments, **options):
     os.makedirs(os.path.join(HERE, ".github"), exist_ok=True)
-    models.write_atomically(os.path.join(HERE, f".github/{name}.svg"), lambda file: file.write(train.chart(*arguments, **options).encode()))
+    models.write_atomically(os.path.join(HERE, f".github/{name}.svg"), lambda file: file.write(chart(*arguments, **options).encode()))
 
 
 def averaged(curves):

@@ -586,45 +586,11 @@ def validate(run, datasets, eot):
     return {"val": results}, ", ".join(words.format(name, *values) for name, values in results.items())
 
 
-# ---------------------------------------------------------------- pictures
-
-COLORS = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214", "#111111", "#17becf")
-
-
-def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
-    """{name: [(x, y) or (x, y, low, high)]} as a small SVG picture, the band from low to high shaded.
-    ticks: {x: its name}."""
-    def axis(values, is_log, begin, length):
-        """-> value -> place in the picture, and the lowest and the highest value"""
-        values = [value for value in values if value > 0 or not is_log]
-        scale = math.log if is_log else float
-        low = min(values)
-        size = max(scale(max(values)) - scale(low), 1e-9)
-        return lambda value: begin + length * (scale(max(value, low)) - scale(low)) / size, (low, max(values))
-
-    points = [point for curve in curves.values() for point in curve]
-    heights = [value for point in points for value in point[1:]]
-    if not any(value > 0 or not log_y for value in heights):
-        return ""
-    x, _ = axis([*ticks, *(point[0] for point in points)], log_x, 60, 600)
-    y, bounds = axis(heights, log_y, 320, -300)
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" '
-           f'font-size="12"><rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
-           f'<text x="660" y="352" text-anchor="end">{unit}</text>']
-    for level in (np.geomspace if log_y else np.linspace)(*bounds, 5):
-        at = f"{y(level):.1f}"
-        svg.append(f'<text x="8" y="{at}">{level:.3g}</text><path d="M60 {at}h600" stroke="#ddd"/>')
-    svg += [f'<text x="{x(at):.1f}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
-    for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(COLORS))):
-        line, low, high = ([f"{x(p[0]):.1f},{y((*p, p[1], p[1])[k]):.1f}" for p in curve] for k in (1, 2, 3))
-        svg.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(low + high[::-1])}"/>'
-                   f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
-                   f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
-    return "\n".join([*svg, "</svg>\n"])
+# ---------------------------------------------------------------- the picture of a run
 
 
 def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
-    """The curves of log.jsonl's records, of the loss or another `key`, over tokens."""
+    """The curves of log.jsonl's records, of the loss or another `key`, over tokens, as a small SVG picture."""
     curves = {}
     for record in records:
         values = {f"{name} validation": value for name, (value, _) in record.get("val", {}).items()}
@@ -632,9 +598,21 @@ def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
             values["training"] = record[key]
         for name, value in values.items():
             curves.setdefault(name, []).append((record["tokens"], value))
-    end = max([record["tokens"] for record in records], default=0)
-    ticks = {end * i / 4: f"{end * i / 4e6:.3g} M" for i in range(5)}
-    return chart(curves, f"{title}: {unit} over tokens", ticks)
+    if not curves:
+        return ""
+    end, high = map(max, zip(*itertools.chain(*curves.values())))
+    _, low = map(min, zip(*itertools.chain(*curves.values())))
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 380" font-family="sans-serif" '
+           f'font-size="12"><rect width="700" height="380" fill="white"/><text x="60" y="20">{title}: {unit} '
+           f'over {end / 1e6:.3g} M tokens</text><path d="M60 40v300h600" fill="none" stroke="#888"/>'
+           f'<text x="8" y="44">{high:.3g}</text><text x="8" y="344">{low:.3g}</text>']
+    for i, (name, curve) in enumerate(curves.items()):
+        color = f"hsl({i * 137 % 360},70%,45%)"     # the golden angle: neighbours differ
+        points = [f"{60 + 600 * x / max(end, 1):.1f},{340 - 300 * (y - low) / (high - low or 1):.1f}"
+                  for x, y in curve]
+        svg.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(points)}"/>'
+                   f'<text x="{60 + 200 * i}" y="365" fill="{color}">{name}</text>')
+    return "\n".join([*svg, "</svg>\n"])
 
 
 # ---------------------------------------------------------------- checkpoints
