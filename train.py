@@ -44,6 +44,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import data
+import kernels
 import model as models
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said of a checkpoint by one process
@@ -470,16 +471,18 @@ def memory(config, args, micro_batch, world):
     n = config.num_parameters()
     ends = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)     # embedding and head
     tokens = micro_batch * args.context
-    qkv = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    # q and k before and after they are rotated, v; what enters the norms and products; the hidden layer
+    heads = (2 * config.n_head + 3 * config.n_kv_head) * config.head_dim
+    states = (3 if config.family.parallel else 5) * config.d_model
     hidden = (2 if config.family.activation == "gelu" else 3) * config.d_ff
-    block = 2 * tokens * (5 * config.d_model + 2 * qkv + hidden)
+    block = 2 * tokens * (heads + states + hidden)
     parts = {
         "weights, fp32": 4 * n,
         "weights, bf16 copies": 2 * (n - ends),
         "gradients": 4 * n,
         "optimizer": 4 * (n + ends) if args.optimizer == "muon" else 8 * n,
         "activations": config.n_layer * block,
-        "loss": 8 * tokens * config.vocab_size}
+        "loss": kernels.CHUNK_BYTES + 6 * config.vocab_size * config.d_model}
     if args.activation_checkpointing:   # what enters each block, and all of the one block whose turn it is
         parts["activations"] = block + 2 * tokens * config.n_layer * config.d_model
     if args.fsdp:
