@@ -60,12 +60,10 @@ class Batch(NamedTuple):
     num_tokens: int         # without padding
 
 
-def documents_of(dataset, split, eot, limit=None):
+def documents_of(dataset, split, limit=None):
     """-> (n, 2): where the documents of a split, or of its first `limit` tokens, start and end."""
     tokens = getattr(dataset, split)[:limit]
-    ends = getattr(dataset, f"{split}_ends", None)
-    if ends is None:    # a dataset of before data.py wrote them down
-        ends = np.flatnonzero(tokens == eot) + 1
+    ends = getattr(dataset, f"{split}_ends")
     ends = np.append(ends[ends < len(tokens)], len(tokens))
     starts = np.append(0, ends[:-1])
     return np.stack([starts, ends], 1)[ends - starts > 1]       # one token alone has nothing to predict
@@ -191,10 +189,10 @@ class PackedLoader:
     of its own rows.
     """
 
-    def __init__(self, args, datasets, weights, eot, rank=0, world=1):
+    def __init__(self, args, datasets, weights, rank=0, world=1):
         self.args = args
         self.datasets = datasets
-        documents = [documents_of(dataset, "train", eot) for dataset in datasets]
+        documents = [documents_of(dataset, "train") for dataset in datasets]
         fewest = min(map(len, documents))
         if not fewest:
             raise ValueError("a dataset has no document of two tokens to train on")
@@ -554,7 +552,7 @@ def next_token_loss(model, tokens, documents, targets, weights, active_layers=No
 
 
 @torch.no_grad()
-def validate(run, datasets, eot):
+def validate(run, datasets):
     """-> {"val": {dataset: (nats a token, bits a byte)}} over the first --val-tokens of its validation split,
     every token predicted once, and the same in words.
 
@@ -568,7 +566,7 @@ def validate(run, datasets, eot):
     results = {}
     run.model.eval()
     for dataset in datasets:
-        packer = Packer(documents_of(dataset, "val", eot, args.val_tokens), args.context)
+        packer = Packer(documents_of(dataset, "val", args.val_tokens), args.context)
         rows = [(dataset.val, dataset.val_mask, spans) for spans in packer]
         count = size = 0.0
         losses = torch.zeros((), device=run.device)
@@ -750,12 +748,8 @@ def choose_config(args, tokenizer):
             data.fail("--init takes a run's weights, --continue-from its optimizer state too; give one of "
                       "them")
         if shape or args.preset:
-            given = ", ".join("--" + name.replace("_", "-") for name in shape) or "--preset"
-            data.fail(f"{option} brings its own shape; leave out {given}")
+            data.fail(f"{option} brings its own shape; leave out --preset and its parts, such as --n-layer")
         folder = models.snapshot_download(start)
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            data.fail(f"{option}: no model there (config.json is missing); give a run directory, a Hugging "
-                      "Face directory or a hub name")
         config = models.read_config(os.path.join(folder, "config.json"))
         args.context = args.context or config.max_seq_len
         if args.context > config.max_seq_len and not args.rope_theta:
@@ -1047,12 +1041,9 @@ class Log:
         self.progress.set_postfix_str(", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"]))
 
     def fail(self, step, loss, norm):
-        out = self.run.args.out
-        saved = f"the last good checkpoint is that of step {self.saved_step} in {out}"
-        if self.saved_step is None:
-            saved = "nothing was saved yet"
-        elif self.saved_step == step:
-            saved = f"the checkpoint in {out} has these very weights"
+        saved = "nothing was saved yet"
+        if self.saved_step is not None:
+            saved = f"the last checkpoint in {self.run.args.out} is that of step {self.saved_step}"
         data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; "
                   "lower --lr and --muon-lr", 1)
 
@@ -1473,12 +1464,12 @@ def pretrain(args):
     args.micro_batch = micro_batch_rows(args, config, rows_of_rank(args, world), world, gpu_gigabytes())
     fingerprints = {name: dataset.meta.get("fingerprint") for name, dataset in zip(args.data, datasets)}
     run = setup(args, config, tokenizer, RESUME_KEYS, fingerprints)
-    loader = PackedLoader(args, datasets, weights, tokenizer.eot, run.rank, run.world)
+    loader = PackedLoader(args, datasets, weights, run.rank, run.world)
     shares = [f"{dataset.name} {weight / sum(weights):.0%}" for dataset, weight in zip(datasets, weights)]
     millions = args.steps * args.batch_tokens / 1e6
     about = (f"{', '.join(shares)}; {millions:.1f} M tokens in {args.steps:,} steps of "
              f"{args.batch_tokens // args.context:,} x {args.context}")
-    train(run, loader, next_token_loss, lambda: validate(run, datasets, tokenizer.eot), about=about)
+    train(run, loader, next_token_loss, lambda: validate(run, datasets), about=about)
 
 
 @data.command()
