@@ -1645,6 +1645,20 @@ def test_quantized_directory(tmp_path, form, bits):
         models.quantize(again, 4)
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    order, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append("written"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("named"), replace(*paths)))
+    models.write_json(str(tmp_path / "new.json"), [1])
+    models.write_safetensors(str(tmp_path / "new.safetensors"), {"x": torch.ones(3)})
+    assert order == ["written", "named"] * 2
+
+
+def test_the_output_layer_keeps_8_bits():
+    m = models.quantize(tiny(d_model=48, d_ff=64), 4)
+    assert {name: layer.bits for name, layer in m.named_modules() if hasattr(layer, "bits") and layer.bits != 4} == {"lm_head": 8}
+
+
 def test_what_cannot_be_quantized_or_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match="layers.0.mlp.down_proj has rows of 100 weights"):
         models.quantize(sharp(d_ff=100), 8)
