@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import kernels
 import model as models
 import synth
 import train
@@ -195,23 +195,12 @@ def collate(answers, rows, length):
 # Losses
 
 
-LOGITS_AT_ONCE = 2**25      # 128 MB in float32
-
-
-def token_log_probs(model, tokens, targets):
-    """Log-probabilities of the targets, (B, T) float32, 0 where there is none.
-
-    The float32 logits of some positions exist at a time, of answers only, and once more in the backward pass.
-    """
-    def log_probs(states, targets):
-        return -F.cross_entropy(model.logits(states), targets, reduction="none")
-
-    mask = targets >= 0
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    chunks = zip(model.hidden(tokens)[mask].split(size), targets[mask].split(size))    # (N, d_model), (N)
-    parts = torch.cat([checkpoint(log_probs, *chunk, use_reentrant=False, preserve_rng_state=False)
-                       for chunk in chunks])
-    return torch.zeros_like(tokens, dtype=parts.dtype).masked_scatter(mask, parts)
+def log_probs(model, tokens, targets):
+    """Log-probability of each row's targets, (B), by the model's fused loss of one row after the other."""
+    head = model.lm_head
+    losses = [kernels.cross_entropy(states, head.weight, row_targets, bias=head.bias)[0]
+              for states, row_targets in zip(model.hidden(tokens), targets)]
+    return -torch.stack(losses)
 
 
 def dpo_loss(policy, reference, beta: float):
@@ -233,13 +222,6 @@ def group_advantages(rewards):
     return rewards - rewards.mean(1, keepdim=True)
 
 
-def kl(log_probs, reference_log_probs):
-    """Of each token an estimate of the divergence from the reference, never negative (GRPO, arXiv 2402.03300,
-    equation 4)."""
-    log_ratio = reference_log_probs - log_probs
-    return log_ratio.exp() - log_ratio - 1
-
-
 # What train.py's loop is given: the model and a micro-batch -> (sum of losses, sums to be reported)
 
 
@@ -251,35 +233,20 @@ def weighted_cross_entropy(model, tokens, targets, advantages):
 
 def preference_loss(reference, beta, model, tokens, targets, _):
     """Of answers chosen, rejected, chosen, ... The sums: of pairs, and over them PREFERENCE_METRICS."""
-    scores = token_log_probs(model, tokens, targets).sum(1).view(-1, 2)
+    policy_scores = log_probs(model, tokens, targets).view(-1, 2)
     with torch.no_grad():
-        reference_scores = token_log_probs(reference, tokens, targets).sum(1).view(-1, 2)
-    losses, rewards = dpo_loss(scores, reference_scores, beta)
+        reference_scores = log_probs(reference, tokens, targets).view(-1, 2)
+    losses, rewards = dpo_loss(policy_scores, reference_scores, beta)
     chosen, rejected = rewards.detach().unbind(1)
     is_pair = (targets >= 0).any(1)[::2]        # other rows fill the micro-batch
     sums = torch.stack([is_pair, chosen > rejected, chosen - rejected, chosen])
     return (losses * is_pair).sum(), sums.sum(1)
 
 
-PREFERENCE_METRICS = ("accuracy", "margin", "reward_chosen")
-
-
-def policy_loss(reference, weight, model, tokens, targets, advantages):
-    """grpo with --kl. The sums: of tokens, and over them POLICY_METRICS."""
-    log_probs = token_log_probs(model, tokens, targets)
-    with torch.no_grad():
-        divergence_from = token_log_probs(reference, tokens, targets)
-    divergence = kl(log_probs, divergence_from)
-    loss = (weight * divergence - advantages * log_probs).sum()
-    return loss, torch.stack([(targets >= 0).sum(), -log_probs.sum(), divergence.sum()]).detach()
-
-
-POLICY_METRICS = ("entropy", "kl")
-
-
-def average(names, sums):
-    """{name: mean} of what a loss reports: a count, and sums of that many; {} if it reports nothing."""
-    return {name: value / max(sums[0], 1) for name, value in zip(names, sums[1:])}
+def preference_metrics(sums):
+    """{name: mean} of what a loss reports; {} if it reports nothing."""
+    names = ("accuracy", "margin", "reward_chosen")
+    return {name: value / sums[0] for name, value in zip(names, sums[1:])}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -347,7 +314,7 @@ def rollout_model(model, dtype):
 # The kinds of training
 
 
-RESUME_KEYS = ("held_out", "batch", "beta", "prompts", "num_generations", "max_tokens", "kl")
+RESUME_KEYS = ("held_out", "batch", "beta", "prompts", "num_generations", "max_tokens")
 
 
 def setup(args, config, tokenizer, num_rows, contents, width=1):
@@ -362,12 +329,6 @@ def setup(args, config, tokenizer, num_rows, contents, width=1):
     args.micro_batch = max(1, most // width)
     keys = [key for key in (*train.RESUME_KEYS, *RESUME_KEYS) if key in args]
     return train.setup(args, config, tokenizer, keys, {files: hash_of(contents)})
-
-
-def open_reference(run):
-    """The model that training began with, whole on each rank, in the type of the products."""
-    model, _ = models.load(run.args.init, run.device, run.dtype)
-    return model.requires_grad_(False)
 
 
 def draw(records, step, count, seed):
@@ -433,9 +394,9 @@ def finetune(args):
     args.steps = args.steps or -int(-args.epochs * len(rows) // args.batch)
     run = setup(args, config, tokenizer, args.batch, rows, 2 if is_dpo else 1)
     loss_fn = weighted_cross_entropy
-    if is_dpo:
-        loss_fn = functools.partial(preference_loss, open_reference(run), args.beta)
-    log_entry = functools.partial(average, PREFERENCE_METRICS)
+    if is_dpo:      # the reference is whole on each rank, in the type of the products
+        reference, _ = models.load(args.init, run.device, run.dtype)
+        loss_fn = functools.partial(preference_loss, reference.requires_grad_(False), args.beta)
     loader = RowLoader(run, lambda step: draw(rows, step, args.batch, args.seed),
                        len if is_dpo else count_targets)
 
@@ -448,19 +409,19 @@ def finetune(args):
                 loss, sums = run.objective(loss_fn, *(tensor.to(run.device) for tensor in micro_batch))
             totals = totals + torch.cat([loss.reshape(1), sums])
         weight, loss, *sums = run.sum_over_ranks(batch.weight, *totals.tolist())
-        entry = {"loss": loss / weight, **log_entry(sums)}
+        entry = {"loss": loss / weight, **preference_metrics(sums)}
         words = ", ".join(f"{name} {value:.4f}" for name, value in entry.items())
         return {"val": {args.kind: (entry["loss"], entry.get("accuracy"))}}, words
 
     about = f"{len(rows):,} rows, {len(held_out):,} held out, {num_unfit:,} with nothing to learn or too long"
-    train.train(run, loader, loss_fn, validate if held_out else None, log_entry, about)
+    train.train(run, loader, loss_fn, validate if held_out else None, preference_metrics, about)
 
 
 def grpo(args):
     """Group relative policy optimization, always on policy: roll out, judge, normalize, one optimizer step.
 
     As DAPO (arXiv 2503.14476) each token counts the same, and groups of equal rewards, whose advantages are 0,
-    are dropped, since they teach nothing; with --kl they stay, and are held near --init.
+    are dropped, since they teach nothing.
     """
     config, tokenizer, problems, num_unfit = open_data(args, read_problem)
     num_answers = args.prompts * args.num_generations
@@ -484,18 +445,13 @@ def grpo(args):
         metrics.update({"pass@1": mean(passed), "length": mean(map(len, answers)),
                         "dropped": advantages.count(0.0) / num_answers})
         return [[make_answer(problem["ids"] + ids, (len(problem["ids"]), None), advantage=advantage)]
-                for problem, ids, advantage in zip(drawn, answers, advantages) if advantage or args.kl]
+                for problem, ids, advantage in zip(drawn, answers, advantages) if advantage]
 
-    def log_entry(sums):
-        return metrics | average(POLICY_METRICS, sums)
-
-    loss_fn = weighted_cross_entropy
-    if args.kl:
-        loss_fn = functools.partial(policy_loss, open_reference(run), args.kl)
     loader = RowLoader(run, next_rows, count_targets)
     about = (f"{len(problems):,} problems, {num_unfit:,} too long; {args.prompts} x {args.num_generations} "
              "answers at a time")
-    train.train(run, loader, loss_fn, None, log_entry, about, {"key": "pass@1", "unit": "pass@1"})
+    train.train(run, loader, weighted_cross_entropy, None, lambda _: metrics, about,
+                {"key": "pass@1", "unit": "pass@1"})
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -627,7 +583,6 @@ def parse_options(arguments=None):
         if kind == "grpo":
             count("--prompts", 16, "problems sampled for a step")
             option("--num-generations", 8, "answers to each problem", type=data.number(int, 2))
-            number("--kl", 0.0, "weight of the divergence from --init")
         if kind == "pivotal":
             count("--samples", 16, "answers that a chance of success is estimated from")
             share("--gap", 0.2, "by how much a pivotal token moves it")
