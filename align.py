@@ -4,13 +4,13 @@
     python align.py dpo --init runs/chat --data preferences.jsonl --out runs/dpo
     python align.py grpo --init runs/phi --data data/exercises.jsonl --out runs/rl
     python align.py pivotal --init runs/phi --data data/exercises.jsonl --out data/pivotal.jsonl
-    torchrun --nproc_per_node=8 align.py grpo --init runs/phi --fsdp --out runs/rl  # one process for each GPU
+    torchrun --nproc_per_node=8 align.py grpo --init runs/phi --data data/exercises.jsonl --fsdp --out runs/rl
 
 sft reads chats, {"messages": [{"role", "content"}, ...]}; dpo preferences, {"prompt" or "messages", "chosen",
 "rejected"}; grpo problems with tests, {"prompt", "entry_point", "test"}, or with numbers, {"question",
-"answer": "... #### number"}. pivotal writes preferences between single tokens, for dpo. The loop is train.py's:
-the same log, checkpoints and exact resumption when the same command is given again. `align.py dpo -h` lists
-the options of dpo.
+"answer": "... #### number"}. pivotal writes preferences between single tokens, for dpo. The loop is
+train.py's: the same log, checkpoints and exact resumption when the same command is given again. `align.py dpo
+-h` lists the options of dpo.
 """
 import functools
 import os
@@ -38,21 +38,14 @@ import train
 
 
 class Answer(NamedTuple):
-    tokens: list[int]           # what the model reads: all but the last
-    targets: list[int]          # after each of them the next token, -1 where that is not to be learned
+    ids: list[int]              # of the prompt, or the whole chat, with the answer
+    spans: list[tuple]          # (start, end) of what is to be learned of them
     advantage: float = 1.0      # the weight of its tokens
 
 
-def make_answer(ids, *spans, advantage=1.0):
-    """spans: (start, end) of what is to be learned of ids."""
-    targets = [-1] * len(ids)
-    for start, end in spans:
-        targets[start:end] = ids[start:end]
-    return Answer(ids[:-1], targets[1:], advantage)
-
-
 def longest(row):
-    return max(len(answer.tokens) for answer in row)
+    """Tokens that the model reads: all but the last."""
+    return max(len(answer.ids) for answer in row) - 1
 
 
 def hash_of(*parts):
@@ -64,8 +57,8 @@ def is_held_out(row, fraction):
     """Decided by what comes before the answer, so that the split never moves and equal prompts stay
     together."""
     answer = row[0]
-    start = next(i for i, target in enumerate(answer.targets) if target >= 0)
-    return hash_of(answer.tokens[:start + 1]) < fraction * 2**48
+    start, _ = answer.spans[0]
+    return hash_of(answer.ids[:start]) < fraction * 2**48
 
 
 def common_prefix(a, b):
@@ -101,8 +94,9 @@ def prompt_ids(tokenizer, text):
 def read_chat(tokenizer, context, record):
     """A chat -> its row, cut to the context; None if no assistant's tokens are left."""
     ids, spans = render(tokenizer, record["messages"])
-    answer = make_answer(ids[:context + 1], *spans)
-    return [answer] if max(answer.targets, default=-1) >= 0 else None
+    ids = ids[:context + 1]
+    spans = [(start, min(end, len(ids))) for start, end in spans if start < len(ids)]
+    return [Answer(ids, spans)] if spans else None
 
 
 def read_preference(tokenizer, context, record):
@@ -115,20 +109,20 @@ def read_preference(tokenizer, context, record):
         raise ValueError("its ids are of another tokenizer; make it again with align.py pivotal, this --init")
     row = []
     for side in ("chosen", "rejected"):
+        if "messages" in record:
+            answer = {"role": "assistant", "content": record[side]}
+            ids, spans = render(tokenizer, [*record["messages"], answer])
+            row.append(Answer(ids, spans[-1:]))
+            continue
         if "ids" in record:
             prompt = record["ids"]["prompt"]
             ids = prompt + record["ids"][side]
-            span = len(prompt), None
-        elif "messages" in record:
-            answer = {"role": "assistant", "content": record[side]}
-            ids, spans = render(tokenizer, [*record["messages"], answer])
-            span = spans[-1]
         else:
-            prompt = prompt_ids(tokenizer, record["prompt"])
-            text = (record["prompt"] + record[side])[len(record["prompt"].rstrip()):]
-            ids = prompt + tokenizer.encode(text) + [tokenizer.eot]
-            span = len(prompt), None
-        row.append(make_answer(ids, span))
+            text = record["prompt"].rstrip()
+            prompt = prompt_ids(tokenizer, text)
+            rest = (record["prompt"] + record[side])[len(text):]
+            ids = prompt + tokenizer.encode(rest) + [tokenizer.eot]
+        row.append(Answer(ids, [(len(prompt), len(ids))]))
     return row if row[0] != row[1] and longest(row) <= context else None
 
 
@@ -160,10 +154,7 @@ def open_data(args, read):
     folder = models.snapshot_download(args.init, weights=False)
     config = models.read_config(os.path.join(folder, "config.json"))
     tokenizer = models.Tokenizer.load(folder)
-    args.context = args.context or min(config.max_seq_len, 2048)
-    if args.context > config.max_seq_len:
-        raise ValueError(f"--context {args.context} is longer than the {config.max_seq_len} tokens of "
-                         f"{args.init}; lower it, or grow it first with grow.py")
+    args.context = min(args.context, config.max_seq_len)
     rows = []
     for path in args.data:
         for number, record in enumerate(data.read_jsonl(path), 1):
@@ -177,18 +168,20 @@ def open_data(args, read):
 
 
 def collate(answers, rows, length):
-    """Answers -> tokens (rows, length), targets (rows, length) and advantages (rows, 1).
+    """Answers -> tokens, targets and their weights, (rows, length) each.
 
     Padding is on the right, where causal attention never looks; its targets are -1.
     """
     tokens = torch.zeros(rows, length, dtype=torch.long)
     targets = torch.full_like(tokens, -1)
-    advantages = torch.zeros(rows, 1)
+    weights = torch.zeros(rows, length)
     for row, answer in enumerate(answers):
-        tokens[row, :len(answer.tokens)] = torch.tensor(answer.tokens)
-        targets[row, :len(answer.tokens)] = torch.tensor(answer.targets)
-        advantages[row] = answer.advantage
-    return tokens, targets, advantages
+        ids = torch.tensor(answer.ids)
+        tokens[row, :len(ids) - 1] = ids[:-1]
+        for start, end in answer.spans:
+            targets[row, start - 1:end - 1] = ids[start:end]
+        weights[row] = answer.advantage
+    return tokens, targets, weights
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -225,9 +218,9 @@ def group_advantages(rewards):
 # What train.py's loop is given: the model and a micro-batch -> (sum of losses, sums to be reported)
 
 
-def weighted_cross_entropy(model, tokens, targets, advantages):
+def weighted_cross_entropy(model, tokens, targets, weights):
     """sft, where advantages are 1; and grpo: of answers just drawn, its gradient is the policy's."""
-    loss, _ = model(tokens, targets=targets, weights=advantages.expand_as(targets))
+    loss, _ = model(tokens, targets=targets, weights=weights)
     return loss, torch.empty(0, device=tokens.device)
 
 
@@ -253,14 +246,14 @@ def preference_metrics(sums):
 # Rollouts, and what they are worth
 
 
-def rollout(model, tokenizer, problems, args, seeds):
-    """Answers to problems' prompts -> [ids of the answer], [text to be judged]; --batch-size at a time.
+def rollout(model, tokenizer, problems, numbers, args, begun=()):
+    """Answers to problems' prompts -> [ids of the answer], [its reward]; --batch-size at a time.
 
-    An answer goes on from the ids that its problem has "begun" with. It ends with an end token, which belongs
-    to it, with its function (a line at column 0), after --max-tokens, or with the context: prompt and answer
-    have --context tokens at most.
+    What is drawn depends on --seed, the prompt and the number of the answer. All answers go on from the ids
+    `begun`. An answer ends with an end token, which belongs to it, with its function (a line at column 0),
+    after --max-tokens, or with the context: prompt and answer have --context tokens at most.
     """
-    answers = [list(problem.get("begun", ())) for problem in problems]
+    answers = [list(begun) for _ in problems]
 
     def has_ended(row):
         ids = answers[row]
@@ -268,27 +261,27 @@ def rollout(model, tokenizer, problems, args, seeds):
         line = "test" in problems[row] and re.search(r"\n\S", tokenizer.decode(ids[-2:]))
         return len(ids) >= room or line or tokenizer.stops.intersection(ids[-1:])
 
-    def emit(slot, token):
-        answers[rows[slot]].append(token)
-        return has_ended(rows[slot])
+    def emit(row, token):
+        answers[begin + row].append(token)
+        return has_ended(begin + row)
 
-    unfinished = [row for row in range(len(problems)) if not has_ended(row)]
-    for begin in range(0, len(unfinished), args.batch_size):
-        rows = unfinished[begin:begin + args.batch_size]
-        prompts = [problems[row]["ids"] + answers[row] for row in rows]
-        model.generate(prompts, args.max_tokens, temperature=1.0, seed=[seeds[row] for row in rows],
-                       stream=emit)
+    for begin in range(0, len(problems), args.batch_size):
+        part = problems[begin:begin + args.batch_size]
+        prompts = [problem["ids"] + list(begun) for problem in part]
+        seeds = [hash_of(args.seed, *key) for key in zip(prompts, numbers[begin:])]
+        if not has_ended(begin):
+            model.generate(prompts, args.max_tokens, temperature=1.0, seed=seeds, stream=emit)
     texts = [tokenizer.decode([i for i in ids if i not in tokenizer.stops]) for ids in answers]
-    return answers, texts
+    return answers, rewards(problems, texts)
 
 
 def rewards(problems, texts):
     """1.0 for each text whose function passes its problem's tests in synth.py's sandbox, or whose final
     answer is the problem's, else 0.0."""
-    programs = [(problem, re.split(r"\n(?=\S)", text)[0])
-                for problem, text in zip(problems, texts) if "test" in problem]
+    code = [(problem, re.split(r"\n(?=\S)", text)[0])
+            for problem, text in zip(problems, texts) if "test" in problem]
     workers = max(1, data.n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    verdicts = iter(synth.judge_all(programs, workers=workers))
+    verdicts = iter(synth.judge_all(code, workers=workers))
     passed = []
     for problem, text in zip(problems, texts):
         if "test" in problem:
@@ -333,16 +326,14 @@ def setup(args, config, tokenizer, num_rows, contents, width=1):
 
 def draw(records, step, count, seed):
     """The records of a step: `count` of an endless stream, shuffled anew each epoch."""
-    @functools.cache
-    def order(epoch):
-        return np.random.default_rng([seed, epoch]).permutation(len(records))
-
-    positions = range(step * count, (step + 1) * count)
-    return [records[order(i // len(records))[i % len(records)]] for i in positions]
+    size = len(records)
+    epoch, start = divmod(step * count, size)
+    orders = [np.random.default_rng([seed, epoch + n]).permutation(size) for n in range(2 + count // size)]
+    return [records[i] for i in np.concatenate(orders)[start:start + count]]
 
 
 def count_targets(rows):
-    return sum(target >= 0 for row in rows for answer in row for target in answer.targets)
+    return sum(end - start for row in rows for answer in row for start, end in answer.spans)
 
 
 @dataclass
@@ -366,22 +357,21 @@ class RowLoader:
         return self.batch(rows)
 
     def batch(self, rows):
-        """Short rows are more in a micro-batch than long ones; their lengths are few, for compiled blocks. All
-        ranks have equally many micro-batches."""
+        """Short rows are more in a micro-batch than long ones. Lengths are powers of two, few shapes for
+        compiled blocks. All ranks have equally many micro-batches."""
         run = self.run
         context = run.args.context
         rows = sorted(rows, key=longest, reverse=True)
         mine = []
         micro_batches = []
         while rows:
-            lengths = (context // 4, context // 2, context)
-            length = min(length for length in lengths if length >= longest(rows[0]))
+            length = min(context, 1 << (longest(rows[0]) - 1).bit_length())
             size = min(run.args.micro_batch * (context // length), run.args.max_rows)
             part = rows[run.rank:size * run.world:run.world]
             micro_batches.append(collate(sum(part, []), size * len(rows[0]), length))
             mine += part
             rows = rows[size * run.world:]
-        num_tokens = sum(len(answer.tokens) for row in mine for answer in row)
+        num_tokens = sum(len(answer.ids) - 1 for row in mine for answer in row)
         return train.Batch(micro_batches, self.weight(mine), num_tokens)
 
 
@@ -420,8 +410,8 @@ def finetune(args):
 def grpo(args):
     """Group relative policy optimization, always on policy: roll out, judge, normalize, one optimizer step.
 
-    As DAPO (arXiv 2503.14476) each token counts the same, and groups of equal rewards, whose advantages are 0,
-    are dropped, since they teach nothing.
+    As in DAPO (arXiv 2503.14476) each token counts the same, and groups of equal rewards, whose advantages
+    are 0, are dropped, since they teach nothing.
     """
     config, tokenizer, problems, num_unfit = open_data(args, read_problem)
     num_answers = args.prompts * args.num_generations
@@ -434,18 +424,21 @@ def grpo(args):
         drawn = [problem for problem in drawn for _ in range(args.num_generations)]
 
         # each rank answers some of the problems; which does not change what is drawn
-        numbers = train.shard_range(num_answers, run.rank, run.world)
-        mine = [drawn[i] for i in numbers]
-        seeds = [hash_of(args.seed, step, i) for i in numbers]
-        answers, texts = rollout(rollout_model(run.model, dtype), tokenizer, mine, args, seeds)
+        mine = train.shard_range(num_answers, run.rank, run.world)
+        numbers = [step * num_answers + i for i in mine]
+        model = rollout_model(run.model, dtype)
+        solved = rollout(model, tokenizer, [drawn[i] for i in mine], numbers, args)
+        answers, passed = (sum(parts, []) for parts in zip(*train.gather_objects(solved)))
 
-        gathered = train.gather_objects((answers, rewards(mine, texts)))
-        answers, passed = (sum(parts, []) for parts in zip(*gathered))
         advantages = group_advantages(torch.tensor(passed).view(args.prompts, -1)).flatten().tolist()
         metrics.update({"pass@1": mean(passed), "length": mean(map(len, answers)),
                         "dropped": advantages.count(0.0) / num_answers})
-        return [[make_answer(problem["ids"] + ids, (len(problem["ids"]), None), advantage=advantage)]
-                for problem, ids, advantage in zip(drawn, answers, advantages) if advantage]
+        rows = []
+        for problem, answer, advantage in zip(drawn, answers, advantages):
+            ids = problem["ids"] + answer
+            if advantage:
+                rows.append([Answer(ids, [(len(problem["ids"]), len(ids))], advantage)])
+        return rows
 
     loader = RowLoader(run, next_rows, count_targets)
     about = (f"{len(problems):,} problems, {num_unfit:,} too long; {args.prompts} x {args.num_generations} "
@@ -493,32 +486,31 @@ def pivotal_pairs(model, tokenizer, problem, args):
     The search compares many estimates and takes the extreme ones, so part of each gap that it finds is luck.
     A pair is written if four times as many fresh answers, which took no part in the search, show it again.
     """
-    prompt = problem["ids"]
+    def sample(begun, numbers):
+        return rollout(model, tokenizer, [problem] * len(numbers), numbers, args, begun)
 
-    def sample(begun, count, stage):
-        problems = [{**problem, "begun": begun}] * count
-        seeds = [hash_of(args.seed, prompt, begun, stage, i) for i in range(count)]
-        answers, texts = rollout(model, tokenizer, problems, args, seeds)
-        return answers, rewards(problems, texts)
+    search = range(args.samples)
+    confirm = range(args.samples, 5 * args.samples)
 
     @functools.cache
     def success(begun):
-        return mean(sample(begun, args.samples, "search")[1])
+        return mean(sample(begun, search)[1])
 
-    answers, passed = sample((), args.samples, "search")
+    prompt = problem["ids"]
+    answers, passed = sample((), search)
     if not 0.2 <= mean(passed) <= 0.8:       # as in the paper: what is always or never solved has no pivot
         return
     for answer in (answers[passed.index(1.0)], answers[passed.index(0.0)]):     # a right and a wrong one
         log_probs = answer_log_probs(model, prompt, answer)
-        costs = log_probs[range(len(answer)), answer].tolist()
-        for position, change in subdivide(success, tuple(answer), costs, args.gap):
+        costs = log_probs[range(len(answer)), answer]
+        for position, change in subdivide(success, tuple(answer), costs.tolist(), args.gap):
             begun = tuple(answer[:position])
             token = answer[position]
             likeliest = log_probs[position].topk(4).indices.tolist()
             others = [other for other in likeliest if other != token][:3]
             other = min(others, key=lambda other: change * success((*begun, other)))
             pair = (token, other) if change > 0 else (other, token)
-            odds = [mean(sample((*begun, side), 4 * args.samples, "confirm")[1]) for side in pair]
+            odds = [mean(sample((*begun, side), confirm)[1]) for side in pair]
             if odds[0] - odds[1] >= args.gap:
                 ids = {"prompt": [*prompt, *begun], "chosen": [pair[0]], "rejected": [pair[1]]}
                 texts = {name: tokenizer.decode(part) for name, part in ids.items()}
@@ -538,9 +530,8 @@ def pivotal(args):
         finished = True
     finally:        # what was found before an interruption took time too
         path = synth.write_output(args.out, pairs.values(), lambda: finished)
-        print(f"{path or 'nothing written'}: {len(pairs):,} pairs from {len(problems):,} problems")
-        if not pairs:
-            print("give more problems, a smaller --gap, or a model that solves some of them sometimes")
+        print(f"{path or 'nothing written'}: {len(pairs):,} pairs from {len(problems):,} problems; for more "
+              "give more problems, a smaller --gap, or a model that solves some of them sometimes")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -548,29 +539,28 @@ def pivotal(args):
 
 
 KINDS = {
-    "sft": (finetune, "learn from chats", "runs/sft"),
-    "dpo": (finetune, "learn from preferences", "runs/dpo"),
-    "grpo": (grpo, "learn from rewards", "runs/grpo"),
-    "pivotal": (pivotal, "write preferences between the single tokens that decide", "data/pivotal.jsonl")}
+    "sft": (finetune, "learn from chats"),
+    "dpo": (finetune, "learn from preferences"),
+    "grpo": (grpo, "learn from rewards"),
+    "pivotal": (pivotal, "write preferences between the single tokens that decide")}
 # Where train.py's loop has other defaults
-LOOP = {"--optimizer": "adamw", "--lr": 1e-6, "--weight-decay": 0.0, "--warmup": 0.1, "--warmdown-frac": 0.9,
-        "--final-lr": 0.0, "--val-every": 100, "--save-every": 100}
+LOOP = {"--optimizer": "adamw", "--weight-decay": 0.0, "--warmup": 0.1, "--warmdown-frac": 0.9,
+        "--final-lr": 0.0, "--val-every": 100, "--save-every": 100, "--log-every": 1}
 
 
 def parse_options(arguments=None):
     parser = data.Parser(prog="align.py", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
-    for kind, (_, about, out) in KINDS.items():
+    for kind, (_, about) in KINDS.items():
         sub = kinds.add_parser(kind, help=about, description=f"{about}; see align.py -h")
         option = sub.option
         _, count, number, share = train.kinds_of(option)
         is_finetuning = kind in ("sft", "dpo")
         option("--init", "runs/phi", "run directory, Hugging Face directory or hub name to start from")
-        option("--data", None if is_finetuning else ["data/exercises.jsonl"],
-               "chats, preferences or problems, .jsonl or .jsonl.gz", nargs="+", metavar="FILE",
-               required=is_finetuning)
-        option("--out", out, "what to write")
-        count("--context", None, "tokens of a prompt with its answer (default: --init's, at most 2048)")
+        option("--data", None, "chats, preferences or problems, .jsonl or .jsonl.gz", nargs="+",
+               metavar="FILE", required=True)
+        option("--out", None, "what to write", required=True)
+        count("--context", 2048, "tokens of a prompt with its answer; at most those of --init")
         if is_finetuning:
             number("--epochs", 3.0 if kind == "sft" else 1.0, "passes over the data, without --steps")
             count("--batch", 32, "chats or pairs a step, over all processes")
@@ -589,16 +579,15 @@ def parse_options(arguments=None):
             option("--seed", 0, "of the sampling", type=int)
         else:
             count("--steps", 100 if kind == "grpo" else None, "optimizer steps")
-            defaults = LOOP | {"sft": {"--lr": 2e-5}, "grpo": {"--log-every": 1}}.get(kind, {})
+            defaults = {**LOOP, "--lr": 2e-5 if kind == "sft" else 1e-6}
 
             def loop_option(name, default, text, **more):
-                if (kind, name) != ("grpo", "--val-every"):     # which does not validate
+                if is_finetuning or name != "--val-every":      # grpo does not validate
                     option(name, defaults.get(name, default), text, **more)
 
             train.loop_options(loop_option)
             sub.set_defaults(continue_from=None, val_every=100)
-    args = parser.parse_args(arguments)
-    return args
+    return parser.parse_args(arguments)
 
 
 @data.command()

@@ -5945,7 +5945,7 @@ def test_chats_as_they_leave_the_loader(folder, monkeypatch):
         for tokens, targets, weights in batch.micro_batches:
             for row, row_targets, weight in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
                 learned = [t for t, target in enumerate(row_targets) if target >= 0]
-                assert weight == [1.0]
+                assert set(weight) == {1.0}
                 text = tokenizer.decode(row[:learned[-1] + 1] + [row_targets[learned[-1]]])
                 answer = text.split("<|assistant|>\n")[1]
                 assert text.startswith("<|user|>") and answer.endswith("<|end|>")
@@ -5968,18 +5968,19 @@ def test_pairs_and_answers_in_batches():
     tokenizer = Tokenizer.load("bytes")
     record = {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""}
     pair = align.read_preference(tokenizer, 99, record)
-    assert tokenizer.decode(pair[0].tokens) == "def f():\n    return 1\n"
+    assert tokenizer.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
     assert learned(tokenizer, pair[0]) == "\n    return 1\n<|endoftext|>"
     chat = align.read_preference(tokenizer, 99, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
     assert [learned(tokenizer, answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
     assert align.read_preference(tokenizer, 5, record) is None
     answers = [pair[0]._replace(advantage=2.0), chat[0]]
-    tokens, targets, advantages = align.collate(answers, 3, 75)
+    tokens, targets, weights = align.collate(answers, 3, 75)
     for row, answer in enumerate(answers):
-        size = len(answer.tokens)
-        assert tokens[row, :size].tolist() == answer.tokens and targets[row, :size].tolist() == answer.targets
-        assert (targets[row, size:] == -1).all()
-    assert tokens.shape == (3, 75) and (targets[2] == -1).all() and advantages.tolist() == [[2.0], [1.0], [0.0]]
+        size = len(answer.ids)
+        [(start, end)] = answer.spans
+        assert tokens[row, :size].tolist() == answer.ids[:-1] + [0] and not tokens[row, size:].any()
+        assert targets[row].tolist() == [-1] * (start - 1) + answer.ids[start:end] + [-1] * (76 - end)
+    assert tokens.shape == (3, 75) and (targets[2] == -1).all() and weights[:, 0].tolist() == [2.0, 1.0, 0.0]
 
 
 def test_equal_prompts_are_held_out_together():
@@ -5994,26 +5995,27 @@ def test_equal_prompts_are_held_out_together():
 
 
 def learned(tokenizer, answer):
-    return tokenizer.decode([target for target in answer.targets if target >= 0])
+    return "".join(tokenizer.decode(answer.ids[start:end]) for start, end in answer.spans)
 
 
 def test_a_chat_is_cut_to_the_context():
     tokenizer = Tokenizer.load("bytes")
     whole, = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
-    cut, = align.read_chat(tokenizer, len(whole.tokens) - 3, {"messages": CHAT[1:3]})
-    assert (cut.tokens, cut.targets) == (whole.tokens[:-3], whole.targets[:-3])
+    [(start, end)] = whole.spans
+    cut, = align.read_chat(tokenizer, end - 3, {"messages": CHAT[1:3]})
+    assert cut == (whole.ids[:end - 2], [(start, end - 2)], 1.0)
     assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]}) is None
 
 
-def test_rows_of_all_lengths_come_once_and_in_three_shapes():
+def test_rows_of_all_lengths_come_once_and_in_few_shapes():
     args = SimpleNamespace(context=90, micro_batch=2, max_rows=100)
-    rows = [[align.Answer([1] * n, [n] * n)] for n in range(1, 91)]
+    rows = [[align.Answer([1] + [n] * n, [(1, n + 1)])] for n in range(1, 91)]
     seen = []
     counts = []
     for rank in range(2):
         loader = align.RowLoader(SimpleNamespace(args=args, rank=rank, world=2), None, len)
         batch = loader.batch(rows[::-1])
-        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(8, 22), (4, 45), (2, 90)}
+        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(10, 16), (4, 32), (2, 64), (2, 90)}
         seen += [row[0] for _, targets, *_ in batch.micro_batches for row in targets.tolist() if row[0] >= 0]
         counts.append(len(batch.micro_batches))
     assert sorted(seen) == list(range(1, 91)) and counts[0] == counts[1]
@@ -6047,7 +6049,7 @@ ADVANTAGES = [0.5, -0.5, 0.25]
 
 
 def batch_of(answers, rows, advantages=(1.0,) * 4):
-    answers = [align.make_answer(ids, (start, None), advantage=a) for (ids, start), a in zip(answers, advantages)]
+    answers = [align.Answer(ids, [(start, len(ids))], a) for (ids, start), a in zip(answers, advantages)]
     return align.collate(answers, rows, 8)
 
 
@@ -6192,15 +6194,16 @@ class Script(torch.nn.Module):
                     break
 
 
-def test_answers_are_cut_and_keep_their_end_token():
+def test_answers_are_cut_and_keep_their_end_token(monkeypatch):
     tokenizer = Tokenizer.load("bytes")
     code = align.read_problem(tokenizer, 99, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
     assert tokenizer.decode(code["ids"]) == "def f():"
     chat = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
 
-    def rollout(answers, problems, **args):
-        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, **args})
-        return align.rollout(Script(answers), tokenizer, problems, args, range(len(problems)))
+    def rollout(answers, problems, begun=(), **args):
+        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
+        return align.rollout(Script(answers), tokenizer, problems, range(len(problems)), args, begun)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: texts)
     says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
     says_ids = [tokenizer.encode(text) + [tokenizer.eot] for text in says]
     answers, texts = rollout(says_ids, [code, code, chat, chat])
@@ -6208,9 +6211,9 @@ def test_answers_are_cut_and_keep_their_end_token():
                                                           "a\nb\nc<|endoftext|>", says[3]]
     assert texts == ["\n    return 1\n\np", "\n    return 1\n", "a\nb\nc", says[3]]
     assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == texts[:1] * 3
-    begun = [tokenizer.encode("\n    return 1"), answers[1], answers[0]]
-    again, texts = rollout([tokenizer.encode("0\nx")], [{**code, "begun": ids} for ids in begun], max_tokens=50)
-    assert texts == ["\n    return 10\nx", "\n    return 1\n", "\n    return 1\n\np"] and again[1:] == begun[1:]
+    for begun, text in ((tokenizer.encode("\n    return 1"), "\n    return 10\nx"), (answers[1], "\n    return 1\n"),
+                        (answers[0], "\n    return 1\n\np")):
+        assert rollout([tokenizer.encode("0\nx")], [code], begun, max_tokens=50)[1] == [text]
     for room in (0, 4):
         answers, _ = rollout([[65] * 99], [chat], max_tokens=50, context=len(chat["ids"]) + room)
         assert answers == [[65] * room]
@@ -6262,8 +6265,8 @@ def test_grpo_rows_train_the_end_token(folder, monkeypatch):
     batch = next(parts.loader)
     assert parts.loader.state_dict() == {"step": 1} and batch.weight > 32
     ends = total = 0
-    for _, targets, advantages in batch.micro_batches:
-        total += advantages.sum().item()
+    for _, targets, weights in batch.micro_batches:
+        total += weights[:, 0].sum().item()
         for row_targets in targets:
             taught = row_targets[row_targets >= 0].tolist()
             ends += taught[-1:] == [eot]
@@ -6311,7 +6314,7 @@ class Decider(torch.nn.Module):
 
 
 def search(problem, *more):
-    args = align.parse_options(["pivotal", "--max-tokens", "2", *more])
+    args = align.parse_options(["pivotal", "--data", "x", "--out", "y", "--max-tokens", "2", *more])
     args.context = 64
     return list(align.pivotal_pairs(Decider(), Tokenizer.load("bytes"), problem, args))
 
@@ -6320,12 +6323,12 @@ def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
     tokenizer = Tokenizer.load("bytes")
     problem = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
     monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(text[0] == "b") for text in texts])
-    found = search(problem, "--samples", "20", "--seed", "1")
+    found = search(problem, "--samples", "20")
     assert found and {record["chosen"] for record in found} == {"b"}
     assert {record["rejected"] for record in found} <= set("acd")
     assert all(record["ids"]["prompt"] == problem["ids"] and record["odds"] == [1.0, 0.0] for record in found)
     chosen, rejected = align.read_preference(tokenizer, 99, json.loads(json.dumps(found[0])))
-    assert learned(tokenizer, chosen) == "b" and chosen.tokens == rejected.tokens == problem["ids"]
+    assert learned(tokenizer, chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
     with pytest.raises(ValueError, match="another tokenizer"):
         align.read_preference(small_tokenizer(), 99, found[0])
 
@@ -6446,9 +6449,10 @@ def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("dpo --init runs/none --data pairs.jsonl", "no model at runs/none"), ("dpo --init runs/init --data none.jsonl", "none.jsonl"),
-    ("dpo", "--data"), ("sft --data x --sped 3", "--sped"),
-    ("sft --init runs/init --data chats.jsonl --context 5000", "--context"), ("", "sft")])
+    ("dpo --init runs/none --data pairs.jsonl --out runs/x", "no model at runs/none"),
+    ("dpo --init runs/init --data none.jsonl --out runs/x", "none.jsonl"),
+    ("dpo", "--data"), ("sft --data x --out y --sped 3", "--sped"),
+    ("", "sft")])
 def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(folder)
     assert_align_refuses(arguments.split(), words, capsys)
