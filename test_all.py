@@ -5867,14 +5867,9 @@ def family(name):
 def test_masks_hold_assistants_words_and_the_end_token(name):
     tokenizer = family(name)
     chat = CHAT[1:] if name == "gemma" else CHAT
-    ids, mask = align.render(tokenizer, chat)
+    ids, spans = align.render(tokenizer, chat)
     assert ids == tokenizer.render(chat, add_generation_prompt=False)
-    runs, current = [], []
-    for i, m in zip(ids + [0], mask + [0]):
-        if m:
-            current.append(i)
-        elif current:
-            runs, current = runs + [current], []
+    runs = [ids[start:end] for start, end in spans]
     end = {"phi3": "<|end|>", "phi4": "<|im_end|>", "llama": "<|eot_id|>", "gemma": "<end_of_turn>"}.get(name)
     strip = str.strip if name in ("llama", "gemma") else str
     expected = [strip(m["content"]) for m in chat if m["role"] == "assistant"]
@@ -5888,9 +5883,9 @@ def test_masks_hold_assistants_words_and_the_end_token(name):
 def test_merged_line_break_is_learned():
     tokenizer = small_tokenizer()
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\n    return 1"}]
-    ids, mask = align.render(tokenizer, chat)
-    text = tokenizer.decode([i for i, m in zip(ids, mask) if m])
-    assert text.lstrip("\n") == "    return 1<|end|>" and mask[0] == 0 and ids[mask.index(1) - 1] in (*tokenizer.special.values(), *tokenizer.encode("\n"))
+    ids, [(start, end)] = align.render(tokenizer, chat)
+    assert tokenizer.decode(ids[start:end]).lstrip("\n") == "    return 1<|end|>"
+    assert ids[start - 1] in (*tokenizer.special.values(), *tokenizer.encode("\n"))
 
 
 def task(folder, monkeypatch, kind, *more):
@@ -5919,17 +5914,18 @@ def folder(tmp_path_factory):
     pairs += [{"messages": chat["messages"][:1], "chosen": "A", "rejected": "B"} for chat in chats[:16]]
     data.write_jsonl(folder / "pairs.jsonl", pairs)
     test = "def check(candidate):\n    assert candidate() == 1\n"
-    problem = {"task_id": "one", "prompt": "def f():", "entry_point": "f", "test": test}
+    problem = {"prompt": "def f():", "entry_point": "f", "test": test}
     data.write_jsonl(folder / "problems.jsonl", [problem, {"question": "1 + 1?", "answer": "two\n#### 2"}])
+    # a comment may go on as it likes, but for some bytes: an untrained model solves this sometimes
+    data.write_jsonl(folder / "comments.jsonl", [{**problem, "prompt": f"def f(): return 1  # {n}"} for n in "ab"])
     return folder
 
 
 def command(kind, *more, launcher=()):
-    given = {"sft": "--data chats.jsonl --batch 8 --held-out 0.2",
-             "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2",
+    given = {"sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
+             "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
              "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4"}[kind]
-    loop = ("--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --log-every 1 --save-every 2 "
-            "--val-every 3")
+    loop = "--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --log-every 1 --save-every 2"
     script = os.path.join(HERE, "align.py")
     return [sys.executable, *launcher, script, kind, *given.split(), *loop.split(), "--out", "runs/captured", *more]
 
@@ -5952,11 +5948,11 @@ def test_chats_as_they_leave_the_loader(folder, monkeypatch):
     seen = 0
     for _ in range(10):
         batch = next(parts.loader)
-        assert batch.weight == sum((targets >= 0).sum() for _, targets, *_ in batch.micro_batches)
-        for tokens, targets, weights, _ in batch.micro_batches:
-            for row, row_targets, row_weights in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
+        assert batch.weight == sum((targets >= 0).sum() for _, targets, _ in batch.micro_batches)
+        for tokens, targets, weights in batch.micro_batches:
+            for row, row_targets, weight in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
                 learned = [t for t, target in enumerate(row_targets) if target >= 0]
-                assert [row_weights[t] for t in learned] == [1.0] * len(learned) and sum(row_weights) == len(learned)
+                assert set(weight) == {1.0}
                 text = tokenizer.decode(row[:learned[-1] + 1] + [row_targets[learned[-1]]])
                 answer = text.split("<|assistant|>\n")[1]
                 assert text.startswith("<|user|>") and answer.endswith("<|end|>")
@@ -5968,55 +5964,65 @@ def test_chats_as_they_leave_the_loader(folder, monkeypatch):
 def test_a_batch_with_nothing_to_learn_is_finite(folder, monkeypatch):
     parts = task(folder, monkeypatch, "dpo")
     loss, sums = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
-    assert loss.item() == 0 and sums.tolist() == [0] * 5
-    for more in ([], ["--kl", "0.1"]):
-        parts = task(folder, monkeypatch, "grpo", *more)
-        loss, _ = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
-        loss.backward()
-        assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in parts.run.model.parameters())
+    assert loss.item() == 0 and sums.tolist() == [0] * 4
+    parts = task(folder, monkeypatch, "grpo")
+    loss, _ = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in parts.run.model.parameters())
 
 
 def test_pairs_and_answers_in_batches():
     tokenizer = Tokenizer.load("bytes")
     record = {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""}
-    pair, prompt = align.read_preference(tokenizer, 99, record)
-    assert tokenizer.decode(pair[0].tokens) == "def f():\n    return 1\n" and prompt == "def f():\n"
+    pair = align.read_preference(tokenizer, 99, record)
+    assert tokenizer.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
     assert learned(tokenizer, pair[0]) == "\n    return 1\n<|endoftext|>"
-    chat, _ = align.read_preference(tokenizer, 99, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
+    chat = align.read_preference(tokenizer, 99, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
     assert [learned(tokenizer, answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
-    assert align.read_preference(tokenizer, 5, record)[0] is None
-    answers = [pair[0]._replace(advantage=2.0), chat[0]._replace(old=[-1.0] * 4)]
-    tokens, targets, advantages, old = align.collate(answers, 3, 75)
+    assert align.read_preference(tokenizer, 5, record) is None
+    answers = [pair[0]._replace(advantage=2.0), chat[0]]
+    tokens, targets, weights = align.collate(answers, 3, 75)
     for row, answer in enumerate(answers):
-        mask = targets[row] >= 0
-        size = len(answer.tokens)
-        assert tokens[row, :size].tolist() == answer.tokens and targets[row, :size].tolist() == answer.targets
-        assert (advantages[row] == (2.0, 1.0)[row] * mask).all() and (old[row] == (0.0, -1.0)[row] * mask).all()
-    assert tokens.shape == (3, 75) and (targets[2] == -1).all()
+        size = len(answer.ids)
+        [(start, end)] = answer.spans
+        assert tokens[row, :size].tolist() == answer.ids[:-1] + [0] and not tokens[row, size:].any()
+        assert targets[row].tolist() == [-1] * (start - 1) + answer.ids[start:end] + [-1] * (76 - end)
+    assert tokens.shape == (3, 75) and (targets[2] == -1).all() and weights[:, 0].tolist() == [2.0, 1.0, 0.0]
+
+
+def test_equal_prompts_are_held_out_together():
+    tokenizer = Tokenizer.load("bytes")
+    for n in range(20):
+        question = {"role": "user", "content": f"say {n}"}
+        rows = [align.read_chat(tokenizer, 99, {"messages": [question, {"role": "assistant", "content": text}]}) for text in ("a", "bc")]
+        rows += [align.read_preference(tokenizer, 99, {"messages": [question], "chosen": "d", "rejected": rejected}) for rejected in "ef"]
+        assert len({align.is_held_out(row, 0.5) for row in rows}) == 1
+    rows = [align.read_preference(tokenizer, 99, {"prompt": f"{n}", "chosen": "d", "rejected": "e"}) for n in range(400)]
+    assert 150 < sum(align.is_held_out(row, 0.5) for row in rows) < 250
 
 
 def learned(tokenizer, answer):
-    return tokenizer.decode([target for target in answer.targets if target >= 0])
+    return "".join(tokenizer.decode(answer.ids[start:end]) for start, end in answer.spans)
 
 
 def test_a_chat_is_cut_to_the_context():
     tokenizer = Tokenizer.load("bytes")
-    (whole,), _ = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
-    (cut,), _ = align.read_chat(tokenizer, len(whole.tokens) - 3, {"messages": CHAT[1:3]})
-    assert (cut.tokens, cut.targets) == (whole.tokens[:-3], whole.targets[:-3])
-    assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]})[0] is None
+    whole, = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
+    [(start, end)] = whole.spans
+    cut, = align.read_chat(tokenizer, end - 3, {"messages": CHAT[1:3]})
+    assert cut == (whole.ids[:end - 2], [(start, end - 2)], 1.0)
+    assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]}) is None
 
 
-def test_rows_of_all_lengths_come_once_and_in_three_shapes():
-    """With and without gradients that is six compilations, where torch gives up after eight."""
+def test_rows_of_all_lengths_come_once_and_in_few_shapes():
     args = SimpleNamespace(context=90, micro_batch=2, max_rows=100)
-    rows = [[align.Answer([1] * n, [n] * n)] for n in range(1, 91)]
+    rows = [[align.Answer([1] + [n] * n, [(1, n + 1)])] for n in range(1, 91)]
     seen = []
     counts = []
     for rank in range(2):
-        loader = align.RowLoader(SimpleNamespace(args=args, rank=rank, world=2), None, {}, len)
+        loader = align.RowLoader(SimpleNamespace(args=args, rank=rank, world=2), None, len)
         batch = loader.batch(rows[::-1])
-        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(6, 23), (4, 45), (2, 90)}
+        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(10, 16), (4, 32), (2, 64), (2, 90)}
         seen += [row[0] for _, targets, *_ in batch.micro_batches for row in targets.tolist() if row[0] >= 0]
         counts.append(len(batch.micro_batches))
     assert sorted(seen) == list(range(1, 91)) and counts[0] == counts[1]
@@ -6038,24 +6044,6 @@ def test_dpo_loss_by_hand():
     np.testing.assert_allclose(policy.grad.numpy(), [[slope, -slope] for slope in slopes], rtol=1e-12)
 
 
-def test_clipped_surrogate_and_kl_by_hand():
-    ratios = torch.tensor([[0.7, 0.9, 1.0, 1.27, 1.5]], dtype=torch.float64)
-    for advantage, values, moves in ((2.0, [0.7, 0.9, 1.0, 1.27, 1.28], [1, 1, 1, 1, 0]),
-                                     (-2.0, [0.8, 0.9, 1.0, 1.27, 1.5], [0, 1, 1, 1, 1])):
-        log_probs = ratios.log().requires_grad_()
-        losses, clipped = align.clipped_surrogate(log_probs, torch.zeros_like(log_probs), torch.tensor([[advantage]]))
-        np.testing.assert_allclose(losses.tolist(), [[-advantage * value for value in values]], rtol=1e-12)
-        losses.sum().backward()
-        slopes = [[-advantage * ratio * move for ratio, move in zip(ratios[0].tolist(), moves)]]
-        np.testing.assert_allclose(log_probs.grad.tolist(), slopes, rtol=1e-12)
-        assert clipped.tolist() == [[not move for move in moves]]
-    log_probs = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
-    divergence = align.kl(log_probs, torch.tensor([-1.5], dtype=torch.float64))
-    assert abs(divergence.item() - (math.exp(-0.5) + 0.5 - 1)) < 1e-12
-    divergence.backward()
-    assert abs(log_probs.grad.item() - (1 - math.exp(-0.5))) < 1e-12
-
-
 def plain_log_probs(model, ids, start):
     """Of one answer, alone in a batch."""
     logits = model(torch.tensor([ids[:-1]]))[0].double()
@@ -6067,30 +6055,17 @@ ANSWERS = [([1, 2, 3, 4, 5], 2), ([1, 2, 6], 2), ([9, 8, 7, 7, 7, 7], 1)]
 ADVANTAGES = [0.5, -0.5, 0.25]
 
 
-def batch_of(answers, rows, advantages=(1.0,) * 4, old=(0.0,) * 4):
-    answers = [align.make_answer(ids[:start], ids[start:]) for ids, start in answers]
-    answers = [answer._replace(advantage=a, old=o) for answer, a, o in zip(answers, advantages, old)]
+def batch_of(answers, rows, advantages=(1.0,) * 4):
+    answers = [align.Answer(ids, [(start, len(ids))], a) for (ids, start), a in zip(answers, advantages)]
     return align.collate(answers, rows, 8)
 
 
-def test_log_probs_never_hold_logits_of_many_positions(monkeypatch):
+def test_log_probs_of_rows():
     model = tiny(vocab_size=60)
-    tokens, targets, *_ = batch_of(PAIRS, 5)
-    rows = []
-    logits = models.Model.logits
-    monkeypatch.setattr(models.Model, "logits", lambda self, x: rows.append(len(x)) or logits(self, x))
-    log_probs = align.token_log_probs(model, tokens, targets)
-    assert rows == [9]  # of answers alone
-    monkeypatch.setattr(align, "LOGITS_AT_ONCE", 120)
-    rows.clear()
-    again = align.token_log_probs(model, tokens, targets)
-    again.sum().backward()
-    assert sorted(rows) == [1] * 2 + [2] * 8  # and once more backward
-    torch.testing.assert_close(again, log_probs, rtol=0, atol=1e-6)
-    for row, (ids, start) in enumerate(PAIRS):
-        expected = plain_log_probs(model, ids, start).float()
-        torch.testing.assert_close(log_probs[row][targets[row] >= 0], expected, rtol=0, atol=1e-5)
-    assert (log_probs[targets < 0] == 0).all()
+    scores = align.log_probs(model, *batch_of(PAIRS, 5)[:2])
+    for score, pair in zip(scores, PAIRS):
+        torch.testing.assert_close(score, plain_log_probs(model, *pair).sum().float(), rtol=1e-5, atol=1e-5)
+    assert len(scores) == 5 and scores[4] == 0
 
 
 def peer(tmp_path, trainer, **options):
@@ -6141,50 +6116,33 @@ def test_dpo_equals_trl(tmp_path):
     inputs = {"input_ids": tokens, "attention_mask": attention, "completion_mask": completion}
     want = theirs.compute_loss(theirs.model, inputs)
     want.backward()
-    loss, _ = align.preference_objective(reference, SimpleNamespace(beta=0.3), ours, *batch_of(PAIRS, 4))
+    loss, _ = align.preference_loss(reference, 0.3, ours, *batch_of(PAIRS, 4))
     (loss / 2).backward()
     torch.testing.assert_close(loss / 2, want, rtol=1e-5, atol=1e-6)
     assert_same_gradients(ours, theirs.model)
 
 
 @needs("trl", "datasets")
-@pytest.mark.parametrize("on_policy", (True, False))
-def test_grpo_equals_trl(tmp_path, on_policy):
-    beta = 0.0 if on_policy else 0.05
-    trainer, ours = peer(tmp_path, "GRPO", beta=beta, loss_type="bnpo", use_bias_correction_kl=False, epsilon=0.2,
-                         epsilon_high=0.28, max_completion_length=10, num_generations=2, temperature=1.0)
-    reference = copy.deepcopy(ours)
-    with torch.no_grad():
-        for p in [*trainer.model.parameters(), *ours.parameters()]:
-            p.mul_(1.1)
+def test_grpo_equals_trl(tmp_path):
+    trainer, ours = peer(tmp_path, "GRPO", beta=0.0, loss_type="bnpo", max_completion_length=10, num_generations=2, temperature=1.0)
     num_prompt = max(start for _, start in ANSWERS)
     num_answer = max(len(ids) - start for ids, start in ANSWERS)
     prompts, prompt_mask = torch.zeros(2, 3, num_prompt, dtype=torch.long)
     completions, completion_mask = torch.zeros(2, 3, num_answer, dtype=torch.long)
-    old, reference_log_probs = torch.zeros(2, 3, num_answer)
     for i, (ids, start) in enumerate(ANSWERS):  # prompts padded on the left, answers on the right
-        torch.manual_seed(i)
         size = len(ids) - start
         prompts[i, num_prompt - start:] = torch.tensor(ids[:start])
         prompt_mask[i, num_prompt - start:] = 1
         completions[i, :size] = torch.tensor(ids[start:])
         completion_mask[i, :size] = 1
-        old[i, :size] = torch.randn(size) * 0.3 - 5
-        reference_log_probs[i, :size] = plain_log_probs(reference, ids, start).detach()
     batch = {"prompt_ids": prompts, "prompt_mask": prompt_mask, "completion_ids": completions,
              "completion_mask": completion_mask, "advantages": torch.tensor(ADVANTAGES),
              "num_items_in_batch": completion_mask.sum()}
-    if not on_policy:
-        batch |= {"old_per_token_logps": old, "ref_per_token_logps": reference_log_probs}
     trainer.current_gradient_accumulation_steps = 1
     want = trainer.compute_loss(trainer.model, batch)
     want.backward()
-    args = SimpleNamespace(kl=beta, updates=1 if on_policy else 2)
-    old = [row[:len(ids) - start].tolist() for row, (ids, start) in zip(old, ANSWERS)]
-    loss, _ = align.policy_objective(reference, args, ours, *batch_of(ANSWERS, 4, ADVANTAGES, old))
-    (loss / 9).backward()
-    if not on_policy:  # cross-entropy has another value than a ratio of 1, and the same gradient
-        torch.testing.assert_close(loss / 9, want, rtol=1e-5, atol=1e-6)
+    loss, _ = align.weighted_cross_entropy(ours, *batch_of(ANSWERS, 4, ADVANTAGES))
+    (loss / 9).backward()  # cross-entropy has another value than a ratio of 1, and the same gradient
     assert_same_gradients(ours, trainer.model)
 
 
@@ -6195,7 +6153,7 @@ def assert_gradients_equal(model, twin, tolerance):
 
 def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(double):
     model, twin, reference = (tiny(vocab_size=60, seed=seed).double() for seed in (0, 0, 1))
-    loss, sums = align.preference_objective(reference, SimpleNamespace(beta=0.3), model, *batch_of(PAIRS, 6))
+    loss, sums = align.preference_loss(reference, 0.3, model, *batch_of(PAIRS, 6))
     loss.backward()
     scores = [(plain_log_probs(twin, *pair) - plain_log_probs(reference, *pair)).sum() for pair in PAIRS]
     margins = 0.3 * torch.stack([scores[0] - scores[1], scores[2] - scores[3]])
@@ -6205,13 +6163,9 @@ def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(double):
     assert_gradients_equal(model, twin, 1e-9)
 
 
-@pytest.mark.parametrize("updates", (1, 2))
-def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(updates, double):
-    """Through the fused loss, and through ratios that are 1."""
+def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(double):
     model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
-    old = [plain_log_probs(model, *answer).tolist() for answer in ANSWERS]
-    args = SimpleNamespace(updates=updates, kl=0.0)
-    loss, _ = align.policy_objective(None, args, model, *batch_of(ANSWERS, 4, ADVANTAGES, old))
+    loss, _ = align.weighted_cross_entropy(model, *batch_of(ANSWERS, 4, ADVANTAGES))
     loss.backward()
     expected = -sum(a * plain_log_probs(twin, *answer).sum() for a, answer in zip(ADVANTAGES, ANSWERS))
     expected.backward()
@@ -6223,13 +6177,13 @@ def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(updates, doubl
 
 def test_rewards_come_from_the_sandbox_and_cannot_be_forged():
     problem = {"prompt": "def f():", "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
-    math_problem = {"question": "?", "answer": "…\n#### 1,200"}
-    texts = ["\n    return 1\n", "\n    return 2\n", "\n    import os\n    os._exit(0)\n",
+    math_problem = align.read_problem(Tokenizer.load("bytes"), 99, {"question": "?", "answer": "…\n#### 1,200"})
+    texts = ["\n    return 1\n", "\n    return 1\n\np", "\n    return 2\n", "\n    import os\n    os._exit(0)\n",
              "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n", "\n    raise SystemExit(0)\n",
              "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n",
              "x #### 1200", "#### 1,200.0 #### 7", "1200", "#### 1200 is $"]
-    problems = [problem] * 6 + [math_problem] * 4
-    assert align.rewards(problems, texts) == [1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
+    problems = [problem] * 7 + [math_problem] * 4
+    assert align.rewards(problems, texts) == [1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
 
 
 class Script(torch.nn.Module):
@@ -6239,33 +6193,34 @@ class Script(torch.nn.Module):
         super().__init__()
         self.answers = answers
 
-    def generate(self, prompts, max_new_tokens, temperature, stop, seed, stream):
+    def generate(self, prompts, max_new_tokens, temperature, seed, stream):
         assert temperature == 1 and len(prompts) == len(seed) <= len(self.answers)
         for row in range(len(prompts)):
             for token in self.answers[row][:max_new_tokens]:
-                if stream(row, token) or token in stop:
+                if stream(row, token):
                     break
 
 
-def test_answers_are_cut_and_keep_their_end_token():
+def test_answers_are_cut_and_keep_their_end_token(monkeypatch):
     tokenizer = Tokenizer.load("bytes")
-    code = align.read_problem(tokenizer, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
+    code = align.read_problem(tokenizer, 99, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
     assert tokenizer.decode(code["ids"]) == "def f():"
-    chat = align.read_problem(tokenizer, {"question": "?", "answer": "#### 1"})
+    chat = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
 
-    def rollout(answers, problems, **args):
-        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, **args})
-        return align.rollout(Script(answers), tokenizer, problems, args, range(len(problems)))
+    def rollout(answers, problems, begun=(), **args):
+        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
+        return align.rollout(Script(answers), tokenizer, problems, range(len(problems)), args, begun)
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: texts)
     says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
     says_ids = [tokenizer.encode(text) + [tokenizer.eot] for text in says]
     answers, texts = rollout(says_ids, [code, code, chat, chat])
     assert [tokenizer.decode(ids) for ids in answers] == ["\n    return 1\n\np", "\n    return 1\n<|endoftext|>",
                                                           "a\nb\nc<|endoftext|>", says[3]]
-    assert texts == ["\n    return 1\n", "\n    return 1\n", "a\nb\nc", says[3]]
-    assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == ["\n    return 1\n"] * 3
-    begun = [tokenizer.encode("\n    return 1"), answers[1], answers[0]]
-    again, texts = rollout([tokenizer.encode("0\nx")], [{**code, "begun": ids} for ids in begun], max_tokens=50)
-    assert texts == ["\n    return 10", "\n    return 1\n", "\n    return 1\n"] and again[1:] == begun[1:]
+    assert texts == ["\n    return 1\n\np", "\n    return 1\n", "a\nb\nc", says[3]]
+    assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == texts[:1] * 3
+    for begun, text in ((tokenizer.encode("\n    return 1"), "\n    return 10\nx"), (answers[1], "\n    return 1\n"),
+                        (answers[0], "\n    return 1\n\np")):
+        assert rollout([tokenizer.encode("0\nx")], [code], begun, max_tokens=50)[1] == [text]
     for room in (0, 4):
         answers, _ = rollout([[65] * 99], [chat], max_tokens=50, context=len(chat["ids"]) + room)
         assert answers == [[65] * room]
@@ -6297,7 +6252,7 @@ def test_grpo_learns_to_say_one_byte(folder, monkeypatch, capsys):
     assert np.mean(passed[-5:]) > np.mean(passed[:5]) + 0.4 and np.mean(passed[-5:]) > 0.8, passed
 
 
-def test_groups_of_equal_rewards_teach_nothing_but_to_stay_near_the_reference(folder, monkeypatch, capsys):
+def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(align, "rewards", lambda problems, texts: [1.0] * len(texts))
     before = weights_of(folder, "runs/init")
@@ -6305,44 +6260,24 @@ def test_groups_of_equal_rewards_teach_nothing_but_to_stay_near_the_reference(fo
     after = weights_of(folder, "runs/equal")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(r["dropped"] == 1 and r["loss"] == 0 for r in log(folder, "runs/equal") if "loss" in r)
-    parts = task(folder, monkeypatch, "grpo", "--kl", "0.5")
-    with torch.no_grad():
-        for p in parts.run.model.parameters():
-            p.mul_(1.2)
-    batch = next(parts.loader)
-    loss, sums = parts.loss_fn(parts.run.model, *batch.micro_batches[0])
-    loss.backward()
-    assert parts.loader.state["metrics"]["dropped"] == 0 and loss > 0 and sums[3] > 0
-    assert all(p.grad.abs().max() > 0 for p in parts.run.model.parameters())
 
 
-def test_grpo_rows_train_the_end_token_and_updates_share_the_answers(folder, monkeypatch):
+def test_grpo_rows_train_the_end_token(folder, monkeypatch):
     rng = np.random.default_rng(0)
     monkeypatch.setattr(align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist())
-    parts = task(folder, monkeypatch, "grpo", "--updates", "2", "--kl", "0.1", "--max-tokens", "30",
-                 "--num-generations", "8")
-    model = parts.run.model
+    parts = task(folder, monkeypatch, "grpo", "--max-tokens", "30", "--num-generations", "8")
     eot = parts.run.tokenizer.eot
     with torch.no_grad():
-        model.lm_head.weight[eot] *= 3
+        parts.run.model.lm_head.weight[eot] *= 3
     batch = next(parts.loader)
-    steps = parts.loader.state["steps"]
-    assert [len(rows) for rows in steps] == [16] and batch.weight > 16
-    total = sum(answer.advantage for row in steps[0] for answer in row)
-    ends = 0
-    for tokens, targets, advantages, old in batch.micro_batches:
-        for row, row_targets, row_advantages, row_old in zip(tokens.tolist(), targets, advantages, old):
-            positions = (row_targets >= 0).nonzero().flatten().tolist()
-            if positions:
-                taught = row_targets[positions].tolist()
-                ends += taught[-1] == eot
-                assert eot not in taught[:-1]
-                total += row_advantages[positions[0]].item()
-                ids = row[:positions[-1] + 1] + taught[-1:]
-                expected = plain_log_probs(model, ids, positions[0] + 1)
-                torch.testing.assert_close(row_old[positions].double(), expected, rtol=0, atol=1e-4)
-        loss, sums = parts.loss_fn(model, tokens, targets, advantages, old)
-        assert sums[2] == 0 and sums[3] > 0 and loss.isfinite()  # the reference is --init's
+    assert parts.loader.state_dict() == {"step": 1} and batch.weight > 32
+    ends = total = 0
+    for _, targets, weights in batch.micro_batches:
+        total += weights[:, 0].sum().item()
+        for row_targets in targets:
+            taught = row_targets[row_targets >= 0].tolist()
+            ends += taught[-1:] == [eot]
+            assert eot not in taught[:-1]
     assert ends and abs(total) < 1e-5
 
 
@@ -6357,12 +6292,12 @@ def test_subdivide_finds_the_planted_tokens():
         calls.append(len(prefix))
         return 0.4 + 0.5 * (112 in prefix) - 0.3 * (125 in prefix) + 0.05 * (103 in prefix)
     found = list(align.subdivide(success, tokens, [-1.0] * 30, 0.2))
-    assert [(len(before), token) for before, token, _ in found] == [(12, 112), (25, 125)]
-    assert found[0][2] > 0.45 and found[1][2] < -0.25 and len(set(calls)) < 25
+    assert [position for position, _ in found] == [12, 25]
+    assert found[0][1] > 0.45 and found[1][1] < -0.25 and len(set(calls)) < 25
     assert not list(align.subdivide(lambda prefix: 0.5, tokens, [-1.0] * 30, 0.2))
     assert not list(align.subdivide(success, [], [], 0.2))
     log_probs = [-0.001] * 12 + [-9.0] + [-0.001] * 17
-    assert [token for _, token, _ in align.subdivide(success, tokens, log_probs, 0.2)] == [112, 125]
+    assert [position for position, _ in align.subdivide(success, tokens, log_probs, 0.2)] == [12, 25]
 
 
 class Decider(torch.nn.Module):
@@ -6378,7 +6313,7 @@ class Decider(torch.nn.Module):
         logits[..., [97, 98, 99, 100]] = 9.0
         return logits
 
-    def generate(self, prompts, max_new_tokens, temperature, stop, seed, stream):
+    def generate(self, prompts, max_new_tokens, temperature, seed, stream):
         for row, row_seed in enumerate(seed):
             rng = np.random.default_rng(row_seed)
             while not stream(row, int(rng.integers(97, 101))):
@@ -6386,21 +6321,21 @@ class Decider(torch.nn.Module):
 
 
 def search(problem, *more):
-    args = align.parse_options(["pivotal", "--max-tokens", "2", *more])
+    args = align.parse_options(["pivotal", "--data", "x", "--out", "y", "--max-tokens", "2", *more])
     args.context = 64
     return list(align.pivotal_pairs(Decider(), Tokenizer.load("bytes"), problem, args))
 
 
 def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
     tokenizer = Tokenizer.load("bytes")
-    problem = align.read_problem(tokenizer, {"question": "?", "answer": "#### 1"})
+    problem = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
     monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(text[0] == "b") for text in texts])
-    found = search(problem, "--samples", "20", "--seed", "1")
+    found = search(problem, "--samples", "20")
     assert found and {record["chosen"] for record in found} == {"b"}
     assert {record["rejected"] for record in found} <= set("acd")
     assert all(record["ids"]["prompt"] == problem["ids"] and record["odds"] == [1.0, 0.0] for record in found)
-    (chosen, rejected), _ = align.read_preference(tokenizer, 99, json.loads(json.dumps(found[0])))
-    assert learned(tokenizer, chosen) == "b" and chosen.tokens == rejected.tokens == problem["ids"]
+    chosen, rejected = align.read_preference(tokenizer, 99, json.loads(json.dumps(found[0])))
+    assert learned(tokenizer, chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
     with pytest.raises(ValueError, match="another tokenizer"):
         align.read_preference(small_tokenizer(), 99, found[0])
 
@@ -6410,7 +6345,7 @@ def test_luck_writes_no_pivotal_pairs(monkeypatch):
     tokenizer = Tokenizer.load("bytes")
     rng = np.random.default_rng(0)
     monkeypatch.setattr(align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist())
-    problems = [align.read_problem(tokenizer, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)]
+    problems = [align.read_problem(tokenizer, 99, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)]
     assert sum(bool(search(problem)) for problem in problems) <= 1
 
 
@@ -6438,7 +6373,7 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
 # ---- runs
 
 
-@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", ["--updates", "2", "--kl", "0.1"])])
+@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", [])])
 def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     if kind == "grpo":  # by the text alone, so that a resumed run judges alike
@@ -6460,8 +6395,8 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch
                 write(*arguments)
                 raise KeyboardInterrupt
             patch.setattr(train, "write_model", die)
-            with pytest.raises(SystemExit):  # after step 2, or in the middle of a round of --updates 2
-                here(*cut, "--save-every", "3" if kind == "grpo" else "2")
+            with pytest.raises(SystemExit):  # after step 2
+                here(*cut)
     capsys.readouterr()
     here(*cut)
     assert "going on from step" in capsys.readouterr().out
@@ -6481,17 +6416,18 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch
 
 
 @pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", []),
-                                        ("dpo", ["--fsdp"]), ("grpo", ["--fsdp", "--kl", "0.1", "--updates", "2"])])
+                                        ("dpo", ["--fsdp"]), ("grpo", ["--fsdp"])])
 def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
     monkeypatch.chdir(folder)
     name = f"runs/{kind}-{len(more)}"
-    more = ["--steps", "2" if kind == "grpo" else "4", *more]
+    more = [*("--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4").split(), *more]
     here(kind, "--out", name + "-one", *more)
     words = command(kind, "--out", name + "-two", "--micro-tokens", "192", *more, launcher=TWO)
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     one, two = ([r for r in log(folder, name + which) if "loss" in r] for which in ("-one", "-two"))
-    for key in ("loss", "margin", "accuracy", "pass@1", "length", "entropy", "kl"):
+    assert kind != "grpo" or all(r["dropped"] < 1 and r["loss"] != 0 for r in one)
+    for key in ("loss", "margin", "accuracy", "pass@1", "length"):
         if key in one[0]:
             np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-3, atol=1e-5, err_msg=key)
 
@@ -6504,14 +6440,14 @@ def assert_align_refuses(arguments, words, capsys):
 
 
 @pytest.mark.parametrize("kind, lines, words", [
-    ("sft", ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'], "record 1: message 1"),
-    ("sft", ['{"messages": "hello"}'], '"messages" must be'),
+    ("sft", ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'], "message 1"),
+    ("sft", ['{"messages": "hello"}'], 'record 1'),
     ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "nothing is left"),
     ("sft", ["{"], "bad.jsonl:1"),
     ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"),
     ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "nothing is left"),
     ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'),
-    ("grpo", ['{"prompt": "a"}'], "it needs the texts")])
+    ("grpo", ['{"prompt": "a"}'], "KeyError('entry_point')")])
 def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
     monkeypatch.chdir(folder)
     (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
@@ -6520,9 +6456,10 @@ def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("dpo --init runs/none --data pairs.jsonl", "no model at runs/none"), ("dpo --init runs/init --data none.jsonl", "none.jsonl"),
-    ("dpo", "--data"), ("sft --data x --sped 3", "--sped"),
-    ("sft --init runs/init --data chats.jsonl --context 5000", "--context"), ("", "sft")])
+    ("dpo --init runs/none --data pairs.jsonl --out runs/x", "no model at runs/none"),
+    ("dpo --init runs/init --data none.jsonl --out runs/x", "none.jsonl"),
+    ("dpo", "--data"), ("sft --data x --out y --sped 3", "--sped"),
+    ("", "sft")])
 def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(folder)
     assert_align_refuses(arguments.split(), words, capsys)
