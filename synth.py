@@ -2265,7 +2265,7 @@ def run_tests(job, channel, verdict):
             classes = [namespace.get(name, getattr(builtins, name, None)) for name in names]
             error = next((c for c in classes if isinstance(c, type) and issubclass(c, Exception)), None)
         except (EOFError, ConnectionError):
-            finish("?")  # dead or mute: the keeper knows why
+            finish("-", "died, or closed its pipe, instead of answering")
         except Exception:
             finish("-", "gave broken data, or more than 16 MB")
         if kind == "value":
@@ -2443,22 +2443,9 @@ def max_processes():
     return 64
 
 
-def fork():
-    """os.fork() that waits for ten seconds where the machine has no process or memory left. Then it ends this
-    process, and the worker reports what was said on stderr."""
-    for seconds in (0, 1, 2, 3, 4):
-        time.sleep(seconds)
-        try:
-            return os.fork()
-        except OSError as error:
-            reason = error
-    print(f"no process can be started: {reason}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
 def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
     """A confined process that has these descriptors alone and calls the function; its pid."""
-    pid = fork()
+    pid = os.fork()
     if pid:
         return pid
     try:
@@ -2482,18 +2469,6 @@ def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
         os._exit(1)
 
 
-def cause_of_death(pid):
-    """Why a program no longer answers."""
-    time.sleep(0.05)  # it may be about to end
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    code = os.waitstatus_to_exitcode(status)
-    if not ended:
-        return "closed its pipe instead of answering"
-    if code >= 0:
-        return f"exited with code {code} instead of answering"
-    return "timed out" if -code == signal.SIGXCPU else f"killed by {signal.Signals(-code).name}"
-
-
 def keep(jobs, verdicts, scratch, protections):
     """One problem: start its two processes, wait for the verdict, leave nothing behind. In a process of its
     own, so that no program's memory holds another problem."""
@@ -2515,8 +2490,6 @@ def keep(jobs, verdicts, scratch, protections):
     verdict = b"-timed out"
     if select.select([verdict_in], [], [], timeout)[0]:
         verdict = os.read(verdict_in, 2048) or b"-the tests' process was killed"
-    if verdict == b"?":
-        verdict = b"-" + cause_of_death(pids[0]).encode()
     for pid in pids:
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGKILL)  # the group: where seccomp is missing there may be children
@@ -2553,7 +2526,7 @@ def serve(scratch):
         os.setuid(65534)
         granted.append("nobody's rights instead of root's")
     die_with_parent()
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         os._exit(confine(scratch))
     bits = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -2562,12 +2535,15 @@ def serve(scratch):
     gc.freeze()  # forks share what is never looked at again
     while True:
         select.select([jobs], [], [])
-        pid = fork()
+        pid = os.fork()
         if pid == 0:
-            with contextlib.suppress(BaseException):
+            try:
                 keep(jobs, verdicts, scratch, bits)
                 os._exit(0)
-            os._exit(1)
+            except OSError as error:  # no room for a process, say
+                print(error, file=sys.stderr, flush=True)
+            finally:
+                os._exit(1)
         if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, somewhere in the stream of jobs
             os._exit(1)
 
@@ -2599,8 +2575,7 @@ class Verdict(NamedTuple):
 
 
 class Worker:
-    """One server and the problem it works on. Raises OSError, with the reason, if the server does not
-    start."""
+    """One server, which runs one problem at a time. Raises OSError, with the reason, if it does not start."""
 
     def __init__(self, root):
         self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
@@ -2615,39 +2590,35 @@ class Worker:
             start_new_session=True
         )
         self.jobs = Connection(os.dup(self.process.stdin.fileno()), readable=False)
-        self.signature = b"ready"
-        self.deadline = time.monotonic() + 120.0
-        select.select([self.process.stdout], [], [], 120.0)
-        self.protections = self.receive()
+        self.protections = self.receive(b"ready", 120.0)
         if self.protections is None:
-            self.close()
-            raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
+            raise OSError(f"the sandbox did not start: {self.close() or 'it was killed, or took too long'}")
 
-    def send(self, index, job, timeout, memory_mb):
-        self.index = index
-        self.signature = os.urandom(16)
-        self.deadline = time.monotonic() + timeout + 30.0  # the keeper keeps time; this is for its own death
+    def run(self, job, timeout, memory_mb):
+        signature = os.urandom(16)
         program, tests = job
         with contextlib.suppress(BrokenPipeError):  # receive() finds out
             self.jobs.send_bytes(marshal.dumps([program, timeout, memory_mb]))
-            self.jobs.send_bytes(marshal.dumps([self.signature, tests]))
+            self.jobs.send_bytes(marshal.dumps([signature, tests]))
+        return self.receive(signature, timeout + 30.0)  # the keeper keeps time; this is for its own death
 
-    def receive(self):
+    def receive(self, signature, seconds):
         """The verdict (one write, one read), or None if there is none, the server has died or somebody else
         wrote to its pipe."""
-        if not select.select([self.process.stdout], [], [], 0)[0]:
-            return None
-        message = os.read(self.process.stdout.fileno(), 1 << 16)
-        if message.startswith(self.signature):
-            return message[len(self.signature) :].decode("utf-8", "replace")
+        if select.select([self.process.stdout], [], [], seconds)[0]:
+            message = os.read(self.process.stdout.fileno(), 1 << 16)
+            if message.startswith(signature):
+                return message[len(signature) :].decode("utf-8", "replace")
 
     def close(self):
-        self.process.kill()  # its children die with it
+        """End the server, with which its children die; returns the last line that it wrote to stderr."""
+        self.process.kill()
         self.process.wait()
         self.errors.seek(0)
-        self.error = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]  # its last words
+        last_line = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]
         for channel in (self.process.stdin, self.process.stdout, self.jobs, self.errors):
             channel.close()
+        return last_line
 
 
 def job_of(problem, completion):
@@ -2688,48 +2659,44 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
             f"timeout must be above 0 seconds and memory_mb at least 64, not {timeout} and {memory_mb}"
         )
     jobs = [job_of(*pair) for pair in pairs]
-    results = [None] * len(jobs)
-    waiting = list(range(len(jobs)))[::-1]
-    workers = workers or os.cpu_count() or 1
-    died = set()
+    alive = []  # workers
     idle = []
-    busy = []
+    stopping = threading.Event()
+    results = []
+
+    def run(job):
+        for _ in range(2):  # a server that dies once may be an accident: the problem is not guilty
+            try:
+                worker = idle.pop()
+            except IndexError:
+                worker = Worker(root)
+                alive.append(worker)
+            verdict = None if stopping.is_set() else worker.run(job, timeout, memory_mb)
+            if verdict:
+                idle.append(worker)
+                return Verdict(verdict[0] == "+", verdict[1:])
+            if stopping.is_set():
+                return None
+            alive.remove(worker)
+            error = worker.close()
+        if error:
+            raise OSError(f"the sandbox failed: {error}")
+        return Verdict(False, "killed or disturbed the sandbox itself, twice")
+
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as root:
         os.chmod(root, 0o711)  # a worker that is nobody must reach its own directory
+        pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count() or 1)
         try:
-            while waiting or busy:
-                while waiting and len(busy) < workers:
-                    try:
-                        busy.append(idle.pop() if idle else Worker(root))
-                    except OSError as error:
-                        if not busy:
-                            raise
-                        workers = len(busy)  # the machine has no room for more
-                        print(f"{error}; {workers} of its workers go on", file=sys.stderr)
-                        break
-                    index = waiting.pop()
-                    busy[-1].send(index, jobs[index], timeout, memory_mb)
-                patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = select.select([worker.process.stdout for worker in busy], [], [], patience)[0]
-                for worker in [w for w in busy if w.process.stdout in ready or w.deadline < time.monotonic()]:
-                    busy.remove(worker)
-                    verdict = worker.receive()
-                    if verdict is None:
-                        worker.close()
-                        if worker.index not in died:  # once may be an accident: the problem is not guilty
-                            died.add(worker.index)
-                            waiting.append(worker.index)
-                            continue
-                        if worker.error:
-                            raise OSError(f"the sandbox failed: {worker.error}")
-                        verdict = "-killed or disturbed the sandbox itself, twice"
-                    else:
-                        idle.append(worker)
-                    results[worker.index] = Verdict(verdict[0] == "+", verdict[1:])
-                    if progress:
-                        progress(1)
+            for verdict in pool.map(run, jobs):
+                results.append(verdict)
+                if progress:
+                    progress(1)
         finally:
-            for worker in busy + idle:
+            stopping.set()
+            for worker in list(alive):
+                worker.process.kill()  # so that the threads that wait for it go on
+            pool.shutdown(cancel_futures=True)
+            for worker in alive:
                 worker.close()
     return results
 

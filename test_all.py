@@ -4483,24 +4483,11 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
         judge(ADD, "    return a + b\n")
     # the first fork asks what the kernel grants, the second starts a problem's keeper
     forks = "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
-    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1])\n"
+    forks += "    return fork()\nos.fork = fork\nserve(sys.argv[1])\n"
     forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
     monkeypatch.setattr(synth, "LAUNCH", forks)
-    with pytest.raises(OSError, match="sandbox failed: no process can be started: no room"):
+    with pytest.raises(OSError, match="sandbox failed: .*no room"):
         judge_all([(ADD, "    return a + b\n")] * 2, workers=2)
-
-
-def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
-    start = synth.Worker.__init__
-
-    def limited(self, root, number=itertools.count()):
-        if next(number):
-            raise OSError("no room")
-        start(self, root)
-
-    monkeypatch.setattr(synth.Worker, "__init__", limited)
-    assert all(verdict.passed for verdict in judge_all([(ADD, "    return a + b\n")] * 6, workers=2))
-    assert capfd.readouterr().err.count("no room") == 1
 
 
 def test_nothing_runs_where_the_kernel_refuses_for_once(monkeypatch):
