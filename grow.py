@@ -1,7 +1,7 @@
 """Make a larger model of a trained one: more width, heads, layers, vocabulary or context.
 
     python grow.py runs/small runs/large --d-model 256 --n-layer 10   # computes the same, and learns on
-    python grow.py microsoft/phi-1_5 runs/phi-2 --to phi-2            # how phi-2 began, but exactly
+    python grow.py microsoft/phi-1_5 runs/phi-2 --d-model 2560 --n-layer 32 --n-head 32    # as phi-2 began
     python grow.py runs/base runs/long --context 4096 --data web      # LongRoPE's search, on long documents
 
 The result is a model directory to start from: python train.py --init DST --data ... --out ...
@@ -28,7 +28,6 @@ import model as models
 
 METHODS = ("exact", "tile", "wr")
 SHAPE = ("d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_ff", "vocab_size")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---------------------------------------------------------------- shape
@@ -189,16 +188,16 @@ def expand_cols(weight, axis, decibels):
 
 # ---------------------------------------------------------------- growing
 
-def layer_sources(config, n_layer, depth):
+def layer_sources(config, n_layer, exact):
     """For each new layer the source's layer, and whether it is inserted and adds nothing yet.
 
-    repeat: round(i / n_layer · old), the map of phi-1's authors. identity: each layer stays, followed by
+    Not exact: round(i / n_layer · old), the map of phi-1's authors. Exact: each layer stays, followed by
     copies of itself, evenly spread, whose output projections are zero. Dense and sparse layers alternate by
     their number, so there insertions come in whole periods.
-    Example: 3 -> 6 layers is [0, 0, 1, 1, 2, 2], of which identity inserts the second of each pair.
+    Example: 3 -> 6 layers is [0, 0, 1, 1, 2, 2], of which exact inserts the second of each pair.
     """
     old = config.n_layer
-    if depth == "repeat":
+    if not exact:
         return [(min(old - 1, round(i / n_layer * old)), False) for i in range(n_layer)]
     period = config.dense_every
     periods = -(-old // period)
@@ -212,13 +211,12 @@ def layer_sources(config, n_layer, depth):
 
 
 @torch.no_grad()
-def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
+def grow(model, method="exact", *, noise=10.0, seed=0, **target):
     """A larger models.Model with this one's knowledge; the source stays as it is.
 
     method: exact, the same function (HyperCloning, arXiv 2409.12903); tile, weights repeated as they are; wr,
     weights reused in the corner. target: some of SHAPE; what is not given follows d_model (see
-    target_config). depth: "identity" (exact's) or "repeat" (the others'), see layer_sources. noise:
-    signal-to-noise ratio in decibels of what tells copies apart, inf for none. Warns where the function
+    target_config). noise: signal-to-noise ratio in decibels of what tells copies apart, inf for none. Warns where the function
     changes although the method is exact. Works in the weights' own type: 16 bits round. Memory: the two
     models and a few copies of one tensor.
     """
@@ -227,10 +225,7 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     config = model.config
     new = target_config(config, method, **target)
     exact = method == "exact"
-    depth = depth or ("identity" if exact else "repeat")
     n_kv_head = min(config.n_kv_head, new.n_kv_head)
-    if exact and depth == "repeat" and new.n_layer > config.n_layer:
-        warnings.warn("repeated layers change the function; depth identity keeps it", stacklevel=3)
     if exact and n_kv_head < config.n_kv_head:
         warnings.warn(f"key/value heads are averaged ({config.n_kv_head} -> {n_kv_head}); train on to make "
                       "up for it", stacklevel=3)
@@ -269,7 +264,7 @@ def grow(model, method="exact", *, depth=None, noise=10.0, seed=0, **target):
     with torch.device("meta"):
         large = models.Model(new)
     source = model.state_dict()
-    layers = layer_sources(config, new.n_layer, depth)
+    layers = layer_sources(config, new.n_layer, exact)
     weights = {}
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -371,8 +366,6 @@ def parse_args(arguments=None):
     option = parser.option
     parser.add_argument("source", metavar="SRC", help="run directory, Hugging Face directory or hub name")
     parser.add_argument("target", metavar="DST", help="directory to write")
-    option("--to", None, "take the shape of this preset, of the source's family", choices=models.PRESETS,
-           metavar="PRESET")
     numbers = {name: (None, f"new {name}; what is not given follows d_model") for name in SHAPE}
     numbers.update(
         context=(None, "tokens of the new context"),
@@ -384,8 +377,6 @@ def parse_args(arguments=None):
     option("--seed", 0, "of noise, new weights and search", type=int)
     option("--method", "exact", "exact: the same function; tile: weights repeated as they are (phi-1's way); "
            "wr: weights reused in the corner, the rest is new", choices=METHODS)
-    option("--depth", None, "new layers: identity adds nothing at first, repeat copies whole layers "
-           "(default: identity for exact, else repeat)", choices=("identity", "repeat"))
     option("--noise", 10.0, "signal-to-noise ratio in decibels of what tells copies apart; inf: none",
            type=float, metavar="DB")
     option("--rope", "searched", "how rotary positions reach the new context",
@@ -393,13 +384,7 @@ def parse_args(arguments=None):
     option("--data", None, "dataset (directory, or name under data/) or text file: factors are searched on "
            "half of its long documents, and all methods compared on the other half; also for the check")
     option("--device", "cpu", "where to grow, check and search", choices={"cpu", models.default_device()})
-    option("--dtype", "fp32", "of the weights; 16 bits round away small differences of exact", choices=DTYPES)
-    args = parser.parse_args(arguments)
-    if args.rope != "searched" and not args.context:
-        parser.error(f"--rope {args.rope} belongs to --context N")
-    if args.rope == "searched" and args.context and not args.data:
-        parser.error("--rope searched needs --data with long documents; or give --rope yarn")
-    return args
+    return parser.parse_args(arguments)
 
 
 def read_stream(name, tokenizer):
@@ -431,14 +416,15 @@ def long_documents(stream, eot, length, count=10):
 
 
 def describe(config):
-    return (f"{config.num_parameters():,} parameters: n_layer {config.n_layer}, d_model {config.d_model}, "
-            f"n_head {config.n_head}, n_kv_head {config.n_kv_head}, head_dim {config.head_dim}, "
-            f"d_ff {config.d_ff}, vocab_size {config.vocab_size}, max_seq_len {config.max_seq_len}")
+    shape = [f"{name} {getattr(config, name)}" for name in (*SHAPE, "max_seq_len")]
+    return f"{config.num_parameters():,} parameters: {', '.join(shape)}"
 
 
 def extend_context(args, model, stream, eot):
     """The model with --context by the method --rope; with --data, all methods' losses are printed."""
     methods = rope_methods(model.config, args.context)
+    if args.rope == "searched" and not args.data:
+        raise ValueError("--rope searched needs --data with long documents; or give --rope yarn")
     if args.data:
         documents, kind = long_documents(stream, eot, args.context)
         if args.rope == "searched":
@@ -451,27 +437,13 @@ def extend_context(args, model, stream, eot):
     return set_context(model, args.context, *methods[args.rope])
 
 
-def target_shape(args, config):
-    """What grow wants: what is given, then the preset's; the vocabulary belongs to the tokenizer."""
-    shape = {name: getattr(args, name) for name in SHAPE}
-    if args.to:
-        preset = models.PRESETS[args.to]
-        if preset.model_type != config.model_type:
-            raise ValueError(f"--to {args.to} is of the family {preset.model_type}, the source of "
-                             f"{config.model_type}; take a preset of its family, or give --d-model, "
-                             "--n-layer, ...")
-        for name in SHAPE[:-1]:
-            shape[name] = shape[name] or getattr(preset, name)
-    return shape
-
-
 @torch.no_grad()
 def run(args):
     target = Path(args.target)
     source_folder = Path(args.source)
     if list(target.glob("state-*")) or target.resolve() == source_folder.resolve():
         raise ValueError(f"{target} is the source or a training run; give another DST, or delete it")
-    source, tokenizer = models.load(args.source, args.device, DTYPES[args.dtype])
+    source, tokenizer = models.load(args.source, args.device, torch.float32)
     config = source.config
     if args.trained_context:
         config.max_seq_len = min(args.trained_context, config.max_seq_len)
@@ -486,16 +458,16 @@ def run(args):
 
     print("source  ", describe(config))
     with warnings.catch_warnings(record=True) as caught:
-        grown = grow(source, args.method, depth=args.depth, noise=args.noise, seed=args.seed,
-                     **target_shape(args, config))
+        shape = {name: getattr(args, name) for name in SHAPE}
+        grown = grow(source, args.method, noise=args.noise, seed=args.seed, **shape)
     inexact = [str(warning.message) for warning in caught]
     if args.method != "exact":
         inexact.append(f"{args.method}; --method exact keeps the function")
     if args.context:
         grown = extend_context(args, grown, stream, tokenizer.eot if tokenizer else -1)
     elif grown.config == config:
-        raise ValueError(f"nothing to grow: {args.source} has this shape already; give --to, --d-model, "
-                         "--n-layer, --context, ...")
+        raise ValueError(f"nothing to grow: {args.source} has this shape already; give --d-model, --n-layer, "
+                         "--context, ...")
     mscale = grown.config.rope_mscale(False)
     if mscale != config.rope_mscale(False):
         inexact.append(f"cos and sin are scaled by {mscale:.4f} at all lengths, as transformers does; short "
@@ -512,7 +484,7 @@ def run(args):
     print(f"check    {rows.numel() - 1} tokens: loss {document_loss(source, rows):.4f} -> "
           f"{document_loss(grown, rows):.4f}; largest logit difference {worst:.2g} (logits up to "
           f"{largest:.3g})")
-    if not (inexact or args.dtype != "fp32" or worst <= 1e-3 * max(1.0, largest)):
+    if not (inexact or worst <= 1e-3 * max(1.0, largest)):
         data.fail("the grown model does not compute the source's function, so nothing was written; this is a "
                   "bug: please report the command", 1)
     models.save(grown, tokenizer, target)
@@ -528,7 +500,7 @@ def main(arguments=None):
     try:
         run(parse_args(arguments))
     except torch.OutOfMemoryError as error:
-        data.fail(f"out of memory ({str(error).splitlines()[0]}); give --device cpu, or --dtype bf16")
+        data.fail(f"out of memory ({str(error).splitlines()[0]}); give --device cpu")
 
 
 if __name__ == "__main__":

@@ -5356,8 +5356,7 @@ def test_the_check_can_fail(double):
     source = spiked()
     many = spiked(n_kv_head=6)
     assert difference(source, grow.grow(source, "tile", d_model=96)) > 1e-3
-    with pytest.warns(UserWarning, match="repeated"):
-        assert difference(source, grow.grow(source, depth="repeat", n_layer=4)) > 1e-3
+    assert difference(source, grow.grow(source, "tile", n_layer=4)) > 1e-3
     with pytest.warns(UserWarning, match="averaged"):
         assert difference(many, grow.grow(many, n_kv_head=2)) > 1e-3
 
@@ -5422,13 +5421,13 @@ def test_grown_models_learn_in_every_part():
 
 def test_depth_maps():
     config = Config(**TINY)
-    assert grow.layer_sources(config, 4, "repeat") == [(0, False), (0, False), (1, False), (1, False)]
-    assert grow.layer_sources(config, 4, "identity") == [(0, False), (0, True), (1, False), (1, True)]
+    assert grow.layer_sources(config, 4, False) == [(0, False), (0, False), (1, False), (1, False)]
+    assert grow.layer_sources(config, 4, True) == [(0, False), (0, True), (1, False), (1, True)]
     sparse = Config(**{**TINY, "n_layer": 4, "dense_every": 2})
     for n in range(4, 13):
-        kept = [(i, s) for i, (s, new) in enumerate(grow.layer_sources(sparse, n, "identity")) if not new]
+        kept = [(i, s) for i, (s, new) in enumerate(grow.layer_sources(sparse, n, True)) if not new]
         assert [s for _, s in kept] == [0, 1, 2, 3] and all((i - s) % 2 == 0 for i, s in kept)
-        assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, "repeat")] == [min(23, round(i / 32 * 24)) for i in range(32)]
+        assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, False)] == [min(23, round(i / 32 * 24)) for i in range(32)]
 
 
 def test_wr_and_tile():
@@ -5600,8 +5599,6 @@ def test_command(source, tmp_path, capsys):
     assert large.config.d_model == 96 and tokenizer.encode("hi") == [104, 105]
     grow.main([str(tmp_path / "a"), str(tmp_path / "b"), "--n-kv-head", "2"])
     assert "note     not exact: key/value heads are averaged" in capsys.readouterr().out
-    grow.main([str(source), str(tmp_path / "d"), "--to", "laptop", "--method", "tile", "--n-head", "16", "--head-dim", "8"])
-    assert models.read_config(str(tmp_path / "d" / "config.json")).d_model == 128
     capsys.readouterr()
     text = tmp_path / "long.txt"
     text.write_text(open(grow.__file__).read() * 2)
@@ -5656,9 +5653,9 @@ def test_context_in_hugging_face(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments,word", [
-    (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--to", "phi-2"), "family"), (("--bogus",), "--bogus"),
+    (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--bogus",), "--bogus"),
     (("--context", "32", "--rope", "pi"), "only enlarges"), (("--context", "128"), "--data"), (("--context", "128", "--data", "nowhere"), "nowhere"),
-    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "0"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "head_dim"), (("--n-layer", "4", "--to", "phi-2"), "preset"), (("--context", "64", "--rope", "pi"), "already")])
+    (("--population", "0"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "head_dim"), (("--context", "64", "--rope", "pi"), "already")])
 def test_command_errors(source, tmp_path, capsys, monkeypatch, arguments, word):
     monkeypatch.setattr(sys, "argv", ["grow.py"])
     with pytest.raises(SystemExit) as stop:
