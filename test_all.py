@@ -3830,22 +3830,38 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
     assert secret not in told + files
 
 
-@pytest.mark.parametrize("out,partial", [("o.jsonl", "o.jsonl.partial"), ("o.jsonl.gz", "o.jsonl.gz.partial.gz")])
-def test_a_stopped_run_leaves_the_old_file(teacher, tmp_path, out, partial):
+@pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
+def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
     options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--out", out)
-    file, partial = tmp_path / out, tmp_path / partial
+    file, partial = tmp_path / out, tmp_path / f"{out}.partial"
     data.write_jsonl(file, [{"precious": n} for n in range(100)])
     before = file.read_bytes()
-    for count, written in ((0, None), (4, 4), (99, None)):
+
+    def answers_before_it_dies(count):
         teacher.seen.clear()
         teacher.answer = lambda question, n: talk(n + 1000 * count) if n <= count else (401, {}, b"gone")
-        told = run_synth(tmp_path, *options, code=0 if count == 99 else 2)
-        assert partial.exists() == bool(written)
-        if count < 99:
-            assert file.read_bytes() == before and f"{out} was not changed" in told
-        if written:
-            assert len(records(partial)) == written and partial.name in told
-    assert len(records(file)) == 6 and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
+
+    answers_before_it_dies(0)
+    told = run_synth(tmp_path, *options, code=2)
+    assert file.read_bytes() == before and not partial.exists() and f"{out} was not changed" in told
+    answers_before_it_dies(4)
+    told = run_synth(tmp_path, *options, code=2)
+    assert file.read_bytes() == before and f"{out}.partial" in told
+    kept = partial.read_bytes()
+    assert (gzip.decompress(kept) if out.endswith(".gz") else kept).count(b"\n") == 4
+    answers_before_it_dies(0)
+    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # other questions, none of them answered
+    assert file.read_bytes() == before and partial.read_bytes() == kept
+    answers_before_it_dies(2)
+    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # two are less than four
+    assert file.read_bytes() == before and partial.read_bytes() == kept and "not written: 2 chat" in told
+    answers_before_it_dies(99)
+    run_synth(tmp_path, *options)
+    assert (
+        len(records(file)) == 6
+        and not partial.exists()
+        and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
+    )
 
 
 def test_a_first_question_that_is_refused_stops_the_run_with_the_servers_words(teacher, tmp_path):
@@ -3883,16 +3899,30 @@ def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_
     assert [entry["written"] for entry in paid] == [77] and paid[0]["read"] > 50
 
 
-def test_topics_grow_by_a_level_with_each_run(teacher, tmp_path):
-    (tmp_path / "roots.txt").write_text("trades > baking\ntrades > smithing\n\ntrades > Bakings\n")
-    teacher.answer = lambda question, n: "".join(f"{i}. item{n}x{i} of it\n" for i in range(12))
-    options = ("--teacher", teacher.url, "--concurrency", 1)
-    run_synth(tmp_path, "topics roots.txt", *options, "--out a.jsonl")
-    assert len(teacher.seen) == 2 and "baking" in teacher.seen[0][0].lower() and "smithing" in teacher.seen[0][0]
-    topics = synth.read_topics_file(tmp_path / "a.jsonl")
-    assert len(topics) == 24 and "trades > smithing > item2x3 of it" in topics
-    run_synth(tmp_path, "topics a.jsonl --count 5", *options, "--out b.jsonl")
-    assert len(teacher.seen) == 7 and topics[4].count(" > ") == 2 and len(synth.read_topics_file(tmp_path / "b.jsonl")) == 60
+def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
+    (tmp_path / "t.txt").write_text("my own topic\n")
+    (tmp_path / "roots.txt").write_text("arithmetic\nlogic\n")
+    teacher.answer = lambda question, n: (
+        f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
+    )
+    options = ("--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt")
+    run_synth(tmp_path, "topics roots.txt", *options, code=2)
+    assert (tmp_path / "t.txt").read_text() == "my own topic\n"
+    assert "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
+
+
+def test_topics_grow_evenly_and_with_no_more_questions_than_are_needed(teacher, tmp_path):
+    (tmp_path / "roots.txt").write_text("\n".join(f"root{i}\n  left{i}\n  right{i}" for i in range(6)))
+    teacher.answer = lambda question, n: "\n".join(f"item{n}x{i} of trade" for i in range(12))
+    run_synth(tmp_path, f"topics roots.txt --teacher {teacher.url} --count 300 --out t.txt")
+    leaves = synth.read_topics_file(tmp_path / "t.txt")
+    by_root = Counter(leaf.split(" > ")[0] for leaf in leaves)
+    assert (
+        len(leaves) == 300
+        and max(by_root.values()) - min(by_root.values()) <= 24
+        and len(teacher.seen) <= 12 + 15
+    )
+    assert any("stands beside: right0" in question for question, *_ in teacher.seen)
 
 
 def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
@@ -3905,10 +3935,9 @@ def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
 
 def test_weights_decide_who_is_asked(teacher, tmp_path):
     teacher.answer = lambda question, n: talk(n)
-    other = teacher.url.replace("#tiny", "#other")
-    run_synth(tmp_path, f"chat --teacher {teacher.url}=3 {other} --count 200 --out o.jsonl")
+    run_synth(tmp_path, f"chat --teacher {teacher.url}=3 builtin --count 200 --out o.jsonl")
     share = Counter(r["teacher"] for r in records(tmp_path / "o.jsonl"))[teacher.url] / 200
-    assert 0.65 < share < 0.85 and {body["model"] for *_, body in teacher.seen} == {"tiny", "other"}
+    assert 0.65 < share < 0.85
 
 
 def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
@@ -3952,6 +3981,28 @@ def test_a_question_at_fault_is_left_out(teacher, tmp_path):
     assert len(records(tmp_path / "o.jsonl")) == 10 - n_bad and len(teacher.seen) == 10 and "HTTP 400" in told
 
 
+def test_repeated_labels_report_their_agreement(teacher, tmp_path):
+    teacher.answer = lambda question, n: f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because"
+    data.write_jsonl(
+        tmp_path / "d.jsonl", [{"id": name, "text": f"{name} document" * 10} for name in ("alpha", "beta")]
+    )
+    told = run_synth(
+        tmp_path, f"label d.jsonl --teacher {teacher.url} --repeat 2 --concurrency 1 --out o.jsonl"
+    )
+    assert "grades agree for 50.0%, within 1 for 100.0%, kappa" in told and len(teacher.seen) == 4
+    rows = sorted(
+        (r["id"], r["score"], sorted(r["scores"]), r["reason"]) for r in records(tmp_path / "o.jsonl")
+    )
+    assert rows == [("alpha", 2.5, [2, 3], "because"), ("beta", 2, [2, 2], "because")]
+
+
+def test_agreement_by_hand():
+    assert (
+        synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)])
+        == "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27, "
+    )
+
+
 @pytest.mark.parametrize(
     "answer,score",
     [
@@ -3972,6 +4023,21 @@ def test_scores_are_read(answer, score):
         assert synth.reason_to_reject(synth.read_score, answer) == "no score"
     else:
         assert synth.read_score(answer)["score"] == score
+
+
+@pytest.mark.parametrize(
+    "answer,choice",
+    [
+        ("It is correct.\nBETTER: B", "B"),
+        ("BETTER: A, not B", "A"),
+        ("**B**", "B"),
+        ("A is wrong, B is right", None),
+        ("AB", None)
+    ]
+)
+def test_choices_are_read(answer, choice):
+    assert synth.reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
+    assert not choice or synth.read_choice(answer) == choice
 
 
 @pytest.mark.parametrize(
@@ -4035,13 +4101,19 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     )
     told = run_synth(
         tmp_path,
-        f"exercises --plain --teacher {teacher.url} --count 20 --max-attempts 1 --out p.jsonl"
+        f"exercises --plain --teacher {teacher.url} --count 100 --max-attempts 1 --out p.jsonl",
+        code=2
     )
     rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
-    assert "code does not parse" in told and "no function with a docstring" in told
+    assert (
+        len(records(tmp_path / "p.jsonl.partial")) == 1
+        and "code does not parse" in told
+        and "no function with a docstring" in told
+    )
     entered, left = (int(rows["solution passes"][k].replace(",", "").replace("->", "")) for k in (2, -2))
-    # a third of what could be read: the wrong solution and the tests that cannot fail are out
-    assert entered > 50 and abs(entered - 3 * left) <= 3 and len(records(tmp_path / "p.jsonl")) == left, told
+    assert (
+        entered > 90 and abs(entered - 3 * left) <= 3
+    ), told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
 
 
 def gate(function, **record):
@@ -4093,9 +4165,9 @@ def test_required_and_forbidden_constructs():
     )
 
 
-def test_gates_of_pages(tmp_path):
-    args = SimpleNamespace(teacher=[], judge=[], workers=1, max_tokens=0, max_usd=0)
-    run = synth.Run(args, str(tmp_path / "ledger"))
+def test_gates_of_pages():
+    args = SimpleNamespace(teacher=[], judge=[], against=[], workers=1, min_chars=60, max_tokens=0, max_usd=0)
+    gates = synth.Gates(synth.Run(args), "textbooks")
     good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
     good += "    print({})\n"
     good += "```\nA common mistake is an endless loop.\n"
@@ -4106,43 +4178,56 @@ def test_gates_of_pages(tmp_path):
     )
     texts = {
         "good": good.format(1),
+        "short": "Too short.",
         "chapter": good.format(2) + "See Chapter 4 for more about the topic.",
         "link": good.format(3) + "https://x.org",
         "crash": good.format("1 / 0"),
         "syntax": good.format("("),
         "dull": "Words and words and nothing to say. " * 5,
+        "twin": good.format(1) + "!",
         "mistake": mistake
     }
-    passed = synth.pass_gates(run, [{"text": text} for text in texts.values()], synth.TASKS["textbooks"].gates)
+    passed = gates([{"text": text} for text in texts.values()])
     assert [r["text"] for r in passed] == [texts["good"], mistake]
-    assert {name: count["entered"] - count["left"] for name, count in run.counts.items()} == {
+    assert {name: count["entered"] - count["left"] for name, count in gates.counts.items()} == {
+        "60 characters or more": 1,
         "stands alone": 2,
         "gives reasons": 1,
         "uses its words": 0,
-        "code runs": 2
+        "code runs": 2,
+        "no near-duplicate": 1
     }
     assert gate(synth.uses_its_words, text="Apples and rivers run.", words="apple, river, stone")
     assert not gate(synth.uses_its_words, text="Apples run.", words="apple, river, stone")
 
 
-def test_pages_are_graded(teacher, tmp_path):
-    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n```\n"
+def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
+    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n"
+    page += "```\nA mistake is to forget the order {}.\n"
     numbers = itertools.count()
+    secret = "given the weights of all whales in the northern sea return the weight of the lightest whale"
 
     def answer(question, n):
         if "SCORE: n" in question:
             return f"SCORE: {5 if 'fine' in question else 1}"
         words = re.search(r"must occur, .*?: (.*)\.", question)[1]
         n = next(numbers)
-        return words + page.format(" ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)))
+        return words + page.format(
+            " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)),
+            secret if n % 4 == 1 else ""
+        )
 
     teacher.answer = answer
-    options = f"--teacher {teacher.url} --judge {teacher.url} --count 6 --min-chars 500 --out o.jsonl"
-    told = run_synth(tmp_path, "textbooks", options.replace("500", "1000"), code=2)
-    assert re.search(r"is long enough +\d+ -> +0 ", told), told
-    run_synth(tmp_path, "textbooks", options.replace("500", "50"))
+    data.write_jsonl(tmp_path / "bench.jsonl", [{"prompt": secret, "task_id": "x"}])
+    run_synth(
+        tmp_path,
+        f"textbooks --teacher {teacher.url} --judge {teacher.url} --count 6 --against bench.jsonl "
+        f"--min-chars 50 --out o.jsonl"
+    )
     found = records(tmp_path / "o.jsonl")
-    assert len(found) == 6 and all(r["grade"] == 5 and "fine" in r["text"] for r in found)
+    assert len(found) == 6 and all(
+        r["grade"] == 5 and "whale" not in r["text"] and "fine" in r["text"] for r in found
+    )
     assert len({(r["topic"], r["level"], r["persona"], r["form"]) for r in found}) > 3
 
 
@@ -4181,21 +4266,44 @@ def test_preferences_by_tests(teacher, tmp_path):
     assert len(records(tmp_path / "q.jsonl")) == 5 and teacher.seen[-1][2] == "/v1/chat/completions"
 
 
-def test_preferences_by_grades(teacher, tmp_path):
-    chats = [[{"role": "user", "content": f"{name}?"}] for name in ("clear", "even", "mute")]
-    data.write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+def test_preferences_by_a_judge_asked_both_ways_round(teacher, tmp_path):
+    data.write_jsonl(
+        tmp_path / "chats.jsonl",
+        [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")]
+    )
 
     def answer(question, n):
-        if "SCORE: n" in question:
-            return f"SCORE: {4 if 'even?' in question or 'a good one' in question else 2}"
-        return "the same" if "mute" in question else ("a good one", "a bad one")[n % 2]
+        if "BETTER" in question:
+            return "BETTER: " + (
+                "A" if "biased" in question else "AB"["a good one" in question.split("<answer_b>")[1]]
+            )
+        return "a good one" if n % 2 else "a bad one"
 
     teacher.answer = answer
-    options = f"--teacher {teacher.url} --concurrency 1 --min-chars 1 --samples 4 --out r.jsonl"
-    told = run_synth(tmp_path, "preferences chats.jsonl", options)
+    teacher.seen.clear()
+    told = run_synth(
+        tmp_path,
+        f"preferences chats.jsonl --teacher {teacher.url} --concurrency 1 --min-chars 1 --out r.jsonl"
+    )
     (pair,) = records(tmp_path / "r.jsonl")
-    assert (pair["chosen"], pair["rejected"], pair["messages"]) == ("a good one", "a bad one", chats[0])
-    assert "no answer is better than another 1" in told and "the same answer every time 1" in told
+    assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == (
+        "a good one",
+        "a bad one",
+        "fair?"
+    ) and "prefers a place" in told
+
+
+def test_preferences_by_majority_need_no_judge(teacher, tmp_path):
+    data.write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "What is 6 times 7?"}])
+    teacher.answer = lambda question, n: f"Attempt {n}.\nAnswer: {43 if n == 2 else 42}."
+    teacher.seen.clear()
+    run_synth(
+        tmp_path,
+        f"preferences sums.jsonl --teacher {teacher.url} --samples 3 --concurrency 1 --min-chars 1 --out "
+        f"s.jsonl"
+    )
+    (pair,) = records(tmp_path / "s.jsonl")
+    assert "Answer: 42" in pair["chosen"] and "Answer: 43" in pair["rejected"] and len(teacher.seen) == 3
 
 
 def test_rewritings_keep_facts():
@@ -4203,8 +4311,13 @@ def test_rewritings_keep_facts():
     source += "of the Guidance software."
     good = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
     assert synth.read_rewrite(good, {"text": source})["text"] == good + "\n"
-    with pytest.raises(synth.RejectedAnswer, match="invents numbers"):
-        synth.read_rewrite(good + " It was 1972.", {"text": source})
+    for answer, reason in (
+        (good + " It was 1972.", "invents numbers"),
+        ("Somebody once built a machine.", "loses facts")
+    ):
+        assert (
+            synth.reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
+        )
 
 
 def test_pages_and_conversations_are_built_on_real_documents(teacher, tmp_path):
@@ -4299,9 +4412,8 @@ def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher, tmp_pat
 
 def test_seeds_vary_and_fit():
     rng = random.Random(0)
-    topics = [f"{part} > {topic}" for part, (names,) in synth.TOPICS.items() for topic in names.split("; ")]
+    topics = synth.read_tree(re.sub(r": |; ", "\n    ", synth.TOPICS))
     assert len(synth.WORDS) >= 3000 and len(set(synth.WORDS)) == len(synth.WORDS) and len(topics) > 100
-    assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
     seeds = [synth.draw_textbook_seeds(rng, topics) for _ in range(300)]
     assert len({str(s) for s in seeds}) == 300
     for s in seeds:
@@ -4318,14 +4430,41 @@ def test_seeds_vary_and_fit():
 
 def test_every_kind_runs_offline(tmp_path):
     run_synth(tmp_path, "textbooks --count 8 --out pages.jsonl")
-    run_synth(tmp_path, "exercises --count 8 --k 1-2 --out problems.jsonl.gz")
+    run_synth(tmp_path, "exercises --count 8 --k 1-2 --out problems.jsonl")
+    run_synth(tmp_path, "exercises --count 8 --judge builtin --min-grade 0 --out judged.jsonl")
     run_synth(tmp_path, "label pages.jsonl --count 5 --out labels.jsonl")
-    labels = records(tmp_path / "labels.jsonl")
-    assert len(records(tmp_path / "problems.jsonl.gz")) == 8 and len(labels) == 5
-    assert set(labels[0]) == {"id", "text", "score", "reason", "teacher"} and max(r["score"] for r in labels) <= 5
+    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
+    run_synth(tmp_path, "preferences problems.jsonl --samples 6 --out pairs.jsonl")
+    found = {
+        name: records(tmp_path / f"{name}.jsonl")
+        for name in "pages problems judged labels chats pairs".split()
+    }
+    assert all(found.values())
+    assert set(found["labels"][0]) == {"id", "text", "score", "reason", "teacher"} and all(
+        0 <= r["score"] <= 5 for r in found["labels"]
+    )
+    assert all(
+        m["role"] == ("user", "assistant")[i % 2] for r in found["chats"] for i, m in enumerate(r["messages"])
+    )
+    assert all(judge(r, r["canonical_solution"]).passed for r in found["judged"])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run_synth(tmp_path, "exercises --count 8 --k 1-2 --out problems.jsonl.gz")
+    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_topics_are_merged_and_survive_editing():
+    assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
+    tree = "a\n    b\n    c\n        d\n\ne\n"
+    assert (
+        synth.read_tree(tree)
+        == ["a > b", "a > c > d", "e"]
+        == synth.read_tree("\n".join(synth.write_tree(synth.read_tree(tree))))
+    )
+    assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == [
+        "Merge sort",
+        "Quick sort",
+        "Heaps"
+    ]
 
 
 def test_the_rubric_tells_lessons_from_glue():
@@ -4394,15 +4533,14 @@ def test_samples_depend_on_the_seed_alone(tmp_path):
     "arguments,message",
     [
         (["label"], "label needs documents"),
-        (["textbooks", "x.jsonl"], "of its own"),
+        (["textbooks", "x.jsonl"], "reads no documents"),
         (["rewrite", "x.jsonl"], "give --teacher"),
         (["topics"], "give --teacher"),
         (["label", "missing.jsonl"], "missing.jsonl"),
         (["chat", "--teacher", "gpt"], "URL#MODEL"),
-        (["preferences", "empty.jsonl", "--teacher", "http://localhost:1/v1#m"], "nothing to ask about"),
-        (["chat"], "give --teacher"),
+        (["preferences", "empty.jsonl"], "nothing to ask about"),
         (["label", "empty.jsonl"], "no document"),
-        (["textbooks", "--topics", "empty.jsonl"], "no document"),
+        (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
         (["chat", "--cuont", "3"], "--cuont")
     ]
 )
@@ -4497,11 +4635,24 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
         judge(ADD, "    return a + b\n")
     # the first fork asks what the kernel grants, the second starts a problem's keeper
     forks = "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
-    forks += "    return fork()\nos.fork = fork\nserve(sys.argv[1])\n"
+    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1])\n"
     forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
     monkeypatch.setattr(synth, "LAUNCH", forks)
-    with pytest.raises(OSError, match="sandbox failed: .*no room"):
+    with pytest.raises(OSError, match="sandbox failed: no process can be started: no room"):
         judge_all([(ADD, "    return a + b\n")] * 2, workers=2)
+
+
+def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
+    start = synth.Worker.__init__
+
+    def limited(self, root, number=itertools.count()):
+        if next(number):
+            raise OSError("no room")
+        start(self, root)
+
+    monkeypatch.setattr(synth.Worker, "__init__", limited)
+    assert all(verdict.passed for verdict in judge_all([(ADD, "    return a + b\n")] * 6, workers=2))
+    assert capfd.readouterr().err.count("no room") == 1
 
 
 def test_nothing_runs_where_the_kernel_refuses_for_once(monkeypatch):
@@ -4516,6 +4667,19 @@ def test_root_works_in_a_folder_closed_to_others(tmp_path, monkeypatch):
     tmp_path.chmod(0o700)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert judge(ADD, "    return a + b\n").passed
+
+
+def test_a_run_goes_on_with_fewer_threads(monkeypatch):
+    start = threading.Thread.start
+
+    def limited(self, number=itertools.count()):
+        if next(number) > 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    args = SimpleNamespace(teacher=[], judge=[], max_tokens=0, max_usd=0, concurrency=8)
+    assert synth.Run(args).map(lambda item: item + 1, range(9)) == list(range(1, 10))
 
 
 def test_says_which_protections_are_on(tmp_path, monkeypatch):
