@@ -216,9 +216,9 @@ def grow(model, method="exact", *, noise=10.0, seed=0, **target):
 
     method: exact, the same function (HyperCloning, arXiv 2409.12903); tile, weights repeated as they are; wr,
     weights reused in the corner. target: some of SHAPE; what is not given follows d_model (see
-    target_config). noise: signal-to-noise ratio in decibels of what tells copies apart, inf for none. Warns where the function
-    changes although the method is exact. Works in the weights' own type: 16 bits round. Memory: the two
-    models and a few copies of one tensor.
+    target_config). noise: signal-to-noise ratio in decibels of what tells copies apart, inf for none. Warns
+    where the function changes although the method is exact. Works in the weights' own type: 16 bits round.
+    Memory: the two models and a few copies of one tensor.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -379,12 +379,16 @@ def parse_args(arguments=None):
            "wr: weights reused in the corner, the rest is new", choices=METHODS)
     option("--noise", 10.0, "signal-to-noise ratio in decibels of what tells copies apart; inf: none",
            type=float, metavar="DB")
-    option("--rope", "searched", "how rotary positions reach the new context",
+    option("--rope", None, "how rotary positions reach the new --context (default: searched)",
            choices=("searched", "pi", "ntk", "yarn", "none"))
     option("--data", None, "dataset (directory, or name under data/) or text file: factors are searched on "
            "half of its long documents, and all methods compared on the other half; also for the check")
     option("--device", "cpu", "where to grow, check and search", choices={"cpu", models.default_device()})
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.rope and not args.context:
+        parser.error("--rope says how --context grows; give that too")
+    args.rope = args.rope or "searched"
+    return args
 
 
 def read_stream(name, tokenizer):

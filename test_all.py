@@ -5819,7 +5819,7 @@ def test_context_in_hugging_face(source, tmp_path, capsys):
 @pytest.mark.parametrize("arguments,word", [
     (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--bogus",), "--bogus"),
     (("--context", "32", "--rope", "pi"), "only enlarges"), (("--context", "128"), "--data"), (("--context", "128", "--data", "nowhere"), "nowhere"),
-    (("--population", "0"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "head_dim"), (("--context", "64", "--rope", "pi"), "already")])
+    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "0"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "head_dim"), (("--context", "64", "--rope", "pi"), "already")])
 def test_command_errors(source, tmp_path, capsys, monkeypatch, arguments, word):
     monkeypatch.setattr(sys, "argv", ["grow.py"])
     with pytest.raises(SystemExit) as stop:
