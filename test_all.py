@@ -1918,8 +1918,8 @@ def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
         == "<|im_start|>system\nS<|im_end|>\n" + shown
     )
     assert tok.decode(tok.render([])) == start + "<|im_start|>assistant\n"
-    ids, mask = align.render(tok, [{"role": "assistant", "content": "yes"}])
-    assert tok.decode([i for i, marked in zip(ids, mask) if marked]) == "yes<|im_end|>"
+    ids, spans = align.render(tok, [{"role": "assistant", "content": "yes"}])
+    assert [tok.decode(ids[start:end]) for start, end in spans] == ["yes<|im_end|>"]
 
 
 # ------------------------------------------------------------------ a real released model: SmolLM2-135M-Instruct
@@ -2593,6 +2593,10 @@ def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_
     assert scored == settings.get("skip", "") + events.replace("|", ""), (
         "log-probabilities belong to the text"
     )
+    echoed = sample.Request([*b"aENDb"], 9, stop=("END",), echo=True)
+    echoed.add_prompt(tokenizer)
+    echoed.append_token(ord("c"), None, tokenizer)
+    assert not echoed.is_over, "a stop text in the echoed prompt ends nothing"
     request = sample.Request([0], 9)
     request.append_token(tokenizer.eot, None, tokenizer)
     assert request.events.get() == (0, "", [], "stop")
