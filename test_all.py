@@ -5586,6 +5586,13 @@ def test_every_kind_runs_offline(tmp_path):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_long_document_is_graded_in_no_time():
+    length = "is of a page's length"
+    assert length in synth.grade("word " * 4000)[1] and length in synth.grade("a" * 60)[1]
+    assert length not in synth.grade("a" * 59)[1]
+    assert length not in synth.grade("words " * 4001 + "!")[1]     # its pattern once tried every way to cut words
+
+
 def test_topics_are_merged_and_survive_editing():
     assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
     tree = "a\n    b\n    c\n        d\n\ne\n"
