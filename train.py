@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 def documents_of(dataset, split, limit=None):
     """-> (n, 2): where the documents of a split, or of its first `limit` tokens, start and end."""
     tokens = getattr(dataset, split)[:limit]
-    ends = getattr(dataset, f"{split}_ends")
+    ends = dataset.ends(split)
     ends = np.append(ends[ends < len(tokens)], len(tokens))
     starts = np.append(0, ends[:-1])
     return np.stack([starts, ends], 1)[ends - starts > 1]       # one token alone has nothing to predict
