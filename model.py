@@ -20,7 +20,6 @@ import math
 import os
 import re
 import time
-from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -298,15 +297,6 @@ class Linear(nn.Linear):
         return kernels.linear(x, self.weight, self.bias)
 
 
-class Visible(NamedTuple):
-    """What the queries of one forward see of the keys, for all layers. The kernels take intervals, plain
-    PyTorch masks."""
-    kv_ranges: torch.Tensor | None      # (2, B or 1, T): see kernels.attention
-    kv_len: torch.Tensor | None         # (B,) keys in the cache
-    mask: torch.Tensor | None           # (B or 1, 1, T, S)
-    sparse_mask: torch.Tensor | None    # of blocksparse layers, (B or 1, n_head, T, S)
-
-
 class Attention(nn.Module):
     """Grouped-query attention: n_head queries share n_kv_head keys and values."""
 
@@ -329,12 +319,7 @@ class Attention(nn.Module):
         q, k = kernels.rotary(q, k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)               # (B, S, n_kv_head, head_dim)
-        y = kernels.attention(
-            q, k, v, self.scale,
-            kv_ranges=visible.kv_ranges,
-            kv_len=visible.kv_len,
-            blocksparse=self.blocksparse,
-            mask=visible.sparse_mask if self.blocksparse else visible.mask)
+        y = kernels.attention(q, k, v, self.scale, **visible)
         return self.o_proj(y.reshape(B, T, -1))                 # (B, T, n_head * head_dim) -> (B, T, d_model)
 
 
@@ -359,7 +344,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, visible, cache=None):
-        """x (B, T, d_model), the residual stream; cos and sin (B or 1, T, rotary_dims / 2)."""
+        """x (B, T, d_model), the residual stream; cos and sin (B or 1, T, rotary_dims / 2); visible: what
+        queries see of the keys, Model.visible."""
         h = self.input_layernorm(x)
         y = self.self_attn(h, cos, sin, visible, cache)
         if self.post_attention_layernorm is None:
@@ -370,23 +356,12 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------- model
 
-# Constants on the device are made once: a copy from the host cannot be captured in a CUDA graph. And outside
-# of inference mode: what is made while generating must serve training too.
-
 @functools.cache
 @torch.inference_mode(False)
 def _constant(values: tuple, device):
+    """A tensor made once: a copy from the host cannot be captured in a CUDA graph. And outside of inference
+    mode: what is made while generating must serve training too."""
     return torch.tensor(values, device=device)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _inverse_frequencies(theta: float, dims: int, factors: tuple | None, device):
-    """(dims / 2,) float32: the angle that each rotated pair of channels turns by from one position to the
-    next."""
-    exponents = torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims
-    factor = _constant(factors, device) if factors else 1.0
-    return 1.0 / (factor * theta ** exponents)
 
 
 class Model(nn.Module):
@@ -443,33 +418,32 @@ class Model(nn.Module):
         own length.
         """
         config = self.config
-        shape = config.rope_theta, config.rotary_dims
-        short = tuple(config.short_factor or ()) or None
-        inv_freq = _inverse_frequencies(*shape, short, positions.device)[None]
-        mscale = config.rope_mscale(long=False)
+        pairs = torch.arange(config.rotary_dims // 2, device=positions.device)[None]
+        wavelength = config.rope_theta ** (pairs * 2 / config.rotary_dims)      # in positions, over 2 pi
+        mscale = 1.0
         if config.original_max_seq_len:
             is_long = (lengths > config.original_max_seq_len)[:, None]
-            long_inv_freq = _inverse_frequencies(*shape, tuple(config.long_factor), positions.device)
-            inv_freq = torch.where(is_long, long_inv_freq, inv_freq)            # (B or 1, rotary_dims / 2)
-            mscale = torch.where(is_long, config.rope_mscale(long=True), mscale)[:, None]
-        angles = positions[..., None] * inv_freq[:, None]
+            factors = _constant((tuple(config.short_factor), tuple(config.long_factor)), positions.device)
+            wavelength = wavelength * torch.where(is_long, factors[1], factors[0])
+            mscale = torch.where(is_long, config.rope_mscale(long=True), config.rope_mscale(long=False))
+            mscale = mscale[:, None]
+        angles = positions[..., None] * (1 / wavelength)[:, None]               # (B or 1, T, rotary_dims / 2)
         return angles.cos() * mscale, angles.sin() * mscale
 
-    def visible(self, positions, documents, cache) -> Visible:
-        """positions (B or 1, T) of the queries, documents as in hidden."""
-        config = self.config
+    def visible(self, positions, documents, cache, blocksparse) -> dict:
+        """What queries at these positions (B or 1, T) see of the keys, as arguments of kernels.attention: the
+        kernels take intervals, plain PyTorch a mask."""
         T = positions.shape[1]
         num_keys = T if cache is None else cache.end
-        window = config.window if config.window and config.window < num_keys else None
+        window = self.config.window
+        if window and window >= num_keys:
+            window = None
         kv_ranges = kernels.kv_ranges(positions, window, documents)
         if kernels.use_triton(positions):
-            return Visible(kv_ranges, None if cache is None else cache.lengths + T, None, None)
-        mask = kernels.attention_mask(positions, num_keys, kv_ranges)
-        sparse_mask = None
-        if config.dense_every > 1:
-            sparse_mask = kernels.attention_mask(positions, num_keys, kv_ranges, config.blocksparse,
-                                                 config.n_head)
-        return Visible(None, None, mask, sparse_mask)
+            kv_len = None if cache is None else cache.lengths + T
+            return {"kv_ranges": kv_ranges, "kv_len": kv_len, "blocksparse": blocksparse}
+        heads = self.config.n_head
+        return {"mask": kernels.attention_mask(positions, num_keys, kv_ranges, blocksparse, heads)}
 
     def embed(self, tokens):
         """(B, T) -> (B, T, d_model)."""
@@ -500,13 +474,14 @@ class Model(nn.Module):
             raise ValueError(f"{T} tokens do not fit the context of {config.max_seq_len}")
         x = self.embed(tokens)
         cos, sin = self.rotary(positions, lengths)
-        visible = self.visible(positions, documents, cache)
+        patterns = {block.self_attn.blocksparse for block in self.model.layers}
+        visible = {pattern: self.visible(positions, documents, cache, pattern) for pattern in patterns}
         for layer, block in enumerate(self.model.layers):
             if isinstance(active_layers, int) and 0 < layer <= config.n_layer - active_layers:
                 continue
             # train.py may have compiled the block: with a cache, that would recompile at each length
             run = block if cache is None else functools.partial(Block.forward, block)
-            y = run(x, cos, sin, visible, cache)
+            y = run(x, cos, sin, visible[block.self_attn.blocksparse], cache)
             if torch.is_tensor(active_layers) and layer > 0:
                 y = torch.where((active_layers > config.n_layer - layer)[..., None], y, x)
             x = y
@@ -543,10 +518,9 @@ class Model(nn.Module):
             part = texts[begin:begin + rows_at_once]
             rows = cache.rows(slice(begin, begin + len(part)))
             rows.lengths.zero_()
-            longest = max(map(len, part))
             num_tokens = torch.tensor([len(text) for text in part], device=self.device)
-            padded = [text + [0] * (longest - len(text)) for text in part]
-            x = self.hidden(torch.tensor(padded, device=self.device), cache=rows, num_tokens=num_tokens,
+            tokens = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in part], batch_first=True)
+            x = self.hidden(tokens.to(self.device), cache=rows, num_tokens=num_tokens,
                             active_layers=active_layers)
             last.append(x[torch.arange(len(part)), num_tokens - 1])     # (B, T, d_model) -> (B, d_model)
         return torch.cat(last)
@@ -569,44 +543,41 @@ class Model(nn.Module):
         stop = {stop} if isinstance(stop, int) else set(stop or ())
         outputs = [[] for _ in prompts]
         limits = [min(max_new_tokens, self.config.max_seq_len - len(prompt)) for prompt in prompts]
-        prompt_of = [number for number, limit in enumerate(limits) if limit > 0]    # of each row of the cache
-        if not prompt_of:
+        texts = {n: list(prompts[n]) for n, limit in enumerate(limits) if limit > 0}    # those that go on
+        if not texts:
             return outputs
-        draws = uniform_draws(seed, len(prompts), max(limits))[prompt_of].to(self.device)
+        rows = list(texts)      # whose text each row of the cache holds
+        draws = uniform_draws(seed, len(prompts), max(limits))[rows].to(self.device)
         max_layers, min_layers, decay_tokens = (*skip, max_new_tokens)[:3] if skip else (None, None, None)
-
-        def emit(number, token) -> bool:    # -> whether the text goes on
-            outputs[number].append(token)
-            cancelled = stream is not None and stream(number, token)
-            return not cancelled and token not in stop and len(outputs[number]) < limits[number]
-
-        capacity = max(len(prompts[number]) + limits[number] for number in prompt_of)
-        cache = KVCache(self.config, len(prompt_of), capacity, self.device, self.dtype)
-        logits = self.logits(self.prefill([prompts[number] for number in prompt_of], cache, max_layers))
+        capacity = max(len(text) + limits[n] for n, text in texts.items())
+        cache = KVCache(self.config, len(rows), capacity, self.device, self.dtype)
+        logits = self.logits(self.prefill(list(texts.values()), cache, max_layers))
         decode = DecodeStep(self, cache)
-        running = list(range(len(prompt_of)))       # rows of the cache
-        for n in range(max(limits)):
-            tokens = sample(logits, temperature, top_k, top_p, draws[:, n])
-            new_tokens = tokens.tolist()
-            ended = [row for row in running if not emit(prompt_of[row], new_tokens[row])]
-            running = [row for row in running if row not in ended]
-            if not running:
+        for step in range(max(limits)):
+            tokens = sample(logits, temperature, top_k, top_p, draws[:, step])
+            for row, token in enumerate(tokens.tolist()):
+                n = rows[row]
+                if n not in texts:
+                    continue
+                outputs[n].append(token)
+                texts[n].append(token)
+                cancelled = stream is not None and stream(n, token)
+                if cancelled or token in stop or len(outputs[n]) == limits[n]:
+                    del texts[n]
+                    cache.lengths[row] = 0      # computed along: from here on it stays within the capacity
+            if not texts:
                 break
-            if ended:   # they are computed along; from length 0 on they stay within the capacity
-                cache.lengths[ended] = 0
-            if len(running) <= len(prompt_of) * 7 // 8:     # rows leave in groups: the cache is copied
+            if len(texts) <= len(rows) * 7 // 8:    # rows leave in groups, as the cache is copied
+                running = [row for row, n in enumerate(rows) if n in texts]
                 cache = cache.rows(running)
                 decode = DecodeStep(self, cache)
-                prompt_of = [prompt_of[row] for row in running]
                 tokens, draws = tokens[running], draws[running]
-                running = list(range(len(prompt_of)))
-            active_layers = layers_at(n, max_layers, min_layers, decay_tokens) if skip else None
-            logits = decode(tokens, active_layers)
-            for row in running:
-                text = prompts[prompt_of[row]] + outputs[prompt_of[row]]
-                if self.outgrows(len(text)):
-                    rows = cache.rows(slice(row, row + 1))
-                    logits[row] = self.logits(self.prefill([text], rows, max_layers))[0]
+                rows = list(texts)
+            logits = decode(tokens, layers_at(step, max_layers, min_layers, decay_tokens) if skip else None)
+            for row, n in enumerate(rows):
+                if n in texts and self.outgrows(len(texts[n])):
+                    again = self.prefill([texts[n]], cache.rows(slice(row, row + 1)), max_layers)
+                    logits[row] = self.logits(again)[0]
         return outputs
 
     def outgrows(self, length: int) -> bool:
@@ -728,12 +699,9 @@ class DecodeStep:
 # ---------------------------------------------------------------- sampling
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
-    for name, value, smallest, largest in (("max_new_tokens", max_new_tokens, 1, math.inf),
-                                           ("temperature", temperature, 0, 1e9),
-                                           ("top_k", top_k, 0, math.inf),
-                                           ("top_p", top_p, 1e-12, 1)):
-        if not smallest <= value <= largest:
-            raise ValueError(f"{name} must be from {smallest} to {largest}, not {value}")
+    if max_new_tokens < 1 or not 0 <= temperature <= 1e9 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be 1 or more, temperature {temperature} and "
+                         f"top_k {top_k} 0 or more, top_p {top_p} above 0 and at most 1")
 
 
 def sampling_probs(logits, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
@@ -1358,23 +1326,21 @@ def _download_rest(url: str, part: str, headers) -> bool:
     if received:
         headers["Range"] = f"bytes={received}-"
     with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
-        status = answer.status_code
-        if status == 404:
-            raise FileNotFoundError(f"{url} does not exist")
-        if status in (401, 403):
+        if answer.status_code == 404:
+            raise FileNotFoundError(f"{url} does not exist: check the spelling")
+        if answer.status_code in (401, 403):
             raise PermissionError(f"{url} is not given away without permission: check the spelling, or "
                                   "accept the licence there and set HF_TOKEN")
-        length = answer.headers.get("Content-Length")
-        total = int(length) if length else None
-        if status == 206:
-            begin, total = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers["Content-Range"]).groups()
-            total = int(total) if int(begin) == received else -1
-        if status == 416 or total == -1:    # what we have is of another file
+        if answer.status_code == 416:       # what we have is of another, longer file
             os.remove(part)
             return False
         answer.raise_for_status()
+        if answer.status_code != 206:       # the whole file, not its rest
+            received = 0
+        length = answer.headers.get("Content-Length")
+        total = received + int(length) if length else None
         bar = tqdm(desc=part, initial=received, total=total, unit="B", unit_scale=True, disable=None)
-        with open(part, "ab" if status == 206 else "wb") as file, bar:
+        with open(part, "ab" if received else "wb") as file, bar:
             for chunk in answer.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -1397,40 +1363,30 @@ def snapshot_download(path_or_name, weights: bool = True) -> str:
     cache = os.environ.get("MINPHI_CACHE") or os.path.expanduser("~/.cache/minphi")
     folder = os.path.join(cache, name)
     repository, _, revision = name.partition("@")
+    revision = revision or "main"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    wanted = r"config\.json|tokenizer\.json|tokenizer_config\.json|chat_template\.jinja|.*\.tiktoken"
+    if weights:
+        wanted += r"|model[^/]*\.safetensors(\.index\.json)?"
 
-    def fetch(file: str, required: bool = False) -> bool:      # -> whether the model has this file
+    def fetch(url: str, file: str) -> str:
         path = os.path.join(folder, file)
-        missing = path + ".missing"             # so that nobody is asked again
-        if os.path.exists(path) or os.path.exists(missing):
-            return os.path.exists(path)
-        url = f"{endpoint}/{repository}/resolve/{revision or 'main'}/{file}"
-        try:
-            download(url, path, {"Authorization": f"Bearer {token}"} if token else None)
-        except FileNotFoundError:
-            if required:
-                raise FileNotFoundError(f"no {file} of {name}, neither in a directory here nor at "
-                                        f"{endpoint}; check the spelling") from None
-            write_atomically(missing, lambda empty: None)
-        return os.path.exists(path)
+        if not os.path.exists(path):
+            download(f"{endpoint}/{url}", path, headers)
+        return path
 
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as lock:      # several ranks ask at once
         with contextlib.suppress(ImportError):
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX)
-        fetch("config.json", required=True)
-        fetch("tokenizer.json")
-        fetch("tokenizer_config.json")
-        fetch("chat_template.jinja")
-        fetch("cl100k_base.tiktoken")           # phi-3-small's
-        if weights and fetch("model.safetensors.index.json"):
-            index = read_json(os.path.join(folder, "model.safetensors.index.json"))
-            for shard in set(index["weight_map"].values()):
-                fetch(os.path.basename(shard), required=True)
-        elif weights:
-            fetch("model.safetensors", required=True)
+        listing = fetch(f"api/models/{repository}/revision/{revision}", ".files")
+        for entry in read_json(listing)["siblings"]:
+            file = entry["rfilename"]
+            if re.fullmatch(wanted, file):
+                fetch(f"{repository}/resolve/{revision}/{file}", file)
     return folder
 
 
@@ -1532,9 +1488,6 @@ def config_json(model: Model) -> dict:
         "original_max_position_embeddings": config.original_max_seq_len or config.max_seq_len,
         "rope_scaling": rope_scaling if config.original_max_seq_len else None,
         "head_dim": config.head_dim,
-        "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         "torch_dtype": str(model.model.norm.weight.dtype).removeprefix("torch."),
     }
     quantized = [module.bits for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -1560,11 +1513,6 @@ def read_config(file: str) -> Config:
     flat = {**source, **rope}
     values = {"n_kv_head": flat.get(keys["n_head"]), **family.defaults}
     values.update((field, flat[key]) for field, key in keys.items() if flat.get(key) is not None)
-    required = [field.name for field in dataclasses.fields(Config)[:7]]
-    lacking = [keys[name] for name in required if values.get(name) is None]
-    if lacking:
-        raise ValueError(f"{file} lacks {', '.join(lacking)}")
-
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type in ("longrope", "su", "yarn") and "short_factor" in values and "long_factor" in values:
         values.setdefault("original_max_seq_len", values["max_seq_len"])
@@ -1582,7 +1530,7 @@ def read_config(file: str) -> Config:
         if config.head_size and config.head_size * config.n_head == config.d_model:
             config.head_size = None
         return config
-    except ValueError as error:
+    except (TypeError, ValueError) as error:        # a TypeError names what is lacking
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -1617,29 +1565,26 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
         is_copy = config.tie_embeddings and name == "lm_head.weight"
         if is_copy or name.endswith("rotary_emb.inv_freq"):     # follows from the config
             del stored[name]
-    norm = stored.get(hf_names(config, "model.norm.weight")[0])
-    dtype = dtype or (torch.float32 if norm is None else norm.dtype)
+    expected = stored_parameters(model)
+    sources = {name: hf_names(config, name) for name in expected}
+    missing = sorted(set().union(*sources.values()) - stored.keys())
+    surplus = sorted(stored.keys() - set().union(*sources.values()))
+    if missing or surplus:
+        raise ValueError(f"{path} does not hold the model that its config.json describes: {len(missing)} "
+                         f"tensors are missing {missing[:3]}, {len(surplus)} are not part of it {surplus[:3]}")
+    dtype = dtype or stored[sources["model.norm.weight"][0]].dtype
     weights = {}
-    problems = []
-    for name, like in stored_parameters(model).items():     # one by one: no two copies of all in memory
-        names = hf_names(config, name)
-        missing = [part for part in names if part not in stored]
-        if missing:
-            problems.append(f"{missing[0]} is missing")
-            continue
-        tensor = torch.cat([stored.pop(part) for part in names]) if len(names) > 1 else stored.pop(names[0])
+    for name, like in expected.items():     # one by one: no two copies of all in memory
+        parts = [stored.pop(part) for part in sources[name]]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if tensor.shape != like.shape:
-            problems.append(f"{names[0]} has shape {tuple(tensor.shape)} instead of {tuple(like.shape)}")
-            continue
+            raise ValueError(f"{path}: {sources[name]} have shape {tuple(tensor.shape)}; config.json wants "
+                             f"{tuple(like.shape)}")
         order = _phi3small_rows(config, name)
         if order is not None:
             tensor = tensor[order.argsort()]
         is_quantized = name.endswith((".qweight", ".scale", ".zero"))
         weights[name] = tensor.to(device or default_device(), like.dtype if is_quantized else dtype)
-    problems += [f"{name} is not part of the model" for name in stored]
-    if problems:
-        raise ValueError(f"{path} does not hold the model its config.json describes: "
-                         f"{'; '.join(problems[:5])} ({len(problems)} in all)")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_embeddings()
     model.requires_grad_(True).eval()
@@ -1651,36 +1596,21 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
 
 # ---------------------------------------------------------------- table of presets
 
+# what the papers trained on; the table that this script prints
 TRAINING_TOKENS = {"phi-1": 50e9, "phi-1.5": 150e9, "phi-2": 1.4e12, "phi-3-mini": 3.3e12,
                    "phi-3-small": 4.8e12, "phi-3-medium": 4.8e12, "phi-4": 10e12, "phi-4-mini": 5e12,
                    "llama-3-8b": 15e12}
-COLUMNS = ["preset", "parameters", "GFLOPs/token", "+ attention at full context", "KV bytes/token", "GB bf16",
-           "GB int8", "GB int4", "tokens/parameter"]
-
-
-def describe(name: str) -> list[str]:
-    config = PRESETS[name]
-    n = config.num_parameters()
-    tokens = TRAINING_TOKENS.get(name)
-    return [
-        name,
-        f"{n:,}",
-        f"{2 * n / 1e9:.4g}",
-        f"{config.attention_flops() / 1e9:.3g}",
-        f"{config.kv_cache_bytes():,}",
-        *(f"{n * bits / 8e9:.3g}" for bits in (16, 8, 4.5)),    # in int4, 64 weights share 32 bits
-        f"{tokens / n:.0f}" if tokens else "",
-    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the presets: size and cost.", allow_abbrev=False)
-    parser.parse_args()
-    table = [COLUMNS, *map(describe, PRESETS)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for name, *numbers in table:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:])]
-        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
+    argparse.ArgumentParser(description="Show the presets: size and cost.").parse_args()
+    print("                                   GFLOPs/token       KV bytes      GB     GB     GB\n"
+          "preset                 parameters  + full context     /token    bf16   int8   int4")
+    for name, config in PRESETS.items():
+        n = config.num_parameters()
+        print(f"{name:17}{n:16,}{2 * n / 1e9:9.3f} +{config.attention_flops() / 1e9:7.3f}"
+              f"{config.kv_cache_bytes():10,}{n * 2 / 1e9:8.3f}{n / 1e9:7.3f}"
+              f"{n * 4.5 / 8e9:7.3f}")       # in int4, 64 weights share 32 bits
 
 
 if __name__ == "__main__":
