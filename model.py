@@ -20,6 +20,7 @@ import math
 import os
 import re
 import time
+import typing
 
 import tiktoken
 import torch
@@ -127,21 +128,17 @@ class Config:
 
 
 def _check_field(field: dataclasses.Field, value) -> None:
-    """ValueError that names the field unless its value is a positive number, a flag, a name or a list of
-    numbers."""
-    if field.type in (bool, str):
-        valid, wanted = isinstance(value, field.type), field.type.__name__
-    elif field.type in (list, list | None):
-        smallest = 0 if field.type is list else 1e-9     # ids of tokens, or what frequencies are divided by
-        valid = isinstance(value, (list, tuple))
-        valid = valid and all(type(item) in (int, float) and item >= smallest for item in value)
-        wanted = "list of positive numbers"
+    """ValueError unless the value has the type of the field; numbers, those in lists too, are positive."""
+    kind = (typing.get_args(field.type) or [field.type])[0]     # of int | None: int
+    numbers = value if kind is list else [value]
+    if kind in (bool, str):
+        valid = isinstance(value, kind)
     else:
-        whole = field.type in (int, int | None)
-        valid = type(value) in ((int,) if whole else (int, float)) and 0 < value < math.inf
-        wanted = "positive whole number" if whole else "positive number"
+        types = (int,) if kind is int else (int, float)
+        valid = isinstance(numbers, (list, tuple))
+        valid = valid and all(type(number) in types and 0 < number < math.inf for number in numbers)
     if not valid:
-        raise ValueError(f"{field.name} must be a {wanted}, not {value!r}")
+        raise ValueError(f"{field.name} must be a positive {kind.__name__}, not {value!r}")
 
 
 # ---------------------------------------------------------------- families
