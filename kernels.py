@@ -723,9 +723,9 @@ def attention(
     S = k.shape[1]
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     # float32 and wider heads pass shared memory, and descriptors begin at multiples of 16 bytes
-    fits = D <= 256 and D % 8 == 0 and (q.itemsize == 2 or INTERPRETED)
+    served = D <= 256 and D % 8 == 0 and (q.itemsize == 2 or INTERPRETED)
     # of gradients the kernels know those of training
-    served = fits and not (grad and (T != S or kv_len is not None))
+    served &= not (grad and (T != S or kv_len is not None))
     if use_triton(q) and served:
         q, k, v = (
             x if x.stride(3) == 1 else x.contiguous()
@@ -740,6 +740,14 @@ def attention(
         length = S if kv_len is None else kv_len[:, None]
         positions = length - T + torch.arange(T, device=q.device)[None]
         mask = attention_mask(positions, S, kv_ranges, blocksparse, H)
+    if grad and 128 < T == S and mask is not None:
+        # In training a block of queries multiplies the keys up to its last query alone, about half of all.
+        # Few blocks, for a compiler unrolls them.
+        size = max(128, T // 4)
+        return torch.cat([
+            attention(q[:, end - size:end], k[:, :end], v[:, :end], scale,
+                      mask=mask[:, :, end - size:end, :end])
+            for end in range(size, T + size, size)], 1)
     if q.device.type == "cpu" and q.itemsize == 2 and (grad or T <= 16):
         # PyTorch's own is 3 to 4 times slower in these types on CPUs
         return attention_reference(q, k, v, scale, mask)

@@ -214,6 +214,21 @@ def test_attention_matches_repeated_heads(dtype, T, S, grad):
     assert (kernels.attention(q, *padded, 0.3, kv_len=torch.tensor([S] * 3)) - want).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("T", [100, 300, 700])
+def test_attention_in_training_equals_the_whole_at_once(T):
+    """Gradients too, where queries are swept in blocks."""
+    documents = (torch.arange(T) // 97).expand(2, T)
+    ranges = kernels.kv_ranges(torch.arange(T)[None], 50, documents)
+    for pattern in (None, (32, 2, 3)):
+        mask = kernels.attention_mask(torch.arange(T)[None], T, ranges, pattern, 4)
+        qkv = [torch.randn(2, T, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+        got = kernels.attention(*qkv, 0.3, kv_ranges=ranges, blocksparse=pattern)
+        want = kernels.attention_reference(*qkv, 0.3, mask)
+        assert (got - want).abs().max() < 1e-12
+        grads = [torch.autograd.grad(y.square().sum(), qkv) for y in (got, want)]
+        assert max((a - b).abs().max() for a, b in zip(*grads)) < 1e-12
+
+
 def test_norms_rotary_and_activations_are_their_formulas():
     torch.manual_seed(0)
     x, residual, w, b = (
