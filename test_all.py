@@ -6563,7 +6563,7 @@ for n, rows, columns, splits in ((2, 5, 3, [5]), (1, 1, 4, [1]), (2, 8, 6, [4, 2
     dist.all_reduce(total)
     assert total == 2 * n * len(splits), total
 print("equal")
-dist.destroy_process_group()
+train.leave()
 """,
     )
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr

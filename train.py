@@ -309,7 +309,7 @@ class Muon(torch.optim.Optimizer):
     times slower.
     """
 
-    def __init__(self, groups, lr=0.01, momentum=0.95, weight_decay=0.0, dtype=torch.float32, compiled=False):
+    def __init__(self, groups, lr=0.01, momentum=0.9, weight_decay=0.0, dtype=torch.float32, compiled=False):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
         self.newton_schulz = torch.compile(newton_schulz, dynamic=False) if compiled else newton_schulz
