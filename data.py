@@ -559,23 +559,24 @@ def repeated_phrases(words, n_chars):
     n = len(words)
     hashes = np.fromiter(map(hash, words), np.int64, n).view(np.uint64)
     lengths = np.fromiter(map(len, words), np.int64, n)
-    offsets = np.append(0, np.cumsum(lengths))
     grams = hashes
     for size in range(2, 11):  # grams[i] stands for the words i ... i + size - 1
-        grams = splitmix64(grams[:-1] + hashes[size - 1:] * np.uint64(2 * size + 1))
-        order = grams.argsort()
-        repeats = grams[order[1:]] == grams[order[:-1]]
-        if not repeats.any():
+        grams = splitmix64(grams[:-1] + hashes[size - 1:] * (2 * size + 1))
+        # 40 bits of the hash, then the place: equal phrases lie in a row, the first of them in front
+        keys = np.sort(grams >> 24 << 24 | np.arange(len(grams), dtype=np.uint64))
+        places = (keys & (1 << 24) - 1).astype(int)
+        is_first = np.diff(keys >> 24, prepend=0) > 0
+        if is_first.all():
             return
         if size < 5:
-            starts = np.flatnonzero(np.append(True, ~repeats))
-            counts = np.diff(starts, append=len(grams))
-            i = order[starts[counts.argmax()]]
-            n_repeated = counts.max() * (offsets[i + size] - offsets[i])
+            starts = np.flatnonzero(is_first)
+            counts = np.diff(starts, append=len(keys))
+            place = places[starts[counts == counts.max()]].min()
+            n_repeated = counts.max() * lengths[place:place + size].sum()
             yield "one phrase again and again", n_repeated > (0.24 - 0.02 * size) * n_chars
-        else:  # words of any phrase that stands there twice, but once
+        else:  # words of any phrase that stood there before
             covered = np.zeros(n, bool)
-            covered[order[1:][repeats][:, None] + np.arange(size)] = True
+            covered[places[~is_first][:, None] + np.arange(size)] = True
             yield "repeated phrases", lengths[covered].sum() > (0.2 - 0.01 * size) * n_chars
 
 
@@ -635,9 +636,9 @@ N_PERMUTATIONS = 112
 
 def splitmix64(x):
     """A bijection of uint64 that spreads every input bit over the output (the finalizer of SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def sha64(raws):
@@ -675,7 +676,7 @@ def gram_hashes(words, n):
     positions mean nothing."""
     grams = words.copy()
     for i in range(1, n):
-        grams[:-i] += words[i:] * np.uint64(2 * 0x2545F4914F6CDD1D * i + 1 & 2**64 - 1)
+        grams[:-i] += words[i:] * (2 * 0x2545F4914F6CDD1D * i + 1 & 2**64 - 1)
     return splitmix64(grams)
 
 
@@ -684,13 +685,13 @@ def minhash(texts, n_permutations=N_PERMUTATIONS):
     mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so that a
     text of few words has grams too."""
     scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32)
-    scales = scales * np.uint32(2) + np.uint32(1)
+    scales = 2 * scales + 1
     signatures = []
     for raws in batches((b"\xff " + text.encode() + (N_GRAM - 1) * b" \xfe" for text in texts), 1 << 17):
         words, bounds = word_hashes(raws)
         is_gram = np.ones(len(words), bool)
         is_gram[bounds[1:, None] - np.arange(1, N_GRAM)] = False  # these would reach into the next text
-        grams = (gram_hashes(words, N_GRAM)[is_gram] >> np.uint64(32)).astype(np.uint32)
+        grams = (gram_hashes(words, N_GRAM)[is_gram] >> 32).astype(np.uint32)
         starts = bounds[:-1] - (N_GRAM - 1) * np.arange(len(raws))
         permuted = np.empty_like(grams)
         batch = np.empty((len(raws), n_permutations), np.uint32)
@@ -714,7 +715,7 @@ def lsh_band_hashes(signatures, threshold):
     hashes = np.zeros((n_bands, len(signatures)), np.uint64)
     for band in range(n_bands):
         for column in signatures.T[band * n_rows:(band + 1) * n_rows]:
-            hashes[band] = splitmix64(hashes[band] + column + np.uint64(1))
+            hashes[band] = splitmix64(hashes[band] + column + 1)
     return hashes
 
 
@@ -820,7 +821,7 @@ def text_grams(raws):
     """Hashes of the 7 and 13 words from each position of some texts on; bounds as word_hashes gives them."""
     words, bounds = word_hashes(raws)
     grams = gram_hashes(words, 7)
-    return {7: grams, 13: splitmix64(grams + np.uint64(3) * np.roll(grams, -6))}, bounds
+    return {7: grams, 13: splitmix64(grams + 3 * np.roll(grams, -6))}, bounds
 
 
 class Contamination:
@@ -866,7 +867,7 @@ class Contamination:
             for gram in [gram for gram, numbers in owners.items() if self.is_common(numbers)]:
                 del owners[gram]
             self.sorted[n] = np.sort(np.array([*owners, 2**64 - 1], np.uint64))
-            self.table[self.sorted[n] >> np.uint64(44)] = True
+            self.table[self.sorted[n] >> 44] = True
         self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
         self.signs = np.array([signs for _, _, signs in self.trees])
 
@@ -911,7 +912,7 @@ class Contamination:
         for raws in batches((fold(text).encode() for text in texts), 1 << 17):
             grams, bounds = text_grams(raws)
             for n, owners in self.owners.items():
-                at = np.flatnonzero(self.table[grams[n] >> np.uint64(44)])
+                at = np.flatnonzero(self.table[grams[n] >> 44])
                 hashes = grams[n][at]
                 is_hit = self.sorted[n][np.searchsorted(self.sorted[n], hashes)] == hashes
                 text_of = np.searchsorted(bounds, at, side="right") - 1
@@ -1503,7 +1504,7 @@ def keep_valuable(funnel, forest, options):
     value = np.zeros(len(funnel.alive), np.float32)
     value[funnel.alive] = np.concatenate([np.zeros(0), *scored])
     # the best first, equal ones by their hash
-    rank_key = (65535 - value * 65535).astype(np.uint64) << np.uint64(48) | funnel.hash >> np.uint64(16)
+    rank_key = (65535 - value * 65535).astype(np.uint64) << 48 | funnel.hash >> 16
     best = funnel.bottom_n(rank_key, math.ceil(options.keep * funnel.alive.sum()))
     counts = np.histogram(value[funnel.alive], 20, (0, 1))[0].tolist()
     funnel.drop("educational value", {"low score": ~best | (value < np.float32(options.min_score))})
@@ -1526,7 +1527,7 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
     n_documents = int(funnel.alive.sum())
     n_bytes = int(funnel.size[funnel.alive].sum())
     n_shards = min(max(32, n_bytes >> 27), 1 + n_bytes >> 16) + 1
-    shard_of = (funnel.order >> np.uint64(32)) * np.uint64(n_shards) >> np.uint64(32)
+    shard_of = (funnel.order >> 32) * n_shards >> 32
 
     def documents(shard):
         """[training documents, validation documents]"""

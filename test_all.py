@@ -4031,6 +4031,21 @@ def test_prose_rules_of_gopher_and_the_line_filters():
         assert data.prose_rule(text) == reason
 
 
+def test_repeated_phrases_are_the_same_in_every_process():
+    """Words are hashed anew in each; among phrases that are equally frequent the first one counts."""
+    program = (
+        "import data, random\n"
+        "words = random.Random(0).choices(['a', 'bc', 'defg', 'hijklmno'], k=200)\n"
+        "print([list(data.repeated_phrases(words, n)) for n in range(100, 2000, 7)])"
+    )
+    outputs = set()
+    for seed in "0123":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment, capture_output=True)
+        outputs.add(run.stdout)
+    assert len(outputs) == 1 and b"True" in outputs.pop()
+
+
 def wet(pages):
     head = "WARC/1.0\r\nWARC-Type: {}\r\nWARC-Target-URI: {}\r\nContent-Length: {}\r\n\r\n"
     return b"".join(
