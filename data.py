@@ -986,6 +986,7 @@ shares of characters, words and lines."""
     return np.array(row, np.float32)
 
 
+@dataclass
 class RandomForest:
     """Bagged classification trees (Breiman 2001) on features cut into 128 bins at their quantiles, over all
     cores.
@@ -996,24 +997,17 @@ class RandomForest:
     It grows by levels: a histogram over (node, bin, class) gives all nodes' splits at once."""
     BINS = 128
     ARRAYS = "edges feature threshold child value roots".split()
-
-    def __init__(self, n_trees=100, seed=0, max_depth=16, min_leaf=2, workers=None):
-        self.n_trees = n_trees
-        self.seed = seed
-        self.max_depth = max_depth
-        self.min_leaf = min_leaf
-        self.workers = workers or n_cores()
+    n_trees: int = 100
+    seed: int = 0
+    max_depth: int = 16
+    min_leaf: int = 2
+    workers: int = 1
 
     def fit(self, X, y):
-        X = np.asarray(X, np.float32)
-        y = np.asarray(y)
-        if y.shape != X.shape[:1] or not np.isfinite(X).all() or not np.isin(y, (0, 1)).all():
-            raise ValueError(f"a forest learns from finite X (n, features) and y (n,) of 0 and 1, "
-                             f"not from {X.shape} and {y.shape}")
         # bin b holds the values up to edges[:, b]
         self.edges = np.quantile(X, np.arange(1, self.BINS) / self.BINS, axis=0, method="nearest").T
         bins = self.bin(X)
-        y = y.astype(np.int64)
+        y = y.astype(int)
         trees = parallel(lambda tree: self.grow(bins, y, np.random.default_rng([self.seed, tree])),
                          range(self.n_trees), self.workers, "growing trees")
         self.feature, self.threshold, self.child, self.value = map(np.concatenate, zip(*trees))
@@ -1029,15 +1023,17 @@ class RandomForest:
     def grow(self, bins, y, rng):
         """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next),
         value."""
-        n = bins.shape[1]
+        n_features, n = bins.shape
         rows = rng.permutation(n)[:n - n // 2]
-        node = np.zeros(len(rows), np.int64)  # of each row, among the m nodes of this level
-        begin, m = 0, 1
+        node = np.zeros(len(rows), int)  # of each row, among the m nodes of this level
+        begin = 0
+        m = 1
         levels = []
         for depth in range(self.max_depth + 1):
             n_all = np.bincount(node, minlength=m)
             n_one = np.bincount(node, y[rows], m)
-            gain, feature, threshold = self.best_splits(bins, y, rng, rows, node, n_all, n_one)
+            drawn = rng.random((m, n_features)).argsort(1)
+            gain, feature, threshold = self.best_splits(bins, y, rows, node, n_all, n_one, drawn)
             is_split = (gain > 1e-4) & (depth < self.max_depth)
             # a leaf leads to itself
             child = np.where(is_split, begin + m + 2 * (np.cumsum(is_split) - 1), begin + np.arange(m))
@@ -1049,57 +1045,51 @@ class RandomForest:
             goes_right = bins[feature[node], rows] > threshold[node]
             node = child[node] - begin - m + goes_right
             begin += m
-            m = 2 * int(is_split.sum())
+            m = 2 * is_split.sum()
         return list(map(np.concatenate, zip(*levels)))
 
-    def best_splits(self, bins, y, rng, rows, node, n_all, n_one):
-        """(gain, feature, threshold) of each node; gain 0 where no feature can split it."""
+    def best_splits(self, bins, y, rows, node, n_all, n_one, drawn):
+        """(gain, feature, threshold) of each node, with its features in the order in which they are drawn;
+        gain 0 where none can split it."""
         n_features, n = bins.shape
-        flat = bins.ravel()
-        n_drawn = max(1, round(n_features ** 0.5))
-        best = np.zeros((3, len(n_all)))
+        best = np.zeros((3, len(drawn)))
         can_split = (n_one > 0) & (n_one < n_all) & (n_all >= 2 * self.min_leaf)
-        for k, drawn in enumerate(rng.random((len(n_all), n_features)).argsort(1).T):
-            if k == 0 or k >= n_drawn:  # beyond those drawn, only for nodes that none of them could split
-                nodes = np.flatnonzero(can_split & ((k == 0) | (best[0] == 0)))
-                if not len(nodes):
-                    break
-                slot = np.full(len(n_all), -1)
-                slot[nodes] = np.arange(len(nodes))
-                inside = np.flatnonzero(slot[node] >= 0)
-                some_rows = rows[inside]
-                some_nodes = node[inside]
-                key = (y[some_rows] * len(nodes) + slot[some_nodes]) * self.BINS
-            bin_of = flat[drawn[some_nodes] * n + some_rows]
-            counts = np.bincount(key + bin_of, minlength=2 * len(nodes) * self.BINS)
-            zero, one = counts.reshape(2, -1, self.BINS).cumsum(2, dtype=np.float32)  # (nodes, threshold)
-            left = zero + one
-            right = left[:, -1:] - left
-            score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
-            score[np.minimum(left, right) < self.min_leaf] = 0
-            at = score.argmax(1)
-            gain = score[np.arange(len(nodes)), at] - n_one[nodes] ** 2 / n_all[nodes]
-            best[:, nodes] = np.where(gain > best[0, nodes], (gain, drawn[nodes], at), best[:, nodes])
-        return best[0], *best[1:].astype(np.int64)
+        # the first few together; then one by one, for nodes that none of them could split
+        for several in np.split(drawn.T, range(max(1, round(n_features ** 0.5)), n_features)):
+            unsplit = can_split & (best[0] == 0)
+            if not unsplit.any():
+                break
+            inside = unsplit[node]
+            some_rows = rows[inside]
+            some_nodes = node[inside]
+            m = unsplit.sum()
+            key = (y[some_rows] * m + (np.cumsum(unsplit) - 1)[some_nodes]) * self.BINS
+            for feature in several:
+                bin_of = bins.take(feature[some_nodes] * n + some_rows)
+                counts = np.bincount(key + bin_of, minlength=2 * m * self.BINS).reshape(2, m, self.BINS)
+                zero, one = counts.cumsum(2, dtype=np.float32)  # (nodes, threshold)
+                left = zero + one
+                right = left[:, -1:] - left
+                score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
+                score[np.minimum(left, right) < self.min_leaf] = 0
+                at = score.argmax(1)
+                gain = score.max(1) - n_one[unsplit] ** 2 / n_all[unsplit]
+                candidates = gain, feature[unsplit], at
+                best[:, unsplit] = np.where(gain > best[0, unsplit], candidates, best[:, unsplit])
+        return best[0], *best[1:].astype(int)
 
     def predict_proba(self, X):
-        X = np.asarray(X, np.float32)
+        bins = self.bin(X).T.ravel()
+        base = np.arange(len(X)) * X.shape[1]
         table = self.child << 24 | self.feature << 8 | self.threshold
-
-        def predict(chunk):
-            bins = self.bin(chunk).T.ravel()
-            base = np.arange(len(chunk)) * X.shape[1]
-            total = np.zeros(len(chunk))
-            for root in self.roots:
-                node = np.full(len(chunk), root)
-                for _ in range(self.max_depth):
-                    entry = table.take(node)
-                    node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
-                total += self.value.take(node)
-            return total / len(self.roots)
-
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            return np.concatenate([*pool.map(predict, np.array_split(X, len(X) // 16384 + 1))])
+        total = np.zeros(len(X))
+        for root in self.roots:
+            node = np.full(len(X), root)
+            for _ in range(self.max_depth):
+                entry = table.take(node)
+                node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
+            total += self.value.take(node)
+        return total / len(self.roots)
 
     def save(self, path):
         with open(path, "wb") as file:
