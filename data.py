@@ -755,8 +755,7 @@ def spanning_pairs(pairs):
 
 FUNCTION = re.compile(r"^(?=(([ \t]*)(?:async )?def [^\n]*\n(?:(?:\2[ \t)][^\n]*)?\n)*))", re.M)
 SIGNS = np.frombuffer(b"+-*/%<>=()[]{}.,:|&", np.uint8)
-
-
+MIN_NODES = 20
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 
 
@@ -789,9 +788,9 @@ def strings_in(value):
 
 def syntax_tree(source):
     """Labels of the nodes, level by level, of a function's syntax tree: without documentation, annotations
-    and chosen names; none for what is not Python."""
+    and chosen names; none for what is not Python, or too small to tell anything."""
     tree = quietly(ast.parse, textwrap.dedent(source))
-    if not tree or not isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if not tree:
         return []
     function = tree.body[0]
     function.body = function.body[ast.get_docstring(function) is not None:]
@@ -808,7 +807,7 @@ def syntax_tree(source):
             labels.append(node.id)
         elif not isinstance(node, ast.expr_context):
             labels.append(type(node).__name__)
-    return labels
+    return labels if len(labels) >= MIN_NODES else []
 
 
 def count_signs(source):
@@ -828,10 +827,10 @@ class Contamination:
     """Finds documents that contain benchmark problems, or parts of them.
 
     By words (phi-4, arXiv 2412.08905, appendix B), folded on both sides: one 13-gram in common, or 7-grams
-    that make up `overlap` of the shorter text's. Grams of few different words (lists of numbers) do not
+    that make up OVERLAP of the shorter text's. Grams of few different words (lists of numbers) do not
     count, nor those of more than two problems of one file (what a benchmark says everywhere); a problem may
     stand in any number of files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section
-    5): functions whose trees have difflib's ratio >= `match_rate`; trees below `min_nodes` do not count."""
+    5): functions whose trees have difflib's ratio >= MATCH_RATE; trees below MIN_NODES do not count."""
     # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
     # are public pages, of which a corpus may well have a copy.
     QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
@@ -841,38 +840,37 @@ class Contamination:
               "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
               "mc2_targets target solution solutions code").split()
     MIN_COMMON = 3  # 7-grams in common that tell anything
+    OVERLAP = 0.6
+    MATCH_RATE = 0.9
 
-    def __init__(self, paths, overlap=0.6, match_rate=0.9, min_nodes=20):
-        self.overlap = overlap
-        self.match_rate = match_rate
-        self.min_nodes = min_nodes
+    def __init__(self, paths):
         self.problems = list(self.read(paths))  # (name, text, (file, question))
         self.owners = {7: {}, 13: {}}           # size of a gram -> {gram: numbers of its problems}
-        self.trees = []                         # (number of a problem, labels, signs)
+        self.trees = []                         # (number of a problem, labels)
+        signs = []                              # of each tree
         for i, (_, text, _) in enumerate(self.problems):
             words = words_of(text)
             grams, _ = text_grams([b" ".join(words)])
             for n, owners in self.owners.items():
-                for k, gram in enumerate(grams[n][:max(0, len(words) - n + 1)].tolist()):
+                for k, gram in zip(range(len(words) - n + 1), grams[n].tolist()):
                     if len({word for word in words[k:k + n] if not word.isdigit()}) > n // 2:
                         owners.setdefault(gram, set()).add(i)
             for source, _ in FUNCTION.findall(text + "\n"):
                 labels = syntax_tree(source)
-                if len(labels) >= min_nodes:
-                    self.trees.append((i, labels, count_signs(source)))
+                if labels:
+                    self.trees.append((i, labels))
+                    signs.append(count_signs(source))
+        self.signs = np.array(signs).reshape(-1, len(SIGNS))
 
-        self.sorted = {}
-        self.table = np.zeros(1 << 20, bool)  # by the first 20 bits: most grams need no other look
+        self.table = np.zeros(1 << 24, bool)  # by the first 24 bits: most grams need no other look
         for n, owners in self.owners.items():
-            for gram in [gram for gram, numbers in owners.items() if self.is_common(numbers)]:
-                del owners[gram]
-            self.sorted[n] = np.sort(np.array([*owners, 2**64 - 1], np.uint64))
-            self.table[self.sorted[n] >> 44] = True
+            owners = {gram: numbers for gram, numbers in owners.items() if not self.is_common(numbers)}
+            self.owners[n] = owners
+            self.table[np.array(list(owners), np.uint64) >> 40] = True
         self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
-        self.signs = np.array([signs for _, _, signs in self.trees])
 
-        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON} | {i for i, *_ in self.trees}
-        protected.update(*self.owners[13].values())
+        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON}
+        protected.update(*self.owners[13].values(), [i for i, _ in self.trees])
         self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
         if self.unprotected and int(os.environ.get("RANK", 0)) == 0:
             print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too "
@@ -912,35 +910,33 @@ class Contamination:
         for raws in batches((fold(text).encode() for text in texts), 1 << 17):
             grams, bounds = text_grams(raws)
             for n, owners in self.owners.items():
-                at = np.flatnonzero(self.table[grams[n] >> 44])
-                hashes = grams[n][at]
-                is_hit = self.sorted[n][np.searchsorted(self.sorted[n], hashes)] == hashes
+                at = np.flatnonzero(self.table[grams[n] >> 40])
                 text_of = np.searchsorted(bounds, at, side="right") - 1
-                is_hit &= at + n <= bounds[text_of + 1]
+                is_inside = at + n <= bounds[text_of + 1]
                 common = {}  # (text, problem) -> grams
-                for d, gram in zip(text_of[is_hit].tolist(), hashes[is_hit].tolist()):
+                for k, gram in zip(text_of[is_inside].tolist(), grams[n][at[is_inside]].tolist()):
                     for i in owners.get(gram, ()):
-                        common.setdefault((d, i), set()).add(gram)
-                for (d, i), both in sorted(common.items(), key=lambda item: len(item[1])):
-                    shorter = min(self.n_grams[i], bounds[d + 1] - bounds[d] - 6)
-                    if n == 13 or len(both) >= max(self.MIN_COMMON, self.overlap * shorter):
-                        found[done + d] = f"{n}-gram", i, f"{len(both)} in common"
+                        common.setdefault((k, i), set()).add(gram)
+                for (k, i), both in sorted(common.items(), key=lambda item: len(item[1])):
+                    shorter = min(self.n_grams[i], bounds[k + 1] - bounds[k] - 6)
+                    if n == 13 or len(both) >= max(self.MIN_COMMON, self.OVERLAP * shorter):
+                        found[done + k] = f"{n}-gram", i, f"{len(both)} in common"
             done += len(raws)
         return found
 
     def find_functions(self, text):
         """The like for the functions of one text, or None. Only those whose operators resemble a problem's
         are parsed."""
-        for source, name in FUNCTION.findall(text + "\n") if self.trees and "def " in text else ():
+        for source, _ in FUNCTION.findall(text + "\n"):
             signs = count_signs(source)
             longer = np.maximum(self.signs.sum(1), signs.sum())
-            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.match_rate - 0.2) * longer)
+            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.MATCH_RATE - 0.2) * longer)
             labels = syntax_tree(source) if len(similar) else []
             matcher = difflib.SequenceMatcher(None, (), labels, autojunk=False)
-            for i, other, _ in [self.trees[k] for k in similar] if len(labels) >= self.min_nodes else ():
+            for i, other in [self.trees[k] for k in similar]:
                 matcher.set_seq1(other)
-                bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # the cheapest first
-                if all(bound() >= self.match_rate for bound in bounds):
+                bounds = matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio  # the cheapest first
+                if all(bound() >= self.MATCH_RATE for bound in bounds):
                     return "syntax tree", i, f"match rate {matcher.ratio():.3f}: {source.strip()[:60]}"
 
 
