@@ -49,6 +49,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun's variables
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 DAMAGED = EOFError, zlib.error, gzip.BadGzipFile
 
 
@@ -113,28 +115,32 @@ def sum_counts(counters):
     return total
 
 
+def print0(*words):
+    if RANK == 0:
+        print(*words)
+
+
 @contextlib.contextmanager
 def process_group():
-    """Under torchrun, one gloo group of all ranks, so that a dead rank ends the job. Yields (rank, ranks)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        yield 0, 1
+    """Under torchrun, one gloo group of all ranks, so that a dead rank ends the job."""
+    if WORLD_SIZE == 1:
+        yield
         return
     import torch.distributed as dist
     # A rank may work for days while another waits for it.
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=9))
     try:
-        yield dist.get_rank(), world_size
+        yield
     finally:
         dist.destroy_process_group()
 
 
 def all_gather(value=None):
     """[the value of each rank]; also the barrier."""
-    import torch.distributed as dist
-    if not dist.is_initialized():
+    if WORLD_SIZE == 1:
         return [value]
-    values = [None] * dist.get_world_size()
+    import torch.distributed as dist
+    values = [None] * WORLD_SIZE
     try:
         dist.all_gather_object(values, value)
     except RuntimeError:
@@ -177,13 +183,11 @@ class PartStore:
     """Work in numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i, which
     appears whole.
 
-    Part i belongs to rank i mod world_size; one that is there is not made again; a stage ends when all ranks
+    Part i belongs to rank i mod WORLD_SIZE; one that is there is not made again; a stage ends when all ranks
     are done. A part depends on its number alone. So cores, machines on a shared folder and going on after a
     kill are one mechanism, and the result is always the same."""
     folder: Path
     workers: int
-    rank: int = 0
-    world_size: int = 1
 
     def run(self, stage, n, make):
         """make(i) -> {name: array or what JSON can hold} for i < n. Returns the n parts: part(name) reads one
@@ -199,10 +203,14 @@ class PartStore:
                     else:
                         (new / f"{name}.json").write_text(json.dumps(value))
 
-        todo = [i for i in range(self.rank, n, self.world_size) if not folders[i].exists()]
+        todo = [i for i in range(RANK, n, WORLD_SIZE) if not folders[i].exists()]
         parallel(write, todo, self.workers, stage)
         all_gather()
         return [functools.partial(read_value, folder) for folder in folders]
+
+
+def column(parts, name):
+    return np.concatenate([part(name) for part in parts])
 
 
 @functools.lru_cache(64)
@@ -605,7 +613,7 @@ def language_rule(document, languages):
     if not languages or document["prompt_chars"] or is_code(document):
         return None
     spoken = language(document["text"])
-    return None if spoken in languages else spoken
+    return None if spoken in languages else f"language {spoken}"
 
 
 # Each begins where no character before could belong to it and ends within bounds, so all take linear time.
@@ -872,7 +880,7 @@ class Contamination:
         protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON}
         protected.update(*self.owners[13].values(), [i for i, _ in self.trees])
         self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
-        if self.unprotected and int(os.environ.get("RANK", 0)) == 0:
+        if self.unprotected and RANK == 0:
             print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too "
                   "few words of their own to be recognized, so copies of them stay: "
                   f"{', '.join(self.unprotected[:5])}", file=sys.stderr)
@@ -1126,7 +1134,7 @@ def train_quality_classifier(path, seed, workers):
     for k in range(5):  # each row is judged by a forest that has not seen it
         p[fold == k] = forest.fit(X[fold != k], y[fold != k]).predict_proba(X[fold == k])
     report = {"labels": len(y), "good": int(y.sum()), "auc": area_under_curve(y, p)}
-    print("educational value, 5-fold cross-validated:", json.dumps(report))
+    print0("educational value, 5-fold cross-validated:", json.dumps(report))
     return forest.fit(X, y), report
 
 
@@ -1218,6 +1226,9 @@ def tokenizer_of(merges):
 
 # ---------------------------------------------------------------- the dataset directory
 
+SPLITS = "train", "val"
+
+
 @dataclass
 class Dataset:
     """What lies in data/NAME: `train` and `val`, token ids (uint16 or uint32) with an end-of-text token after
@@ -1246,7 +1257,7 @@ def open_dataset(path):
     arrays = {}
     try:
         meta = json.loads((path / "meta.json").read_text())
-        for split, kind in itertools.product(("train", "val"), ("", ".mask", ".ends")):
+        for split, kind in itertools.product(SPLITS, ("", ".mask", ".ends")):
             file = path / f"{split}{kind}.bin"
             if kind and file.name not in meta.get("files", os.listdir(path)):
                 continue
@@ -1266,16 +1277,15 @@ def open_dataset(path):
 def encode(documents, tokenizer, dtype):
     """Documents -> (token ids, mask, length of each), as class Dataset has them; a problem's prompt is
     encoded apart."""
-    ids, mask, lengths = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []
-    eot = np.array([tokenizer.eot], dtype)
+    ids = [np.zeros(0, dtype)]
+    mask = [np.zeros(0, np.uint8)]
     for document in documents:
-        text, n_chars = document["text"], document["prompt_chars"]
-        prompt = np.array(tokenizer.encode(text[:n_chars]), dtype)
-        answer = np.array(tokenizer.encode(text[n_chars:]), dtype)
-        ids += [prompt, answer, eot]
-        mask += [np.zeros(len(prompt), np.uint8), np.ones(len(answer) + 1, np.uint8)]
-        lengths.append(len(prompt) + len(answer) + 1)
-    return np.concatenate(ids), np.concatenate(mask), np.array(lengths, np.int64)
+        text = document["text"]
+        prompt = tokenizer.encode(text[:document["prompt_chars"]])
+        answer = tokenizer.encode(text[document["prompt_chars"]:]) + [tokenizer.eot]
+        ids.append(np.array(prompt + answer, dtype))
+        mask.append(np.repeat(np.uint8([0, 1]), [len(prompt), len(answer)]))
+    return np.concatenate(ids), np.concatenate(mask), np.array(list(map(len, ids[1:])), np.int64)
 
 
 def keep_larger(path, n_bytes):
@@ -1298,13 +1308,15 @@ def keep_larger(path, n_bytes):
 def split_files(files):
     """Lists of files of about a thirty-second of the input, at most 128 MB; large JSON Lines are cut into
     spans of lines."""
-    sizes = [min(os.path.getsize(path), end) for path, _, _, end in files]
+    sizes = [int(min(os.path.getsize(path), end)) for path, _, _, end in files]
     part_size = min(max(sum(sizes) // 32, 1 << 18), 1 << 27)
     spans = []
-    for (path, name, _, end), size in zip(files, sizes):
+    for (path, name, begin, end), size in zip(files, sizes):
         can_cut = suffix_of(path) in RECORDS and not path.endswith(".gz")
-        starts = range(0, int(size), part_size) if can_cut else [0]
-        spans += [(path, name, start, stop) for start, stop in zip(starts, [*starts[1:], end])]
+        while can_cut and size - begin > part_size:
+            spans.append((path, name, begin, begin + part_size))
+            begin += part_size
+        spans.append((path, name, begin, end))
 
     def size_of(span):
         return min(span[3], os.path.getsize(span[0])) - span[2] + 1000
@@ -1314,12 +1326,12 @@ def split_files(files):
 
 def make_part(files, rules, options):
     """One part: all documents of these files, with the first rule's reason to drop each; of those that go no
-    more than a beginning is kept. A rule's stage is named before its reason."""
-    skipped, redacted = Counter(), Counter()
+    more than a beginning is kept."""
+    skipped = Counter()
+    redacted = Counter()
     documents = []
     for document in read_documents(files, skipped):
-        verdicts = ((stage, rule(document)) for stage, rule in rules)
-        document["reason"] = next((f"{stage}: {reason}" for stage, reason in verdicts if reason), "")
+        document["reason"] = next(filter(None, (rule(document) for rule in rules)), "")
         redact = options.redact_pii == "all" or options.redact_pii == "web" and document.get("web")
         if document["reason"]:
             document["text"] = document["text"][:300]
@@ -1347,38 +1359,38 @@ class Funnel:
         self.parts = parts
         self.base = np.cumsum([0] + [len(part("size")) for part in parts])  # where each part begins
         self.alive = np.ones(self.base[-1], bool)
-        self.bytes = self.column("bytes")
-        self.size = self.column("size")
+        self.bytes = column(parts, "bytes")
+        self.size = column(parts, "size")
         self.start = np.cumsum(self.size) - self.size
-        self.hash = self.column("hash")
+        self.hash = column(parts, "hash")
         self.order = splitmix64(self.hash + splitmix64(np.uint64([seed + 1])))
         self.rows = []
-        self.examples = {}
+        self.examples = []  # (stage, reason and id, beginning)
 
-    def column(self, name):
-        return np.concatenate([part(name) for part in self.parts] or [np.zeros(0, np.uint64)])
-
-    def left(self):
-        """(documents, bytes) that are left"""
-        return int(self.alive.sum()), int(self.bytes[self.alive].sum())
+    def count(self, stage, documents_in, bytes_in, dropped):
+        """One row of the funnel. dropped: {reason: how many}"""
+        row = {"stage": stage, "documents_in": documents_in, "bytes_in": bytes_in}
+        row |= {"documents_out": int(self.alive.sum()), "bytes_out": int(self.bytes[self.alive].sum())}
+        self.rows.append(row | {"dropped": dict(dropped.most_common())})
 
     def drop(self, stage, masks):
-        """masks: {reason: which documents go}. One row of the funnel, and examples."""
-        n, n_bytes = self.left()
-        row = {"stage": stage, "documents_in": n, "bytes_in": n_bytes, "dropped": {}}
+        """masks: {reason: which documents go}"""
+        dropped = Counter()
         for reason, mask in masks.items():
             mask = mask & self.alive
             if mask.any():
-                row["dropped"][reason] = int(mask.sum())
-                self.examples.setdefault(stage, []).extend(self.sample(mask, reason))
+                dropped[reason] = int(mask.sum())
+                self.show(f"{stage}: {reason}", mask)
             self.alive ^= mask
-        row["documents_out"], row["bytes_out"] = self.left()
-        self.rows.append(row)
+        self.count(stage, self.rows[-1]["documents_out"], self.rows[-1]["bytes_out"], dropped)
 
-    def sample(self, mask, reason=""):
-        """[(id, reason, beginning)] of the first three of some documents in the final order."""
-        documents = map(self.document, self.in_order(mask)[:3])
-        return [(document["id"], reason, document["text"][:300]) for document in documents]
+    def show(self, why, mask):
+        """Adds the first three of some documents in the final order to the examples."""
+        for document in map(self.document, self.in_order(mask)[:3]):
+            self.examples.append((f"{why}: {document['id']}", document["text"][:300]))
+
+    def reasons(self):
+        return {f"{row['stage']}: {reason}": n for row in self.rows for reason, n in row["dropped"].items()}
 
     def in_order(self, mask):
         index = np.flatnonzero(mask)
@@ -1386,14 +1398,15 @@ class Funnel:
 
     def bottom_n(self, keys, n):
         """Of those that are left, the n of the least keys: a mask."""
-        n = min(n, int(self.alive.sum()))
-        if n < 1:
-            return np.zeros_like(self.alive)
-        return self.alive & (keys <= np.partition(keys[self.alive], n - 1)[n - 1])
+        index = np.flatnonzero(self.alive)
+        mask = np.zeros_like(self.alive)
+        mask[index[keys[index].argsort()[:n]]] = True
+        return mask
 
     def document(self, i):
         p = np.searchsorted(self.base, i, side="right") - 1
-        part, number = self.parts[p], i - self.base[p]
+        part = self.parts[p]
+        number = i - self.base[p]
         start = self.start[i] - self.start[self.base[p]]
         text = bytes(part("text")[start:start + self.size[i]]).decode()
         return {"id": part("ids")[number], "text": text, "prompt_chars": int(part("prompt_chars")[number])}
@@ -1407,15 +1420,9 @@ class Funnel:
         return self.store.run(stage, len(self.parts), make)
 
 
-def drop_by_rules(funnel, rules):
-    reasons, number, counts = np.unique(funnel.column("reason"), return_inverse=True, return_counts=True)
-    for stage, _ in rules:
-        masks = {}
-        for i in (-counts).argsort(kind="stable"):  # the most frequent first
-            owner, _, reason = reasons[i].decode().partition(": ")
-            if owner == stage:
-                masks[reason] = number == i
-        funnel.drop(stage, masks)
+def drop_by_rules(funnel):
+    reasons, number = np.unique(column(funnel.parts, "reason"), return_inverse=True)
+    funnel.drop("rules", {reason.decode(): number == i for i, reason in enumerate(reasons) if reason})
 
 
 def drop_exact_duplicates(funnel):
@@ -1432,27 +1439,27 @@ def drop_near_duplicates(funnel, threshold):
         signatures = minhash(texts)
         return {"signatures": signatures, "bands": lsh_band_hashes(signatures, threshold)}
 
-    n_bands = lsh_shape(threshold)[0] if threshold < 1 else 0
-    signed = funnel.map_texts("signatures", sign) if n_bands else []
+    signed = funnel.map_texts("signatures", sign)
     base = np.cumsum([0] + [len(part("signatures")) for part in signed])
 
     def signatures(index):
         owners = np.searchsorted(base, index, side="right") - 1
-        places = zip(owners.tolist(), (index - base[owners]).tolist())
-        return np.stack([signed[p]("signatures")[row] for p, row in places])
+        rows = np.empty((len(index), N_PERMUTATIONS), np.uint32)
+        for p in np.unique(owners):
+            rows[owners == p] = signed[p]("signatures")[index[owners == p] - base[p]]
+        return rows
 
     def compare(band):
         pairs = candidate_pairs(np.concatenate([part("bands")[band] for part in signed]))
         similar = [chunk[(signatures(chunk[:, 0]) == signatures(chunk[:, 1])).mean(1) >= threshold]
-                   for chunk in np.array_split(pairs, len(pairs) // (1 << 15) + 1) if len(chunk)]
-        return {"pairs": spanning_pairs(np.concatenate([pairs[:0], *similar]))}
+                   for chunk in np.array_split(pairs, len(pairs) // (1 << 15) + 1)]
+        return {"pairs": spanning_pairs(np.concatenate(similar))}
 
-    compared = funnel.store.run("near duplicates", n_bands, compare)
-    pairs = np.concatenate([np.zeros((0, 2), int), *(band("pairs") for band in compared)])
-    nodes, label = connected_components(pairs)
+    compared = funnel.store.run("near duplicates", lsh_shape(threshold)[0], compare)
+    nodes, label = connected_components(column(compared, "pairs"))
     nodes = np.flatnonzero(funnel.alive)[nodes]
     order = np.lexsort((nodes, -funnel.size[nodes], label))
-    is_shorter = np.zeros(len(funnel.alive), bool)
+    is_shorter = np.zeros_like(funnel.alive)
     is_shorter[nodes[order[1:][np.diff(label[order]) == 0]]] = True
     funnel.drop("near duplicates", {"similar text": is_shorter})
     return Counter(np.unique(label, return_counts=True)[1].tolist())
@@ -1464,11 +1471,10 @@ def decontaminate(funnel, contamination):
         found = contamination.find(texts)
         return {"hits": [found.get(k) or contamination.find_functions(text) for k, text in enumerate(texts)]}
 
-    checked = funnel.map_texts("decontaminate", check)
-    hits = itertools.chain(*(part("hits") for part in checked))
+    hits = itertools.chain(*(part("hits") for part in funnel.map_texts("decontaminate", check)))
     records = []
     masks = {}
-    for i, hit in zip(np.flatnonzero(funnel.alive).tolist(), hits):
+    for i, hit in zip(np.flatnonzero(funnel.alive), hits):
         if hit:
             rule, number, evidence = hit
             masks.setdefault(rule, np.zeros_like(funnel.alive))[i] = True
@@ -1486,9 +1492,8 @@ def keep_valuable(funnel, forest, options):
         X = np.array([features(text) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
 
-    scored = [part("value") for part in funnel.map_texts("value", score)]
     value = np.zeros(len(funnel.alive), np.float32)
-    value[funnel.alive] = np.concatenate([np.zeros(0), *scored])
+    value[funnel.alive] = column(funnel.map_texts("value", score), "value")
     # the best first, equal ones by their hash
     rank_key = (65535 - value * 65535).astype(np.uint64) << 48 | funnel.hash >> 16
     best = funnel.bottom_n(rank_key, math.ceil(options.keep * funnel.alive.sum()))
@@ -1506,27 +1511,27 @@ def split_validation(funnel, share):
     return funnel.bottom_n(funnel.hash, min(max(n, 1), int(funnel.alive.sum()) - 1))
 
 
-def make_tokens(funnel, tokenizer, vocab_size, val_share):
+def make_tokens(funnel, tokenizer, options):
     """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained.
-    A part is a range of the shuffled order."""
-    is_val = split_validation(funnel, val_share)
-    n_documents = int(funnel.alive.sum())
-    n_bytes = int(funnel.size[funnel.alive].sum())
-    n_shards = min(max(32, n_bytes >> 27), 1 + n_bytes >> 16) + 1
-    shard_of = (funnel.order >> 32) * n_shards >> 32
+    A part is a piece of the shuffled order."""
+    is_val = split_validation(funnel, options.val_share)
+    order = funnel.in_order(funnel.alive)
+    n_bytes = int(funnel.size[order].sum())
+    n_shards = 1 + max(min(32, n_bytes >> 16), n_bytes >> 27)
+    shards = np.array_split(order, n_shards)
 
     def documents(shard):
         """[training documents, validation documents]"""
-        index = funnel.in_order(funnel.alive & (shard_of == shard))
-        if n_documents > 1 or not len(index):
+        index = shards[shard]
+        if len(order) > 1 or not len(index):
             return [[funnel.document(i) for i in index[is_val[index] == side]] for side in (False, True)]
         text = funnel.document(index[0])["text"]  # one alone is cut: its last share is for validation
-        cut = max(1, min(round(len(text) * (1 - val_share)), len(text) - 1))
+        cut = max(1, min(round(len(text) * (1 - options.val_share)), len(text) - 1))
         return [[{"text": piece, "prompt_chars": 0}] for piece in (text[:cut], text[cut:])]
 
     def encode_shard(shard):
         values = {}
-        for split, some in zip(("train", "val"), documents(shard)):
+        for split, some in zip(SPLITS, documents(shard)):
             ids, mask, lengths = encode(some, tokenizer, dtype)
             values |= {f"{split}.bin": ids, f"{split}.mask.bin": mask, f"{split}.lengths": lengths}
             values[split] = {"documents": len(some), "tokens": len(ids),
@@ -1534,12 +1539,13 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
         return values
 
     if tokenizer is None:
-        # of at most 2 GB: a range of hashes is a sample
+        # of at most 2 GB, which in the shuffled order are a sample
         n_counted = min(n_shards, 1 + n_shards * (2 << 30) // n_bytes)
         counted = funnel.store.run("words", n_counted, lambda shard: {
             "words": count_pretokens([document["text"] for document in documents(shard)[0]])})
+        n_merges = int(options.tokenizer.removeprefix("train:")) - 261  # bytes and five special tokens
         merged, = funnel.store.run("merges", 1, lambda _: {
-            "merges": learn_merges(sum_counts(part("words") for part in counted), vocab_size - 261)})
+            "merges": learn_merges(sum_counts(part("words") for part in counted), n_merges)})
         tokenizer = tokenizer_of(merged("merges"))
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     return tokenizer, funnel.store.run("tokens", n_shards, encode_shard)
@@ -1548,10 +1554,11 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
 def write_dataset(path, meta, tokenizer, encoded, extra_files):
     """Puts the parts together. extra_files: name -> function that writes this file."""
     from model import write_json
-    splits = {split: dict(sum_counts(part(split) for part in encoded)) for split in ("train", "val")}
-    names = [f"{split}.bin" for split in splits]
-    if any((part(f"{split}.mask.bin") == 0).any() for part in encoded for split in splits):
-        names += [f"{split}.mask.bin" for split in splits]
+    splits = {split: dict(sum_counts(part(split) for part in encoded)) for split in SPLITS}
+    names = [f"{split}.bin" for split in SPLITS]
+    masks = [f"{split}.mask.bin" for split in SPLITS]
+    if any((part(name) == 0).any() for part in encoded for name in masks):
+        names += masks
     about = {"dtype": encoded[0]("train.bin").dtype.name, "tokenizer": tokenizer.fingerprint, **splits}
     contents = hashlib.sha256(json.dumps(list(about.values())).encode())
     with atomic_path(path) as new:
@@ -1559,12 +1566,10 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
         for name in names:
             with open(new / name, "wb") as file:
                 for part in encoded:
-                    array = np.ascontiguousarray(part(name))
-                    contents.update(array)
-                    file.write(array.data)
-        for split in splits:
-            lengths = np.concatenate([part(f"{split}.lengths") for part in encoded])
-            np.cumsum(lengths, dtype=np.int64).tofile(new / f"{split}.ends.bin")
+                    contents.update(part(name))
+                    file.write(part(name).data)
+        for split in SPLITS:
+            np.cumsum(column(encoded, f"{split}.lengths")).tofile(new / f"{split}.ends.bin")
         tokenizer.save(str(new))
         for name, write in extra_files.items():
             write(new / name)
@@ -1573,27 +1578,25 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
         write_json(str(new / "meta.json"), meta)
         keep_larger(path, sum(counts["bytes"] for counts in splits.values()))
     for split, counts in splits.items():
-        print(f"{path / split}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-              f"{counts['bytes']:,} bytes")
+        print("{}.bin: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(
+            path / split, **counts))
 
 
 def report_page(title, funnel, tables):
     """report.html as one string: tables of counts as bars, and examples of what each stage dropped or
     kept."""
-    reasons = {f"{row['stage']}: {reason}": n for row in funnel.rows for reason, n in row["dropped"].items()}
     left = {f"after {row['stage']}": row["documents_out"] for row in funnel.rows}
+    tables = {"documents left": left, "why documents were dropped": funnel.reasons()} | tables
     page = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:14px sans-serif;max-width:60em}"
             "i{display:inline-block;background:#69c;height:.9em;margin-right:.5em}"
             "pre{background:#eee;white-space:pre-wrap}</style>", f"<h1>{html.escape(title)}</h1>"]
-    for heading, table in ({"documents left": left, "why documents were dropped": reasons} | tables).items():
+    for heading, table in tables.items():
         page.append(f"<h2>{heading}</h2>")
         for name, n in table.items():
             width = 40 * n / max(1, *table.values())
             page.append(f"<div><i style='width:{width:.2f}em'></i>{html.escape(str(name))} {n:,}</div>")
-    for stage, examples in funnel.examples.items():
-        page.append(f"<h2>examples: {stage}</h2>")
-        for name, reason, text in examples:
-            page.append(f"<p>{html.escape(f'{name} {reason}')}<pre>{html.escape(text)}</pre>")
+    page.append("<h2>examples</h2>")
+    page += [f"<p>{html.escape(name)}<pre>{html.escape(text)}</pre>" for name, text in funnel.examples]
     return "\n".join(page)
 
 
@@ -1609,11 +1612,11 @@ def plan(options, tokenizer, unread):
     states = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns)
               for path, name, *_ in [*files, *find_files(others, Counter())]]
     # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
-    sources = [__file__, model.__file__]
+    sources = Path(__file__).read_bytes() + Path(model.__file__).read_bytes()
     chosen = {name: value for name, value in vars(options).items() if name not in ("workers", "out")}
     made_by = {"options": chosen,
                "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
-               "sources": {os.path.basename(file): digest(Path(file).read_bytes()).hex() for file in sources}}
+               "sources": digest(sources).hex()}
     return files, sum(size for _, size, _ in states[:len(files)]), made_by
 
 
@@ -1633,15 +1636,14 @@ def is_reusable(path, made_by):
 
 
 def load_tokenizer(spec):
-    """(tokenizer, 0), or (None, the size of the one to train)."""
+    """None stands for one to train."""
     from model import Tokenizer
     if not spec.startswith("train:"):
-        return Tokenizer.load(spec), 0
+        return Tokenizer.load(spec)
     size = spec.removeprefix("train:")
     if not size.isdecimal() or not 261 <= int(size) <= 500_000:
         raise ValueError(f"--tokenizer {spec}: give train:N with N from 261 (bytes and five special tokens) "
                          "to 500,000")
-    return None, int(size)
 
 
 def load_classifier(options, workers):
@@ -1665,38 +1667,37 @@ def show_rows(rows):
               f"{row['bytes_in'] / 1e6:>8.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
 
 
-def build(options, rank=0, world_size=1):
+def build(options):
     """Makes the dataset that the options (see main) describe, or finds it made; returns its directory."""
     begun = time.time()
     path = Path(options.out) / options.name
     workers = options.workers or n_cores()
     unread = Counter()
-    tokenizer, vocab_size = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     files, bytes_in, made_by = plan(options, tokenizer, unread)
     if is_reusable(path, made_by):
-        if rank == 0:
-            print(f"{path}: already made, reused (delete it to make it anew)")
+        print0(f"{path}: already made, reused (delete it to make it anew)")
         return path
+    if not files:
+        raise ValueError(f"--input {' '.join(options.input)}: nothing to read ({dict(unread)})")
     contamination = Contamination(options.decontaminate) if options.decontaminate else None
     forest, classifier = load_classifier(options, workers)
-    rules = [("rules", functools.partial(quality_rule, rules=options.rules))]
-    if options.language:
-        rules.insert(0, ("language", functools.partial(language_rule, languages=options.language)))
-    same_options = f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}"
-    folder = path.with_name(f"{same_options}-{digest(json.dumps(made_by)).hex()[:16]}")
-    store = PartStore(folder, workers, rank, world_size)
+    rules = [functools.partial(language_rule, languages=options.language),
+             functools.partial(quality_rule, rules=options.rules)]
+    # other options' parts wait for their own command
+    work = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}")
+    store = PartStore(work / digest(json.dumps(made_by)).hex()[:16], workers)
 
     tasks = split_files(files)
     parts = store.run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
     funnel = Funnel(store, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
-    n_read = len(funnel.alive)
-    funnel.rows.append({"stage": "read", "documents_in": n_read + skipped.total(), "bytes_in": bytes_in,
-                        "documents_out": n_read, "bytes_out": int(funnel.bytes.sum()), "dropped": skipped})
-    drop_by_rules(funnel, rules)
+    funnel.count("read", len(funnel.alive) + skipped.total(), bytes_in, skipped)
+    drop_by_rules(funnel)
     drop_exact_duplicates(funnel)
-    groups = drop_near_duplicates(funnel, options.dedup_threshold)
-    tables = {"redacted": sum_counts(part("redacted") for part in parts), "groups of near duplicates": groups}
+    tables = {"redacted": sum_counts(part("redacted") for part in parts)}
+    if options.dedup_threshold < 1:
+        tables["groups of near duplicates"] = drop_near_duplicates(funnel, options.dedup_threshold)
     extra_files = {}
     if contamination:
         hits = decontaminate(funnel, contamination)
@@ -1707,24 +1708,21 @@ def build(options, rank=0, world_size=1):
     if options.max_documents:
         chosen = funnel.bottom_n(funnel.order, options.max_documents)
         funnel.drop("--max-documents", {"more than asked for": ~chosen})
-    if rank == 0:
+    if RANK == 0:
         show_rows(funnel.rows)
     if not funnel.alive.any():
-        reasons = [f"{reason}: {n}" for row in funnel.rows for reason, n in row["dropped"].items()]
-        raise ValueError(f"--input {' '.join(options.input)}: no document is left "
-                         f"({'; '.join(reasons) or 'nothing to read'}); "
+        raise ValueError(f"--input {' '.join(options.input)}: no document is left ({funnel.reasons()}); "
                          "give more text, or keep all by --rules none")
-    tokenizer, encoded = make_tokens(funnel, tokenizer, vocab_size, options.val_share)
-    if rank == 0:
-        funnel.examples["kept"] = funnel.sample(funnel.alive)
+    tokenizer, encoded = make_tokens(funnel, tokenizer, options)
+    if RANK == 0:
+        funnel.show("kept", funnel.alive)
         extra_files["report.html"] = lambda file: file.write_text(report_page(str(path), funnel, tables))
         meta = {"funnel": funnel.rows, **({"classifier": classifier} if classifier else {}), **made_by}
         write_dataset(path, meta, tokenizer, encoded, extra_files)
         print(f"{time.time() - begun:.1f} s; what was kept and dropped: {path / 'report.html'}")
     all_gather()  # no rank reads the parts any more
-    if rank == 0:
-        for other in path.parent.glob(f"{same_options}-*"):  # other options' parts wait for their own command
-            shutil.rmtree(other, ignore_errors=True)
+    if RANK == 0:
+        shutil.rmtree(work, ignore_errors=True)
     return path
 
 
@@ -1822,8 +1820,8 @@ def main(arguments=None):
     option("--workers", 0, "processes; 0: one a core", **whole)
     option("--seed", 0, "of the sample and of the documents' order", type=int)
     options = parser.parse_args(arguments)
-    with process_group() as (rank, world_size):
-        return build(options, rank, world_size)
+    with process_group():
+        return build(options)
 
 
 if __name__ == "__main__":
