@@ -8,10 +8,9 @@ machine's own Python source.
     value          a random forest keeps what teaches most, as learned from labels (synth.py label)
     split, tokens  -> data/NAME/{train.bin, val.bin, tokenizer.json, meta.json, report.html}
 
-Work is cut into numbered parts on disk (PartStore), so a stopped command goes on where it was, and the result
-is the same for any number of processes and machines: `torchrun data.py ...` with a folder that all share.
-Texts stay on disk; in memory each rank holds 41 bytes a document, dropped ones too, and about 100 more while
-it counts the rules' reasons (class Funnel)."""
+Work is cut into numbered parts on disk: a stopped command goes on where it was, and the result is the same
+for any number of processes and machines (`torchrun data.py ...` with a folder that all share). Texts stay on
+disk; a rank holds 41 bytes a document in memory, and 100 more while it counts the rules' reasons (Funnel)."""
 import argparse
 import ast
 import builtins
@@ -1737,15 +1736,20 @@ def fail(message, code=2):
 class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
+        self.group = self
 
     def error(self, message):
         fail(f"{message}; `python {self.prog} -h` explains the options")
+
+    def title(self, text):
+        """The options that follow stand under this title."""
+        self.group = self.add_argument_group(text)
 
     def option(self, name, default, text, **more):
         """An option whose help tells its default."""
         shown = " ".join(default) if isinstance(default, list) else default
         more["help"] = text + ("" if shown in (None, False, "") else f" (default: {shown})")
-        self.add_argument(name, default=default, **more)
+        self.group.add_argument(name, default=default, **more)
 
 
 def command(stopped="stopped"):
@@ -1785,40 +1789,50 @@ def folder_name(text):
     return text
 
 
+EXAMPLES = """examples:
+  python data.py --input crawl/ more.jsonl.gz --name web --language en --tokenizer train:32768
+  python data.py --input data/web --name best --labels labels.jsonl --keep 0.05 --decontaminate test.jsonl
+  torchrun --nproc_per_node=8 data.py --input /shared/crawl --out /shared/data --name web
+"""
+
+
 @command("stopped; no dataset was changed, and the same command goes on from here")
 def main(arguments=None):
     """The command line; also for other scripts: main(["--name", "web"]) returns the dataset's directory."""
-    parser = Parser(prog="data.py", description=__doc__)
+    parser = Parser(prog="data.py", usage="data.py [options]", description=__doc__, epilog=EXAMPLES)
     option = parser.option
     share = {"type": number(float, 0, 1), "metavar": "SHARE"}
     whole = {"type": number(int, 0), "metavar": "N"}
-    option("--input", ["python"], "directories, text or code files, .jsonl, .wet, .parquet, each also .gz, "
-           "datasets, URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
+    parser.title("from where to where")
+    option("--input", ["python"], "folders, text, code, .jsonl, .wet, .parquet, .gz of these, datasets, "
+           "URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
+    option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
     option("--name", "web", "name of the dataset", type=folder_name)
     option("--out", "data", "folder of the datasets", metavar="FOLDER")
-    option("--tokenizer", "train:1024", "train:N makes a BPE of N tokens; or a directory, a tokenizer.json, "
-           "gpt2, cl100k_base, o200k_base, bytes", metavar="SPEC")
-    option("--language", None, "keep code and these languages: en, and by their scripts ar bn hi ja ko ru zh",
+    parser.title("what stays")
+    option("--language", None, "keep code and these: ar bn en hi ja ko ru zh",
            nargs="+", metavar="CODE")
-    option("--rules", "auto", "quality rules; auto tells code from prose and leaves problems alone",
+    option("--rules", "auto", "auto tells code from prose, passes problems",
            choices=["auto", "code", "prose", "none"])
-    option("--redact-pii", "web", "mask addresses, keys and tokens in pages of a crawl, or in all documents",
+    option("--redact-pii", "web", "where to mask addresses and keys",
            choices=["web", "all", "none"])
-    option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams of near duplicates; 1: only equal "
-           "texts go, as is right for exercises", **share)
-    option("--decontaminate", None, "problems or texts: documents with one are dropped, and written to "
-           "contaminated.jsonl", nargs="+", metavar="FILE")
-    option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns "
-           "what is worth keeping", metavar="FILE")
-    option("--classifier", None, "use the forest of this dataset instead of --labels", metavar="DATASET")
-    option("--keep", 1.0, "share of the documents to keep, the best-scored", **share)
+    option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams; 1, for exercises: equal texts only",
+           **share)
+    option("--decontaminate", None, "problems: documents with one go to contaminated.jsonl", nargs="+",
+           metavar="FILE")
+    option("--labels", None, "JSON Lines with `text` and `score` 0 to 5: a forest learns what has 3 or more",
+           metavar="FILE")
+    option("--classifier", None, "the forest of this dataset instead of --labels", metavar="DATASET")
+    option("--keep", 1.0, "share of the documents, the best", **share)
     option("--min-score", 0.0, "least predicted probability of being good", **share)
-    option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
     option("--max-documents", 0, "keep at most so many documents; 0: all", **whole)
-    option("--val-share", 0.01, "share of the documents for validation, at least one",
+    parser.title("tokens and processes")
+    option("--tokenizer", "train:1024", "train:N makes a BPE of N tokens; or a directory, tokenizer.json, "
+           "gpt2, cl100k_base, o200k_base, bytes", metavar="SPEC")
+    option("--val-share", 0.01, "share of the documents for validation",
            type=number(float, 0, 0.9), metavar="SHARE")
     option("--workers", 0, "processes; 0: one a core", **whole)
-    option("--seed", 0, "of the sample and of the documents' order", type=int)
+    option("--seed", 0, "of the sample and of the documents' order", **whole)
     options = parser.parse_args(arguments)
     with process_group():
         return build(options)
