@@ -35,6 +35,7 @@ import string
 import symtable
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -152,29 +153,22 @@ def all_gather(value=None):
 def atomic_path(path):
     """A path for a file or folder that takes the place of `path`, safely on disk, when all went well, and
     vanishes when not."""
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-
-    def tidy():
-        if old.exists() and not path.exists():  # stopped between the two renames
-            os.replace(old, path)
-        for rest in (old, new):
-            shutil.rmtree(rest, ignore_errors=True)
-        new.unlink(missing_ok=True)
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    tidy()  # in a container a killed command's successor has the same process id
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        new = Path(scratch, "new")
+        old = Path(scratch, "old")
         yield new
         for file in (*new.rglob("*"), new):
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        if path.is_dir():
-            os.replace(path, old)
-        os.replace(new, path)
-    finally:
-        tidy()
+        try:
+            if path.is_dir():
+                os.replace(path, old)
+            os.replace(new, path)
+        finally:
+            if not path.exists():  # stopped between the two
+                os.replace(old, path)
 
 
 @dataclass
@@ -244,12 +238,11 @@ def write_jsonl(path, records):
     """Writes records as JSON Lines (gzipped if path ends in .gz), atomically; returns how many."""
     count = 0
     with atomic_path(Path(path)) as new, open(new, "wb") as raw:
-        file = contextlib.nullcontext(raw)
-        if str(path).endswith(".gz"):  # neither name nor time in its header: equal records give equal files
-            file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-        with file as lines:
+        # neither name nor time in its header: equal records give equal files
+        is_gzip = str(path).endswith(".gz")
+        with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzip else raw as file:
             for count, record in enumerate(records, 1):
-                lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     return count
 
 
@@ -293,42 +286,50 @@ def roots_of(path):
         return sorted({os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")})
     if re.match("https?://", path):
         return [fetch(path)]
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path}: no such file or directory "
-                                "(`python` names this machine's own source)")
+    os.lstat(path)  # FileNotFoundError
     if os.path.exists(f"{path}/train.bin"):
         return [f"{path}/train.bin", f"{path}/val.bin"]
-    return [path]
+    return [os.path.abspath(path)]
 
 
 def find_files(paths, skipped, seed=0, max_bytes=0):
     """The files to read as (path, name, begin, end), for records that begin in these bytes: sorted by name,
     or about max_bytes of them in the order of a hash. Links to folders are not followed. `skipped` counts, by
     reason, what cannot be read."""
-    found = {}
-    for root in map(str, paths):
-        suffixes = {".py"} if root == "python" else READABLE
-        for top in map(os.path.abspath, roots_of(root)):
-            walk = os.walk(top, onerror=lambda error: skipped.update(["unreadable"]))
-            for folder, folders, names in walk if os.path.isdir(top) else [(top, [], [""])]:
-                folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-                for path in [os.path.join(folder, name) if name else top for name in names]:
-                    if path != top and suffix_of(path) not in suffixes:
-                        skipped.update([] if root == "python" else ["not a text file"])
-                    elif not os.path.isfile(path):  # reading a pipe or a device could wait for ever
-                        skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
-                    else:
-                        name = os.path.relpath(path, top) if path != top else os.path.basename(top)
-                        found.setdefault(path, (printable(name), path, os.path.getsize(path)))
-    files = sorted(found.values())
+    found = {}  # path -> name
+
+    def add(path, name):
+        if os.path.isfile(path):  # reading a pipe or a device could wait for ever
+            found.setdefault(path, printable(name))
+        else:
+            skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
+
+    def add_folder(top, suffixes):
+        for folder, folders, names in os.walk(top, onerror=lambda error: skipped.update(["unreadable"])):
+            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+            for name in names:
+                path = os.path.join(folder, name)
+                if suffix_of(name) in suffixes:
+                    add(path, os.path.relpath(path, top))
+                elif suffixes is READABLE:
+                    skipped["not a text file"] += 1
+
+    for path in map(str, paths):
+        for top in roots_of(path):
+            if os.path.isdir(top):
+                add_folder(top, {".py"} if path == "python" else READABLE)
+            else:
+                add(top, os.path.basename(top))
+    files = sorted((name, path, os.path.getsize(path)) for path, name in found.items())
     if max_bytes:
         files.sort(key=lambda file: digest(f"{seed} {file[0]}"))
     room = max_bytes or math.inf
     spans = []
     for name, path, size in files:
-        spans.append((path, name, 0, math.inf if room >= size else room))
+        if room > 0:
+            spans.append((path, name, 0, math.inf if room >= size else room))
         room -= size
-    return [span for span in spans if span[3] > 0]
+    return spans
 
 
 def read_documents(files, skipped, max_document_bytes=10_000_000):
@@ -720,9 +721,8 @@ def lsh_band_hashes(signatures, threshold):
     """uint64 (bands, documents): equal where all values of a band are."""
     n_bands, n_rows = lsh_shape(threshold)
     hashes = np.zeros((n_bands, len(signatures)), np.uint64)
-    for band in range(n_bands):
-        for column in signatures.T[band * n_rows:(band + 1) * n_rows]:
-            hashes[band] = splitmix64(hashes[band] + column + 1)
+    for row in range(n_rows):
+        hashes = splitmix64(hashes + signatures.T[row:n_bands * n_rows:n_rows] + 1)
     return hashes
 
 
@@ -1115,7 +1115,7 @@ def area_under_curve(y, p):
     zeros = np.sort(p[y == 0])
     ones = p[y == 1]
     below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
-    return float(below.mean() / 2 / len(zeros)) if len(zeros) and len(ones) else math.nan
+    return float(below.mean() / 2 / len(zeros))
 
 
 def train_quality_classifier(path, seed, workers):
@@ -1258,15 +1258,14 @@ def open_dataset(path):
         meta = json.loads((path / "meta.json").read_text())
         for split, kind in itertools.product(SPLITS, ("", ".mask", ".ends")):
             file = path / f"{split}{kind}.bin"
-            if kind and file.name not in meta.get("files", os.listdir(path)):
+            if kind and file.name not in meta["files"]:
                 continue
             dtype = np.dtype({"": meta["dtype"], ".mask": "uint8", ".ends": "int64"}[kind])
             n_bytes = meta[split]["documents" if kind == ".ends" else "tokens"] * dtype.itemsize
             size = file.stat().st_size
             if size != n_bytes:
                 raise ValueError(f"{file.name} has {size} bytes where meta.json promises {n_bytes}")
-            array = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
-            arrays[split + kind.replace(".", "_")] = array
+            arrays[split + kind.replace(".", "_")] = np.memmap(file, dtype, "r")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dataset ({error}); "
                          f"make it with python data.py --name {path.name} --out {path.parent} ...") from None
