@@ -167,39 +167,33 @@ def atomic_path(path):
                 os.replace(path, old)
             os.replace(new, path)
         finally:
-            if not path.exists():  # stopped between the two
+            if old.exists() and not path.exists():  # stopped between the two
                 os.replace(old, path)
 
 
-@dataclass
-class PartStore:
-    """Work in numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i, which
-    appears whole.
+def run_parts(folder, workers, stage, n, make):
+    """Work in n numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i,
+    which appears whole. make(i) -> {name: array or what JSON can hold}. Returns the parts: part(name) reads
+    one value, large arrays mapped.
 
     Part i belongs to rank i mod WORLD_SIZE; one that is there is not made again; a stage ends when all ranks
     are done. A part depends on its number alone. So cores, machines on a shared folder and going on after a
     kill are one mechanism, and the result is always the same."""
-    folder: Path
-    workers: int
+    folders = [folder / stage / str(i) for i in range(n)]
 
-    def run(self, stage, n, make):
-        """make(i) -> {name: array or what JSON can hold} for i < n. Returns the n parts: part(name) reads one
-        value, large arrays mapped."""
-        folders = [self.folder / stage / str(i) for i in range(n)]
+    def write(i):
+        with atomic_path(folders[i]) as new:
+            new.mkdir()
+            for name, value in make(i).items():
+                if isinstance(value, np.ndarray):
+                    np.save(new / name, value)
+                else:
+                    (new / f"{name}.json").write_text(json.dumps(value))
 
-        def write(i):
-            with atomic_path(folders[i]) as new:
-                new.mkdir()
-                for name, value in make(i).items():
-                    if isinstance(value, np.ndarray):
-                        np.save(new / name, value)
-                    else:
-                        (new / f"{name}.json").write_text(json.dumps(value))
-
-        todo = [i for i in range(RANK, n, WORLD_SIZE) if not folders[i].exists()]
-        parallel(write, todo, self.workers, stage)
-        all_gather()
-        return [functools.partial(read_value, folder) for folder in folders]
+    todo = [i for i in range(RANK, n, WORLD_SIZE) if not folders[i].exists()]
+    parallel(write, todo, workers, stage)
+    all_gather()
+    return [functools.partial(read_value, folder) for folder in folders]
 
 
 def column(parts, name):
@@ -355,8 +349,7 @@ def read_documents(files, skipped, max_document_bytes=10_000_000):
                     records = [(name, {"text": file.read(max_document_bytes + 1)})]
                 for key, record in records:
                     key = f"{name}@{key}" if isinstance(key, int) else key
-                    defaults = {"id": key, "source": printable(path)}
-                    document = document_of(record, defaults, skipped, max_document_bytes)
+                    document = document_of(record, key, printable(path), skipped, max_document_bytes)
                     if document:
                         yield document
         except DAMAGED:
@@ -408,10 +401,7 @@ def read_records(path):
     if suffix_of(path) in RECORDS:
         yield from read_jsonl(path)
     else:
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ImportError("parquet needs pyarrow (pip install pyarrow)") from None
+        import pyarrow.parquet
         with pyarrow.parquet.ParquetFile(path) as file:  # (its errors are OSErrors)
             for batch in file.iter_batches(1000):
                 yield from batch.to_pylist()
@@ -428,10 +418,10 @@ def read_dataset(path):
         yield number, {"text": tokenizer.decode(tokens[:-1].tolist())}
 
 
-def document_of(record, defaults, skipped, max_bytes):
-    """A line of JSON, or what it holds -> defaults | record | {text, bytes, prompt_chars}, with newlines as
-    line ends; None, with the reason counted, if unusable. A problem's prompt ends before its last newline, so
-    that newline and indentation, which are one token, belong to the completion."""
+def document_of(record, key, source, skipped, max_bytes):
+    """A line of JSON, or what it holds -> {id, source} | record | {text, bytes, prompt_chars}, with newlines
+    as line ends; None, with the reason counted, if unusable. A problem's prompt ends before its last newline,
+    so that newline and indentation, which are one token, belong to the completion."""
     reason = None
     try:
         record = json.loads(record) if isinstance(record, bytes) else record
@@ -459,10 +449,9 @@ def document_of(record, defaults, skipped, max_bytes):
         return None
     if not is_problem:  # there every character has its place
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    key = record.get("task_id") or record.get("path") or defaults["id"]
-    prompt_chars = len(prompt.rstrip()) if is_problem else 0
-    return defaults | {"id": key} | record | {"text": text, "bytes": len(text.encode()),
-                                              "prompt_chars": prompt_chars}
+    defaults = {"id": record.get("task_id") or record.get("path") or key, "source": source}
+    return defaults | record | {"text": text, "bytes": len(text.encode()),
+                                "prompt_chars": len(prompt.rstrip()) if is_problem else 0}
 
 
 # ---------------------------------------------------------------- rules: document -> reason or None
@@ -688,26 +677,19 @@ def gram_hashes(words, n):
     return splitmix64(grams)
 
 
-def minhash(texts, n_permutations=N_PERMUTATIONS):
-    """MinHash signatures of word 5-grams, uint32 (documents, n_permutations): least values under x -> scale x
+def minhash(texts):
+    """MinHash signatures of word 5-grams, uint32 (documents, N_PERMUTATIONS): least values under x -> scale x
     mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so that a
     text of few words has grams too."""
-    scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32)
-    scales = 2 * scales + 1
-    signatures = []
+    scales = 2 * np.random.default_rng(0).integers(0, 2**31, N_PERMUTATIONS, np.uint32) + 1
+    signatures = [np.empty((0, N_PERMUTATIONS), np.uint32)]
     for raws in batches((b"\xff " + text.encode() + (N_GRAM - 1) * b" \xfe" for text in texts), 1 << 17):
         words, bounds = word_hashes(raws)
-        is_gram = np.ones(len(words), bool)
-        is_gram[bounds[1:, None] - np.arange(1, N_GRAM)] = False  # these would reach into the next text
-        grams = (gram_hashes(words, N_GRAM)[is_gram] >> 32).astype(np.uint32)
-        starts = bounds[:-1] - (N_GRAM - 1) * np.arange(len(raws))
-        permuted = np.empty_like(grams)
-        batch = np.empty((len(raws), n_permutations), np.uint32)
-        for k, scale in enumerate(scales):
-            np.multiply(grams, scale, out=permuted)
-            batch[:, k] = np.minimum.reduceat(permuted, starts)
-        signatures.append(batch)
-    return np.concatenate([np.empty((0, n_permutations), np.uint32), *signatures])
+        grams = (gram_hashes(words, N_GRAM) >> 32).astype(np.uint32)
+        # the last ones reach into the next text: the first one stands for them
+        grams[bounds[1:, None] - np.arange(1, N_GRAM)] = grams[bounds[:-1], None]
+        signatures.append(np.stack([np.minimum.reduceat(grams * scale, bounds[:-1]) for scale in scales], 1))
+    return np.concatenate(signatures)
 
 
 def lsh_shape(threshold):
@@ -1352,8 +1334,8 @@ class Funnel:
     Of each document it holds bytes, size, place, hash and order in memory; texts and signatures stay in the
     parts."""
 
-    def __init__(self, store, parts, seed):
-        self.store = store
+    def __init__(self, run, parts, seed):
+        self.run = run
         self.parts = parts
         self.base = np.cumsum([0] + [len(part("size")) for part in parts])  # where each part begins
         self.alive = np.ones(self.base[-1], bool)
@@ -1415,7 +1397,7 @@ class Funnel:
         def make(p):
             living = self.base[p] + np.flatnonzero(self.alive[self.base[p]:self.base[p + 1]])
             return function([self.document(i)["text"] for i in living])
-        return self.store.run(stage, len(self.parts), make)
+        return self.run(stage, len(self.parts), make)
 
 
 def drop_by_rules(funnel):
@@ -1453,7 +1435,7 @@ def drop_near_duplicates(funnel, threshold):
                    for chunk in np.array_split(pairs, len(pairs) // (1 << 15) + 1)]
         return {"pairs": spanning_pairs(np.concatenate(similar))}
 
-    compared = funnel.store.run("near duplicates", lsh_shape(threshold)[0], compare)
+    compared = funnel.run("near duplicates", lsh_shape(threshold)[0], compare)
     nodes, label = connected_components(column(compared, "pairs"))
     nodes = np.flatnonzero(funnel.alive)[nodes]
     order = np.lexsort((nodes, -funnel.size[nodes], label))
@@ -1539,14 +1521,14 @@ def make_tokens(funnel, tokenizer, options):
     if tokenizer is None:
         # of at most 2 GB, which in the shuffled order are a sample
         n_counted = min(n_shards, 1 + n_shards * (2 << 30) // n_bytes)
-        counted = funnel.store.run("words", n_counted, lambda shard: {
+        counted = funnel.run("words", n_counted, lambda shard: {
             "words": count_pretokens([document["text"] for document in documents(shard)[0]])})
         n_merges = int(options.tokenizer.removeprefix("train:")) - 261  # bytes and five special tokens
-        merged, = funnel.store.run("merges", 1, lambda _: {
+        merged, = funnel.run("merges", 1, lambda _: {
             "merges": learn_merges(sum_counts(part("words") for part in counted), n_merges)})
         tokenizer = tokenizer_of(merged("merges"))
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    return tokenizer, funnel.store.run("tokens", n_shards, encode_shard)
+    return tokenizer, funnel.run("tokens", n_shards, encode_shard)
 
 
 def write_dataset(path, meta, tokenizer, encoded, extra_files):
@@ -1684,11 +1666,11 @@ def build(options):
              functools.partial(quality_rule, rules=options.rules)]
     # other options' parts wait for their own command
     work = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}")
-    store = PartStore(work / digest(json.dumps(made_by)).hex()[:16], workers)
+    run = functools.partial(run_parts, work / digest(json.dumps(made_by)).hex()[:16], workers)
 
     tasks = split_files(files)
-    parts = store.run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
-    funnel = Funnel(store, parts, options.seed)
+    parts = run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
+    funnel = Funnel(run, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
     funnel.count("read", len(funnel.alive) + skipped.total(), bytes_in, skipped)
     drop_by_rules(funnel)

@@ -3583,8 +3583,7 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    store = data.PartStore(tmp_path, 1)
-    (part,) = store.run("stage", 1, lambda i: {"numbers": np.arange(3), "names": ["a"]})
+    (part,) = data.run_parts(tmp_path, 1, "stage", 1, lambda i: {"numbers": np.arange(3), "names": ["a"]})
     assert part("numbers").tolist() == [0, 1, 2] and part("names") == ["a"]
 
 
@@ -4108,7 +4107,7 @@ def test_parquet_names_the_package_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert not list(
         data.read_documents(data.find_files([tmp_path], drop), drop)
-    ) and "pip install pyarrow" in next(iter(drop))
+    ) and "pyarrow" in next(iter(drop))
 
 
 @needs("pyarrow")
@@ -4211,16 +4210,16 @@ def test_a_killed_command_goes_on(tmp_path):
     (tmp_path / "in").mkdir()
     arguments = [*corpus(tmp_path / "in"), "--workers", "1", "--out", str(tmp_path / "out")]
     program = f"""{ONE_FILE_A_PART}
-run_stage = data.PartStore.run
-def run(self, stage, n, make):
+run_parts = data.run_parts
+def run(folder, workers, stage, n, make):
     def logged(i):
         print(stage, i, flush=True)
         return make(i)
     if stage == sys.argv[1]:
-        run_stage(self, stage, 1, logged)
+        run_parts(folder, workers, stage, 1, logged)
         os.kill(os.getpid(), 9)
-    return run_stage(self, stage, n, logged)
-data.PartStore.run = run
+    return run_parts(folder, workers, stage, n, logged)
+data.run_parts = run
 data.main({arguments!r})
 """
     runs = [
