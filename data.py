@@ -102,10 +102,9 @@ def batches(items, size, n_bytes=len):
         yield batch
 
 
-def digest(data):
-    """16 bytes. A text may hold what os.fsdecode makes of a file name that is no UTF-8."""
-    data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
-    return hashlib.blake2b(data, digest_size=16).digest()
+def digest(text):
+    """16 bytes"""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def sum_counts(counters):
@@ -661,9 +660,7 @@ def word_hashes(raws):
     edges = np.flatnonzero(is_word[1:] != is_word[:-1])
     before, last = edges.reshape(-1, 2).T  # the byte before a word's first one, and its last one
     power, inverse = powers(max(17, len(joined).bit_length()))
-    running = np.frombuffer(joined, np.uint8).astype(np.uint64)
-    running *= power[:len(joined)]
-    np.cumsum(running, out=running)
+    running = np.cumsum(np.frombuffer(joined, np.uint8) * power[:len(joined)])
     bounds = np.searchsorted(before, np.cumsum([0] + [len(raw) + 1 for raw in raws]))
     return splitmix64((running[last] - running[before]) * inverse[before]), bounds
 
@@ -695,8 +692,11 @@ def minhash(texts):
 def lsh_shape(threshold):
     """(bands, rows a band) of a signature, with the most rows by which 9 of 10 pairs of just this similarity
     share a band. Example: lsh_shape(0.8) == (14, 8)"""
-    shapes = [(N_PERMUTATIONS // rows, rows) for rows in range(N_PERMUTATIONS, 0, -1)]
-    return next((shape for shape in shapes if 1 - (1 - threshold ** shape[1]) ** shape[0] >= 0.9), shapes[-1])
+    for rows in range(N_PERMUTATIONS, 0, -1):
+        bands = N_PERMUTATIONS // rows
+        if 1 - (1 - threshold ** rows) ** bands >= 0.9:
+            break
+    return bands, rows
 
 
 def lsh_band_hashes(signatures, threshold):
@@ -1238,12 +1238,12 @@ def open_dataset(path):
     arrays = {}
     try:
         meta = json.loads((path / "meta.json").read_text())
-        for split, kind in itertools.product(SPLITS, ("", ".mask", ".ends")):
+        kinds = ("", meta["dtype"], "tokens"), (".mask", "uint8", "tokens"), (".ends", "int64", "documents")
+        for split, (kind, dtype, unit) in itertools.product(SPLITS, kinds):
             file = path / f"{split}{kind}.bin"
-            if kind and file.name not in meta["files"]:
+            if file.name not in meta["files"]:
                 continue
-            dtype = np.dtype({"": meta["dtype"], ".mask": "uint8", ".ends": "int64"}[kind])
-            n_bytes = meta[split]["documents" if kind == ".ends" else "tokens"] * dtype.itemsize
+            n_bytes = meta[split][unit] * np.dtype(dtype).itemsize
             size = file.stat().st_size
             if size != n_bytes:
                 raise ValueError(f"{file.name} has {size} bytes where meta.json promises {n_bytes}")
@@ -1586,13 +1586,13 @@ def plan(options, tokenizer, unread):
     """(files to read, their bytes, what tells this dataset from others: options, inputs, sources)."""
     import model
     files = find_files(options.input, unread, options.seed, options.max_bytes)
-    others = [*(options.decontaminate or [])]
+    others = [*options.decontaminate]
     if options.labels or options.classifier:
         others.append(options.labels or f"{options.classifier}/classifier.npz")
     states = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns)
               for path, name, *_ in [*files, *find_files(others, Counter())]]
     # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
-    sources = Path(__file__).read_bytes() + Path(model.__file__).read_bytes()
+    sources = Path(__file__).read_text() + Path(model.__file__).read_text()
     chosen = {name: value for name, value in vars(options).items() if name not in ("workers", "out")}
     made_by = {"options": chosen,
                "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
@@ -1610,7 +1610,7 @@ def is_reusable(path, made_by):
     answers = all_gather((made_by, is_made))
     if any(other != made_by for other, _ in answers):
         raise ValueError("the machines see different files; let --input and --out lie in a shared folder")
-    if path.exists() and not (path / "meta.json").exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path / "meta.json").exists():
         raise FileExistsError(f"{path} exists and is not a dataset; choose another --name or --out")
     return all(made for _, made in answers)
 
@@ -1697,7 +1697,7 @@ def build(options):
     if RANK == 0:
         funnel.show("kept", funnel.alive)
         extra_files["report.html"] = lambda file: file.write_text(report_page(str(path), funnel, tables))
-        meta = {"funnel": funnel.rows, **({"classifier": classifier} if classifier else {}), **made_by}
+        meta = {"funnel": funnel.rows, "classifier": classifier, **made_by}
         write_dataset(path, meta, tokenizer, encoded, extra_files)
         print(f"{time.time() - begun:.1f} s; what was kept and dropped: {path / 'report.html'}")
     all_gather()  # no rank reads the parts any more
@@ -1799,7 +1799,7 @@ def main(arguments=None):
            choices=["web", "all", "none"])
     option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams; 1, for exercises: equal texts only",
            **share)
-    option("--decontaminate", None, "problems: documents with one go to contaminated.jsonl", nargs="+",
+    option("--decontaminate", [], "problems: documents with one go to contaminated.jsonl", nargs="+",
            metavar="FILE")
     option("--labels", None, "JSON Lines with `text` and `score` 0 to 5: a forest learns what has 3 or more",
            metavar="FILE")

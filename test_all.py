@@ -3367,7 +3367,7 @@ def test_dataset_directory(tmp_path, capsys):
 
 def options_of(meta):
     """The options that made a dataset."""
-    options = {name: value for name, value in meta["options"].items() if value is not None}
+    options = {name: value for name, value in meta["options"].items() if value not in (None, [])}
     return [
         word
         for name, value in options.items()
