@@ -119,21 +119,6 @@ def print0(*words):
         print(*words)
 
 
-@contextlib.contextmanager
-def process_group():
-    """Under torchrun, one gloo group of all ranks, so that a dead rank ends the job."""
-    if WORLD_SIZE == 1:
-        yield
-        return
-    import torch.distributed as dist
-    # A rank may work for days while another waits for it.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=9))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def all_gather(value=None):
     """[the value of each rank]; also the barrier."""
     if WORLD_SIZE == 1:
@@ -1154,10 +1139,6 @@ def learn_merges(counts, n_merges):
     heap = []                                       # (-count, a << 20 | b, positions)
     merges = []
 
-    def push(pair, count, at):
-        if count > 1:
-            heapq.heappush(heap, (-count, pair, at))
-
     def count_pairs(at):
         """Puts the pairs at these positions on the heap."""
         at = at[symbol[at + size[symbol[at]]] != end]
@@ -1169,7 +1150,8 @@ def learn_merges(counts, n_merges):
         counts = np.add.reduceat(weight[at], starts)
         bounds = [*starts.tolist(), len(at)]
         for pair, count, i, j in zip(pairs[starts].tolist(), counts.tolist(), bounds, bounds[1:]):
-            push(pair, count, at[i:j])
+            if count > 1:
+                heapq.heappush(heap, (-count, pair, at[i:j]))
 
     count_pairs(begin[symbol != end])
     while heap and len(merges) < n_merges:
@@ -1178,8 +1160,9 @@ def learn_merges(counts, n_merges):
         at = at[symbol[at] == a]  # where it still stands
         at = at[symbol[at + size[a]] == b]
         current = int(weight[at].sum())
-        if current != -count:
-            push(pair, current, at)
+        if current < -count:
+            if current > 1:
+                heapq.heappush(heap, (-current, pair, at))
             continue
         if a == b:  # in a run a a a only every other pair can merge
             at = np.sort(at)
@@ -1414,7 +1397,7 @@ def drop_exact_duplicates(funnel):
 
 def drop_near_duplicates(funnel, threshold):
     """Documents that share a band of the signature are compared by the share of equal values; of each group
-    connected by a similarity >= the threshold the longest stays. Returns {size of a group: how many}."""
+    connected by a similarity >= the threshold the longest stays."""
     def sign(texts):
         signatures = minhash(texts)
         return {"signatures": signatures, "bands": lsh_band_hashes(signatures, threshold)}
@@ -1442,7 +1425,6 @@ def drop_near_duplicates(funnel, threshold):
     is_shorter = np.zeros_like(funnel.alive)
     is_shorter[nodes[order[1:][np.diff(label[order]) == 0]]] = True
     funnel.drop("near duplicates", {"similar text": is_shorter})
-    return Counter(np.unique(label, return_counts=True)[1].tolist())
 
 
 def decontaminate(funnel, contamination):
@@ -1677,7 +1659,7 @@ def build(options):
     drop_exact_duplicates(funnel)
     tables = {"redacted": sum_counts(part("redacted") for part in parts)}
     if options.dedup_threshold < 1:
-        tables["groups of near duplicates"] = drop_near_duplicates(funnel, options.dedup_threshold)
+        drop_near_duplicates(funnel, options.dedup_threshold)
     extra_files = {}
     if contamination:
         hits = decontaminate(funnel, contamination)
@@ -1794,9 +1776,9 @@ def main(arguments=None):
     option("--language", None, "keep code and these: ar bn en hi ja ko ru zh",
            nargs="+", metavar="CODE")
     option("--rules", "auto", "auto tells code from prose, passes problems",
-           choices=["auto", "code", "prose", "none"])
+           choices="auto code prose none".split())
     option("--redact-pii", "web", "where to mask addresses and keys",
-           choices=["web", "all", "none"])
+           choices="web all none".split())
     option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams; 1, for exercises: equal texts only",
            **share)
     option("--decontaminate", [], "problems: documents with one go to contaminated.jsonl", nargs="+",
@@ -1815,8 +1797,10 @@ def main(arguments=None):
     option("--workers", 0, "processes; 0: one a core", **whole)
     option("--seed", 0, "of the sample and of the documents' order", **whole)
     options = parser.parse_args(arguments)
-    with process_group():
-        return build(options)
+    if WORLD_SIZE > 1:  # a dead rank ends the job; a rank may work for days while another waits for it
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=9))
+    return build(options)
 
 
 if __name__ == "__main__":
