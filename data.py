@@ -1336,35 +1336,31 @@ class Funnel:
         row |= {"documents_out": int(self.alive.sum()), "bytes_out": int(self.bytes[self.alive].sum())}
         self.rows.append(row | {"dropped": dict(dropped.most_common())})
 
-    def drop(self, stage, masks):
-        """masks: {reason: which documents go}"""
+    def drop(self, stage, documents):
+        """documents: {reason: numbers of those that go}"""
         dropped = Counter()
-        for reason, mask in masks.items():
-            mask = mask & self.alive
-            if mask.any():
-                dropped[reason] = int(mask.sum())
-                self.show(f"{stage}: {reason}", mask)
-            self.alive ^= mask
+        for reason, index in documents.items():
+            index = np.array(index, int)
+            index = index[self.alive[index]]
+            if len(index):
+                dropped[reason] = len(index)
+                self.show(f"{stage}: {reason}", index)
+            self.alive[index] = False
         self.count(stage, self.rows[-1]["documents_out"], self.rows[-1]["bytes_out"], dropped)
 
-    def show(self, why, mask):
+    def show(self, why, index):
         """Adds the first three of some documents in the final order to the examples."""
-        for document in map(self.document, self.in_order(mask)[:3]):
+        for document in map(self.document, self.in_order(index)[:3]):
             self.examples.append((f"{why}: {document['id']}", document["text"][:300]))
 
     def reasons(self):
         return {f"{row['stage']}: {reason}": n for row in self.rows for reason, n in row["dropped"].items()}
 
-    def in_order(self, mask):
-        index = np.flatnonzero(mask)
-        return index[self.order[index].argsort()]
+    def living(self):
+        return np.flatnonzero(self.alive)
 
-    def bottom_n(self, keys, n):
-        """Of those that are left, the n of the least keys: a mask."""
-        index = np.flatnonzero(self.alive)
-        mask = np.zeros_like(self.alive)
-        mask[index[keys[index].argsort()[:n]]] = True
-        return mask
+    def in_order(self, index):
+        return index[self.order[index].argsort()]
 
     def document(self, i):
         p = np.searchsorted(self.base, i, side="right") - 1
@@ -1376,7 +1372,7 @@ class Funnel:
 
     def map_texts(self, stage, function):
         """A stage of parts that function([texts that are left in a part]) -> {name: value} makes. What it
-        says of texts stands in the order of np.flatnonzero(alive)."""
+        says of texts stands in the order of living()."""
         def make(p):
             living = self.base[p] + np.flatnonzero(self.alive[self.base[p]:self.base[p + 1]])
             return function([self.document(i)["text"] for i in living])
@@ -1385,14 +1381,14 @@ class Funnel:
 
 def drop_by_rules(funnel):
     reasons, number = np.unique(column(funnel.parts, "reason"), return_inverse=True)
-    funnel.drop("rules", {reason.decode(): number == i for i, reason in enumerate(reasons) if reason})
+    funnel.drop("rules", {reason.decode(): np.flatnonzero(number == i) for i, reason in enumerate(reasons)
+                          if reason})
 
 
 def drop_exact_duplicates(funnel):
-    living = np.flatnonzero(funnel.alive)
-    is_again = funnel.alive.copy()
-    is_again[living[np.unique(funnel.hash[living], return_index=True)[1]]] = False
-    funnel.drop("exact duplicates", {"same text": is_again})
+    living = funnel.living()
+    first = np.unique(funnel.hash[living], return_index=True)[1]
+    funnel.drop("exact duplicates", {"same text": np.delete(living, first)})
 
 
 def drop_near_duplicates(funnel, threshold):
@@ -1420,11 +1416,9 @@ def drop_near_duplicates(funnel, threshold):
 
     compared = funnel.run("near duplicates", lsh_shape(threshold)[0], compare)
     nodes, label = connected_components(column(compared, "pairs"))
-    nodes = np.flatnonzero(funnel.alive)[nodes]
+    nodes = funnel.living()[nodes]
     order = np.lexsort((nodes, -funnel.size[nodes], label))
-    is_shorter = np.zeros_like(funnel.alive)
-    is_shorter[nodes[order[1:][np.diff(label[order]) == 0]]] = True
-    funnel.drop("near duplicates", {"similar text": is_shorter})
+    funnel.drop("near duplicates", {"similar text": nodes[order[1:][np.diff(label[order]) == 0]]})
 
 
 def decontaminate(funnel, contamination):
@@ -1435,15 +1429,15 @@ def decontaminate(funnel, contamination):
 
     hits = itertools.chain(*(part("hits") for part in funnel.map_texts("decontaminate", check)))
     records = []
-    masks = {}
-    for i, hit in zip(np.flatnonzero(funnel.alive), hits):
+    documents = {}
+    for i, hit in zip(funnel.living(), hits):
         if hit:
             rule, number, evidence = hit
-            masks.setdefault(rule, np.zeros_like(funnel.alive))[i] = True
+            documents.setdefault(rule, []).append(i)
             name, text, _ = contamination.problems[number]
             about = {"rule": rule, "evidence": evidence, "problem": name, "problem_text": text}
             records.append(funnel.document(i) | about)
-    funnel.drop("decontaminate", masks)
+    funnel.drop("decontaminate", documents)
     return records
 
 
@@ -1454,13 +1448,13 @@ def keep_valuable(funnel, forest, options):
         X = np.array([features(text) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
 
-    value = np.zeros(len(funnel.alive), np.float32)
-    value[funnel.alive] = column(funnel.map_texts("value", score), "value")
+    living = funnel.living()
+    value = column(funnel.map_texts("value", score), "value")
     # the best first, equal ones by their hash
-    rank_key = (65535 - value * 65535).astype(np.uint64) << 48 | funnel.hash >> 16
-    best = funnel.bottom_n(rank_key, math.ceil(options.keep * funnel.alive.sum()))
-    counts = np.histogram(value[funnel.alive], 20, (0, 1))[0].tolist()
-    funnel.drop("educational value", {"low score": ~best | (value < np.float32(options.min_score))})
+    order = np.lexsort((funnel.hash[living], (65535 - value * 65535).astype(int)))
+    low = np.append(order[math.ceil(options.keep * len(order)):], np.flatnonzero(value < options.min_score))
+    funnel.drop("educational value", {"low score": living[np.unique(low)]})
+    counts = np.histogram(value, 20, (0, 1))[0].tolist()
     return {f"{i / 20:.2f} and more": n for i, n in enumerate(counts)}
 
 
@@ -1469,15 +1463,16 @@ def keep_valuable(funnel, forest, options):
 def split_validation(funnel, share):
     """Which documents are for validation, at least one on either side. The hash of a document alone decides,
     so the split never moves."""
-    n = int((funnel.hash[funnel.alive] < share * 2**64).sum())
-    return funnel.bottom_n(funnel.hash, min(max(n, 1), int(funnel.alive.sum()) - 1))
+    hashes = np.sort(funnel.hash[funnel.alive])
+    n = (hashes < share * 2**64).sum()
+    return funnel.hash < hashes[min(max(n, 1), len(hashes) - 1)]
 
 
 def make_tokens(funnel, tokenizer, options):
     """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained.
     A part is a piece of the shuffled order."""
     is_val = split_validation(funnel, options.val_share)
-    order = funnel.in_order(funnel.alive)
+    order = funnel.in_order(funnel.living())
     n_bytes = int(funnel.size[order].sum())
     n_shards = 1 + max(min(32, n_bytes >> 16), n_bytes >> 27)
     shards = np.array_split(order, n_shards)
@@ -1668,8 +1663,8 @@ def build(options):
         tables["scores"] = keep_valuable(funnel, forest, options)
         extra_files["classifier.npz"] = forest.save
     if options.max_documents:
-        chosen = funnel.bottom_n(funnel.order, options.max_documents)
-        funnel.drop("--max-documents", {"more than asked for": ~chosen})
+        rest = funnel.in_order(funnel.living())[options.max_documents:]
+        funnel.drop("--max-documents", {"more than asked for": rest})
     if RANK == 0:
         show_rows(funnel.rows)
     if not funnel.alive.any():
@@ -1677,7 +1672,7 @@ def build(options):
                          "give more text, or keep all by --rules none")
     tokenizer, encoded = make_tokens(funnel, tokenizer, options)
     if RANK == 0:
-        funnel.show("kept", funnel.alive)
+        funnel.show("kept", funnel.living())
         extra_files["report.html"] = lambda file: file.write_text(report_page(str(path), funnel, tables))
         meta = {"funnel": funnel.rows, "classifier": classifier, **made_by}
         write_dataset(path, meta, tokenizer, encoded, extra_files)
