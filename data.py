@@ -158,7 +158,7 @@ def atomic_path(path):
 def run_parts(folder, workers, stage, n, make):
     """Work in n numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i,
     which appears whole. make(i) -> {name: array or what JSON can hold}. Returns the parts: part(name) reads
-    one value, large arrays mapped.
+    one value, arrays mapped.
 
     Part i belongs to rank i mod WORLD_SIZE; one that is there is not made again; a stage ends when all ranks
     are done. A part depends on its number alone. So cores, machines on a shared folder and going on after a
@@ -188,7 +188,7 @@ def column(parts, name):
 def read_value(folder, name):
     path = folder / f"{name}.npy"
     if path.exists():
-        return np.load(path, mmap_mode="r" if path.stat().st_size > 1 << 16 else None)
+        return np.asarray(np.load(path, mmap_mode="r"))
     return json.loads((folder / f"{name}.json").read_text())
 
 
