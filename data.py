@@ -8,10 +8,9 @@ machine's own Python source.
     value          a random forest keeps what teaches most, as learned from labels (synth.py label)
     split, tokens  -> data/NAME/{train.bin, val.bin, tokenizer.json, meta.json, report.html}
 
-Work is cut into numbered parts on disk (PartStore), so a stopped command goes on where it was, and the result
-is the same for any number of processes and machines: `torchrun data.py ...` with a folder that all share.
-Texts stay on disk; in memory each rank holds 41 bytes a document, dropped ones too, and about 100 more while
-it counts the rules' reasons (class Funnel)."""
+Work is cut into numbered parts on disk: a stopped command goes on where it was, and the result is the same
+for any number of processes and machines (`torchrun data.py ...` with a folder that all share). Texts stay on
+disk; a rank holds 41 bytes a document in memory, and 100 more while it counts the rules' reasons (Funnel)."""
 import argparse
 import ast
 import builtins
@@ -36,6 +35,7 @@ import string
 import symtable
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -49,6 +49,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun's variables
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 DAMAGED = EOFError, zlib.error, gzip.BadGzipFile
 
 
@@ -100,10 +102,9 @@ def batches(items, size, n_bytes=len):
         yield batch
 
 
-def digest(data):
-    """16 bytes. A text may hold what os.fsdecode makes of a file name that is no UTF-8."""
-    data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
-    return hashlib.blake2b(data, digest_size=16).digest()
+def digest(text):
+    """16 bytes"""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def sum_counts(counters):
@@ -113,28 +114,17 @@ def sum_counts(counters):
     return total
 
 
-@contextlib.contextmanager
-def process_group():
-    """Under torchrun, one gloo group of all ranks, so that a dead rank ends the job. Yields (rank, ranks)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        yield 0, 1
-        return
-    import torch.distributed as dist
-    # A rank may work for days while another waits for it.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=9))
-    try:
-        yield dist.get_rank(), world_size
-    finally:
-        dist.destroy_process_group()
+def print0(*words):
+    if RANK == 0:
+        print(*words)
 
 
 def all_gather(value=None):
     """[the value of each rank]; also the barrier."""
-    import torch.distributed as dist
-    if not dist.is_initialized():
+    if WORLD_SIZE == 1:
         return [value]
-    values = [None] * dist.get_world_size()
+    import torch.distributed as dist
+    values = [None] * WORLD_SIZE
     try:
         dist.all_gather_object(values, value)
     except RuntimeError:
@@ -147,69 +137,58 @@ def all_gather(value=None):
 def atomic_path(path):
     """A path for a file or folder that takes the place of `path`, safely on disk, when all went well, and
     vanishes when not."""
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-
-    def tidy():
-        if old.exists() and not path.exists():  # stopped between the two renames
-            os.replace(old, path)
-        for rest in (old, new):
-            shutil.rmtree(rest, ignore_errors=True)
-        new.unlink(missing_ok=True)
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    tidy()  # in a container a killed command's successor has the same process id
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        new = Path(scratch, "new")
+        old = Path(scratch, "old")
         yield new
         for file in (*new.rglob("*"), new):
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-        if path.is_dir():
-            os.replace(path, old)
-        os.replace(new, path)
-    finally:
-        tidy()
+        try:
+            if path.is_dir():
+                os.replace(path, old)
+            os.replace(new, path)
+        finally:
+            if old.exists() and not path.exists():  # stopped between the two
+                os.replace(old, path)
 
 
-@dataclass
-class PartStore:
-    """Work in numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i, which
-    appears whole.
+def run_parts(folder, workers, stage, n, make):
+    """Work in n numbered parts that outlive the process: part i of a stage is the folder FOLDER/STAGE/i,
+    which appears whole. make(i) -> {name: array or what JSON can hold}. Returns the parts: part(name) reads
+    one value, arrays mapped.
 
-    Part i belongs to rank i mod world_size; one that is there is not made again; a stage ends when all ranks
+    Part i belongs to rank i mod WORLD_SIZE; one that is there is not made again; a stage ends when all ranks
     are done. A part depends on its number alone. So cores, machines on a shared folder and going on after a
     kill are one mechanism, and the result is always the same."""
-    folder: Path
-    workers: int
-    rank: int = 0
-    world_size: int = 1
+    folders = [folder / stage / str(i) for i in range(n)]
 
-    def run(self, stage, n, make):
-        """make(i) -> {name: array or what JSON can hold} for i < n. Returns the n parts: part(name) reads one
-        value, large arrays mapped."""
-        folders = [self.folder / stage / str(i) for i in range(n)]
+    def write(i):
+        with atomic_path(folders[i]) as new:
+            new.mkdir()
+            for name, value in make(i).items():
+                if isinstance(value, np.ndarray):
+                    np.save(new / name, value)
+                else:
+                    (new / f"{name}.json").write_text(json.dumps(value))
 
-        def write(i):
-            with atomic_path(folders[i]) as new:
-                new.mkdir()
-                for name, value in make(i).items():
-                    if isinstance(value, np.ndarray):
-                        np.save(new / name, value)
-                    else:
-                        (new / f"{name}.json").write_text(json.dumps(value))
+    todo = [i for i in range(RANK, n, WORLD_SIZE) if not folders[i].exists()]
+    parallel(write, todo, workers, stage)
+    all_gather()
+    return [functools.partial(read_value, folder) for folder in folders]
 
-        todo = [i for i in range(self.rank, n, self.world_size) if not folders[i].exists()]
-        parallel(write, todo, self.workers, stage)
-        all_gather()
-        return [functools.partial(read_value, folder) for folder in folders]
+
+def column(parts, name):
+    return np.concatenate([part(name) for part in parts])
 
 
 @functools.lru_cache(64)
 def read_value(folder, name):
     path = folder / f"{name}.npy"
     if path.exists():
-        return np.load(path, mmap_mode="r" if path.stat().st_size > 1 << 16 else None)
+        return np.asarray(np.load(path, mmap_mode="r"))
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -237,12 +216,11 @@ def write_jsonl(path, records):
     """Writes records as JSON Lines (gzipped if path ends in .gz), atomically; returns how many."""
     count = 0
     with atomic_path(Path(path)) as new, open(new, "wb") as raw:
-        file = contextlib.nullcontext(raw)
-        if str(path).endswith(".gz"):  # neither name nor time in its header: equal records give equal files
-            file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-        with file as lines:
+        # neither name nor time in its header: equal records give equal files
+        is_gzip = str(path).endswith(".gz")
+        with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_gzip else raw as file:
             for count, record in enumerate(records, 1):
-                lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     return count
 
 
@@ -286,42 +264,50 @@ def roots_of(path):
         return sorted({os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")})
     if re.match("https?://", path):
         return [fetch(path)]
-    if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path}: no such file or directory "
-                                "(`python` names this machine's own source)")
+    os.lstat(path)  # FileNotFoundError
     if os.path.exists(f"{path}/train.bin"):
         return [f"{path}/train.bin", f"{path}/val.bin"]
-    return [path]
+    return [os.path.abspath(path)]
 
 
 def find_files(paths, skipped, seed=0, max_bytes=0):
     """The files to read as (path, name, begin, end), for records that begin in these bytes: sorted by name,
     or about max_bytes of them in the order of a hash. Links to folders are not followed. `skipped` counts, by
     reason, what cannot be read."""
-    found = {}
-    for root in map(str, paths):
-        suffixes = {".py"} if root == "python" else READABLE
-        for top in map(os.path.abspath, roots_of(root)):
-            walk = os.walk(top, onerror=lambda error: skipped.update(["unreadable"]))
-            for folder, folders, names in walk if os.path.isdir(top) else [(top, [], [""])]:
-                folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-                for path in [os.path.join(folder, name) if name else top for name in names]:
-                    if path != top and suffix_of(path) not in suffixes:
-                        skipped.update([] if root == "python" else ["not a text file"])
-                    elif not os.path.isfile(path):  # reading a pipe or a device could wait for ever
-                        skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
-                    else:
-                        name = os.path.relpath(path, top) if path != top else os.path.basename(top)
-                        found.setdefault(path, (printable(name), path, os.path.getsize(path)))
-    files = sorted(found.values())
+    found = {}  # path -> name
+
+    def add(path, name):
+        if os.path.isfile(path):  # reading a pipe or a device could wait for ever
+            found.setdefault(path, printable(name))
+        else:
+            skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
+
+    def add_folder(top, suffixes):
+        for folder, folders, names in os.walk(top, onerror=lambda error: skipped.update(["unreadable"])):
+            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+            for name in names:
+                path = os.path.join(folder, name)
+                if suffix_of(name) in suffixes:
+                    add(path, os.path.relpath(path, top))
+                elif suffixes is READABLE:
+                    skipped["not a text file"] += 1
+
+    for path in map(str, paths):
+        for top in roots_of(path):
+            if os.path.isdir(top):
+                add_folder(top, {".py"} if path == "python" else READABLE)
+            else:
+                add(top, os.path.basename(top))
+    files = sorted((name, path, os.path.getsize(path)) for path, name in found.items())
     if max_bytes:
         files.sort(key=lambda file: digest(f"{seed} {file[0]}"))
     room = max_bytes or math.inf
     spans = []
     for name, path, size in files:
-        spans.append((path, name, 0, math.inf if room >= size else room))
+        if room > 0:
+            spans.append((path, name, 0, math.inf if room >= size else room))
         room -= size
-    return [span for span in spans if span[3] > 0]
+    return spans
 
 
 def read_documents(files, skipped, max_document_bytes=10_000_000):
@@ -347,8 +333,7 @@ def read_documents(files, skipped, max_document_bytes=10_000_000):
                     records = [(name, {"text": file.read(max_document_bytes + 1)})]
                 for key, record in records:
                     key = f"{name}@{key}" if isinstance(key, int) else key
-                    defaults = {"id": key, "source": printable(path)}
-                    document = document_of(record, defaults, skipped, max_document_bytes)
+                    document = document_of(record, key, printable(path), skipped, max_document_bytes)
                     if document:
                         yield document
         except DAMAGED:
@@ -400,10 +385,7 @@ def read_records(path):
     if suffix_of(path) in RECORDS:
         yield from read_jsonl(path)
     else:
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ImportError("parquet needs pyarrow (pip install pyarrow)") from None
+        import pyarrow.parquet
         with pyarrow.parquet.ParquetFile(path) as file:  # (its errors are OSErrors)
             for batch in file.iter_batches(1000):
                 yield from batch.to_pylist()
@@ -420,10 +402,10 @@ def read_dataset(path):
         yield number, {"text": tokenizer.decode(tokens[:-1].tolist())}
 
 
-def document_of(record, defaults, skipped, max_bytes):
-    """A line of JSON, or what it holds -> defaults | record | {text, bytes, prompt_chars}, with newlines as
-    line ends; None, with the reason counted, if unusable. A problem's prompt ends before its last newline, so
-    that newline and indentation, which are one token, belong to the completion."""
+def document_of(record, key, source, skipped, max_bytes):
+    """A line of JSON, or what it holds -> {id, source} | record | {text, bytes, prompt_chars}, with newlines
+    as line ends; None, with the reason counted, if unusable. A problem's prompt ends before its last newline,
+    so that newline and indentation, which are one token, belong to the completion."""
     reason = None
     try:
         record = json.loads(record) if isinstance(record, bytes) else record
@@ -451,10 +433,9 @@ def document_of(record, defaults, skipped, max_bytes):
         return None
     if not is_problem:  # there every character has its place
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    key = record.get("task_id") or record.get("path") or defaults["id"]
-    prompt_chars = len(prompt.rstrip()) if is_problem else 0
-    return defaults | {"id": key} | record | {"text": text, "bytes": len(text.encode()),
-                                              "prompt_chars": prompt_chars}
+    defaults = {"id": record.get("task_id") or record.get("path") or key, "source": source}
+    return defaults | record | {"text": text, "bytes": len(text.encode()),
+                                "prompt_chars": len(prompt.rstrip()) if is_problem else 0}
 
 
 # ---------------------------------------------------------------- rules: document -> reason or None
@@ -559,23 +540,24 @@ def repeated_phrases(words, n_chars):
     n = len(words)
     hashes = np.fromiter(map(hash, words), np.int64, n).view(np.uint64)
     lengths = np.fromiter(map(len, words), np.int64, n)
-    offsets = np.append(0, np.cumsum(lengths))
     grams = hashes
     for size in range(2, 11):  # grams[i] stands for the words i ... i + size - 1
-        grams = splitmix64(grams[:-1] + hashes[size - 1:] * np.uint64(2 * size + 1))
-        order = grams.argsort()
-        repeats = grams[order[1:]] == grams[order[:-1]]
-        if not repeats.any():
+        grams = splitmix64(grams[:-1] + hashes[size - 1:] * (2 * size + 1))
+        # 40 bits of the hash, then the place: equal phrases lie in a row, the first of them in front
+        keys = np.sort(grams >> 24 << 24 | np.arange(len(grams), dtype=np.uint64))
+        places = (keys & (1 << 24) - 1).astype(int)
+        is_first = np.diff(keys >> 24, prepend=0) > 0
+        if is_first.all():
             return
         if size < 5:
-            starts = np.flatnonzero(np.append(True, ~repeats))
-            counts = np.diff(starts, append=len(grams))
-            i = order[starts[counts.argmax()]]
-            n_repeated = counts.max() * (offsets[i + size] - offsets[i])
+            starts = np.flatnonzero(is_first)
+            counts = np.diff(starts, append=len(keys))
+            place = places[starts[counts == counts.max()]].min()
+            n_repeated = counts.max() * lengths[place:place + size].sum()
             yield "one phrase again and again", n_repeated > (0.24 - 0.02 * size) * n_chars
-        else:  # words of any phrase that stands there twice, but once
+        else:  # words of any phrase that stood there before
             covered = np.zeros(n, bool)
-            covered[order[1:][repeats][:, None] + np.arange(size)] = True
+            covered[places[~is_first][:, None] + np.arange(size)] = True
             yield "repeated phrases", lengths[covered].sum() > (0.2 - 0.01 * size) * n_chars
 
 
@@ -604,7 +586,7 @@ def language_rule(document, languages):
     if not languages or document["prompt_chars"] or is_code(document):
         return None
     spoken = language(document["text"])
-    return None if spoken in languages else spoken
+    return None if spoken in languages else f"language {spoken}"
 
 
 # Each begins where no character before could belong to it and ends within bounds, so all take linear time.
@@ -635,9 +617,9 @@ N_PERMUTATIONS = 112
 
 def splitmix64(x):
     """A bijection of uint64 that spreads every input bit over the output (the finalizer of SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def sha64(raws):
@@ -663,9 +645,7 @@ def word_hashes(raws):
     edges = np.flatnonzero(is_word[1:] != is_word[:-1])
     before, last = edges.reshape(-1, 2).T  # the byte before a word's first one, and its last one
     power, inverse = powers(max(17, len(joined).bit_length()))
-    running = np.frombuffer(joined, np.uint8).astype(np.uint64)
-    running *= power[:len(joined)]
-    np.cumsum(running, out=running)
+    running = np.cumsum(np.frombuffer(joined, np.uint8) * power[:len(joined)])
     bounds = np.searchsorted(before, np.cumsum([0] + [len(raw) + 1 for raw in raws]))
     return splitmix64((running[last] - running[before]) * inverse[before]), bounds
 
@@ -675,46 +655,41 @@ def gram_hashes(words, n):
     positions mean nothing."""
     grams = words.copy()
     for i in range(1, n):
-        grams[:-i] += words[i:] * np.uint64(2 * 0x2545F4914F6CDD1D * i + 1 & 2**64 - 1)
+        grams[:-i] += words[i:] * (2 * 0x2545F4914F6CDD1D * i + 1 & 2**64 - 1)
     return splitmix64(grams)
 
 
-def minhash(texts, n_permutations=N_PERMUTATIONS):
-    """MinHash signatures of word 5-grams, uint32 (documents, n_permutations): least values under x -> scale x
+def minhash(texts):
+    """MinHash signatures of word 5-grams, uint32 (documents, N_PERMUTATIONS): least values under x -> scale x
     mod 2^32 of mixed hashes. A word that no text has stands before each text and four behind it, so that a
     text of few words has grams too."""
-    scales = np.random.default_rng(0).integers(0, 2**31, n_permutations, np.uint32)
-    scales = scales * np.uint32(2) + np.uint32(1)
-    signatures = []
+    scales = 2 * np.random.default_rng(0).integers(0, 2**31, N_PERMUTATIONS, np.uint32) + 1
+    signatures = [np.empty((0, N_PERMUTATIONS), np.uint32)]
     for raws in batches((b"\xff " + text.encode() + (N_GRAM - 1) * b" \xfe" for text in texts), 1 << 17):
         words, bounds = word_hashes(raws)
-        is_gram = np.ones(len(words), bool)
-        is_gram[bounds[1:, None] - np.arange(1, N_GRAM)] = False  # these would reach into the next text
-        grams = (gram_hashes(words, N_GRAM)[is_gram] >> np.uint64(32)).astype(np.uint32)
-        starts = bounds[:-1] - (N_GRAM - 1) * np.arange(len(raws))
-        permuted = np.empty_like(grams)
-        batch = np.empty((len(raws), n_permutations), np.uint32)
-        for k, scale in enumerate(scales):
-            np.multiply(grams, scale, out=permuted)
-            batch[:, k] = np.minimum.reduceat(permuted, starts)
-        signatures.append(batch)
-    return np.concatenate([np.empty((0, n_permutations), np.uint32), *signatures])
+        grams = (gram_hashes(words, N_GRAM) >> 32).astype(np.uint32)
+        # the last ones reach into the next text: the first one stands for them
+        grams[bounds[1:, None] - np.arange(1, N_GRAM)] = grams[bounds[:-1], None]
+        signatures.append(np.stack([np.minimum.reduceat(grams * scale, bounds[:-1]) for scale in scales], 1))
+    return np.concatenate(signatures)
 
 
 def lsh_shape(threshold):
     """(bands, rows a band) of a signature, with the most rows by which 9 of 10 pairs of just this similarity
     share a band. Example: lsh_shape(0.8) == (14, 8)"""
-    shapes = [(N_PERMUTATIONS // rows, rows) for rows in range(N_PERMUTATIONS, 0, -1)]
-    return next((shape for shape in shapes if 1 - (1 - threshold ** shape[1]) ** shape[0] >= 0.9), shapes[-1])
+    for rows in range(N_PERMUTATIONS, 0, -1):
+        bands = N_PERMUTATIONS // rows
+        if 1 - (1 - threshold ** rows) ** bands >= 0.9:
+            break
+    return bands, rows
 
 
 def lsh_band_hashes(signatures, threshold):
     """uint64 (bands, documents): equal where all values of a band are."""
     n_bands, n_rows = lsh_shape(threshold)
     hashes = np.zeros((n_bands, len(signatures)), np.uint64)
-    for band in range(n_bands):
-        for column in signatures.T[band * n_rows:(band + 1) * n_rows]:
-            hashes[band] = splitmix64(hashes[band] + column + np.uint64(1))
+    for row in range(n_rows):
+        hashes = splitmix64(hashes + signatures.T[row:n_bands * n_rows:n_rows] + 1)
     return hashes
 
 
@@ -754,8 +729,7 @@ def spanning_pairs(pairs):
 
 FUNCTION = re.compile(r"^(?=(([ \t]*)(?:async )?def [^\n]*\n(?:(?:\2[ \t)][^\n]*)?\n)*))", re.M)
 SIGNS = np.frombuffer(b"+-*/%<>=()[]{}.,:|&", np.uint8)
-
-
+MIN_NODES = 20
 INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 
 
@@ -788,9 +762,9 @@ def strings_in(value):
 
 def syntax_tree(source):
     """Labels of the nodes, level by level, of a function's syntax tree: without documentation, annotations
-    and chosen names; none for what is not Python."""
+    and chosen names; none for what is not Python, or too small to tell anything."""
     tree = quietly(ast.parse, textwrap.dedent(source))
-    if not tree or not isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if not tree:
         return []
     function = tree.body[0]
     function.body = function.body[ast.get_docstring(function) is not None:]
@@ -807,7 +781,7 @@ def syntax_tree(source):
             labels.append(node.id)
         elif not isinstance(node, ast.expr_context):
             labels.append(type(node).__name__)
-    return labels
+    return labels if len(labels) >= MIN_NODES else []
 
 
 def count_signs(source):
@@ -820,17 +794,17 @@ def text_grams(raws):
     """Hashes of the 7 and 13 words from each position of some texts on; bounds as word_hashes gives them."""
     words, bounds = word_hashes(raws)
     grams = gram_hashes(words, 7)
-    return {7: grams, 13: splitmix64(grams + np.uint64(3) * np.roll(grams, -6))}, bounds
+    return {7: grams, 13: splitmix64(grams + 3 * np.roll(grams, -6))}, bounds
 
 
 class Contamination:
     """Finds documents that contain benchmark problems, or parts of them.
 
     By words (phi-4, arXiv 2412.08905, appendix B), folded on both sides: one 13-gram in common, or 7-grams
-    that make up `overlap` of the shorter text's. Grams of few different words (lists of numbers) do not
+    that make up OVERLAP of the shorter text's. Grams of few different words (lists of numbers) do not
     count, nor those of more than two problems of one file (what a benchmark says everywhere); a problem may
     stand in any number of files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section
-    5): functions whose trees have difflib's ratio >= `match_rate`; trees below `min_nodes` do not count."""
+    5): functions whose trees have difflib's ratio >= MATCH_RATE; trees below MIN_NODES do not count."""
     # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
     # are public pages, of which a corpus may well have a copy.
     QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
@@ -840,40 +814,39 @@ class Contamination:
               "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
               "mc2_targets target solution solutions code").split()
     MIN_COMMON = 3  # 7-grams in common that tell anything
+    OVERLAP = 0.6
+    MATCH_RATE = 0.9
 
-    def __init__(self, paths, overlap=0.6, match_rate=0.9, min_nodes=20):
-        self.overlap = overlap
-        self.match_rate = match_rate
-        self.min_nodes = min_nodes
+    def __init__(self, paths):
         self.problems = list(self.read(paths))  # (name, text, (file, question))
         self.owners = {7: {}, 13: {}}           # size of a gram -> {gram: numbers of its problems}
-        self.trees = []                         # (number of a problem, labels, signs)
+        self.trees = []                         # (number of a problem, labels)
+        signs = []                              # of each tree
         for i, (_, text, _) in enumerate(self.problems):
             words = words_of(text)
             grams, _ = text_grams([b" ".join(words)])
             for n, owners in self.owners.items():
-                for k, gram in enumerate(grams[n][:max(0, len(words) - n + 1)].tolist()):
+                for k, gram in zip(range(len(words) - n + 1), grams[n].tolist()):
                     if len({word for word in words[k:k + n] if not word.isdigit()}) > n // 2:
                         owners.setdefault(gram, set()).add(i)
             for source, _ in FUNCTION.findall(text + "\n"):
                 labels = syntax_tree(source)
-                if len(labels) >= min_nodes:
-                    self.trees.append((i, labels, count_signs(source)))
+                if labels:
+                    self.trees.append((i, labels))
+                    signs.append(count_signs(source))
+        self.signs = np.array(signs).reshape(-1, len(SIGNS))
 
-        self.sorted = {}
-        self.table = np.zeros(1 << 20, bool)  # by the first 20 bits: most grams need no other look
+        self.table = np.zeros(1 << 24, bool)  # by the first 24 bits: most grams need no other look
         for n, owners in self.owners.items():
-            for gram in [gram for gram, numbers in owners.items() if self.is_common(numbers)]:
-                del owners[gram]
-            self.sorted[n] = np.sort(np.array([*owners, 2**64 - 1], np.uint64))
-            self.table[self.sorted[n] >> np.uint64(44)] = True
+            owners = {gram: numbers for gram, numbers in owners.items() if not self.is_common(numbers)}
+            self.owners[n] = owners
+            self.table[np.array(list(owners), np.uint64) >> 40] = True
         self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
-        self.signs = np.array([signs for _, _, signs in self.trees])
 
-        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON} | {i for i, *_ in self.trees}
-        protected.update(*self.owners[13].values())
+        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON}
+        protected.update(*self.owners[13].values(), [i for i, _ in self.trees])
         self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
-        if self.unprotected and int(os.environ.get("RANK", 0)) == 0:
+        if self.unprotected and RANK == 0:
             print(f"decontamination: {len(self.unprotected):,} of {len(self.problems):,} problems have too "
                   "few words of their own to be recognized, so copies of them stay: "
                   f"{', '.join(self.unprotected[:5])}", file=sys.stderr)
@@ -911,35 +884,33 @@ class Contamination:
         for raws in batches((fold(text).encode() for text in texts), 1 << 17):
             grams, bounds = text_grams(raws)
             for n, owners in self.owners.items():
-                at = np.flatnonzero(self.table[grams[n] >> np.uint64(44)])
-                hashes = grams[n][at]
-                is_hit = self.sorted[n][np.searchsorted(self.sorted[n], hashes)] == hashes
+                at = np.flatnonzero(self.table[grams[n] >> 40])
                 text_of = np.searchsorted(bounds, at, side="right") - 1
-                is_hit &= at + n <= bounds[text_of + 1]
+                is_inside = at + n <= bounds[text_of + 1]
                 common = {}  # (text, problem) -> grams
-                for d, gram in zip(text_of[is_hit].tolist(), hashes[is_hit].tolist()):
+                for k, gram in zip(text_of[is_inside].tolist(), grams[n][at[is_inside]].tolist()):
                     for i in owners.get(gram, ()):
-                        common.setdefault((d, i), set()).add(gram)
-                for (d, i), both in sorted(common.items(), key=lambda item: len(item[1])):
-                    shorter = min(self.n_grams[i], bounds[d + 1] - bounds[d] - 6)
-                    if n == 13 or len(both) >= max(self.MIN_COMMON, self.overlap * shorter):
-                        found[done + d] = f"{n}-gram", i, f"{len(both)} in common"
+                        common.setdefault((k, i), set()).add(gram)
+                for (k, i), both in sorted(common.items(), key=lambda item: len(item[1])):
+                    shorter = min(self.n_grams[i], bounds[k + 1] - bounds[k] - 6)
+                    if n == 13 or len(both) >= max(self.MIN_COMMON, self.OVERLAP * shorter):
+                        found[done + k] = f"{n}-gram", i, f"{len(both)} in common"
             done += len(raws)
         return found
 
     def find_functions(self, text):
         """The like for the functions of one text, or None. Only those whose operators resemble a problem's
         are parsed."""
-        for source, name in FUNCTION.findall(text + "\n") if self.trees and "def " in text else ():
+        for source, _ in FUNCTION.findall(text + "\n"):
             signs = count_signs(source)
             longer = np.maximum(self.signs.sum(1), signs.sum())
-            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.match_rate - 0.2) * longer)
+            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.MATCH_RATE - 0.2) * longer)
             labels = syntax_tree(source) if len(similar) else []
             matcher = difflib.SequenceMatcher(None, (), labels, autojunk=False)
-            for i, other, _ in [self.trees[k] for k in similar] if len(labels) >= self.min_nodes else ():
+            for i, other in [self.trees[k] for k in similar]:
                 matcher.set_seq1(other)
-                bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # the cheapest first
-                if all(bound() >= self.match_rate for bound in bounds):
+                bounds = matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio  # the cheapest first
+                if all(bound() >= self.MATCH_RATE for bound in bounds):
                     return "syntax tree", i, f"match rate {matcher.ratio():.3f}: {source.strip()[:60]}"
 
 
@@ -985,6 +956,7 @@ shares of characters, words and lines."""
     return np.array(row, np.float32)
 
 
+@dataclass
 class RandomForest:
     """Bagged classification trees (Breiman 2001) on features cut into 128 bins at their quantiles, over all
     cores.
@@ -995,24 +967,17 @@ class RandomForest:
     It grows by levels: a histogram over (node, bin, class) gives all nodes' splits at once."""
     BINS = 128
     ARRAYS = "edges feature threshold child value roots".split()
-
-    def __init__(self, n_trees=100, seed=0, max_depth=16, min_leaf=2, workers=None):
-        self.n_trees = n_trees
-        self.seed = seed
-        self.max_depth = max_depth
-        self.min_leaf = min_leaf
-        self.workers = workers or n_cores()
+    n_trees: int = 100
+    seed: int = 0
+    max_depth: int = 16
+    min_leaf: int = 2
+    workers: int = 1
 
     def fit(self, X, y):
-        X = np.asarray(X, np.float32)
-        y = np.asarray(y)
-        if y.shape != X.shape[:1] or not np.isfinite(X).all() or not np.isin(y, (0, 1)).all():
-            raise ValueError(f"a forest learns from finite X (n, features) and y (n,) of 0 and 1, "
-                             f"not from {X.shape} and {y.shape}")
         # bin b holds the values up to edges[:, b]
         self.edges = np.quantile(X, np.arange(1, self.BINS) / self.BINS, axis=0, method="nearest").T
         bins = self.bin(X)
-        y = y.astype(np.int64)
+        y = y.astype(int)
         trees = parallel(lambda tree: self.grow(bins, y, np.random.default_rng([self.seed, tree])),
                          range(self.n_trees), self.workers, "growing trees")
         self.feature, self.threshold, self.child, self.value = map(np.concatenate, zip(*trees))
@@ -1028,15 +993,17 @@ class RandomForest:
     def grow(self, bins, y, rng):
         """One tree's nodes: feature, threshold (bins above it go right), left child (the right one is next),
         value."""
-        n = bins.shape[1]
+        n_features, n = bins.shape
         rows = rng.permutation(n)[:n - n // 2]
-        node = np.zeros(len(rows), np.int64)  # of each row, among the m nodes of this level
-        begin, m = 0, 1
+        node = np.zeros(len(rows), int)  # of each row, among the m nodes of this level
+        begin = 0
+        m = 1
         levels = []
         for depth in range(self.max_depth + 1):
             n_all = np.bincount(node, minlength=m)
             n_one = np.bincount(node, y[rows], m)
-            gain, feature, threshold = self.best_splits(bins, y, rng, rows, node, n_all, n_one)
+            drawn = rng.random((m, n_features)).argsort(1)
+            gain, feature, threshold = self.best_splits(bins, y, rows, node, n_all, n_one, drawn)
             is_split = (gain > 1e-4) & (depth < self.max_depth)
             # a leaf leads to itself
             child = np.where(is_split, begin + m + 2 * (np.cumsum(is_split) - 1), begin + np.arange(m))
@@ -1048,57 +1015,51 @@ class RandomForest:
             goes_right = bins[feature[node], rows] > threshold[node]
             node = child[node] - begin - m + goes_right
             begin += m
-            m = 2 * int(is_split.sum())
+            m = 2 * is_split.sum()
         return list(map(np.concatenate, zip(*levels)))
 
-    def best_splits(self, bins, y, rng, rows, node, n_all, n_one):
-        """(gain, feature, threshold) of each node; gain 0 where no feature can split it."""
+    def best_splits(self, bins, y, rows, node, n_all, n_one, drawn):
+        """(gain, feature, threshold) of each node, with its features in the order in which they are drawn;
+        gain 0 where none can split it."""
         n_features, n = bins.shape
-        flat = bins.ravel()
-        n_drawn = max(1, round(n_features ** 0.5))
-        best = np.zeros((3, len(n_all)))
+        best = np.zeros((3, len(drawn)))
         can_split = (n_one > 0) & (n_one < n_all) & (n_all >= 2 * self.min_leaf)
-        for k, drawn in enumerate(rng.random((len(n_all), n_features)).argsort(1).T):
-            if k == 0 or k >= n_drawn:  # beyond those drawn, only for nodes that none of them could split
-                nodes = np.flatnonzero(can_split & ((k == 0) | (best[0] == 0)))
-                if not len(nodes):
-                    break
-                slot = np.full(len(n_all), -1)
-                slot[nodes] = np.arange(len(nodes))
-                inside = np.flatnonzero(slot[node] >= 0)
-                some_rows = rows[inside]
-                some_nodes = node[inside]
-                key = (y[some_rows] * len(nodes) + slot[some_nodes]) * self.BINS
-            bin_of = flat[drawn[some_nodes] * n + some_rows]
-            counts = np.bincount(key + bin_of, minlength=2 * len(nodes) * self.BINS)
-            zero, one = counts.reshape(2, -1, self.BINS).cumsum(2, dtype=np.float32)  # (nodes, threshold)
-            left = zero + one
-            right = left[:, -1:] - left
-            score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
-            score[np.minimum(left, right) < self.min_leaf] = 0
-            at = score.argmax(1)
-            gain = score[np.arange(len(nodes)), at] - n_one[nodes] ** 2 / n_all[nodes]
-            best[:, nodes] = np.where(gain > best[0, nodes], (gain, drawn[nodes], at), best[:, nodes])
-        return best[0], *best[1:].astype(np.int64)
+        # the first few together; then one by one, for nodes that none of them could split
+        for several in np.split(drawn.T, range(max(1, round(n_features ** 0.5)), n_features)):
+            unsplit = can_split & (best[0] == 0)
+            if not unsplit.any():
+                break
+            inside = unsplit[node]
+            some_rows = rows[inside]
+            some_nodes = node[inside]
+            m = unsplit.sum()
+            key = (y[some_rows] * m + (np.cumsum(unsplit) - 1)[some_nodes]) * self.BINS
+            for feature in several:
+                bin_of = bins.take(feature[some_nodes] * n + some_rows)
+                counts = np.bincount(key + bin_of, minlength=2 * m * self.BINS).reshape(2, m, self.BINS)
+                zero, one = counts.cumsum(2, dtype=np.float32)  # (nodes, threshold)
+                left = zero + one
+                right = left[:, -1:] - left
+                score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
+                score[np.minimum(left, right) < self.min_leaf] = 0
+                at = score.argmax(1)
+                gain = score.max(1) - n_one[unsplit] ** 2 / n_all[unsplit]
+                candidates = gain, feature[unsplit], at
+                best[:, unsplit] = np.where(gain > best[0, unsplit], candidates, best[:, unsplit])
+        return best[0], *best[1:].astype(int)
 
     def predict_proba(self, X):
-        X = np.asarray(X, np.float32)
+        bins = self.bin(X).T.ravel()
+        base = np.arange(len(X)) * X.shape[1]
         table = self.child << 24 | self.feature << 8 | self.threshold
-
-        def predict(chunk):
-            bins = self.bin(chunk).T.ravel()
-            base = np.arange(len(chunk)) * X.shape[1]
-            total = np.zeros(len(chunk))
-            for root in self.roots:
-                node = np.full(len(chunk), root)
-                for _ in range(self.max_depth):
-                    entry = table.take(node)
-                    node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
-                total += self.value.take(node)
-            return total / len(self.roots)
-
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
-            return np.concatenate([*pool.map(predict, np.array_split(X, len(X) // 16384 + 1))])
+        total = np.zeros(len(X))
+        for root in self.roots:
+            node = np.full(len(X), root)
+            for _ in range(self.max_depth):
+                entry = table.take(node)
+                node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
+            total += self.value.take(node)
+        return total / len(self.roots)
 
     def save(self, path):
         with open(path, "wb") as file:
@@ -1121,7 +1082,7 @@ def area_under_curve(y, p):
     zeros = np.sort(p[y == 0])
     ones = p[y == 1]
     below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
-    return float(below.mean() / 2 / len(zeros)) if len(zeros) and len(ones) else math.nan
+    return float(below.mean() / 2 / len(zeros))
 
 
 def train_quality_classifier(path, seed, workers):
@@ -1139,39 +1100,23 @@ def train_quality_classifier(path, seed, workers):
     for k in range(5):  # each row is judged by a forest that has not seen it
         p[fold == k] = forest.fit(X[fold != k], y[fold != k]).predict_proba(X[fold == k])
     report = {"labels": len(y), "good": int(y.sum()), "auc": area_under_curve(y, p)}
-    print("educational value, 5-fold cross-validated:", json.dumps(report))
+    print0("educational value, 5-fold cross-validated:", json.dumps(report))
     return forest.fit(X, y), report
 
 
 # ---------------------------------------------------------------- byte-pair encoding
 
-@functools.lru_cache
-def stdlib_pattern(pattern, limit=0x110000):
-    r"""The tokenizer's split pattern for Python's own `re`, which lacks \p{...}: classes become ranges of the
-    characters below `limit`; up to 0x10000 `re` looks them up, several times faster.
-
-    Python's \s has four control characters more, and characters newer than its Unicode tables may split
-    otherwise than in tiktoken: that touches the counts only."""
-    categories = np.array([unicodedata.category(chr(i))[0] for i in range(limit)])
-
-    def ranges(match):
-        inside = categories == match[1]
-        edges = np.flatnonzero(np.diff(inside, prepend=False, append=False)).reshape(-1, 2).tolist()
-        return "".join(f"\\U{i:08x}-\\U{j - 1:08x}" for i, j in edges)
-
-    def in_class(match):
-        return f"[{re.sub(r'.p{(.)}', ranges, match[0].strip('[]'))}]"
-
-    return re.compile(re.sub(r"\[.*?\]|\\p\{\w\}", in_class, pattern))
-
-
 def count_pretokens(texts, workers=1):
     """Counter of the pieces that model.PATTERN splits the texts into."""
+    import regex
+
     from model import PATTERN
-    full, plain = (stdlib_pattern(PATTERN, limit).findall for limit in (0x110000, 0x10000))
+    # `re` is twice as fast, but knows ASCII's letters and digits only
+    ascii_pattern = PATTERN.replace(r"\p{L}", "A-Za-z").replace(r"\p{M}", "").replace(r"\p{N}", r"\d")
+    findall = {True: re.compile(ascii_pattern, re.ASCII).findall, False: regex.compile(PATTERN).findall}
 
     def count(batch):
-        return sum_counts((full if max(text, default="") > "\uffff" else plain)(text) for text in batch)
+        return sum_counts(findall[text.isascii()](text) for text in batch)
 
     size = sum(map(len, texts)) // (4 * workers) + 1
     return sum_counts(parallel(count, batches(texts, size), workers, "counting words"))
@@ -1181,71 +1126,58 @@ def learn_merges(counts, n_merges):
     """BPE on words (str -> how often): the list of merged pairs (a, b); the i-th one makes token 256 + i.
 
     Each step merges the pair of highest count, the smallest (a, b) among equals, until none occurs twice. All
-    words lie in one array of linked symbols, where the position of its first symbol stands for a pair. The
-    heap holds each pair with the count it had once its younger symbol was made; later merges only take
-    positions away, so a count that has fallen is corrected when it is its turn."""
-    words = [word.encode() for word in counts]
-    lengths = np.array(list(map(len, words)), np.int64)
-    n = int(lengths.sum())
-    symbol = np.append(np.frombuffer(b"".join(words), np.uint8), -1).astype(np.int32)  # at n: no neighbour
-    after = np.minimum(np.arange(1, n + 2, dtype=np.int32), n)
-    before = np.arange(-1, n, dtype=np.int32)
-    last = np.cumsum(lengths) - 1
-    after[last] = n
-    before[last - lengths + 1] = n
-    weight = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), lengths)
-    heap, positions, merges = [], {}, []  # a pair is a << 20 | b
+    words lie in one array of symbols, where the position of its first symbol stands for a pair. The heap
+    holds each pair with the count it had once its younger symbol was made; later merges only take positions
+    away, so a count that has fallen is corrected when it is its turn."""
+    end = (1 << 20) - 1  # stands between words, and where a symbol was merged into the one before
+    words = [b"\xff" + word.encode() for word in counts]  # (255 is in no UTF-8)
+    symbol = np.frombuffer(b"".join([*words, b"\xff"]), np.uint8).astype(np.int32)
+    symbol[symbol == 255] = end
+    weight = np.repeat(np.fromiter(counts.values(), np.int64, len(words)), list(map(len, words)))
+    begin = np.arange(len(symbol), dtype=np.int32)  # of the symbol whose last byte is here
+    size = np.ones(256 + n_merges, np.int32)        # of each token, in bytes
+    heap = []                                       # (-count, a << 20 | b, positions)
+    merges = []
 
     def count_pairs(at):
         """Puts the pairs at these positions on the heap."""
-        at = at[symbol[after[at]] >= 0]
-        pairs = symbol[at].astype(np.int64) << 20 | symbol[after[at]]
+        at = at[symbol[at + size[symbol[at]]] != end]
+        pairs = symbol[at].astype(np.int64) << 20 | symbol[at + size[symbol[at]]]
         order = pairs.argsort()
-        pairs, at = pairs[order], at[order]
-        starts = np.flatnonzero(np.concatenate([pairs[:1] >= 0, pairs[1:] != pairs[:-1]]))
-        sums = np.add.reduceat(weight[at], starts) if len(at) else starts
+        pairs = pairs[order]
+        at = at[order]
+        starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+        counts = np.add.reduceat(weight[at], starts)
         bounds = [*starts.tolist(), len(at)]
-        for pair, count, i, j in zip(pairs[starts].tolist(), sums.tolist(), bounds, bounds[1:]):
-            push(pair, count, at[i:j])
+        for pair, count, i, j in zip(pairs[starts].tolist(), counts.tolist(), bounds, bounds[1:]):
+            if count > 1:
+                heapq.heappush(heap, (-count, pair, at[i:j]))
 
-    def push(pair, count, at):
-        if count > 1:
-            heapq.heappush(heap, (-count << 40) | pair)
-            positions[pair] = at
-
-    count_pairs(np.arange(n, dtype=np.int32))
+    count_pairs(begin[symbol != end])
     while heap and len(merges) < n_merges:
-        entry = heapq.heappop(heap)
-        pair = entry & (1 << 40) - 1
+        count, pair, at = heapq.heappop(heap)
         a, b = divmod(pair, 1 << 20)
-        at = positions.pop(pair)
-        at = at[(symbol[at] == a) & (symbol[after[at]] == b)]  # where it still stands
+        at = at[symbol[at] == a]  # where it still stands
+        at = at[symbol[at + size[a]] == b]
         current = int(weight[at].sum())
-        if current != -(entry >> 40):
-            push(pair, current, at)
+        if current < -count:
+            if current > 1:
+                heapq.heappush(heap, (-current, pair, at))
             continue
-        merges.append((a, b))
         if a == b:  # in a run a a a only every other pair can merge
             at = np.sort(at)
             number = np.arange(len(at))
-            in_run = np.append(False, at[1:] == after[at[:-1]])
-            at = at[(number - np.maximum.accumulate(np.where(in_run, 0, number))) % 2 == 0]
-        symbol[after[at]] = -1
-        symbol[at] = 255 + len(merges)
-        after[at] = after[after[at]]
-        before[after[at]] = at
-        left = before[at]
-        count_pairs(np.concatenate([at, left[(symbol[left] >= 0) & (symbol[left] < symbol[at])]]))
+            is_first = np.diff(at, prepend=0) != size[a]
+            at = at[(number - np.maximum.accumulate(number * is_first)) % 2 == 0]
+        merges.append((a, b))
+        new = 255 + len(merges)
+        size[new] = size[a] + size[b]
+        symbol[at + size[a]] = end
+        symbol[at] = new
+        begin[at + size[new] - 1] = at
+        left = begin[at - 1]
+        count_pairs(np.concatenate([at, left[symbol[left] < new]]))
     return merges
-
-
-def train_bpe(texts, vocab_size, workers=None):
-    """A byte-level BPE of vocab_size tokens, the five special ones included (fewer where the texts run out of
-    pairs)."""
-    if not 261 <= vocab_size <= 500_000:
-        raise ValueError(f"a vocabulary of {vocab_size} tokens: give from 261 (bytes and special tokens) "
-                         "to 500,000")
-    return tokenizer_of(learn_merges(count_pretokens(list(texts), workers or n_cores()), vocab_size - 261))
 
 
 def tokenizer_of(merges):
@@ -1257,6 +1189,9 @@ def tokenizer_of(merges):
 
 
 # ---------------------------------------------------------------- the dataset directory
+
+SPLITS = "train", "val"
+
 
 @dataclass
 class Dataset:
@@ -1286,17 +1221,16 @@ def open_dataset(path):
     arrays = {}
     try:
         meta = json.loads((path / "meta.json").read_text())
-        for split, kind in itertools.product(("train", "val"), ("", ".mask", ".ends")):
+        kinds = ("", meta["dtype"], "tokens"), (".mask", "uint8", "tokens"), (".ends", "int64", "documents")
+        for split, (kind, dtype, unit) in itertools.product(SPLITS, kinds):
             file = path / f"{split}{kind}.bin"
-            if kind and file.name not in meta.get("files", os.listdir(path)):
+            if file.name not in meta["files"]:
                 continue
-            dtype = np.dtype({"": meta["dtype"], ".mask": "uint8", ".ends": "int64"}[kind])
-            n_bytes = meta[split]["documents" if kind == ".ends" else "tokens"] * dtype.itemsize
+            n_bytes = meta[split][unit] * np.dtype(dtype).itemsize
             size = file.stat().st_size
             if size != n_bytes:
                 raise ValueError(f"{file.name} has {size} bytes where meta.json promises {n_bytes}")
-            array = np.memmap(file, dtype, "r") if size else np.zeros(0, dtype)
-            arrays[split + kind.replace(".", "_")] = array
+            arrays[split + kind.replace(".", "_")] = np.memmap(file, dtype, "r")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a dataset ({error}); "
                          f"make it with python data.py --name {path.name} --out {path.parent} ...") from None
@@ -1306,16 +1240,15 @@ def open_dataset(path):
 def encode(documents, tokenizer, dtype):
     """Documents -> (token ids, mask, length of each), as class Dataset has them; a problem's prompt is
     encoded apart."""
-    ids, mask, lengths = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []
-    eot = np.array([tokenizer.eot], dtype)
+    ids = [np.zeros(0, dtype)]
+    mask = [np.zeros(0, np.uint8)]
     for document in documents:
-        text, n_chars = document["text"], document["prompt_chars"]
-        prompt = np.array(tokenizer.encode(text[:n_chars]), dtype)
-        answer = np.array(tokenizer.encode(text[n_chars:]), dtype)
-        ids += [prompt, answer, eot]
-        mask += [np.zeros(len(prompt), np.uint8), np.ones(len(answer) + 1, np.uint8)]
-        lengths.append(len(prompt) + len(answer) + 1)
-    return np.concatenate(ids), np.concatenate(mask), np.array(lengths, np.int64)
+        text = document["text"]
+        prompt = tokenizer.encode(text[:document["prompt_chars"]])
+        answer = tokenizer.encode(text[document["prompt_chars"]:]) + [tokenizer.eot]
+        ids.append(np.array(prompt + answer, dtype))
+        mask.append(np.repeat(np.uint8([0, 1]), [len(prompt), len(answer)]))
+    return np.concatenate(ids), np.concatenate(mask), np.array(list(map(len, ids[1:])), np.int64)
 
 
 def keep_larger(path, n_bytes):
@@ -1338,13 +1271,15 @@ def keep_larger(path, n_bytes):
 def split_files(files):
     """Lists of files of about a thirty-second of the input, at most 128 MB; large JSON Lines are cut into
     spans of lines."""
-    sizes = [min(os.path.getsize(path), end) for path, _, _, end in files]
+    sizes = [int(min(os.path.getsize(path), end)) for path, _, _, end in files]
     part_size = min(max(sum(sizes) // 32, 1 << 18), 1 << 27)
     spans = []
-    for (path, name, _, end), size in zip(files, sizes):
+    for (path, name, begin, end), size in zip(files, sizes):
         can_cut = suffix_of(path) in RECORDS and not path.endswith(".gz")
-        starts = range(0, int(size), part_size) if can_cut else [0]
-        spans += [(path, name, start, stop) for start, stop in zip(starts, [*starts[1:], end])]
+        while can_cut and size - begin > part_size:
+            spans.append((path, name, begin, begin + part_size))
+            begin += part_size
+        spans.append((path, name, begin, end))
 
     def size_of(span):
         return min(span[3], os.path.getsize(span[0])) - span[2] + 1000
@@ -1354,12 +1289,12 @@ def split_files(files):
 
 def make_part(files, rules, options):
     """One part: all documents of these files, with the first rule's reason to drop each; of those that go no
-    more than a beginning is kept. A rule's stage is named before its reason."""
-    skipped, redacted = Counter(), Counter()
+    more than a beginning is kept."""
+    skipped = Counter()
+    redacted = Counter()
     documents = []
     for document in read_documents(files, skipped):
-        verdicts = ((stage, rule(document)) for stage, rule in rules)
-        document["reason"] = next((f"{stage}: {reason}" for stage, reason in verdicts if reason), "")
+        document["reason"] = next(filter(None, (rule(document) for rule in rules)), "")
         redact = options.redact_pii == "all" or options.redact_pii == "web" and document.get("web")
         if document["reason"]:
             document["text"] = document["text"][:300]
@@ -1382,120 +1317,108 @@ class Funnel:
     Of each document it holds bytes, size, place, hash and order in memory; texts and signatures stay in the
     parts."""
 
-    def __init__(self, store, parts, seed):
-        self.store = store
+    def __init__(self, run, parts, seed):
+        self.run = run
         self.parts = parts
         self.base = np.cumsum([0] + [len(part("size")) for part in parts])  # where each part begins
         self.alive = np.ones(self.base[-1], bool)
-        self.bytes = self.column("bytes")
-        self.size = self.column("size")
+        self.bytes = column(parts, "bytes")
+        self.size = column(parts, "size")
         self.start = np.cumsum(self.size) - self.size
-        self.hash = self.column("hash")
+        self.hash = column(parts, "hash")
         self.order = splitmix64(self.hash + splitmix64(np.uint64([seed + 1])))
         self.rows = []
-        self.examples = {}
+        self.examples = []  # (stage, reason and id, beginning)
 
-    def column(self, name):
-        return np.concatenate([part(name) for part in self.parts] or [np.zeros(0, np.uint64)])
+    def count(self, stage, documents_in, bytes_in, dropped):
+        """One row of the funnel. dropped: {reason: how many}"""
+        row = {"stage": stage, "documents_in": documents_in, "bytes_in": bytes_in}
+        row |= {"documents_out": int(self.alive.sum()), "bytes_out": int(self.bytes[self.alive].sum())}
+        self.rows.append(row | {"dropped": dict(dropped.most_common())})
 
-    def left(self):
-        """(documents, bytes) that are left"""
-        return int(self.alive.sum()), int(self.bytes[self.alive].sum())
+    def drop(self, stage, documents):
+        """documents: {reason: numbers of those that go}"""
+        dropped = Counter()
+        for reason, index in documents.items():
+            index = np.array(index, int)
+            index = index[self.alive[index]]
+            if len(index):
+                dropped[reason] = len(index)
+                self.show(f"{stage}: {reason}", index)
+            self.alive[index] = False
+        self.count(stage, self.rows[-1]["documents_out"], self.rows[-1]["bytes_out"], dropped)
 
-    def drop(self, stage, masks):
-        """masks: {reason: which documents go}. One row of the funnel, and examples."""
-        n, n_bytes = self.left()
-        row = {"stage": stage, "documents_in": n, "bytes_in": n_bytes, "dropped": {}}
-        for reason, mask in masks.items():
-            mask = mask & self.alive
-            if mask.any():
-                row["dropped"][reason] = int(mask.sum())
-                self.examples.setdefault(stage, []).extend(self.sample(mask, reason))
-            self.alive ^= mask
-        row["documents_out"], row["bytes_out"] = self.left()
-        self.rows.append(row)
+    def show(self, why, index):
+        """Adds the first three of some documents in the final order to the examples."""
+        for document in map(self.document, self.in_order(index)[:3]):
+            self.examples.append((f"{why}: {document['id']}", document["text"][:300]))
 
-    def sample(self, mask, reason=""):
-        """[(id, reason, beginning)] of the first three of some documents in the final order."""
-        documents = map(self.document, self.in_order(mask)[:3])
-        return [(document["id"], reason, document["text"][:300]) for document in documents]
+    def reasons(self):
+        return {f"{row['stage']}: {reason}": n for row in self.rows for reason, n in row["dropped"].items()}
 
-    def in_order(self, mask):
-        index = np.flatnonzero(mask)
+    def living(self):
+        return np.flatnonzero(self.alive)
+
+    def in_order(self, index):
         return index[self.order[index].argsort()]
-
-    def bottom_n(self, keys, n):
-        """Of those that are left, the n of the least keys: a mask."""
-        n = min(n, int(self.alive.sum()))
-        if n < 1:
-            return np.zeros_like(self.alive)
-        return self.alive & (keys <= np.partition(keys[self.alive], n - 1)[n - 1])
 
     def document(self, i):
         p = np.searchsorted(self.base, i, side="right") - 1
-        part, number = self.parts[p], i - self.base[p]
+        part = self.parts[p]
+        number = i - self.base[p]
         start = self.start[i] - self.start[self.base[p]]
         text = bytes(part("text")[start:start + self.size[i]]).decode()
         return {"id": part("ids")[number], "text": text, "prompt_chars": int(part("prompt_chars")[number])}
 
     def map_texts(self, stage, function):
         """A stage of parts that function([texts that are left in a part]) -> {name: value} makes. What it
-        says of texts stands in the order of np.flatnonzero(alive)."""
+        says of texts stands in the order of living()."""
         def make(p):
             living = self.base[p] + np.flatnonzero(self.alive[self.base[p]:self.base[p + 1]])
             return function([self.document(i)["text"] for i in living])
-        return self.store.run(stage, len(self.parts), make)
+        return self.run(stage, len(self.parts), make)
 
 
-def drop_by_rules(funnel, rules):
-    reasons, number, counts = np.unique(funnel.column("reason"), return_inverse=True, return_counts=True)
-    for stage, _ in rules:
-        masks = {}
-        for i in (-counts).argsort(kind="stable"):  # the most frequent first
-            owner, _, reason = reasons[i].decode().partition(": ")
-            if owner == stage:
-                masks[reason] = number == i
-        funnel.drop(stage, masks)
+def drop_by_rules(funnel):
+    reasons, number = np.unique(column(funnel.parts, "reason"), return_inverse=True)
+    funnel.drop("rules", {reason.decode(): np.flatnonzero(number == i) for i, reason in enumerate(reasons)
+                          if reason})
 
 
 def drop_exact_duplicates(funnel):
-    living = np.flatnonzero(funnel.alive)
-    is_again = funnel.alive.copy()
-    is_again[living[np.unique(funnel.hash[living], return_index=True)[1]]] = False
-    funnel.drop("exact duplicates", {"same text": is_again})
+    living = funnel.living()
+    first = np.unique(funnel.hash[living], return_index=True)[1]
+    funnel.drop("exact duplicates", {"same text": np.delete(living, first)})
 
 
 def drop_near_duplicates(funnel, threshold):
     """Documents that share a band of the signature are compared by the share of equal values; of each group
-    connected by a similarity >= the threshold the longest stays. Returns {size of a group: how many}."""
+    connected by a similarity >= the threshold the longest stays."""
     def sign(texts):
         signatures = minhash(texts)
         return {"signatures": signatures, "bands": lsh_band_hashes(signatures, threshold)}
 
-    n_bands = lsh_shape(threshold)[0] if threshold < 1 else 0
-    signed = funnel.map_texts("signatures", sign) if n_bands else []
+    signed = funnel.map_texts("signatures", sign)
     base = np.cumsum([0] + [len(part("signatures")) for part in signed])
 
     def signatures(index):
         owners = np.searchsorted(base, index, side="right") - 1
-        places = zip(owners.tolist(), (index - base[owners]).tolist())
-        return np.stack([signed[p]("signatures")[row] for p, row in places])
+        rows = np.empty((len(index), N_PERMUTATIONS), np.uint32)
+        for p in np.unique(owners):
+            rows[owners == p] = signed[p]("signatures")[index[owners == p] - base[p]]
+        return rows
 
     def compare(band):
         pairs = candidate_pairs(np.concatenate([part("bands")[band] for part in signed]))
         similar = [chunk[(signatures(chunk[:, 0]) == signatures(chunk[:, 1])).mean(1) >= threshold]
-                   for chunk in np.array_split(pairs, len(pairs) // (1 << 15) + 1) if len(chunk)]
-        return {"pairs": spanning_pairs(np.concatenate([pairs[:0], *similar]))}
+                   for chunk in np.array_split(pairs, len(pairs) // (1 << 15) + 1)]
+        return {"pairs": spanning_pairs(np.concatenate(similar))}
 
-    compared = funnel.store.run("near duplicates", n_bands, compare)
-    pairs = np.concatenate([np.zeros((0, 2), int), *(band("pairs") for band in compared)])
-    nodes, label = connected_components(pairs)
-    nodes = np.flatnonzero(funnel.alive)[nodes]
+    compared = funnel.run("near duplicates", lsh_shape(threshold)[0], compare)
+    nodes, label = connected_components(column(compared, "pairs"))
+    nodes = funnel.living()[nodes]
     order = np.lexsort((nodes, -funnel.size[nodes], label))
-    is_shorter = np.zeros(len(funnel.alive), bool)
-    is_shorter[nodes[order[1:][np.diff(label[order]) == 0]]] = True
-    funnel.drop("near duplicates", {"similar text": is_shorter})
-    return Counter(np.unique(label, return_counts=True)[1].tolist())
+    funnel.drop("near duplicates", {"similar text": nodes[order[1:][np.diff(label[order]) == 0]]})
 
 
 def decontaminate(funnel, contamination):
@@ -1504,18 +1427,17 @@ def decontaminate(funnel, contamination):
         found = contamination.find(texts)
         return {"hits": [found.get(k) or contamination.find_functions(text) for k, text in enumerate(texts)]}
 
-    checked = funnel.map_texts("decontaminate", check)
-    hits = itertools.chain(*(part("hits") for part in checked))
+    hits = itertools.chain(*(part("hits") for part in funnel.map_texts("decontaminate", check)))
     records = []
-    masks = {}
-    for i, hit in zip(np.flatnonzero(funnel.alive).tolist(), hits):
+    documents = {}
+    for i, hit in zip(funnel.living(), hits):
         if hit:
             rule, number, evidence = hit
-            masks.setdefault(rule, np.zeros_like(funnel.alive))[i] = True
+            documents.setdefault(rule, []).append(i)
             name, text, _ = contamination.problems[number]
             about = {"rule": rule, "evidence": evidence, "problem": name, "problem_text": text}
             records.append(funnel.document(i) | about)
-    funnel.drop("decontaminate", masks)
+    funnel.drop("decontaminate", documents)
     return records
 
 
@@ -1526,14 +1448,13 @@ def keep_valuable(funnel, forest, options):
         X = np.array([features(text) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
 
-    scored = [part("value") for part in funnel.map_texts("value", score)]
-    value = np.zeros(len(funnel.alive), np.float32)
-    value[funnel.alive] = np.concatenate([np.zeros(0), *scored])
+    living = funnel.living()
+    value = column(funnel.map_texts("value", score), "value")
     # the best first, equal ones by their hash
-    rank_key = (65535 - value * 65535).astype(np.uint64) << np.uint64(48) | funnel.hash >> np.uint64(16)
-    best = funnel.bottom_n(rank_key, math.ceil(options.keep * funnel.alive.sum()))
-    counts = np.histogram(value[funnel.alive], 20, (0, 1))[0].tolist()
-    funnel.drop("educational value", {"low score": ~best | (value < np.float32(options.min_score))})
+    order = np.lexsort((funnel.hash[living], (65535 - value * 65535).astype(int)))
+    low = np.append(order[math.ceil(options.keep * len(order)):], np.flatnonzero(value < options.min_score))
+    funnel.drop("educational value", {"low score": living[np.unique(low)]})
+    counts = np.histogram(value, 20, (0, 1))[0].tolist()
     return {f"{i / 20:.2f} and more": n for i, n in enumerate(counts)}
 
 
@@ -1542,31 +1463,32 @@ def keep_valuable(funnel, forest, options):
 def split_validation(funnel, share):
     """Which documents are for validation, at least one on either side. The hash of a document alone decides,
     so the split never moves."""
-    n = int((funnel.hash[funnel.alive] < share * 2**64).sum())
-    return funnel.bottom_n(funnel.hash, min(max(n, 1), int(funnel.alive.sum()) - 1))
+    hashes = np.sort(funnel.hash[funnel.alive])
+    n = (hashes < share * 2**64).sum()
+    return funnel.hash < hashes[min(max(n, 1), len(hashes) - 1)]
 
 
-def make_tokens(funnel, tokenizer, vocab_size, val_share):
+def make_tokens(funnel, tokenizer, options):
     """(tokenizer, the parts of train.bin, val.bin and what lies beside them); a tokenizer of None is trained.
-    A part is a range of the shuffled order."""
-    is_val = split_validation(funnel, val_share)
-    n_documents = int(funnel.alive.sum())
-    n_bytes = int(funnel.size[funnel.alive].sum())
-    n_shards = min(max(32, n_bytes >> 27), 1 + n_bytes >> 16) + 1
-    shard_of = (funnel.order >> np.uint64(32)) * np.uint64(n_shards) >> np.uint64(32)
+    A part is a piece of the shuffled order."""
+    is_val = split_validation(funnel, options.val_share)
+    order = funnel.in_order(funnel.living())
+    n_bytes = int(funnel.size[order].sum())
+    n_shards = 1 + max(min(32, n_bytes >> 16), n_bytes >> 27)
+    shards = np.array_split(order, n_shards)
 
     def documents(shard):
         """[training documents, validation documents]"""
-        index = funnel.in_order(funnel.alive & (shard_of == shard))
-        if n_documents > 1 or not len(index):
+        index = shards[shard]
+        if len(order) > 1 or not len(index):
             return [[funnel.document(i) for i in index[is_val[index] == side]] for side in (False, True)]
         text = funnel.document(index[0])["text"]  # one alone is cut: its last share is for validation
-        cut = max(1, min(round(len(text) * (1 - val_share)), len(text) - 1))
+        cut = max(1, min(round(len(text) * (1 - options.val_share)), len(text) - 1))
         return [[{"text": piece, "prompt_chars": 0}] for piece in (text[:cut], text[cut:])]
 
     def encode_shard(shard):
         values = {}
-        for split, some in zip(("train", "val"), documents(shard)):
+        for split, some in zip(SPLITS, documents(shard)):
             ids, mask, lengths = encode(some, tokenizer, dtype)
             values |= {f"{split}.bin": ids, f"{split}.mask.bin": mask, f"{split}.lengths": lengths}
             values[split] = {"documents": len(some), "tokens": len(ids),
@@ -1574,24 +1496,26 @@ def make_tokens(funnel, tokenizer, vocab_size, val_share):
         return values
 
     if tokenizer is None:
-        # of at most 2 GB: a range of hashes is a sample
+        # of at most 2 GB, which in the shuffled order are a sample
         n_counted = min(n_shards, 1 + n_shards * (2 << 30) // n_bytes)
-        counted = funnel.store.run("words", n_counted, lambda shard: {
+        counted = funnel.run("words", n_counted, lambda shard: {
             "words": count_pretokens([document["text"] for document in documents(shard)[0]])})
-        merged, = funnel.store.run("merges", 1, lambda _: {
-            "merges": learn_merges(sum_counts(part("words") for part in counted), vocab_size - 261)})
+        n_merges = int(options.tokenizer.removeprefix("train:")) - 261  # bytes and five special tokens
+        merged, = funnel.run("merges", 1, lambda _: {
+            "merges": learn_merges(sum_counts(part("words") for part in counted), n_merges)})
         tokenizer = tokenizer_of(merged("merges"))
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    return tokenizer, funnel.store.run("tokens", n_shards, encode_shard)
+    return tokenizer, funnel.run("tokens", n_shards, encode_shard)
 
 
 def write_dataset(path, meta, tokenizer, encoded, extra_files):
     """Puts the parts together. extra_files: name -> function that writes this file."""
     from model import write_json
-    splits = {split: dict(sum_counts(part(split) for part in encoded)) for split in ("train", "val")}
-    names = [f"{split}.bin" for split in splits]
-    if any((part(f"{split}.mask.bin") == 0).any() for part in encoded for split in splits):
-        names += [f"{split}.mask.bin" for split in splits]
+    splits = {split: dict(sum_counts(part(split) for part in encoded)) for split in SPLITS}
+    names = [f"{split}.bin" for split in SPLITS]
+    masks = [f"{split}.mask.bin" for split in SPLITS]
+    if any((part(name) == 0).any() for part in encoded for name in masks):
+        names += masks
     about = {"dtype": encoded[0]("train.bin").dtype.name, "tokenizer": tokenizer.fingerprint, **splits}
     contents = hashlib.sha256(json.dumps(list(about.values())).encode())
     with atomic_path(path) as new:
@@ -1599,12 +1523,10 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
         for name in names:
             with open(new / name, "wb") as file:
                 for part in encoded:
-                    array = np.ascontiguousarray(part(name))
-                    contents.update(array)
-                    file.write(array.data)
-        for split in splits:
-            lengths = np.concatenate([part(f"{split}.lengths") for part in encoded])
-            np.cumsum(lengths, dtype=np.int64).tofile(new / f"{split}.ends.bin")
+                    contents.update(part(name))
+                    file.write(part(name).data)
+        for split in SPLITS:
+            np.cumsum(column(encoded, f"{split}.lengths")).tofile(new / f"{split}.ends.bin")
         tokenizer.save(str(new))
         for name, write in extra_files.items():
             write(new / name)
@@ -1613,27 +1535,25 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
         write_json(str(new / "meta.json"), meta)
         keep_larger(path, sum(counts["bytes"] for counts in splits.values()))
     for split, counts in splits.items():
-        print(f"{path / split}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-              f"{counts['bytes']:,} bytes")
+        print("{}.bin: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(
+            path / split, **counts))
 
 
 def report_page(title, funnel, tables):
     """report.html as one string: tables of counts as bars, and examples of what each stage dropped or
     kept."""
-    reasons = {f"{row['stage']}: {reason}": n for row in funnel.rows for reason, n in row["dropped"].items()}
     left = {f"after {row['stage']}": row["documents_out"] for row in funnel.rows}
+    tables = {"documents left": left, "why documents were dropped": funnel.reasons()} | tables
     page = ["<!DOCTYPE html><meta charset=utf-8><style>body{font:14px sans-serif;max-width:60em}"
             "i{display:inline-block;background:#69c;height:.9em;margin-right:.5em}"
             "pre{background:#eee;white-space:pre-wrap}</style>", f"<h1>{html.escape(title)}</h1>"]
-    for heading, table in ({"documents left": left, "why documents were dropped": reasons} | tables).items():
+    for heading, table in tables.items():
         page.append(f"<h2>{heading}</h2>")
         for name, n in table.items():
             width = 40 * n / max(1, *table.values())
             page.append(f"<div><i style='width:{width:.2f}em'></i>{html.escape(str(name))} {n:,}</div>")
-    for stage, examples in funnel.examples.items():
-        page.append(f"<h2>examples: {stage}</h2>")
-        for name, reason, text in examples:
-            page.append(f"<p>{html.escape(f'{name} {reason}')}<pre>{html.escape(text)}</pre>")
+    page.append("<h2>examples</h2>")
+    page += [f"<p>{html.escape(name)}<pre>{html.escape(text)}</pre>" for name, text in funnel.examples]
     return "\n".join(page)
 
 
@@ -1643,17 +1563,17 @@ def plan(options, tokenizer, unread):
     """(files to read, their bytes, what tells this dataset from others: options, inputs, sources)."""
     import model
     files = find_files(options.input, unread, options.seed, options.max_bytes)
-    others = [*(options.decontaminate or [])]
+    others = [*options.decontaminate]
     if options.labels or options.classifier:
         others.append(options.labels or f"{options.classifier}/classifier.npz")
     states = [(name, os.stat(path).st_size, os.stat(path).st_mtime_ns)
               for path, name, *_ in [*files, *find_files(others, Counter())]]
     # every token comes from model.py's tokenizer; what a fork changes there or here changes the dataset
-    sources = [__file__, model.__file__]
+    sources = Path(__file__).read_text() + Path(model.__file__).read_text()
     chosen = {name: value for name, value in vars(options).items() if name not in ("workers", "out")}
     made_by = {"options": chosen,
                "inputs": digest(json.dumps([states, tokenizer and tokenizer.fingerprint])).hex(),
-               "sources": {os.path.basename(file): digest(Path(file).read_bytes()).hex() for file in sources}}
+               "sources": digest(sources).hex()}
     return files, sum(size for _, size, _ in states[:len(files)]), made_by
 
 
@@ -1667,21 +1587,20 @@ def is_reusable(path, made_by):
     answers = all_gather((made_by, is_made))
     if any(other != made_by for other, _ in answers):
         raise ValueError("the machines see different files; let --input and --out lie in a shared folder")
-    if path.exists() and not (path / "meta.json").exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path / "meta.json").exists():
         raise FileExistsError(f"{path} exists and is not a dataset; choose another --name or --out")
     return all(made for _, made in answers)
 
 
 def load_tokenizer(spec):
-    """(tokenizer, 0), or (None, the size of the one to train)."""
+    """None stands for one to train."""
     from model import Tokenizer
     if not spec.startswith("train:"):
-        return Tokenizer.load(spec), 0
+        return Tokenizer.load(spec)
     size = spec.removeprefix("train:")
     if not size.isdecimal() or not 261 <= int(size) <= 500_000:
         raise ValueError(f"--tokenizer {spec}: give train:N with N from 261 (bytes and five special tokens) "
                          "to 500,000")
-    return None, int(size)
 
 
 def load_classifier(options, workers):
@@ -1705,38 +1624,37 @@ def show_rows(rows):
               f"{row['bytes_in'] / 1e6:>8.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
 
 
-def build(options, rank=0, world_size=1):
+def build(options):
     """Makes the dataset that the options (see main) describe, or finds it made; returns its directory."""
     begun = time.time()
     path = Path(options.out) / options.name
     workers = options.workers or n_cores()
     unread = Counter()
-    tokenizer, vocab_size = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     files, bytes_in, made_by = plan(options, tokenizer, unread)
     if is_reusable(path, made_by):
-        if rank == 0:
-            print(f"{path}: already made, reused (delete it to make it anew)")
+        print0(f"{path}: already made, reused (delete it to make it anew)")
         return path
+    if not files:
+        raise ValueError(f"--input {' '.join(options.input)}: nothing to read ({dict(unread)})")
     contamination = Contamination(options.decontaminate) if options.decontaminate else None
     forest, classifier = load_classifier(options, workers)
-    rules = [("rules", functools.partial(quality_rule, rules=options.rules))]
-    if options.language:
-        rules.insert(0, ("language", functools.partial(language_rule, languages=options.language)))
-    same_options = f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}"
-    folder = path.with_name(f"{same_options}-{digest(json.dumps(made_by)).hex()[:16]}")
-    store = PartStore(folder, workers, rank, world_size)
+    rules = [functools.partial(language_rule, languages=options.language),
+             functools.partial(quality_rule, rules=options.rules)]
+    # other options' parts wait for their own command
+    work = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}")
+    run = functools.partial(run_parts, work / digest(json.dumps(made_by)).hex()[:16], workers)
 
     tasks = split_files(files)
-    parts = store.run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
-    funnel = Funnel(store, parts, options.seed)
+    parts = run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
+    funnel = Funnel(run, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
-    n_read = len(funnel.alive)
-    funnel.rows.append({"stage": "read", "documents_in": n_read + skipped.total(), "bytes_in": bytes_in,
-                        "documents_out": n_read, "bytes_out": int(funnel.bytes.sum()), "dropped": skipped})
-    drop_by_rules(funnel, rules)
+    funnel.count("read", len(funnel.alive) + skipped.total(), bytes_in, skipped)
+    drop_by_rules(funnel)
     drop_exact_duplicates(funnel)
-    groups = drop_near_duplicates(funnel, options.dedup_threshold)
-    tables = {"redacted": sum_counts(part("redacted") for part in parts), "groups of near duplicates": groups}
+    tables = {"redacted": sum_counts(part("redacted") for part in parts)}
+    if options.dedup_threshold < 1:
+        drop_near_duplicates(funnel, options.dedup_threshold)
     extra_files = {}
     if contamination:
         hits = decontaminate(funnel, contamination)
@@ -1745,26 +1663,23 @@ def build(options, rank=0, world_size=1):
         tables["scores"] = keep_valuable(funnel, forest, options)
         extra_files["classifier.npz"] = forest.save
     if options.max_documents:
-        chosen = funnel.bottom_n(funnel.order, options.max_documents)
-        funnel.drop("--max-documents", {"more than asked for": ~chosen})
-    if rank == 0:
+        rest = funnel.in_order(funnel.living())[options.max_documents:]
+        funnel.drop("--max-documents", {"more than asked for": rest})
+    if RANK == 0:
         show_rows(funnel.rows)
     if not funnel.alive.any():
-        reasons = [f"{reason}: {n}" for row in funnel.rows for reason, n in row["dropped"].items()]
-        raise ValueError(f"--input {' '.join(options.input)}: no document is left "
-                         f"({'; '.join(reasons) or 'nothing to read'}); "
+        raise ValueError(f"--input {' '.join(options.input)}: no document is left ({funnel.reasons()}); "
                          "give more text, or keep all by --rules none")
-    tokenizer, encoded = make_tokens(funnel, tokenizer, vocab_size, options.val_share)
-    if rank == 0:
-        funnel.examples["kept"] = funnel.sample(funnel.alive)
+    tokenizer, encoded = make_tokens(funnel, tokenizer, options)
+    if RANK == 0:
+        funnel.show("kept", funnel.living())
         extra_files["report.html"] = lambda file: file.write_text(report_page(str(path), funnel, tables))
-        meta = {"funnel": funnel.rows, **({"classifier": classifier} if classifier else {}), **made_by}
+        meta = {"funnel": funnel.rows, "classifier": classifier, **made_by}
         write_dataset(path, meta, tokenizer, encoded, extra_files)
         print(f"{time.time() - begun:.1f} s; what was kept and dropped: {path / 'report.html'}")
     all_gather()  # no rank reads the parts any more
-    if rank == 0:
-        for other in path.parent.glob(f"{same_options}-*"):  # other options' parts wait for their own command
-            shutil.rmtree(other, ignore_errors=True)
+    if RANK == 0:
+        shutil.rmtree(work, ignore_errors=True)
     return path
 
 
@@ -1779,15 +1694,20 @@ def fail(message, code=2):
 class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
+        self.group = self
 
     def error(self, message):
         fail(f"{message}; `python {self.prog} -h` explains the options")
+
+    def title(self, text):
+        """The options that follow stand under this title."""
+        self.group = self.add_argument_group(text)
 
     def option(self, name, default, text, **more):
         """An option whose help tells its default."""
         shown = " ".join(default) if isinstance(default, list) else default
         more["help"] = text + ("" if shown in (None, False, "") else f" (default: {shown})")
-        self.add_argument(name, default=default, **more)
+        self.group.add_argument(name, default=default, **more)
 
 
 def command(stopped="stopped"):
@@ -1827,43 +1747,55 @@ def folder_name(text):
     return text
 
 
+EXAMPLES = """examples:
+  python data.py --input crawl/ more.jsonl.gz --name web --language en --tokenizer train:32768
+  python data.py --input data/web --name best --labels labels.jsonl --keep 0.05 --decontaminate test.jsonl
+  torchrun --nproc_per_node=8 data.py --input /shared/crawl --out /shared/data --name web
+"""
+
+
 @command("stopped; no dataset was changed, and the same command goes on from here")
 def main(arguments=None):
     """The command line; also for other scripts: main(["--name", "web"]) returns the dataset's directory."""
-    parser = Parser(prog="data.py", description=__doc__)
+    parser = Parser(prog="data.py", usage="data.py [options]", description=__doc__, epilog=EXAMPLES)
     option = parser.option
     share = {"type": number(float, 0, 1), "metavar": "SHARE"}
     whole = {"type": number(int, 0), "metavar": "N"}
-    option("--input", ["python"], "directories, text or code files, .jsonl, .wet, .parquet, each also .gz, "
-           "datasets, URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
+    parser.title("from where to where")
+    option("--input", ["python"], "folders, text, code, .jsonl, .wet, .parquet, .gz of these, datasets, "
+           "URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
+    option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
     option("--name", "web", "name of the dataset", type=folder_name)
     option("--out", "data", "folder of the datasets", metavar="FOLDER")
-    option("--tokenizer", "train:1024", "train:N makes a BPE of N tokens; or a directory, a tokenizer.json, "
-           "gpt2, cl100k_base, o200k_base, bytes", metavar="SPEC")
-    option("--language", None, "keep code and these languages: en, and by their scripts ar bn hi ja ko ru zh",
+    parser.title("what stays")
+    option("--language", None, "keep code and these: ar bn en hi ja ko ru zh",
            nargs="+", metavar="CODE")
-    option("--rules", "auto", "quality rules; auto tells code from prose and leaves problems alone",
-           choices=["auto", "code", "prose", "none"])
-    option("--redact-pii", "web", "mask addresses, keys and tokens in pages of a crawl, or in all documents",
-           choices=["web", "all", "none"])
-    option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams of near duplicates; 1: only equal "
-           "texts go, as is right for exercises", **share)
-    option("--decontaminate", None, "problems or texts: documents with one are dropped, and written to "
-           "contaminated.jsonl", nargs="+", metavar="FILE")
-    option("--labels", None, "JSON Lines with `text` and `score` 0 to 5 (good from 3 on): a forest learns "
-           "what is worth keeping", metavar="FILE")
-    option("--classifier", None, "use the forest of this dataset instead of --labels", metavar="DATASET")
-    option("--keep", 1.0, "share of the documents to keep, the best-scored", **share)
+    option("--rules", "auto", "auto tells code from prose, passes problems",
+           choices="auto code prose none".split())
+    option("--redact-pii", "web", "where to mask addresses and keys",
+           choices="web all none".split())
+    option("--dedup-threshold", 0.8, "Jaccard similarity of word 5-grams; 1, for exercises: equal texts only",
+           **share)
+    option("--decontaminate", [], "problems: documents with one go to contaminated.jsonl", nargs="+",
+           metavar="FILE")
+    option("--labels", None, "JSON Lines with `text` and `score` 0 to 5: a forest learns what has 3 or more",
+           metavar="FILE")
+    option("--classifier", None, "the forest of this dataset instead of --labels", metavar="DATASET")
+    option("--keep", 1.0, "share of the documents, the best", **share)
     option("--min-score", 0.0, "least predicted probability of being good", **share)
-    option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
     option("--max-documents", 0, "keep at most so many documents; 0: all", **whole)
-    option("--val-share", 0.01, "share of the documents for validation, at least one",
+    parser.title("tokens and processes")
+    option("--tokenizer", "train:1024", "train:N makes a BPE of N tokens; or a directory, tokenizer.json, "
+           "gpt2, cl100k_base, o200k_base, bytes", metavar="SPEC")
+    option("--val-share", 0.01, "share of the documents for validation",
            type=number(float, 0, 0.9), metavar="SHARE")
     option("--workers", 0, "processes; 0: one a core", **whole)
-    option("--seed", 0, "of the sample and of the documents' order", type=int)
+    option("--seed", 0, "of the sample and of the documents' order", **whole)
     options = parser.parse_args(arguments)
-    with process_group() as (rank, world_size):
-        return build(options, rank, world_size)
+    if WORLD_SIZE > 1:  # a dead rank ends the job; a rank may work for days while another waits for it
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=9))
+    return build(options)
 
 
 if __name__ == "__main__":
