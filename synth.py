@@ -51,9 +51,9 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import Callable, NamedTuple
 
@@ -787,47 +787,44 @@ class StopRun(Exception):
 
 
 class Ledger:
-    """OUT.paid.jsonl: every answer that was paid for, written before it counts; without a path, only the
-    sums."""
+    """OUT.paid.jsonl: every answer that was paid for, written before it counts; and the budget for all of
+    them, --max-tokens and --max-usd. Without a path it ends with the run."""
 
-    def __init__(self, path=None):
+    def __init__(self, path, max_tokens, max_usd):
         self.path = path
-        self.lock = threading.Lock()
         self.places = {}  # key -> (offset, size) of its line
+        self.size = 0
         self.totals = {}  # teacher -> what it was asked and paid
         self.spent = Counter()  # of all of them
-        if not path:
-            return
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self.file = open(path, "a+b")
+        self.reserved = Counter()  # for what is under way, at its worst
+        self.limits = {"tokens": max_tokens or math.inf, "usd": max_usd or math.inf}
+        self.changed = threading.Condition()
+        if path:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        self.file = open(path, "a+b") if path else tempfile.TemporaryFile()
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(
-                f"{path} is in use by another run; wait for it, or choose another --out"
-            ) from None
+            raise ValueError(f"{path} is in use by another run; wait for it, or choose another --out") from None
         self.file.seek(0)
-        end = 0
         for line in self.file:
-            try:
-                if line.endswith(b"\n"):  # else the run was cut off while it wrote
-                    self.note(json.loads(line), end, len(line))
-                    end += len(line)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}: the line at byte {end:,} is no teacher's answer; remove it"
-                ) from None
-        self.file.truncate(end)
+            if line.endswith(b"\n"):  # else the run was cut off while it wrote
+                self.note(line)
+        self.file.truncate(self.size)
 
-    def note(self, entry, offset, size):
-        self.places[entry["key"]] = (offset, size)
-        sums = {
-            "answers": 1,
-            "rejected": int(entry["reason"] is not None),
-            **{name: entry[name] for name in ("read", "written", "usd")}
-        }
+    def note(self, line):
+        try:
+            entry = json.loads(line)
+            sums = Counter({name: entry[name] for name in ("read", "written", "usd")})
+            sums.update(answers=1, rejected=entry["reason"] is not None, tokens=sums["read"] + sums["written"])
+            self.places[entry["key"]] = (self.size, len(line))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.path}: the line at byte {self.size:,} is no teacher's answer; remove it"
+            ) from None
         self.totals.setdefault(entry["teacher"], Counter()).update(sums)
-        self.spent.update(sums, tokens=entry["read"] + entry["written"])
+        self.spent.update(sums)
+        self.size += len(line)
 
     def get(self, key):
         offset, size = self.places.get(key, (0, 0))
@@ -835,44 +832,40 @@ class Ledger:
 
     def put(self, entry):
         line = json.dumps(entry).encode() + b"\n"
-        with self.lock:
-            offset = self.file.seek(0, os.SEEK_END)
+        with self.changed:
             self.file.write(line)
             self.file.flush()
-            self.note(entry, offset, len(line))
+            self.note(line)
 
-
-class Budget:
-    """--max-tokens and --max-usd of an --out with all earlier runs. What is under way counts at its worst."""
-
-    def __init__(self, max_tokens, max_usd, ledger):
-        self.limits = {"tokens": max_tokens or math.inf, "usd": max_usd or math.inf}
-        self.spent = ledger.spent
-        self.reserved = []
-        self.changed = threading.Condition()
-
+    @contextlib.contextmanager
     def reserve(self, cost):
         """Waits until a question of this cost fits beside those under way; raises StopRun where it never
         will."""
         with self.changed:
             while any(
-                self.spent[name] + sum(other[name] for other in [cost, *self.reserved]) > limit * (1 + 1e-9)
+                self.spent[name] + self.reserved[name] + cost[name] > limit * (1 + 1e-9)
                 for name, limit in self.limits.items()
             ):
-                if not self.reserved:
+                if not self.reserved["questions"]:
                     raise StopRun(
-                        "the budget is spent: {tokens:,} tokens, {usd:.2f} USD with all earlier "
-                        "runs".format_map(
-                            self.spent
-                        )
+                        f"the budget is spent: {self.spent['tokens']:,} tokens, {self.spent['usd']:.2f} USD "
+                        "with all earlier runs"
                     )
                 self.changed.wait()
-            self.reserved.append(cost)
+            self.reserved.update(cost)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.reserved.subtract(cost)
+                self.changed.notify_all()
 
-    def settle(self, cost):
-        with self.changed:
-            self.reserved.remove(cost)
-            self.changed.notify_all()
+
+# name (URL, host, model), weight, prices
+TEACHER = re.compile(
+    r"(builtin|(https?://([\w.-]+|\[[\da-f:]+\])(?::\d+)?(?:/[^#@\s]*?)?)/*#(\S+?))"
+    r"(?:=((?=[\d.]*[1-9])\d*\.?\d+))?(?:@(\d*\.?\d+)/(\d*\.?\d+))?"
+)
 
 
 class Teacher:
@@ -880,44 +873,35 @@ class Teacher:
     @IN/OUT what a million tokens read and written cost."""
 
     def __init__(self, spec):
-        number = r"(\d*\.?\d+)"
-        self.name, weight, *prices = re.fullmatch(
-            f"(.*?)(?:={number})?(?:@{number}/{number})?", spec, re.S
-        ).groups()
-        self.weight = float(weight or 1)
-        self.prices = [float(price or 0) for price in prices]
-        url, _, self.model = self.name.partition("#")
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-        self.url = None if url == "builtin" else url.rstrip("/")
-        if self.url and not (
-            parts.scheme in ("http", "https")
-            and host
-            and self.model
-            and "@" not in parts.netloc
-            and self.weight
-        ):
+        parts = TEACHER.fullmatch(spec)
+        if not parts:
             raise argparse.ArgumentTypeError(
                 "write builtin or URL#MODEL such as http://localhost:8000/v1#phi, after it =3 to ask three "
                 "times as often and @0.5/2 for USD a million tokens; keys belong into the environment"
             )
-        variable = "SYNTH_KEY_" + re.sub(r"\W", "_", host).upper()
-        self.key = os.environ.get(
-            variable, os.environ.get("OPENAI_API_KEY") if host == "api.openai.com" else None
-        )
-        if self.key and parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-            raise argparse.ArgumentTypeError(
-                f"{variable} is set, but plain http would show the key on its way to {host}; use https"
-            )
-        self.session = None
-        self.answers = 0
+        self.name, self.url, host, self.model, weight, *prices = parts.groups()
+        self.weight = float(weight or 1)
+        self.prices = [float(price or 0) for price in prices]
+        self.rests_until = 0.0  # after a failure that may pass; for ever after one that will not
         self.failures = 0  # in a row
-        self.rests_until = 0.0  # after a failure that may pass
         self.error = ""  # the last one
-        self.is_gone = False  # after one that will not pass
+        if self.url:
+            import requests
+
+            variable = "SYNTH_KEY_" + re.sub(r"\W", "_", host.strip("[]")).upper()
+            self.key = os.environ.get(variable) or (
+                host == "api.openai.com" and os.environ.get("OPENAI_API_KEY")
+            )
+            if self.key and spec.startswith("http:") and host not in ("localhost", "127.0.0.1", "[::1]"):
+                raise argparse.ArgumentTypeError(
+                    f"{variable} is set, but plain http would show the key on its way to {host}; use https"
+                )
+            self.session = requests.Session()
+            self.session.auth = self.sign
 
     def cost(self, read, written):
-        return {"tokens": read + written, "usd": (read * self.prices[0] + written * self.prices[1]) / 1e6}
+        usd = (read * self.prices[0] + written * self.prices[1]) / 1e6
+        return {"questions": 1, "tokens": read + written, "usd": usd}
 
     def sign(self, request):
         """The key goes to this host alone; and that there is an `auth` keeps ~/.netrc's passwords out."""
@@ -925,16 +909,12 @@ class Teacher:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
 
-    def ask(self, body, args):
-        """The answer as the ledger keeps it; None where the teacher failed, and rests or is gone."""
-        import requests
-
-        if self.session is None:
-            session = requests.Session()
-            session.auth = self.sign
-            self.session = session  # as a whole, for other threads ask too
+    def ask(self, body, args, is_first):
+        """(text, why it is of no use or None, tokens read, tokens written); None where the teacher failed,
+        and rests or is gone. A question that is at fault raises RejectedAnswer; StopRun, if it is the
+        first."""
         status = 0
-        after = "0"
+        after = ""
         try:
             reply = self.session.post(
                 f"{self.url}/{'completions' if 'prompt' in body else 'chat/completions'}",
@@ -943,42 +923,28 @@ class Teacher:
                 allow_redirects=False
             )
             status = reply.status_code
-            error = f"HTTP {status}: {' '.join(reply.text.replace(self.key or chr(0), '***').split())[:300]}"
-            after = reply.headers.get("Retry-After", "0")
-        except requests.exceptions.ReadTimeout:
-            status = 408
-            error = "timed out"
-        except (requests.RequestException, OSError, ValueError) as failure:
+            after = reply.headers.get("Retry-After", "")
+            words = " ".join(reply.text.replace(self.key or chr(0), "***").split())
+            error = f"HTTP {status}: {words[:300]}"
+        except OSError as failure:  # requests' errors are among them
             error = type(failure).__name__
         self.error = error
         if status == 200:
-            self.answers += 1
             self.failures = 0
-            return self.entry(body, *parse_reply(reply.content))
+            return parse_reply(reply.content)
         if status in (400, 413, 422):
-            if not self.answers:
+            if is_first:
                 raise StopRun(f"{self.name} takes no question of this kind: {error}")
             raise RejectedAnswer(f"HTTP {status}")
         if status in (0, 408, 409, 429) or status >= 500:
             rest = max(float(after) if after.isdigit() else 0.0, min(60.0, args.backoff * 2**self.failures))
             self.rests_until = time.monotonic() + rest * random.uniform(0.5, 1.0)
             self.failures = min(self.failures + 1, 10)
-        elif not self.is_gone:
-            self.is_gone = True
+        elif self.rests_until < math.inf:
+            self.rests_until = math.inf
             print(f"synth.py: {self.name} is set aside: {error}", file=sys.stderr)
-        if error == "timed out":
-            return self.entry(body, "", "timed out", 0, args.max_answer)  # it may have written all of it
-
-    def entry(self, body, text, reason, read, written):
-        read = read or len(json.dumps(body)) // 4
-        return {
-            "teacher": self.name,
-            "text": text,
-            "reason": reason,
-            "read": read,
-            "written": written,
-            "usd": self.cost(read, written)["usd"]
-        }
+        if error == "ReadTimeout":
+            return "", "timed out", 0, args.max_answer  # it may have written all of it
 
 
 def parse_reply(content):
@@ -988,19 +954,14 @@ def parse_reply(content):
         reply = json.loads(content)
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
-        message = choice.get("message") or {"content": choice["text"]}
-        text = re.sub(r"\A\s*<think>.*?</think>", "", message["content"] or "", flags=re.S)
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        text = re.sub(r"\A\s*<think>.*?</think>", "", text or "", flags=re.S)
         reason = None if text.strip() else "empty"
-        if choice.get("finish_reason") == "length" and "message" in choice:
-            reason = "truncated"
-        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-            reason = "refusal"
-        return (
-            text,
-            reason,
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or len(text) // 4)
-        )
+        if "message" in choice:  # a completion ends where it must
+            endings = {"length": "truncated", "content_filter": "refusal"}
+            reason = endings.get(choice.get("finish_reason"), reason)
+        n_written = usage.get("completion_tokens") or len(text) // 4
+        return text, reason, int(usage.get("prompt_tokens") or 0), int(n_written)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return "", "broken JSON", 0, len(content) // 4
 
@@ -1009,73 +970,59 @@ def as_messages(turns):
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
+def read_or_reason(read, answer):
+    """(read(answer), None), or (None, the reason for which it is rejected)."""
+    try:
+        return read(answer), None
+    except RejectedAnswer as error:
+        return None, str(error)
+
+
 class Run:
     """The questions of one command: --concurrency threads, within the budget, answers from the ledger where
     they stand there."""
 
     def __init__(self, args, ledger_path=None):
         self.args = args
-        self.ledger = Ledger(ledger_path)
-        self.budget = Budget(args.max_tokens, args.max_usd, self.ledger)
+        self.ledger = Ledger(ledger_path, args.max_tokens, args.max_usd)
         self.rejections = Counter()
         self.stopped = ""
         self.exit_code = 2
         self.answered_at = time.monotonic()
-        for teacher in [*args.teacher, *args.judge]:
-            teacher.answers = self.ledger.totals.get(teacher.name, Counter())["answers"]
-
-    def stop(self, reason):
-        self.stopped = self.stopped or reason
 
     def map(self, function, items):
         """[function(item), or None where its answer was rejected or the run ended before], in threads."""
-        results = [None] * len(items)
-        queue = iter(list(enumerate(items)))  # shared by the threads
 
-        def work(numbered):
-            for i, item in numbered:
-                try:
-                    results[i] = None if self.stopped else function(item)
-                except RejectedAnswer:
-                    pass
-                except StopRun as error:
-                    self.stop(str(error))
-                except BaseException as error:
-                    self.stop(f"{type(error).__name__}: {error}")
+        def work(item):
+            try:
+                return None if self.stopped else function(item)
+            except RejectedAnswer as error:
+                self.rejections[str(error)] += 1
+            except StopRun as error:
+                self.stopped = self.stopped or str(error)
+            except BaseException as error:
+                self.stopped = repr(error)
 
-        # the first alone: what is wrong with every question shows there
-        for n_threads, numbered in (
-            (1, itertools.islice(queue, 1)),
-            (min(self.args.concurrency, len(items)), queue)
-        ):
-            threads = [threading.Thread(target=work, args=(numbered,), daemon=True) for _ in range(n_threads)]
-            for thread in threads:
-                try:
-                    thread.start()
-                except RuntimeError:  # the machine has no room for more: those there are go on
-                    threads = [started for started in threads if started.ident]
-                    print(f"synth.py: no more than {len(threads)} threads can be started", file=sys.stderr)
-                    if not threads:
-                        raise OSError("no thread can be started; end other programs") from None
-                    break
-            while any(thread.is_alive() for thread in threads):
-                try:
-                    for thread in threads:
-                        thread.join()
-                except (KeyboardInterrupt, SystemExit) as error:  # answers under way cost money
-                    if self.stopped == "interrupted":
-                        raise
-                    self.stop("interrupted")
-                    self.exit_code = 143 if isinstance(error, SystemExit) else 130
-                    print(
-                        "synth.py: stopping after the answers under way; Ctrl-C again throws them away",
-                        file=sys.stderr
-                    )
-        return results
-
-    def reject(self, reason):
-        self.rejections[reason] += 1
-        raise RejectedAnswer(reason)
+        futures = []
+        with ThreadPoolExecutor(self.args.concurrency) as pool:
+            try:
+                for item in items:
+                    futures.append(pool.submit(work, item))
+                    if len(futures) == 1:
+                        wait(futures)  # the first alone: what is wrong with every question shows there
+                wait(futures)
+            except RuntimeError:
+                self.stopped = "the machine has no room for more threads; use a smaller --concurrency"
+            except (KeyboardInterrupt, SystemExit) as error:  # answers under way cost money
+                self.stopped = "interrupted"
+                self.exit_code = getattr(error, "code", 130)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                print(
+                    "synth.py: stopping after the answers under way; Ctrl-C again throws them away",
+                    file=sys.stderr
+                )
+        return [future.result() for future in futures]
 
     def ask(self, question, read, sample_id="", fallback=None, teachers=None, temperature=None):
         """(read(answer), the answer, its teacher) of the first answer, of at most --max-attempts, that `read`
@@ -1086,17 +1033,20 @@ class Run:
         fallback   the built-in teacher's answer: a function without arguments
         """
         args = self.args
-        body = question
-        if not isinstance(question, dict):
-            body = {"messages": as_messages([question]) if isinstance(question, str) else question}
+        if isinstance(question, str):
+            question = as_messages([question])
+        if isinstance(question, list):
+            question = {"messages": question}
         body = {
-            **body,
+            **question,
             "temperature": args.temperature if temperature is None else temperature,
             "max_tokens": args.max_answer
         }
         identity = json.dumps([body, sample_id])
         rng = random.Random(identity)  # teachers in a random order by weight, the same in every run
-        order = sorted(teachers or args.teacher, key=lambda teacher: -rng.random() ** (1 / teacher.weight))
+        order = sorted(
+            teachers or args.teacher, key=lambda teacher: -rng.random() ** (1 / teacher.weight)
+        )
         for attempt in range(args.max_attempts):
             keys = {
                 t.name: hashlib.blake2b(f"{t.name} {attempt} {identity}".encode(), digest_size=12).hexdigest()
@@ -1107,63 +1057,60 @@ class Run:
             )
             reason = entry["reason"]
             if reason is None:
-                try:
-                    return read(entry["text"]), entry["text"], entry["teacher"]
-                except RejectedAnswer as error:  # the reader has become stricter since
-                    reason = str(error)
+                record, reason = read_or_reason(read, entry["text"])  # which may have become stricter
+            if reason is None:
+                return record, entry["text"], entry["teacher"]
             self.rejections[reason] += 1
-        raise RejectedAnswer(reason)
+        raise RejectedAnswer(f"{args.max_attempts} answers of no use")
 
     def buy(self, order, keys, body, read, fallback):
         """The ledger's new entry for an answer of the first teacher in `order` that can give one; waits
         through outages."""
         asked_at = time.monotonic()
-        worst = len(json.dumps(body)) // 3, self.args.max_answer
-        for failures in itertools.count():
+        size = len(json.dumps(body))
+        failures = 0
+        while not self.stopped:
+            now = time.monotonic()
+            teacher = min(order, key=lambda teacher: max(teacher.rests_until, now))
             if failures >= 6 and self.answered_at > asked_at:  # others are answered: it is this question
-                self.reject("no answer")  # it is asked again in the next run
-            able = [teacher for teacher in order if not teacher.is_gone]
-            while (
-                able
-                and not self.stopped
-                and (now := time.monotonic()) < min(teacher.rests_until for teacher in able)
-            ):
+                raise RejectedAnswer("no answer")  # it is asked again in the next run
+            if teacher.rests_until == math.inf:
+                raise StopRun("no teacher is left that answers (see above)")
+            if teacher.rests_until > now:
                 if now - self.answered_at > self.args.patience:
-                    self.stop(
-                        f"no teacher answered for {self.args.patience:g} seconds; {able[0].name}: "
-                        f"{able[0].error}"
+                    raise StopRun(
+                        f"no teacher answered for {self.args.patience:g} seconds; {teacher.name}: "
+                        f"{teacher.error}"
                     )
                 time.sleep(min(0.2, self.args.backoff))
-            if self.stopped or not able:
-                raise StopRun(self.stopped or "no teacher is left that answers (see above)")
-            teacher = min(able, key=lambda teacher: teacher.rests_until > time.monotonic())
-            if teacher.url is None:
+                continue
+            if not teacher.url:
                 if fallback is None:
                     raise StopRun("the built-in teacher cannot answer this; give --teacher URL#MODEL")
                 return {"teacher": "builtin", "text": fallback(), "reason": None}
-            cost = teacher.cost(*worst)
-            self.budget.reserve(cost)
-            try:
-                entry = None if self.stopped else teacher.ask(body, self.args)
-                if entry and entry["reason"] == "timed out":
-                    self.ledger.put({"key": f"timed out {time.time_ns()}", **entry})
-                elif entry:
-                    entry["reason"] = entry["reason"] or reason_to_reject(read, entry["text"])
-                    self.ledger.put({"key": keys[teacher.name], **entry})
-                    self.answered_at = time.monotonic()
-                    return entry
-            except RejectedAnswer as error:
-                self.reject(str(error))
-            finally:
-                self.budget.settle(cost)
-
-
-def reason_to_reject(read, answer):
-    """The reason for which `read` rejects an answer, or None."""
-    try:
-        read(answer)
-    except RejectedAnswer as error:
-        return str(error)
+            with self.ledger.reserve(teacher.cost(size // 3, self.args.max_answer)):
+                if self.stopped:
+                    break
+                answer = teacher.ask(body, self.args, teacher.name not in self.ledger.totals)
+                if answer:
+                    text, reason, n_read, n_written = answer
+                    n_read = n_read or size // 4
+                    is_late = reason == "timed out"
+                    entry = {
+                        "key": f"timed out {time.time_ns()}" if is_late else keys[teacher.name],
+                        "teacher": teacher.name,
+                        "text": text,
+                        "reason": reason or read_or_reason(read, text)[1],
+                        "read": n_read,
+                        "written": n_written,
+                        "usd": teacher.cost(n_read, n_written)["usd"]
+                    }
+                    self.ledger.put(entry)
+                    if not is_late:
+                        self.answered_at = time.monotonic()
+                        return entry
+            failures += 1
+        raise StopRun(self.stopped)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1319,7 +1266,7 @@ def write_preference(run, number, item):
     if has_tests:
         return {"problem": item, "answers": answers}
     if len(answers) < 2:
-        run.reject("the same answer every time")
+        raise RejectedAnswer("the same answer every time")
     chosen, rejected = vote(answers) or compare(run, question, *list(answers)[:2], rng)
     return {
         "messages" if "messages" in item else "prompt": question,
@@ -1358,7 +1305,7 @@ def compare(run, question, a, b, rng):
         )[0]
         winners.add(order[choice])
     if len(winners) > 1:
-        run.reject("the judge prefers a place, not an answer")
+        raise RejectedAnswer("the judge prefers a place, not an answer")
     return (a, b) if a in winners else (b, a)
 
 
@@ -1498,7 +1445,7 @@ def produce(run, gates, kind, items, topics):
         passed += len(records)
         yield from records
         if items is None and asked >= 200 and passed < asked / 50:
-            run.stop(
+            run.stopped = run.stopped or (
                 f"only {passed:,} of {asked:,} answers are of use; see the report and the answers in the "
                 f"ledger"
             )

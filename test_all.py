@@ -4808,6 +4808,10 @@ def records(path):
     return list(data.read_jsonl(path))
 
 
+def reason_to_reject(read, answer):
+    return synth.read_or_reason(read, answer)[1]
+
+
 def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path):
     def answer(question, n):
         kinds = {
@@ -5118,7 +5122,7 @@ def test_agreement_by_hand():
 )
 def test_scores_are_read(answer, score):
     if score is None:
-        assert synth.reason_to_reject(synth.read_score, answer) == "no score"
+        assert reason_to_reject(synth.read_score, answer) == "no score"
     else:
         assert synth.read_score(answer)["score"] == score
 
@@ -5134,7 +5138,7 @@ def test_scores_are_read(answer, score):
     ],
 )
 def test_choices_are_read(answer, choice):
-    assert synth.reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
+    assert reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
     assert not choice or synth.read_choice(answer) == choice
 
 
@@ -5152,7 +5156,7 @@ def test_choices_are_read(answer, choice):
     ],
 )
 def test_refusals_are_told_from_figures_of_speech(answer, refuses):
-    assert (synth.reason_to_reject(synth.read_text, answer) == "refusal") == refuses
+    assert (reason_to_reject(synth.read_text, answer) == "refusal") == refuses
 
 
 def test_fences_of_every_kind_pair():
@@ -5416,7 +5420,7 @@ def test_rewritings_keep_facts():
         ("Somebody once built a machine.", "loses facts"),
     ):
         assert (
-            synth.reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
+            reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
         )
 
 
@@ -5789,17 +5793,13 @@ def test_root_works_in_a_folder_closed_to_others(tmp_path, monkeypatch):
     assert judge(ADD, "    return a + b\n").passed
 
 
-def test_a_run_goes_on_with_fewer_threads(monkeypatch):
-    start = threading.Thread.start
+def test_a_machine_without_room_for_threads_is_named(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
 
-    def limited(self, number=itertools.count()):
-        if next(number) > 2:
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", limited)
-    args = SimpleNamespace(teacher=[], judge=[], max_tokens=0, max_usd=0, concurrency=8)
-    assert synth.Run(args).map(lambda item: item + 1, range(9)) == list(range(1, 10))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    run = synth.Run(SimpleNamespace(teacher=[], judge=[], max_tokens=0, max_usd=0, concurrency=8))
+    assert run.map(lambda item: item + 1, range(9)) == [] and "--concurrency" in run.stopped
 
 
 def test_says_which_protections_are_on(tmp_path, monkeypatch):
