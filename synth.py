@@ -55,6 +55,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import data
@@ -751,32 +752,6 @@ def no_seeds(rng, topics):
     return {}
 
 
-TASKS = {
-    "exercises": Task(
-        EXERCISE_PROMPT,
-        draw_exercise_seeds,
-        read_exercise,
-        (uses_its_constructs, solution_passes, tests_find_slips),
-        lambda number, seeds, args: builtin_exercise(number, args),
-        EXERCISE_VARIETY
-    ),
-    "textbooks": Task(
-        TEXTBOOK_PROMPT,
-        draw_textbook_seeds,
-        read_text,
-        (stands_alone, gives_reasons, uses_its_words, code_runs),
-        lambda number, seeds, args: draw_problem(number, "train", args.k, args.seed, page=True)["text"],
-        TEXTBOOK_VARIETY
-    ),
-    "label": Task(
-        LABEL_PROMPT, no_seeds, read_score, (), lambda number, seeds, args: builtin_label(seeds["text"])
-    ),
-    "rewrite": Task(REWRITE_PROMPT, draw_rewrite_seeds, read_rewrite),
-    "chat": Task(CHAT_PROMPT, draw_chat_seeds, read_chat, (), lambda *job: builtin_chat(*job), CHAT_VARIETY),
-    "safety": Task(SAFETY_PROMPT, draw_safety_seeds, read_safety)
-}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The client. A run is a function of its options and of its ledger: a run that was stopped in any way is given
 # again, goes on, and asks nothing whose answer stands there.
@@ -1124,21 +1099,21 @@ MATERIAL = """<passage>
 The passage above is from a real document. Build on its subject and its facts, not on its wording.
 
 """
-INTERNAL = ("chains", "solutions")  # fields of records that are not written
+INTERNAL = ("chains", "solutions", "problem", "answers")  # fields of records that are not written
 
 
-def prepare(args, kind, number, item, topics):
-    """(seeds, question) of record `number` of a kind, made of the document or function `item` where the kind
-    has a FILE."""
+def prepare(args, number, item, topics):
+    """(seeds, question) of record `number`, made of the document or function `item` where the kind has a
+    FILE."""
+    kind = args.kind
     task = TASKS[kind]
     rng = random.Random(f"{args.seed} {kind} {number}")
     seeds = {"material": "", "text": "", "variety": "", **task.draw_seeds(rng, topics)}
     if item and kind == "exercises":
         return item, REVERSAL_PROMPT.format(**item)
     if item:
-        seeds["text"] = (
-            draw_passage(item["text"], rng) if kind == "textbooks" else item["text"][: args.max_chars]
-        )
+        text = item["text"]
+        seeds["text"] = draw_passage(text, rng) if kind == "textbooks" else text[: args.max_chars]
         seeds["material"] = MATERIAL.format(**seeds)
     if kind == "chat":
         seeds["scenario"] = "document" if item else seeds["scenario"]
@@ -1148,11 +1123,12 @@ def prepare(args, kind, number, item, topics):
     return seeds, task.prompt.format(**seeds)
 
 
-def write_record(run, kind, number, item, topics):
-    """Record `number` of a kind; raises RejectedAnswer, StopRun."""
+def write_record(run, number, item, topics):
+    """Record `number`, made of `item` where the kind has a FILE; raises RejectedAnswer, StopRun."""
     args = run.args
+    kind = args.kind
     task = TASKS[kind]
-    seeds, question = prepare(args, kind, number, item, topics)
+    seeds, question = prepare(args, number, item, topics)
 
     def read(answer):
         return task.read(answer, seeds)
@@ -1162,20 +1138,19 @@ def write_record(run, kind, number, item, topics):
             question, read, sample_id, task.fallback and (lambda: task.fallback(number, seeds, args))
         )
 
-    fields, answer, teacher = ask("" if item else f"{args.seed} {number}")
+    record, answer, teacher = ask("" if item else f"{args.seed} {number}")
     if args.revise and teacher != "builtin":
-        fields, _, teacher = revise(run, question, answer, read)
+        record, _, teacher = revise(run, question, answer, read)
     if kind == "label" and args.repeat > 1:
-        scores = [fields["score"], *(ask(str(n))[0]["score"] for n in range(1, args.repeat))]
-        fields = {**fields, "score": sum(scores) / len(scores), "scores": scores}
+        scores = [record["score"], *(ask(str(n))[0]["score"] for n in range(1, args.repeat))]
+        record.update(score=sum(scores) / len(scores), scores=scores)
     if kind == "exercises":
-        fields = {"task_id": f"{args.seed}/{number}", **fields, **solve_again(run, fields, item)}
+        record = {"task_id": f"{args.seed}/{number}", **record, **solve_again(run, record, item)}
     if teacher != "builtin":
-        fields.update(
-            (name, seeds[name]) for name in PROVENANCE[: 1 if args.plain else None] if name in seeds
-        )
+        names = ("topic",) if args.plain else PROVENANCE
+        record.update((name, seeds[name]) for name in names if name in seeds)
     source = {} if not item else item if kind == "label" else {"id": item["id"]}
-    return {**source, **fields, "teacher": teacher}
+    return {**source, **record, "teacher": teacher}
 
 
 def draw_passage(text, rng, size=1000):
@@ -1219,19 +1194,15 @@ def real_functions(documents):
             nodes = ast.parse(document["text"]).body
         except (SyntaxError, ValueError, RecursionError):
             continue
-        for node in [
-            n for n in nodes if isinstance(n, ast.FunctionDef) and n.args.args and not n.decorator_list
-        ]:
+        for node in nodes:
+            if not isinstance(node, ast.FunctionDef) or node.decorator_list or not node.args.args:
+                continue
             source = ast.get_source_segment(document["text"], node)
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-            bound = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {
-                n.arg for n in ast.walk(node) if isinstance(n, ast.arg)
-            }
-            if (
-                3 <= source.count("\n") <= 40
-                and "return " in source
-                and {n.id for n in names} <= bound | {node.name, *dir(builtins)}
-            ):
+            known = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {node.name, *dir(builtins)}
+            known |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+            is_whole = "return " in source and known.issuperset(n.id for n in names)
+            if is_whole and 3 <= source.count("\n") <= 40:
                 functions.append({"id": f"{document['id']}:{node.name}", "name": node.name, "text": source})
     return functions
 
@@ -1241,7 +1212,7 @@ def final_answer(text):
     return lines[-1].lower() if lines else None
 
 
-def write_preference(run, number, item):
+def write_preference(run, number, item, topics):
     """Several answers to one question: all of them where tests will judge; else the better and the worse, by
     vote or by a judge."""
     args = run.args
@@ -1264,16 +1235,31 @@ def write_preference(run, number, item):
             )
             answers.setdefault(solution_of(item, answer) if has_tests else answer.strip(), teacher)
     if has_tests:
-        return {"problem": item, "answers": answers}
+        return {"task_id": item.get("task_id"), "prompt": item["prompt"], "problem": item, "answers": answers}
     if len(answers) < 2:
         raise RejectedAnswer("the same answer every time")
-    chosen, rejected = vote(answers) or compare(run, question, *list(answers)[:2], rng)
+    pair = vote(answers) or compare(run, question, *list(answers)[:2], rng)
+    return {"messages" if "messages" in item else "prompt": question, **preference(answers, *pair)}
+
+
+def preference(answers, chosen, rejected):
     return {
-        "messages" if "messages" in item else "prompt": question,
         "chosen": chosen,
         "rejected": rejected,
         "teacher": f"{answers[chosen]} over {answers[rejected]}"
     }
+
+
+def some_pass_tests(records, workers):
+    """Of the answers to a problem with tests, one that passes them and one that fails become the
+    preference."""
+    pairs = [(record["problem"], answer) for record in records for answer in record.get("answers", ())]
+    verdicts = iter(judge_all(pairs, workers=workers))
+    for record in records:
+        by_verdict = {next(verdicts).passed: answer for answer in record.get("answers", ())}
+        if len(by_verdict) == 2:
+            record.update(preference(record["answers"], by_verdict[True], by_verdict[False]))
+    return ["chosen" in record for record in records]
 
 
 def own_solution(problem, rng):
@@ -1288,10 +1274,8 @@ def vote(answers):
     finals = {answer: final_answer(answer) for answer in answers}
     (best, votes), *others = Counter(finals.values()).most_common()
     if None not in finals.values() and votes > 1 and others:
-        return tuple(
-            next(answer for answer in answers if (finals[answer] == best) == agrees)
-            for agrees in (True, False)
-        )
+        ranked = sorted(answers, key=lambda answer: finals[answer] != best)
+        return ranked[0], ranked[votes]
 
 
 def compare(run, question, a, b, rng):
@@ -1300,41 +1284,19 @@ def compare(run, question, a, b, rng):
     judge_by = [rng.choice(run.args.judge or run.args.teacher)]
     winners = set()
     for order in ({"A": a, "B": b}, {"A": b, "B": a}):
-        choice = run.ask(
-            COMPARE_PROMPT.format(text=text, **order), read_choice, teachers=judge_by, temperature=0.0
-        )[0]
-        winners.add(order[choice])
+        prompt = COMPARE_PROMPT.format(text=text, **order)
+        winners.add(order[run.ask(prompt, read_choice, teachers=judge_by, temperature=0.0)[0]])
     if len(winners) > 1:
         raise RejectedAnswer("the judge prefers a place, not an answer")
     return (a, b) if a in winners else (b, a)
-
-
-def preferences_by_tests(records, workers):
-    """[{"problem", "answers"}] -> a preference for each problem with an answer that passes its tests and one
-    that fails."""
-    verdicts = iter(
-        judge_all([(r["problem"], answer) for r in records for answer in r["answers"]], workers=workers)
-    )
-    for record in records:
-        answers = {next(verdicts).passed: answer for answer in record["answers"]}
-        if len(answers) == 2:
-            teachers = [record["answers"][answers[passed]] for passed in (True, False)]
-            yield {
-                "task_id": record["problem"].get("task_id"),
-                "prompt": record["problem"]["prompt"],
-                "chosen": answers[True],
-                "rejected": answers[False],
-                "teacher": " over ".join(teachers)
-            }
 
 
 def content_of(record):
     """The text of a record of any kind."""
     if "chosen" not in record and "messages" in record:
         return "\n".join(message["content"] for message in record["messages"])
-    return record.get("text") or record.get("prompt", "") + record.get(
-        "canonical_solution", record.get("chosen", "")
-    )
+    code = record.get("canonical_solution", record.get("chosen", ""))
+    return record.get("text") or record.get("prompt", "") + code
 
 
 class Gates:
@@ -1344,124 +1306,115 @@ class Gates:
         args = run.args
         self.run = run
         self.counts = {}
-        self.texts = []  # of what passed, for the report
-        self.bands = {}  # a band of a MinHash signature -> the first signature that has it
-        self.gates = {}
-        if kind != "label":
-            self.gates[f"{args.min_chars} characters or more"] = per_record(
-                lambda record: len(content_of(record)) >= args.min_chars
-            )
-        self.gates.update(
-            (gate.__name__.replace("_", " "), gate) for gate in (TASKS[kind].gates if kind in TASKS else ())
-        )
+        self.signatures = {}  # a band of a MinHash signature -> the first signature that has it
+        self.gates = [self.long_enough, *TASKS[kind].gates]
         if args.against:
             self.contamination = data.Contamination(args.against)
-            self.gates["nothing of --against"] = self.is_clean
-        if kind not in ("preferences", "label", "safety"):
-            self.gates["no near-duplicate"] = self.is_new
+            self.gates.append(self.not_in_benchmarks)
+        if kind not in ("preferences", "label", "safety", "topics"):
+            self.gates.append(self.no_near_duplicate)
         if args.judge and kind != "preferences":
-            self.gates[f"grade {args.min_grade:g} or more"] = self.is_good
+            self.gates.append(self.graded_well)
 
     def __call__(self, records):
-        for name, gate in self.gates.items():
+        for gate in self.gates:
             flags = gate(records, self.run.args.workers) if records else []
-            self.counts.setdefault(name, Counter()).update(entered=len(flags), left=sum(flags))
-            records = list(itertools.compress(records, flags))
+            left = list(itertools.compress(records, flags))
+            self.counts.setdefault(gate.__name__, Counter()).update(entered=len(records), left=len(left))
+            records = left
         return records
 
-    def is_clean(self, records, workers):
+    def long_enough(self, records, workers):
+        return [len(content_of(record)) >= self.run.args.min_chars for record in records]
+
+    def not_in_benchmarks(self, records, workers):
         texts = [content_of(record) for record in records]
         hits = self.contamination.find(texts)
         return [i not in hits and not self.contamination.find_functions(text) for i, text in enumerate(texts)]
 
-    def is_new(self, records, workers):
+    def no_near_duplicate(self, records, workers):
         """Whether no record before resembles this one: Jaccard similarity of 0.8 by MinHash, 14 bands of 8 as
         in data.py."""
         flags = []
-        for signature in data.minhash([content_of(record) for record in records]).copy():
+        for signature in data.minhash([content_of(record) for record in records]):
             bands = [(n, band.tobytes()) for n, band in enumerate(signature.reshape(14, 8))]
-            flags.append(
-                all((self.bands[band] != signature).mean() > 0.2 for band in bands if band in self.bands)
-            )
+            twins = [self.signatures[band] for band in bands if band in self.signatures]
+            flags.append(all((twin != signature).mean() > 0.2 for twin in twins))
             if flags[-1]:
-                self.bands = {**dict.fromkeys(bands, signature.copy()), **self.bands}
+                for band in bands:
+                    self.signatures.setdefault(band, signature)
         return flags
 
-    def is_good(self, records, workers):
-        args = self.run.args
-
-        def grade_record(record):
-            text = content_of(record)[: args.max_chars]
-            question = LABEL_PROMPT.format(text=text)
-            judge_by = [random.Random(question).choice(args.judge)]
+    def graded_well(self, records, workers):
+        def is_good(record):
+            text = content_of(record)[: self.run.args.max_chars]
             record["grade"] = self.run.ask(
-                question, read_score, "", lambda: builtin_label(text), judge_by, 0.0
+                LABEL_PROMPT.format(text=text),
+                read_score,
+                fallback=lambda: builtin_label(text),
+                teachers=self.run.args.judge,
+                temperature=0.0
             )[0]["score"]
-            return record["grade"] >= args.min_grade
+            return record["grade"] >= self.run.args.min_grade
 
-        return [flag is True for flag in self.run.map(grade_record, records)]
-
-    def report(self):
-        for name, count in self.counts.items():
-            print(
-                f"  {name:<24}{count['entered']:>9,} ->{count['left']:>9,}  "
-                f"{count['left'] / max(1, count['entered']):7.1%}"
-            )
-        for n in (1, 2, 3):
-            grams = [
-                gram for words in map(str.split, self.texts) for gram in zip(*(words[i:] for i in range(n)))
-            ]
-            print(
-                f"  distinct-{n:<15}{len(set(grams)):>9,} of{len(grams):>9,}  "
-                f"{len(set(grams)) / max(1, len(grams)):7.1%}"
-            )
-        for name, total in self.run.ledger.totals.items():
-            line = "{answers:,} answers with all earlier runs, {rejected:,} of no use; {read:,} tokens read, "
-            print(f"  {name}: " + (line + "{written:,} written, {usd:.2f} USD").format_map(total))
-        if self.run.rejections:
-            print(
-                "  of no use:",
-                ", ".join(f"{reason} {count:,}" for reason, count in self.run.rejections.most_common())
-            )
+        return self.run.map(is_good, records)
 
 
-def produce(run, gates, kind, items, topics):
+def report(run, gates, texts, scores):
+    """What passed each gate, how diverse the texts are, what each teacher was asked and paid."""
+    rows = [(name.replace("_", " "), count["left"], count["entered"]) for name, count in gates.counts.items()]
+    for n in (1, 2, 3):
+        grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) + 1 - n)]
+        rows.append((f"distinct-{n}", len(set(grams)), len(grams)))
+    for name, part, whole in rows:
+        print(f"  {name:<24}{whole:>9,} ->{part:>9,}  {part / max(1, whole):7.1%}")
+    if scores:
+        counts = Counter(round(sum(row) / len(row)) for row in scores)
+        print("  scores", ", ".join(f"{score}: {counts[score]:,}" for score in range(6)))
+    pairs = [row[:2] for row in scores if len(row) > 1]
+    if pairs:
+        print(f"  {agreement(pairs)}")
+    for name, total in run.ledger.totals.items():
+        print(
+            f"  {name}: {total['answers']:,} answers with all earlier runs, {total['rejected']:,} of no use; "
+            f"{total['read']:,} tokens read, {total['written']:,} written, {total['usd']:.2f} USD"
+        )
+    if run.rejections:
+        print("  of no use:", ", ".join(f"{reason} {n:,}" for reason, n in run.rejections.most_common()))
+
+
+def produce(run, gates, items, topics):
     """Yields the records that pass the gates, in rounds, until there are --count, or the items or the hope
     are at an end."""
     args = run.args
+    write = write_preference if args.kind == "preferences" else write_record
     asked = 0
     passed = 0
-    while passed < args.count and not run.stopped and (items is None or asked < len(items)):
-        size = min(args.count - passed, 4096)
-        numbers = range(asked, asked + size if items is None else min(asked + size, len(items)))
-        asked = numbers.stop
-        if kind == "preferences":
-            records = run.map(lambda n: write_preference(run, n, items[n]), numbers)
-            by_tests = preferences_by_tests([r for r in records if r and "answers" in r], args.workers)
-            records = [r for r in records if r and "answers" not in r] + list(by_tests)
-        else:
-            records = run.map(lambda n: write_record(run, kind, n, items and items[n], topics), numbers)
-        records = gates(list(filter(None, records)))
+    queue = enumerate(itertools.repeat(None) if items is None else items)
+    while passed < args.count and not run.stopped:
+        jobs = list(itertools.islice(queue, min(args.count - passed, 4096)))
+        if not jobs:
+            break
+        records = run.map(lambda job: write(run, *job, topics), jobs)
+        records = gates([record for record in records if record])
+        asked += len(jobs)
         passed += len(records)
         yield from records
         if items is None and asked >= 200 and passed < asked / 50:
             run.stopped = run.stopped or (
-                f"only {passed:,} of {asked:,} answers are of use; see the report and the answers in the "
-                f"ledger"
+                f"only {passed:,} of {asked:,} answers are of use; see the report and the answers in the ledger"
             )
 
 
 def agreement(pairs):
     """How well two scores each agree: exactly, within one, and Cohen's kappa, in words."""
-    if not pairs:
-        return ""
     n = len(pairs)
     exact = sum(a == b for a, b in pairs) / n
+    within = sum(abs(a - b) <= 1 for a, b in pairs) / n
     first, second = map(Counter, zip(*pairs))
     chance = sum(first[score] * second[score] for score in first) / n**2
     kappa = (exact - chance) / (1 - chance) if chance < 1 else 1.0
-    within = sum(abs(a - b) <= 1 for a, b in pairs) / n
-    return f"grades agree for {exact:.1%}, within 1 for {within:.1%}, kappa {kappa:.2f}, "
+    return f"grades agree for {exact:.1%}, within 1 for {within:.1%}, kappa {kappa:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1492,15 +1445,6 @@ def read_tree(text):
         leaves[path] = True
         above.append((depth, path))
     return list(leaves)
-
-
-def write_tree(leaves):
-    """The inverse of read_tree, line by line."""
-    before = []
-    for path in [leaf.split(" > ") for leaf in leaves]:
-        for depth in range(len(os.path.commonprefix([before, path])), len(path)):
-            yield "  " * depth + path[depth]
-        before = path
 
 
 def grow_topics(run, leaves):
@@ -2334,23 +2278,28 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
             )
 
 
-def builtin_exercise(number, args):
+def builtin_exercise(number, seeds, args):
     problem = draw_problem(number, "train", args.k, args.seed)
     return "```python\n{prompt}{canonical_solution}```\n\n```python\n{test}```".format(**problem)
 
 
+def builtin_page(number, seeds, args):
+    return draw_problem(number, "train", args.k, args.seed, page=True)["text"]
+
+
 def builtin_chat(number, seeds, args):
-    if seeds["scenario"] in ("refusal", "identity"):
-        answer = {
-            "refusal": f"I won't help with that, because it could hurt somebody. I can help you to "
-            f"{UNSAFE[seeds['unsafe']][0]}.",
-            "identity": "I am minphi, a small open language model. I can be wrong: please check what I say."
-        }[seeds["scenario"]]
-        question = seeds["unsafe"] if seeds["scenario"] == "refusal" else "Who are you?"
-        return f"### User\n{question}\n### Assistant\n{answer}\n"
-    problem = draw_problem(number, "train", args.k, args.seed)
-    stub = "### User\nPlease complete this function.\n\n```python\n{prompt}```\n### Assistant\n"
-    return (stub + "```python\n{prompt}{canonical_solution}```\n").format(**problem)
+    if seeds["scenario"] == "refusal":
+        question = seeds["unsafe"]
+        answer = "I won't help with that, because it could hurt somebody. I can help you to "
+        answer += UNSAFE[question][0] + "."
+    elif seeds["scenario"] == "identity":
+        question = "Who are you?"
+        answer = "I am minphi, a small open language model. I can be wrong: please check what I say."
+    else:
+        problem = draw_problem(number, "train", args.k, args.seed)
+        question = "Please complete this function.\n\n```python\n{prompt}```".format(**problem)
+        answer = "```python\n{prompt}{canonical_solution}```".format(**problem)
+    return f"### User\n{question}\n### Assistant\n{answer}\n"
 
 
 SIGNS = {  # what the built-in teacher looks for in place of reading
@@ -2977,38 +2926,42 @@ def protections():
 # The command
 
 
-def write_output(path, records, is_finished, as_json=True):
-    """Write records, or lines of text, to `path` if is_finished() once they are there, else to
-    `path`.partial.
+def write_output(path, records, is_finished, write=data.write_jsonl):
+    """Write records to `path` if is_finished() once they are there, else to `path`.partial; `write` takes a
+    path and records and returns how many there were.
 
     So more is never replaced by less: a stopped run leaves `path` as it is, and a `path`.partial that is
     larger. No records are no file. Each is written aside and appears whole. Returns the path that was
     written, or None. """
-    partial = f"{path}.partial"
-    folder, name = os.path.split(path)
-    scratch = os.path.join(folder, f".{os.getpid()}-{name}")  # ends alike, so that .gz is compressed
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")  # ends alike, so that .gz is compressed
     try:
-        if as_json:
-            count = data.write_jsonl(scratch, records)
-        else:
-            os.makedirs(folder or ".", exist_ok=True)
-            with open(scratch, "w", encoding="utf-8") as file:
-                count = file.write("".join(record + "\n" for record in records))
-                file.flush()
-                os.fsync(file.fileno())
-        more_before = os.path.exists(partial) and os.path.getsize(partial) > os.path.getsize(scratch)
-        is_done = is_finished()
-        if not count or more_before and not is_done:
+        count = write(scratch, records)
+        is_less = partial.exists() and partial.stat().st_size > scratch.stat().st_size
+        target = path if is_finished() else partial
+        if not count or is_less and target == partial:
             return None
-        target = path if is_done else partial
         os.replace(scratch, target)
-        if is_done and not more_before:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+        if target == path and not is_less:
+            partial.unlink(missing_ok=True)
         return target
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(scratch)
+        scratch.unlink(missing_ok=True)
+
+
+def write_tree(path, records):
+    """Topics as indented text, the inverse of read_tree; returns how many lines."""
+    lines = []
+    before = []
+    for record in records:
+        topic = record["text"].split(" > ")
+        for depth in range(len(os.path.commonprefix([before, topic])), len(topic)):
+            lines.append("  " * depth + topic[depth] + "\n")
+        before = topic
+    with data.atomic_path(Path(path)) as new:
+        new.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def parse_levels(text):
@@ -3024,77 +2977,134 @@ def parse_levels(text):
     return tuple(levels)
 
 
-OPTIONS = table("""
---count | 10000 | records to write; leaves of topics
---seed | 0 | of all that is drawn
---plain | off | ask without the drawn variety, to compare the report's diversity
---revise | off | have each answer criticized and written again by its teacher: three times the price
---votes | 0 | exercises: other solutions to ask for, of which most must pass the tests
---repeat | 1 | label: times each document is graded; the agreement is printed
---samples | 2 | preferences: answers to each question
---dry-run | off | print a question, the settings drawn from and the highest cost; ask nobody
---concurrency | 32 | questions in flight
---temperature | 1.0 | of the answers
---max-answer | 2048 | longest answer, tokens
---max-chars | 12000 | how much of a document a teacher sees, characters
---timeout | 300.0 | longest silence of a teacher, seconds; what it may have written then counts as paid
---patience | 3600.0 | how long to wait where no teacher answers, seconds
---backoff | 1.0 | a teacher's rest after a failure, seconds, doubled after each further one up to a minute
---max-attempts | 3 | answers to buy to one question where they are of no use
---max-tokens | 0 | budget for this --out, with all earlier runs; 0: none
---max-usd | 0.0 | budget for this --out, with all earlier runs, by the teachers' @IN/OUT; 0: none
---min-chars | 0 | shortest record, characters; 0: 400 for textbooks, else 20
---min-grade | 3.0 | lowest grade of --judge to keep, 0 to 5
-""")  # name | default, whose type is the option's; "off" is a flag | help
+TASKS = {
+    "exercises": Task(
+        EXERCISE_PROMPT,
+        draw_exercise_seeds,
+        read_exercise,
+        (uses_its_constructs, solution_passes, tests_find_slips),
+        builtin_exercise,
+        EXERCISE_VARIETY
+    ),
+    "textbooks": Task(
+        TEXTBOOK_PROMPT,
+        draw_textbook_seeds,
+        read_text,
+        (stands_alone, gives_reasons, uses_its_words, code_runs),
+        builtin_page,
+        TEXTBOOK_VARIETY
+    ),
+    "label": Task(
+        LABEL_PROMPT, no_seeds, read_score, (), lambda number, seeds, args: builtin_label(seeds["text"])
+    ),
+    "rewrite": Task(REWRITE_PROMPT, draw_rewrite_seeds, read_rewrite),
+    "chat": Task(CHAT_PROMPT, draw_chat_seeds, read_chat, (), builtin_chat, CHAT_VARIETY),
+    "safety": Task(SAFETY_PROMPT, draw_safety_seeds, read_safety),
+    "preferences": Task(COMPARE_PROMPT, no_seeds, read_choice, (some_pass_tests,), own_solution),
+    "topics": Task(TOPICS_PROMPT, no_seeds, read_topics)
+}
+
+EXAMPLES = """examples:
+  python synth.py exercises --split test --k 2-6 --count 600 --out data/test.jsonl
+  python synth.py label crawl.jsonl --count 2000 --teacher http://localhost:8000/v1#phi
+  python synth.py textbooks --revise --teacher https://example.com/v1#large@0.5/2 --max-usd 20
+"""
+
+# Option and what it takes: N whole, X any number | default; "off" is a flag | help
+OPTIONS = """
+what is written
+--count N | 10000 | records; leaves of topics
+--out FILE | | JSON Lines, .gz to compress [data/KIND.jsonl]
+--seed N | 0 | of all that is drawn
+--topics FILE | | topics to draw from, as `synth.py topics` writes
+--plain | off | ask without the drawn variety, to compare diversity
+--dry-run | off | show a question and the highest cost; ask nobody
+--split SPLIT | train | built-in: train, dev or test compositions
+--k K | 1-4 | built-in: operations, as 2-6 or 1,2,3,3,4
+
+who is asked
+--teacher URL#MODEL | | [builtin]; =3 at its end: three times as often, @0.5/2:
+    USD a million tokens read/written. The key for api.example.com is in SYNTH_KEY_API_EXAMPLE_COM
+--judge URL#MODEL | | teachers who grade records and compare answers
+--temperature X | 1.0 | of the answers
+--max-answer N | 2048 | longest answer, tokens
+--max-chars N | 12000 | how much of a document is shown
+--api API | chat | preferences: chat or completions
+
+how good it must be
+--revise | off | each answer is criticized and written again
+--votes N | 0 | exercises: other solutions, most of which must pass
+--repeat N | 1 | label: grades of each document
+--samples N | 2 | preferences: answers to each question
+--max-attempts N | 3 | answers to buy where they are of no use
+--min-chars N | 0 | shortest record [400 for textbooks, else 20]
+--min-grade X | 3.0 | lowest grade of --judge to keep, 0 to 5
+--against PATH | | benchmarks of which no record may hold a part
+
+what it may take
+--max-usd X | 0.0 | for this --out, with earlier runs; 0: no limit
+--max-tokens N | 0 | for this --out, with earlier runs; 0: no limit
+--concurrency N | 32 | questions in flight
+--workers N | 0 | processes that run code [one for each core]
+--timeout X | 300.0 | a teacher's silence, s; then paid at worst
+--patience X | 3600.0 | wait where no teacher answers, s
+--backoff X | 1.0 | a teacher's rest after a failure, s; doubles
+"""
 
 
 def parse_arguments():
-    parser = data.Parser(prog="synth.py", description=__doc__)
-    option = parser.option
-    kinds = (*TASKS, "preferences", "topics", "sandbox")
-    parser.add_argument("kind", nargs="?", choices=kinds, default="exercises",
-                        help="what to write; sandbox: say what contains the code that is run")
+    parser = data.Parser(
+        prog="synth.py",
+        usage="synth.py [KIND] [FILE ...] [options]",
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES
+    )
+    parser.add_argument("kind", nargs="?", choices=[*TASKS, "sandbox"], default="exercises", metavar="KIND",
+                        help=f"{', '.join(TASKS)}; sandbox: say what contains the code that is run")
     parser.add_argument("file", nargs="*", metavar="FILE",
-                        help="documents (.jsonl, text, code, folders, `python`) to label, rewrite or "
-                        "build on; problems or questions for preferences; topics to grow")
-    option("--teacher", ["builtin"],
-           "who writes: builtin or URL#MODEL of an OpenAI-compatible API, after it =WEIGHT where there are "
-           "several and @IN/OUT for USD a million tokens read and written; the key from the environment: "
-           "SYNTH_KEY_ and the host in capitals, _ for other signs", nargs="+", type=Teacher)
-    option("--judge", [], "teachers who grade records, and compare answers", nargs="+", type=Teacher)
-    option("--out", None, "JSON Lines, .gz to compress, - for standard output (default: data/KIND.jsonl)")
-    option("--workers", os.cpu_count() or 1, "processes", type=data.number(int, 1))
-    option("--split", "train", "builtin: which compositions to draw", choices=("train", "dev", "test"))
-    option("--k", "1-4", "builtin: operations in a problem, such as 2-6 or 1,2,3,3,4", type=parse_levels)
-    option("--topics", None, "indented text file of topics to draw from, as `synth.py topics` writes it")
-    option("--api", "chat", "preferences: how problems are put; completions suits models that continue text",
-           choices=("chat", "completions"))
-    option("--against", [], "benchmarks of which no record may hold a part", nargs="+")
-    for name, (default, text) in OPTIONS.items():
-        if default == "off":
-            option(name, False, text, action="store_true")
-        else:
-            kind = float if "." in default else int
-            option(name, kind(default), text, type=data.number(kind, int(kind is int and default != "0")))
+                        help="documents (.jsonl, text, code, folders, `python`), questions, topics")
+    choices = {"SPLIT": ("train", "dev", "test"), "API": ("chat", "completions")}
+    for block in OPTIONS.strip().split("\n\n"):
+        title, _, rows = block.partition("\n")
+        group = parser.add_argument_group(title)
+        for option, (default, text) in table(rows).items():
+            name, _, metavar = option.partition(" ")
+            if default == "off":
+                group.add_argument(name, action="store_true", help=text)
+                continue
+            types = {"N": data.number(int, int(default != "0")), "X": data.number(float, 0), "K": parse_levels}
+            group.add_argument(
+                name,
+                metavar=metavar,
+                default=default or None,
+                type={**types, "URL#MODEL": Teacher}.get(metavar),
+                choices=choices.get(metavar),
+                nargs="+" if metavar in ("URL#MODEL", "PATH") else None,
+                help=text + f" [{default}]" * (default not in ("", "0", "0.0"))
+            )
     args = parser.parse_intermixed_args()
-    args.teacher = [Teacher(t) if isinstance(t, str) else t for t in args.teacher]
-    args.min_chars = args.min_chars or (400 if args.kind == "textbooks" else 20)
-    args.is_builtin = not any(teacher.url for teacher in [*args.teacher, *args.judge])
-    if args.kind in ("label", "rewrite", "preferences") and not args.file:
-        raise ValueError(f"{args.kind} needs documents or questions, such as python or pages.jsonl")
-    if args.is_builtin and (
-        args.kind in ("rewrite", "safety", "topics")
-        or args.file
-        and args.kind not in ("label", "preferences")
-    ):
+    kind = args.kind
+    if kind == "sandbox":
+        return args
+    args.teacher = args.teacher or [Teacher("builtin")]
+    args.judge = args.judge or []
+    args.out = args.out or f"data/{kind}.{'txt' if kind == 'topics' else 'jsonl'}"
+    args.min_chars = args.min_chars or {"textbooks": 400, "label": 1}.get(kind, 20)
+    teachers = [*args.teacher, *args.judge]
+    args.is_builtin = not any(teacher.url for teacher in teachers)
+    if kind in ("label", "rewrite", "preferences") and not args.file:
+        raise ValueError(f"{kind} needs documents or questions, such as python or pages.jsonl")
+    reads_files = kind in ("label", "preferences")
+    if args.is_builtin and (not TASKS[kind].fallback or args.file and not reads_files):
         raise ValueError(
-            f"the built-in teacher reads no documents and writes no {args.kind} of them; give --teacher "
-            f"URL#MODEL"
+            f"the built-in teacher reads no documents and writes no {kind} of them; give --teacher URL#MODEL"
         )
-    if args.max_usd and not any(sum(teacher.prices) for teacher in [*args.teacher, *args.judge]):
+    if args.max_usd and not any(sum(teacher.prices) for teacher in teachers):
         raise ValueError(
             "--max-usd needs prices: --teacher URL#MODEL@0.5/2 for USD a million tokens read and written"
         )
+    if args.dry_run and kind in ("preferences", "topics"):
+        raise ValueError(f"--dry-run shows no question of {kind}: they depend on answers")
     return args
 
 
@@ -3126,101 +3136,69 @@ def read_topics_file(path):
     return leaves
 
 
-def dry_run(args, kind, items, topics):
+def dry_run(args, items, topics):
     """Print a question, the settings and the highest cost."""
-    question = prepare(args, kind, 0, items and items[0], topics)[1]
+    question = prepare(args, 0, items and items[0], topics)[1]
     n = args.count if items is None else len(items)
     read = n * len(question) // 4
     written = n * args.max_answer
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
-    if kind in ("textbooks", "exercises") and not items:
-        print(f"{count_settings(kind, topics):.1e} settings to draw from, such as\n")
+    if args.kind in ("textbooks", "exercises") and not items:
+        print(f"{count_settings(args.kind, topics):.1e} settings to draw from, such as\n")
     print(
         f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
         f"written, at most {usd:,.2f} USD"
     )
 
 
-def records_of(args, run, gates, items, topics):
-    """The records, as they come."""
-    kind = args.kind
-    if kind == "topics":
-        return ({"text": line} for line in write_tree(grow_topics(run, topics)))
-    if args.is_builtin and not (args.judge or args.against):
-        if kind == "label":
-            grades = data.parallel(lambda document: grade(document["text"]), items, args.workers, "label")
-            return (
-                {**item, "score": score, "reason": reason, "teacher": "builtin"}
-                for item, (score, reason) in zip(items, grades)
-            )
-        if kind in ("exercises", "textbooks"):
-            return draw_many(kind, args.count, args.split, args.k, args.seed, args.workers)
-    return produce(run, gates, kind, items, topics)
-
-
 def main():
-    from tqdm import tqdm
-
     args = parse_arguments()
     kind = args.kind
     if kind == "sandbox":
         print(f"on: {protections()}")
         return
-    start = time.time()
-    path = args.out or f"data/{kind}.{'txt' if kind == 'topics' else 'jsonl'}"
     items = read_items(args)
     topics_file = args.file[0] if args.file and kind == "topics" else args.topics
     topics = read_topics_file(topics_file) if topics_file else read_tree(re.sub(r": |; ", "\n    ", TOPICS))
-    if args.dry_run and kind in TASKS:
-        dry_run(args, kind, items, topics)
+    if args.dry_run:
+        dry_run(args, items, topics)
         return
-    if (
-        kind in ("exercises", "textbooks", "preferences")
-        and not args.is_builtin
-        and "seccomp" not in protections()
-    ):
-        print(f"synth.py: a teacher's code will run with {protections()}", file=sys.stderr)
-    run = Run(args, None if args.is_builtin else f"{f'data/{kind}' if path == '-' else path}.paid.jsonl")
+    if TASKS[kind].gates and not args.is_builtin:
+        granted = protections()
+        if "seccomp" not in granted:
+            print(f"synth.py: a teacher's code will run with {granted}", file=sys.stderr)
+    run = Run(args, None if args.is_builtin else f"{args.out}.paid.jsonl")
     gates = Gates(run, kind)
-    total = args.count if items is None else len(items)
-    scores = []
+    if kind == "topics":
+        records = ({"text": leaf} for leaf in grow_topics(run, topics))
+    elif kind in ("exercises", "textbooks") and args.is_builtin and not (args.judge or args.against):
+        records = draw_many(kind, args.count, args.split, args.k, args.seed, args.workers)
+    else:
+        records = produce(run, gates, items, topics)
     sizes = []
+    texts = []  # the first ones, for the report
+    scores = []
 
     def counted():
-        for record in tqdm(
-            records_of(args, run, gates, items, topics), total=total, disable=None, desc=kind, unit=""
-        ):
+        total = args.count if items is None else len(items)
+        for record in data.tqdm(records, kind, total, disable=None, unit=""):
             text = content_of(record)
             sizes.append(len(text))
-            gates.texts += [text] * (len(sizes) <= 2000)
-            scores.append(record.get("scores", [record.get("score", 0)]))
+            texts.extend([text] * (len(sizes) <= 2000))
+            if "score" in record:
+                scores.append(record.get("scores", [record["score"]]))
             yield {name: value for name, value in record.items() if name not in INTERNAL}
 
-    rows = (record["text"] for record in counted()) if kind == "topics" else counted()
-    if path == "-":
-        for row in rows:
-            print(row if kind == "topics" else json.dumps(row))
-    else:
-        output = write_output(path, rows, lambda: not run.stopped, as_json=kind != "topics")
-        summary = f"{output or 'not written'}: {len(sizes):,} {kind}, "
-        if kind == "label":
-            by_score = Counter(round(sum(row) / len(row)) for row in scores)
-            summary += "".join(f"score {score}: {by_score[score]:,}, " for score in range(6)) + agreement(
-                [row[:2] for row in scores if row[1:]]
-            )
-        seconds = time.time() - start
-        print(
-            f"{summary}{sum(sizes):,} characters, in {seconds:.1f} s, {60 * len(sizes) / seconds:,.0f} a "
-            f"minute"
-        )
-        gates.report()
+    write = write_tree if kind == "topics" else data.write_jsonl
+    output = write_output(args.out, counted(), lambda: not run.stopped, write)
+    print(f"{output or 'not written'}: {len(sizes):,} {kind}, {sum(sizes):,} characters")
+    report(run, gates, texts, scores)
     if run.stopped:
-        hint = "" if path == "-" else f"; {path} was not changed"
-        if os.path.exists(f"{path}.partial"):
-            hint += f", what there is lies in {path}.partial"
-        if run.ledger.path:
-            hint += f"; the same command goes on, and pays for no answer twice ({run.ledger.path})"
-        print(f"synth.py: {run.stopped}{hint}", file=sys.stderr)
+        print(
+            f"synth.py: {run.stopped}; {args.out} was not changed; the same command goes on, and pays for no "
+            "answer twice",
+            file=sys.stderr
+        )
         raise SystemExit(run.exit_code)
     if not sizes:
         raise ValueError("no record was of use, and nothing was written; see above why, and ask otherwise")
