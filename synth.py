@@ -1806,19 +1806,19 @@ def read_operations(table):
     for row in table.strip().replace("\n    ", " ").split("\n"):
         head, code, *styles, phrases, constants = row.replace("\\n", "\n").split(" | ")
         family, name, types = head.split()
+        source, target = types.split(">")
         pick, _, empty = code.partition(" else ")
-        family_styles = STYLES.get(family, {"plain": "CODE" if "{y} = " in code else "{y} = CODE"})
         styles = {
-            style: text.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
-            for style, text in (*family_styles.items(), *(style.split(": ", 1) for style in styles))
+            **STYLES.get(family, {"plain": "CODE" if "{y} = " in code else "{y} = CODE"}),
+            **dict(style.split(": ", 1) for style in styles)
         }
-        operations[name] = Operation(
-            name, *types.split(">"), family, phrases.split(" / "), styles, tuple(eval(constants))
-        )
-    for operation in [o for o in operations.values() if o.source == "dict"]:
-        name = "i_" + operation.name
-        target = {"dict": "idict", "strs": "ints"}.get(operation.target, operation.target)
-        operations[name] = operation._replace(name=name, source="idict", target=target)
+        for style, text in styles.items():
+            styles[style] = text.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
+        operation = Operation(name, source, target, family, phrases.split(" / "), styles, tuple(eval(constants)))
+        operations[name] = operation
+        if source == "dict":
+            target = {"dict": "idict", "strs": "ints"}.get(target, target)
+            operations["i_" + name] = operation._replace(name="i_" + name, source="idict", target=target)
     return operations
 
 
@@ -2016,26 +2016,17 @@ def render_code(chains, parameter, phrases, rng, style, comments):
         x = parameter
         if answers:
             lines.append(f"# {next(phrases)}")
-        for i, (name, constant) in enumerate(chain):
+        for name, constant in chain:
             operation = OPS[name]
             code = operation.code.get(style, operation.code["plain"])
-            is_new = (
-                "\n" in code
-                or not reassigns
-                or operation.source != operation.target
-                or x == parameter
-                and several
-            )
-            if i == len(chain) - 1 and not several:
+            changes_type = operation.source != operation.target
+            if name == chain[-1][0] and not several:
                 if "early" in operation.code and rng.random() < 0.4:
                     code = operation.code["early"]
                 y = "result"
-                *head, last = code.split("\n")
-                returns = last.startswith("{y} = ") and not comments
-                code = "\n".join(
-                    [*head, last.replace("{y} =", "return")] if returns else [code, "return {y}"]
-                )
-            elif is_new:
+                returned = re.sub(r"(?m)^\{y\} =(.*)\Z", r"return\1", code)
+                code = f"{code}\nreturn {{y}}" if comments or returned == code else returned
+            elif "\n" in code or not reassigns or changes_type or x == parameter and several:
                 names = [name for name in TYPES[operation.target][2].split() if name not in used]
                 y = rng.choice(names or [name for name in LOCALS if name not in used])
             else:
@@ -2088,21 +2079,18 @@ def draw_problem(index, split, ks, seed, page=False):
             phrases += [transition + parameter] * bool(transition)
             phrases += [phrase_of(rng.choice(OPS[name].phrases), constant) for name, constant in chain]
         entry_point = f"{rng.choice(NAME_VERBS)}_{rng.choice(NAME_NOUNS)}"
-        result = "list" if several else TYPES[OPS[chains[0][-1][0]].target][0]
-        signature = (
-            f"def {entry_point}({parameter}: {TYPES[kind][0]}) -> {result}:"
-            if rng.random() < 0.2
-            else f"def {entry_point}({parameter}):"
-        )
+        signature = f"def {entry_point}({parameter}):"
+        if rng.random() < 0.2:
+            result = "list" if several else TYPES[OPS[chains[0][-1][0]].target][0]
+            signature = f"def {entry_point}({parameter}: {TYPES[kind][0]}) -> {result}:"
         style = rng.choices(("plain", "loop", "helper", "recursion"), (70, 14, 10, 6))[0]
         comments = several or rng.random() < (0.7 if len(chains[0]) == 1 else 0.95)
         body = render_code(chains, parameter, phrases, rng, style, comments)
         with contextlib.suppress(Unusable):
-            cases = draw_cases(chains, kind, rng)
+            inputs = {repr(value): value for value in (draw_input(kind, rng) for _ in range(20))}
+            cases = [(value, trace_of(chains, value)) for value in inputs.values()]
             check_code(f"{signature}\n{body}", entry_point, cases)
-            shown = sorted(
-                (case for case in cases if case[0]), key=lambda case: len(repr(case[0]) + repr(case[1]))
-            )
+            shown = sorted((case for case in cases if case[0]), key=lambda case: len(repr(case)))
             shown = shown[len(shown) // 4 :][:6]
             if len({repr(trace[-1]) for _, trace in cases[:14]}) >= 4 and len(shown) >= 3:
                 break
@@ -2126,25 +2114,18 @@ def draw_problem(index, split, ks, seed, page=False):
     }
 
 
-def draw_cases(chains, kind, rng):
-    """[(input, every intermediate value)] of up to 20 different inputs; of several chains, their answers
-    alone."""
-    inputs = {repr(value): value for value in (draw_input(kind, rng) for _ in range(20))}
-    traces = [[run_chain(chain, value) for chain in chains] for value in inputs.values()]
-    return [
-        (value, trace[0] if len(chains) == 1 else [[steps[-1] for steps in trace]])
-        for value, trace in zip(inputs.values(), traces)
-    ]
+def trace_of(chains, value):
+    """Every intermediate value; of several chains, their answers alone."""
+    traces = [run_chain(chain, value) for chain in chains]
+    return traces[0] if len(traces) == 1 else [[trace[-1] for trace in traces]]
 
 
 def check_code(code, entry_point, cases):
     scope = {}
     exec(code, scope)  # our own templates; what a model or a real teacher wrote runs in the sandbox alone
     for value, trace in cases:
-        answer = scope[entry_point](copy.copy(value))
-        assert repr(answer) == repr(
-            trace[-1]
-        ), f"the table's own error: {code}\ngives {answer!r} for {value!r}, not {trace[-1]!r}"
+        answer = repr(scope[entry_point](copy.copy(value)))
+        assert answer == repr(trace[-1]), f"the table's own error: {code}\ngives {answer} for {value!r}"
 
 
 def render_tests(cases):
@@ -2206,33 +2187,25 @@ def render_page(chain, phrases, entry_point, signature, body, parameter, shown, 
     common mistake."""
     families = list(dict.fromkeys(OPS[name].family for name, _ in chain))
     steps = ", then ".join(phrases)
-    parts = [f"# How to {steps} ({rng.choice(AUDIENCES)})"]
+    title = f"# How to {steps} ({rng.choice(AUDIENCES)})"
     ideas = [PROSE[family][0] for family in families[:2]]
     task = f"Given {TYPES[source_of(chain)][1]}, we want to {steps}."
-    parts.append(" ".join([task, *ideas] if rng.random() < 0.5 else [*ideas, task]))
-    parts.append(f"```python\n{signature}\n{body}```")
     (value, trace), *others = shown[:3]
-    parts.append(
-        "\n- ".join(
-            [
-                f"Step by step, for {value!r}:",
-                *(f"{phrase}: {result!r}" for phrase, result in zip(phrases, trace))
-            ]
-        )
-    )
-    parts.append(
-        "More examples:\n"
-        + "".join(f"\n>>> {entry_point}({value!r})\n{trace[-1]!r}" for value, trace in others)
-    )
-    other = render_code(
-        [chain], parameter, phrases, rng, rng.choice(("plain", "loop", "helper", "recursion")), False
-    )
+    parts = [
+        title,
+        " ".join([task, *ideas] if rng.random() < 0.5 else [*ideas, task]),
+        f"```python\n{signature}\n{body}```",
+        f"Step by step, for {value!r}:" + "".join(f"\n- {p}: {r!r}" for p, r in zip(phrases, trace)),
+        "More examples:\n" + "".join(f"\n>>> {entry_point}({v!r})\n{t[-1]!r}" for v, t in others)
+    ]
+    style = rng.choice(("plain", "loop", "helper", "recursion"))
+    other = render_code([chain], parameter, phrases, rng, style, False)
     if other != body:
         check_code(f"{signature}\n{other}", entry_point, shown)
         parts.append(f"Another way to write it:\n\n```python\n{signature}\n{other}```")
-    parts.append(f"A common mistake is {PROSE[rng.choice(families)][1]}.")
+    parts.append(f"A common mistake is {PROSE[rng.choice(families)][1]}.\n")
     return {
-        "text": "\n\n".join(parts) + "\n",
+        "text": "\n\n".join(parts),
         "topic": composition(chain),
         "chains": [chain],
         "k": len(chain),
@@ -2251,18 +2224,18 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
             f"--split {split} has no problems of one operation, which all belong to training; use --k 2-6"
         )
     seen = set()
-    left = [count // len(ks) + (slot < count % len(ks)) for slot in range(len(ks))]
+    left = [len(range(slot, count, len(ks))) for slot in range(len(ks))]
     start = 0
     latest = 0  # the last number that gave something new
 
     def draw(numbers):
         return [(i, draw_problem(i, split, tuple(ks), seed, kind == "textbooks")) for i in numbers]
 
+    n_workers = min(workers or os.cpu_count() or 1, 1 + count // 200)
     while any(left):
         end = start + min(max(256, max(left) * len(ks)), 8192)
         numbers = [i for i in range(start, end) if left[i % len(ks)]]
         chunks = [numbers[at : at + 32] for at in range(0, len(numbers), 32)]
-        n_workers = min(workers or os.cpu_count() or 1, 1 + count // 200)
         for i, record in itertools.chain(*data.parallel(draw, chunks, n_workers, f"drawing {kind}")):
             text = record.get("text") or (record["prompt"] if split == "train" else str(record["chains"]))
             if hash(text) not in seen and left[i % len(ks)]:
@@ -2272,10 +2245,7 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
                 yield record
         start = numbers[-1] + 1
         if start - latest > 2048:
-            raise ValueError(
-                f"only {len(seen):,} of {count:,} different {kind} found for --k {','.join(map(str, ks))}; "
-                "ask for fewer"
-            )
+            raise ValueError(f"there are only {len(seen):,} different {kind} for --k {ks}; ask for fewer")
 
 
 def builtin_exercise(number, seeds, args):
