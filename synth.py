@@ -33,8 +33,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import heapq
-import inspect
 import itertools
 import json
 import marshal
@@ -54,6 +52,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from multiprocessing import connection
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -226,11 +225,11 @@ def draw_words(rng, count):
 def count_settings(kind, topics):
     """How many different sets of seeds there are."""
     readers = sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
-    own = {
-        "textbooks": (len(FORMS), len(LENGTHS), math.perm(len(SECTIONS), 4), math.comb(len(WORDS), 3)),
-        "exercises": (len(VERBS), len(OBJECTS), math.perm(len(CONSTRUCTS), 3), math.comb(len(WORDS), 2))
-    }
-    return len(topics) * readers * math.prod(own[kind])
+    if kind == "textbooks":
+        own = len(FORMS) * len(LENGTHS) * math.perm(len(SECTIONS), 4) * math.comb(len(WORDS), 3)
+    else:
+        own = len(VERBS) * len(OBJECTS) * math.perm(len(CONSTRUCTS), 3) * math.comb(len(WORDS), 2)
+    return len(topics) * readers * own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -267,26 +266,24 @@ def read_text(answer, seeds=None):
     return {"text": answer.strip() + "\n"}
 
 
+FENCED = re.compile(r"^( *)(`{3,}|~{3,}) *([\w+-]*)[^`\n]*\n(.*?)^ *\2[`~]* *$", re.M | re.S)
+
+
 def fenced_blocks(text):
     """[(language, code, the prose line above)] of Markdown's fenced blocks; an opening fence may be indented
     and say any language.
 
-    Example: fenced_blocks("Look:\\n  ```Python\\n  x = 1\\n  ```") == [("python", "x = 1\\n", "Look:")]
+    Example: fenced_blocks("Look:\n  ```Python\n  x = 1\n  ```") == [("python", "x = 1\n", "Look:")]
     """
     blocks = []
-    fence = None
-    above = ""
-    for line in text.split("\n"):
-        mark = re.match(r"( *)(`{3,}|~{3,}) *([\w+-]*)[^`]*$", line)
-        if fence is None and mark:
-            fence, indent, language, code = mark[2], len(mark[1]), mark[3].lower(), []
-        elif fence and mark and mark[2].startswith(fence) and not mark[3]:
-            blocks.append((language, "".join(code), above))
-            fence = None
-        elif fence:
-            code.append(line[min(indent, len(line) - len(line.lstrip(" "))) :] + "\n")
-        elif line.strip():
-            above = line
+    prose = ""
+    end = 0
+    for block in FENCED.finditer(text):
+        indent, _, language, code = block.groups()
+        prose += text[end : block.start()]
+        end = block.end()
+        code = re.sub(f"(?m)^ {{0,{len(indent)}}}", "", code)
+        blocks.append((language.lower(), code, prose.rstrip().split("\n")[-1]))
     return blocks
 
 
@@ -298,17 +295,16 @@ def split_function(code, name=None):
     """Source -> (all up to the docstring of its last function, or of `name`; the body after it; its name), as
     HumanEval does."""
     try:
-        functions = [
-            n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef) and name in (None, n.name)
-        ]
+        nodes = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError):
         raise RejectedAnswer("code does not parse") from None
-    if not functions or name is None and not ast.get_docstring(functions[-1]):
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == (name or n.name)]
+    if not functions or not name and not ast.get_docstring(functions[-1]):
         raise RejectedAnswer("no function with a docstring")
     function = functions[-1]
+    first = function.body[0]
+    end = first.lineno - 1 if ast.get_docstring(function) is None else first.end_lineno
     lines = code.rstrip("\n").split("\n")
-    has_docstring = ast.get_docstring(function) is not None
-    end = function.body[0].end_lineno if has_docstring else function.body[0].lineno - 1
     return "\n".join(lines[:end]) + "\n", "\n".join(lines[end:]) + "\n", function.name
 
 
@@ -443,11 +439,10 @@ def read_exercise(answer, seeds=None):
 def uses_its_constructs(record):
     if "use" not in record:  # of the built-in teacher, of real code, or asked plainly
         return True
-    nodes = {
-        type(node).__name__ for node in ast.walk(ast.parse(record["prompt"] + record["canonical_solution"]))
-    }
-    has = {name: CONSTRUCTS[record[name]][0] in nodes for name in ("use", "also", "avoid")}
-    return has["use"] and has["also"] and not has["avoid"]
+    tree = ast.parse(record["prompt"] + record["canonical_solution"])
+    nodes = {type(node).__name__ for node in ast.walk(tree)}
+    use, also, avoid = [CONSTRUCTS[record[name]][0] in nodes for name in ("use", "also", "avoid")]
+    return use and also and not avoid
 
 
 CONSTANTS_FAIL = """
@@ -464,39 +459,40 @@ def check(candidate, check=check):
 """  # goes after an exercise's tests
 
 
+def judge_groups(groups, workers):
+    """[[(problem, completion), ...], ...] -> [[whether it passed, ...], ...]"""
+    verdicts = iter(judge_all(list(itertools.chain(*groups)), workers=workers))
+    return [[next(verdicts).passed for _ in group] for group in groups]
+
+
 def solution_passes(records, workers):
     """The solution passes tests that constants and identities fail; so do most of the other solutions there
     are."""
-    pairs = []
+    groups = []
     for record in records:
         problem = dict(record, test=record["test"] + CONSTANTS_FAIL)
-        pairs.append(
-            [(problem, solution) for solution in (record["canonical_solution"], *record.get("solutions", ()))]
-        )
-    verdicts = iter(judge_all(list(itertools.chain(*pairs)), workers=workers))
-    passed = [[next(verdicts).passed for _ in solutions] for solutions in pairs]
+        solutions = [record["canonical_solution"], *record.get("solutions", ())]
+        groups.append([(problem, solution) for solution in solutions])
+    passed = judge_groups(groups, workers)
     return [first and 2 * sum(others) >= len(others) for first, *others in passed]
 
 
 def tests_find_slips(records, workers):
     """Of solutions with one number, operator or name exchanged, the tests must find at least half: the others
     may be right."""
-    slips = [
-        list(itertools.islice(mutants(r["canonical_solution"], random.Random(r["prompt"])), 6))
-        for r in records
-    ]
-    pairs = [(record, slip) for record, own in zip(records, slips) for slip in own]
-    verdicts = iter(judge_all(pairs, workers=workers))
-    return [2 * sum(next(verdicts).passed for _ in own) <= len(own) for own in slips]
+    groups = []
+    for record in records:
+        slips = mutants(record["canonical_solution"], random.Random(record["prompt"]))
+        groups.append([(record, slip) for slip in itertools.islice(slips, 6)])
+    return [2 * sum(passed) <= len(passed) for passed in judge_groups(groups, workers)]
 
 
 def mutants(code, rng):
     """The code with one of its numbers, operators or names of functions exchanged, in random order."""
     tokens = "< > <= >= + - * == != max min sum len".split()
     exchange = dict(zip(tokens, "> < < > - + + != == min max len sum".split()))
-    spots = list(
-        re.finditer(r"\b\d+\b|(?<= )(?:[<>]=?|[+*-]|[!=]=)(?= )|\b(?:max|min|sum|len)\b(?=\()", code)
-    )
+    pattern = r"\b\d+\b|(?<= )(?:[<>]=?|[+*-]|[!=]=)(?= )|\b(?:max|min|sum|len)\b(?=\()"
+    spots = list(re.finditer(pattern, code))
     for spot in rng.sample(spots, len(spots)):
         other = exchange.get(spot[0]) or str(int(spot[0]) + 1)
         yield code[: spot.start()] + other + code[spot.end() :]
@@ -534,16 +530,9 @@ where n is the number of points from 0 to 5."""
 
 def read_score(answer, seeds=None):
     """The last "SCORE: n", or a number from 0 to 5 at the start, as in "4 - a good lesson" or "4/5"."""
-    scores = list(
-        re.finditer(
-            r"SCORE\s*(?:\([^)]*\)|\[[^]]*\])?[\s:=*_]*([0-5])(?:\.0)?(?![\d.]*\s*(?:-|–|to)\s*\d)\b",
-            answer,
-            re.I
-        )
-    )
-    scores = scores or list(
-        re.finditer(r"\A[\s*_]*([0-5])(?:\s*/\s*5)?(?=[\s*_]*(?:$|[-–—:.,;(](?!\d)))", answer)
-    )
+    marked = r"SCORE\s*(?:\([^)]*\)|\[[^]]*\])?[\s:=*_]*([0-5])(?:\.0)?(?![\d.]*\s*(?:-|–|to)\s*\d)\b"
+    bare = r"\A[\s*_]*([0-5])(?:\s*/\s*5)?(?=[\s*_]*(?:$|[-–—:.,;(](?!\d)))"
+    scores = list(re.finditer(marked, answer, re.I)) or list(re.finditer(bare, answer))
     if not scores:
         raise RejectedAnswer("no score")
     rest = (answer[: scores[-1].start()] + answer[scores[-1].end() :]).strip(" \n\t-–—:.,;*_")
@@ -658,20 +647,13 @@ def draw_chat_seeds(rng, topics):
 
 
 def read_chat(answer, seeds):
-    parts = re.split(r"^#+ *(User|Assistant):? *\n", answer.strip() + "\n", flags=re.M | re.I)
-    messages = [
-        {"role": role.lower(), "content": content.strip()} for role, content in zip(parts[1::2], parts[2::2])
-    ]
-    roles = [message["role"] for message in messages]
-    if (
-        not messages
-        or roles != ["user", "assistant"] * (len(roles) // 2)
-        or not all(m["content"] for m in messages)
-    ):
+    _, *parts = re.split(r"^#+ *(User|Assistant):? *\n", answer.strip() + "\n", flags=re.M | re.I)
+    contents = [content.strip() for content in parts[1::2]]
+    if not re.fullmatch("(userassistant)+", "".join(parts[::2]).lower()) or not all(contents):
         raise RejectedAnswer("not a conversation by turns")
-    if seeds["scenario"] == "refusal" and not DECLINES.search(messages[1]["content"]):
+    if seeds["scenario"] == "refusal" and not DECLINES.search(contents[1]):
         raise RejectedAnswer("does not decline")
-    return {"messages": messages}
+    return {"messages": as_messages(contents)}
 
 
 SAFETY = table("""
@@ -1253,10 +1235,9 @@ def preference(answers, chosen, rejected):
 def some_pass_tests(records, workers):
     """Of the answers to a problem with tests, one that passes them and one that fails become the
     preference."""
-    pairs = [(record["problem"], answer) for record in records for answer in record.get("answers", ())]
-    verdicts = iter(judge_all(pairs, workers=workers))
-    for record in records:
-        by_verdict = {next(verdicts).passed: answer for answer in record.get("answers", ())}
+    groups = [[(r["problem"], answer) for answer in r.get("answers", ())] for r in records]
+    for record, passed in zip(records, judge_groups(groups, workers)):
+        by_verdict = dict(zip(passed, record.get("answers", ())))
         if len(by_verdict) == 2:
             record.update(preference(record["answers"], by_verdict[True], by_verdict[False]))
     return ["chosen" in record for record in records]
@@ -1450,37 +1431,34 @@ def read_tree(text):
 def grow_topics(run, leaves):
     """The leaves, with subtopics in the place of those that were asked about, until there are --count or no
     new ones come. The smallest branch is next, and only as many questions are asked as are needed."""
+    count = run.args.count
     seen = {topic_key(leaf.split(" > ")[-1]) for leaf in leaves}
     asked = set()
 
-    def prefixes(leaf):
+    def branches(leaf):
         return list(itertools.accumulate(leaf.split(" > "), "{} > {}".format))
 
-    def parent(leaf):
-        return leaf.rpartition(" > ")[0]
-
     def subtopics(leaf):
-        siblings = [
-            other.split(" > ")[-1] for other in leaves if parent(other) == parent(leaf) and other != leaf
-        ]
-        return run.ask(
-            TOPICS_PROMPT.format(topic=leaf, siblings="; ".join(siblings[:30]) or "nothing yet"), read_topics
-        )[0]
+        parent = leaf.rpartition(" > ")[0]
+        siblings = [other for other in leaves if other.rpartition(" > ")[0] == parent and other != leaf]
+        names = "; ".join(sibling.split(" > ")[-1] for sibling in siblings[:30])
+        return run.ask(TOPICS_PROMPT.format(topic=leaf, siblings=names or "nothing yet"), read_topics)[0]
 
-    while len(leaves) < run.args.count and len(asked) < len(leaves) and not run.stopped:
-        sizes = Counter(prefix for leaf in leaves for prefix in prefixes(leaf))
-        unasked = [leaf for leaf in leaves if leaf not in asked]
+    while len(leaves) < count and not run.stopped:
+        sizes = Counter(branch for leaf in leaves for branch in branches(leaf))
         batch = []
-        while unasked and len(batch) * 11 < run.args.count - len(leaves):  # 12 in the place of one
-            batch.append(min(unasked, key=lambda leaf: [sizes[prefix] for prefix in prefixes(leaf)]))
-            unasked.remove(batch[-1])
-            sizes.update(dict.fromkeys(prefixes(batch[-1]), 11))
+        while len(leaves) + 11 * len(batch) < count:  # 12 in the place of one
+            unasked = [leaf for leaf in leaves if leaf not in asked]
+            if not unasked:
+                break
+            batch.append(min(unasked, key=lambda leaf: [sizes[branch] for branch in branches(leaf)]))
+            asked.add(batch[-1])
+            sizes.update(dict.fromkeys(branches(batch[-1]), 11))
         if not batch:
             break
-        asked.update(batch)
         for leaf, names in zip(batch, run.map(subtopics, batch)):
             children = {topic_key(name): f"{leaf} > {name.replace('>', '')}" for name in names or ()}
-            new = [children[key] for key in children if key not in seen][: run.args.count - len(leaves) + 1]
+            new = [children[key] for key in children if key not in seen][: count - len(leaves) + 1]
             seen.update(children)
             if new:
                 i = leaves.index(leaf)
@@ -1494,18 +1472,17 @@ def sample_documents(paths, count, seed):
     skipped = Counter()
     documents = {}
     for document in data.read_documents(data.find_files(paths, skipped), skipped):
-        key = hashlib.blake2b(
-            f"{seed} {document['text']}".encode("utf-8", "replace"), digest_size=12
-        ).digest()
-        documents[key] = {"id": str(document["id"]), "text": document["text"]}
+        text = document["text"]
+        key = hashlib.blake2b(f"{seed} {text}".encode("utf-8", "replace"), digest_size=12).digest()
+        documents[key] = {"id": str(document["id"]), "text": text}
         if len(documents) > 2 * count:
-            documents = {key: documents[key] for key in heapq.nsmallest(count, documents)}
+            documents = dict(sorted(documents.items())[:count])
     if not documents:
         raise ValueError(
             f"{' '.join(paths)}: no document to read ({dict(skipped) or 'no files'}); give .jsonl, text or "
-            f"code files"
+            "code files"
         )
-    return [documents[key] for key in heapq.nsmallest(count, documents)]
+    return [documents[key] for key in sorted(documents)[:count]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2308,9 +2285,9 @@ def builtin_label(text):
 #   this process ──▶ server (one per worker) ──▶ keeper ──▶ tests
 #                                                  └─────▶ program   (three for every problem)
 #
-# The program answers calls over a pipe in plain data; it never holds the tests, not even in its memory, nor
+# The program answers calls over a socket in plain data; it never holds the tests, not even in its memory, nor
 # any channel on which a verdict travels. The tests run `check(candidate)` on values they rebuilt themselves.
-# The keeper holds the clock, kills both and signs the verdict with 16 bytes that neither of them knows.
+# The keeper holds the clock, kills both and tells the verdict over a socket, which no other process can open.
 #
 # Covered: everything a Python program does to the interpreter it runs in; endless loops, memory, output. On
 # Linux, where the kernel grants Landlock and seccomp (`python synth.py sandbox` says so; both need no rights,
@@ -2373,26 +2350,29 @@ def unpack(value):
 def run_program(program, channel):
     """The program's process: define its functions, then answer [name, args, kwargs] with one of ["value",
     value], ["other", type name] or ["raise", message, names of the exception's classes...], until killed."""
-
-    def reply_to(function):
-        try:
-            return pack(["value", function()])
-        except NotPlain as error:
-            return ["other", str(error)]
-        except BaseException as error:
-            return ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
-
     module = sys.modules["solution"] = type(sys)("solution")
-    reply = reply_to(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
-    while True:
+
+    def reply_to(function, *args, **kwargs):
+        try:
+            reply = pack(["value", function(*args, **kwargs)])
+        except NotPlain as error:
+            reply = ["other", str(error)]
+        except BaseException as error:
+            reply = ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
         channel.send_bytes(json.dumps(reply).encode())
+
+    reply_to(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
+    while True:
         name, args, kwargs = unpack(json.loads(channel.recv_bytes()))
-        reply = reply_to(lambda: module.__dict__[name](*args, **kwargs))
+        reply_to(lambda: module.__dict__[name](*args, **kwargs))
 
 
 def run_tests(job, channel, verdict):
     """The tests' process: run the job's tests with stand-ins for the program's functions, write the verdict,
     exit."""
+    prompt, names, tests = job
+    namespace = {"__name__": "tests"}
+    last_call = []
 
     def finish(mark, reason=""):  # exits at once, so that no `except:` of the tests can swallow a failure
         os.write(verdict, (mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
@@ -2405,17 +2385,14 @@ def run_tests(job, channel, verdict):
             classes = [namespace.get(name, getattr(builtins, name, None)) for name in names]
             error = next((c for c in classes if isinstance(c, type) and issubclass(c, Exception)), None)
         except (EOFError, ConnectionError):
-            finish("?")  # dead or mute: the keeper knows why
+            finish("-", "died or fell silent instead of answering")
         except Exception:
             finish("-", "gave broken data, or more than 16 MB")
         if kind == "value":
             return value
         if kind == "other":
             finish("-", f"returned a {value} that is not plain data")
-        if error in (
-            None,
-            StopIteration
-        ):  # SystemExit and its like; and what would end the tests' own loops quietly
+        if error in (None, StopIteration):  # SystemExit; and what would end the tests' own loops quietly
             finish("-", f"raised {names[0]}: {value}")
         raise error(value)
 
@@ -2432,38 +2409,20 @@ def run_tests(job, channel, verdict):
 
         return candidate
 
-    last_call = []
-    namespace = {"__name__": "tests"}
-    entry_point = job["entry_point"]
-    random.seed(job["test"])  # the same questions every time, and not the program's own random numbers
+    random.seed(tests)  # the same questions every time, and not the program's own random numbers
     try:
         hear()
-        # The prompt's other functions may be used by the tests; the tests' copy of them is out of the
-        # program's reach.
-        for prompt in (job["prompt"], job["prompt"] + "\n    pass\n"):
-            with contextlib.suppress(SyntaxError):
-                exec(compile(prompt, "<prompt>", "exec"), namespace)
-                break
-        exec(compile(job["setup"], "<setup>", "exec"), namespace)
-        names = {entry_point}
-        if not entry_point:  # MBPP: what the tests call and nobody else defines is the program's
-            calls = [node.func for node in ast.walk(ast.parse(job["test"])) if isinstance(node, ast.Call)]
-            names = (
-                {call.id for call in calls if isinstance(call, ast.Name)}
-                - set(dir(builtins))
-                - set(namespace)
-            )
-        namespace.update({name: stand_in(name) for name in names})
-        exec(compile(job["test"], "<test>", "exec"), namespace)
-        if entry_point:
-            namespace["check"](stand_in(entry_point))
+        # The prompt's other functions may be used by the tests, whose copy of them is out of the program's
+        # reach; its last one has no body yet.
+        with contextlib.suppress(SyntaxError):
+            exec(compile(f"{prompt}\n    pass\n", "<prompt>", "exec"), namespace)
+        namespace.update((name, stand_in(name)) for name in names)
+        exec(compile(tests, "<tests>", "exec"), namespace)
     except AssertionError as error:
         with contextlib.suppress(ValueError):  # no call yet, or an int too long to print
             name, args, value = last_call
             finish("-", f"wrong answer: {name}({', '.join(map(repr, args))[:120]}) gave {repr(value)[:120]}")
         finish("-", f"raised AssertionError: {error}")
-    except MemoryError:
-        finish("-", "out of memory")
     except BaseException as error:
         finish("-", f"raised {type(error).__name__}: {error}")
     finish("+", "passed")
@@ -2490,21 +2449,11 @@ def confine_files(scratch):
     # files; TCP; signals and abstract sockets: an old kernel takes the longer structure with zeros at its end
     rights = struct.pack("<3Q", every, 3 * (version > 3), 3 * (version > 5))
     ruleset = system("syscall", 444, rights, len(rights), 0)
-    readable = [
-        "/usr",
-        "/lib",
-        "/lib64",
-        "/proc/self",
-        os.path.dirname(os.__file__),
-        sys.base_prefix + "/lib"
-    ]
-    execute, write, read, read_dir = 1, 2, 4, 8
-    access = {
-        **dict.fromkeys(readable, execute | read | read_dir),
-        "/dev/urandom": read,
-        "/etc/localtime": read,
-        "/etc/ld.so.cache": read,
-        "/dev/null": read | write,
+    libraries = ("/usr", "/lib", "/lib64", "/proc/self", os.path.dirname(os.__file__), sys.base_prefix + "/lib")
+    access = {  # 1 executes, 2 writes, 4 reads files and 8 folders
+        **dict.fromkeys(libraries, 1 | 4 | 8),
+        **dict.fromkeys(("/dev/urandom", "/etc/localtime", "/etc/ld.so.cache"), 4),
+        "/dev/null": 2 | 4,
         scratch: every
     }
     for path in filter(os.path.exists, access):
@@ -2550,7 +2499,7 @@ def confine_calls():
     """seccomp, for this process: what is DENIED fails with EPERM (FAIL), and so does whatever makes a
     process. Returns whether the kernel granted it."""
     column = {"x86_64": 1, "aarch64": 2}.get(os.uname().machine)
-    if sys.platform != "linux" or not column:
+    if not column:
         return False
     numbers = [row.split()[column] for row in DENIED.split(",")]
     denied = " ".join(f"EQUAL 0 1 {number}, END 0 0 FAIL," for number in numbers if number != "-")
@@ -2572,8 +2521,7 @@ def confine(scratch):
 
 
 def die_with_parent():
-    if sys.platform == "linux":
-        system("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    system("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def max_processes():
@@ -2622,23 +2570,11 @@ def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
         os._exit(1)
 
 
-def cause_of_death(pid):
-    """Why a program no longer answers."""
-    time.sleep(0.05)  # it may be about to end
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    code = os.waitstatus_to_exitcode(status)
-    if not ended:
-        return "closed its pipe instead of answering"
-    if code >= 0:
-        return f"exited with code {code} instead of answering"
-    return "timed out" if -code == signal.SIGXCPU else f"killed by {signal.Signals(-code).name}"
-
-
-def keep(jobs, verdicts, scratch, protections):
+def keep(parent, scratch, protections):
     """One problem: start its two processes, wait for the verdict, leave nothing behind. In a process of its
     own, so that no program's memory holds another problem."""
     die_with_parent()
-    program, timeout, memory_mb = marshal.loads(jobs.recv_bytes())
+    program, timeout, memory_mb = marshal.loads(parent.recv_bytes())
     limits = (protections, timeout, memory_mb)
     folder = os.path.join(scratch, "job")
     os.makedirs(folder, exist_ok=True)
@@ -2646,26 +2582,22 @@ def keep(jobs, verdicts, scratch, protections):
     # before the tests arrive, so that they are not in its memory
     pids = [spawn(lambda: run_program(program, theirs), [theirs.fileno()], folder, *limits)]
     theirs.close()
-    signature, tests = marshal.loads(jobs.recv_bytes())
+    tests = marshal.loads(parent.recv_bytes())
     verdict_in, verdict_out = os.pipe()
-    pids.append(
-        spawn(lambda: run_tests(tests, ours, verdict_out), [ours.fileno(), verdict_out], folder, *limits)
-    )
+    descriptors = [ours.fileno(), verdict_out]
+    pids.append(spawn(lambda: run_tests(tests, ours, verdict_out), descriptors, folder, *limits))
     os.close(verdict_out)
     verdict = b"-timed out"
     if select.select([verdict_in], [], [], timeout)[0]:
         verdict = os.read(verdict_in, 2048) or b"-the tests' process was killed"
-    if verdict == b"?":
-        verdict = b"-" + cause_of_death(pids[0]).encode()
     for pid in pids:
         with contextlib.suppress(OSError):
             os.killpg(pid, signal.SIGKILL)  # the group: where seccomp is missing there may be children
-        with contextlib.suppress(OSError):
-            os.waitpid(pid, 0)
+        os.waitpid(pid, 0)
     if os.listdir(folder):  # a shell removes a tree however deep and forbidding
         clean = 'chmod -R u+rwx "$0"; rm -rf "$0"'
         os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", clean, folder], {}), 0)
-    os.write(verdicts, signature + verdict)
+    parent.send_bytes(verdict)
 
 
 def is_open(folder, mode):
@@ -2676,17 +2608,15 @@ def is_open(folder, mode):
 
 
 def serve(scratch):
-    """The server: fork a keeper for each problem on stdin, which comes in two messages: the program with its
-    limits; the tests."""
+    """The server: fork a keeper for each problem, which comes in two messages: the program with its limits;
+    the tests."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
-    jobs = Connection(os.dup(0), writable=False)
-    verdicts = os.dup(1)
+    parent = Connection(os.dup(0))
     granted = []
     # root becomes nobody, if nobody can reach the standard library and the scratch directory
-    library = os.path.dirname(os.__file__)
-    above = os.path.dirname(scratch)
-    if os.geteuid() == 0 and is_open(library, 5) and is_open(above, 1):
+    is_reachable = is_open(os.path.dirname(os.__file__), 5) and is_open(os.path.dirname(scratch), 1)
+    if os.geteuid() == 0 and is_reachable:
         os.chown(scratch, 65534, 65534)
         os.setgroups([])
         os.setgid(65534)
@@ -2698,14 +2628,14 @@ def serve(scratch):
         os._exit(confine(scratch))
     bits = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     granted += ["Landlock"] * (bits & 1) + ["seccomp"] * (bits >> 1)
-    os.write(verdicts, b"ready" + ", ".join(granted).encode())
+    parent.send_bytes(", ".join(granted).encode())
     gc.freeze()  # forks share what is never looked at again
     while True:
-        select.select([jobs], [], [])
+        select.select([parent], [], [])
         pid = fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
-                keep(jobs, verdicts, scratch, bits)
+                keep(parent, scratch, bits)
                 os._exit(0)
             os._exit(1)
         if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, somewhere in the stream of jobs
@@ -2726,11 +2656,8 @@ LAUNCH = "serve(sys.argv[1])\n"
 
 
 def server_source():
-    """This file from the sandbox's first class up to here."""
-    lines, start = inspect.getsourcelines(NotPlain)
-    source = inspect.getsource(sys.modules[__name__]).split("\n")
-    end = inspect.getsourcelines(serve)
-    return "\n".join([PRELOAD, *source[start - 1 : end[1] + len(end[0])], LAUNCH])
+    source = Path(__file__).read_text(encoding="utf-8")
+    return PRELOAD + source[source.index("\nclass NotPlain(") : source.index("\n# The server runs")] + LAUNCH
 
 
 class Verdict(NamedTuple):
@@ -2744,70 +2671,63 @@ class Worker:
 
     def __init__(self, root):
         self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
+        self.channel, theirs = Pipe()
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root)],
             cwd="/",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
             stderr=self.errors,
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True
         )
-        self.jobs = Connection(os.dup(self.process.stdin.fileno()), readable=False)
-        self.signature = b"ready"
-        self.deadline = time.monotonic() + 120.0
-        select.select([self.process.stdout], [], [], 120.0)
-        self.protections = self.receive()
+        theirs.close()
+        self.protections = self.receive(120.0)
         if self.protections is None:
             self.close()
             raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
 
     def send(self, index, job, timeout, memory_mb):
         self.index = index
-        self.signature = os.urandom(16)
         self.deadline = time.monotonic() + timeout + 30.0  # the keeper keeps time; this is for its own death
         program, tests = job
         with contextlib.suppress(BrokenPipeError):  # receive() finds out
-            self.jobs.send_bytes(marshal.dumps([program, timeout, memory_mb]))
-            self.jobs.send_bytes(marshal.dumps([self.signature, tests]))
+            self.channel.send_bytes(marshal.dumps([program, timeout, memory_mb]))
+            self.channel.send_bytes(marshal.dumps(tests))
 
-    def receive(self):
-        """The verdict (one write, one read), or None if there is none, the server has died or somebody else
-        wrote to its pipe."""
-        if not select.select([self.process.stdout], [], [], 0)[0]:
-            return None
-        message = os.read(self.process.stdout.fileno(), 1 << 16)
-        if message.startswith(self.signature):
-            return message[len(self.signature) :].decode("utf-8", "replace")
+    def receive(self, seconds=0.0):
+        """The verdict, or None if there is none or the server has died."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            if self.channel.poll(seconds):
+                return self.channel.recv_bytes().decode("utf-8", "replace")
 
     def close(self):
         self.process.kill()  # its children die with it
         self.process.wait()
         self.errors.seek(0)
         self.error = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]  # its last words
-        for channel in (self.process.stdin, self.process.stdout, self.jobs, self.errors):
-            channel.close()
+        self.errors.close()
+        self.channel.close()
 
 
 def job_of(problem, completion):
-    """(program, tests) from a problem in HumanEval's or MBPP's fields. Raises ValueError naming what is
-    missing."""
+    """(program, (prompt, names of the program's functions, tests)) from a problem in HumanEval's or MBPP's
+    fields. Raises ValueError naming what is missing."""
     if "test_list" in problem:
-        setup = "\n".join([*problem.get("test_imports", []), problem.get("test_setup_code") or ""])
-        return completion + "\n", dict(
-            prompt="", setup=setup, entry_point=None, test="\n".join(problem["test_list"])
-        )
-    for name in ("prompt", "entry_point", "test"):
-        if name not in problem:
-            raise ValueError(
-                f"problem {problem.get('task_id', '?')} has no {name!r}: it needs prompt, entry_point and "
-                f"test, or test_list"
-            )
-    return problem["prompt"] + completion + "\n", {
-        "setup": "",
-        **{name: problem[name] for name in ("prompt", "entry_point", "test")}
-    }
+        setup = [*problem.get("test_imports", []), problem.get("test_setup_code") or ""]
+        tests = "\n".join([*setup, *problem["test_list"]])
+        # what is called and no builtin; what the tests define themselves takes its place again
+        names = set(re.findall(r"\w+(?=\()", tests)) - set(dir(builtins))
+        return completion + "\n", ("", sorted(names), tests)
+    try:
+        prompt, name, tests = [problem[field] for field in ("prompt", "entry_point", "test")]
+    except KeyError as error:
+        raise ValueError(
+            f"problem {problem.get('task_id', '?')} has no {error}: it needs prompt, entry_point and test, or "
+            "test_list"
+        ) from None
+    return f"{prompt}{completion}\n", (prompt, [name], f"{tests}\ncheck({name})\n")
 
 
 def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
@@ -2829,7 +2749,7 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
         )
     jobs = [job_of(*pair) for pair in pairs]
     results = [None] * len(jobs)
-    waiting = list(range(len(jobs)))[::-1]
+    waiting = list(enumerate(jobs))[::-1]
     workers = workers or os.cpu_count() or 1
     died = set()
     idle = []
@@ -2847,24 +2767,23 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
                         workers = len(busy)  # the machine has no room for more
                         print(f"{error}; {workers} of its workers go on", file=sys.stderr)
                         break
-                    index = waiting.pop()
-                    busy[-1].send(index, jobs[index], timeout, memory_mb)
+                    busy[-1].send(*waiting.pop(), timeout, memory_mb)
                 patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = select.select([worker.process.stdout for worker in busy], [], [], patience)[0]
-                for worker in [w for w in busy if w.process.stdout in ready or w.deadline < time.monotonic()]:
+                ready = connection.wait([worker.channel for worker in busy], patience)
+                for worker in [w for w in busy if w.channel in ready or w.deadline < time.monotonic()]:
                     busy.remove(worker)
                     verdict = worker.receive()
-                    if verdict is None:
+                    if verdict:
+                        idle.append(worker)
+                    else:
                         worker.close()
                         if worker.index not in died:  # once may be an accident: the problem is not guilty
                             died.add(worker.index)
-                            waiting.append(worker.index)
+                            waiting.append((worker.index, jobs[worker.index]))
                             continue
                         if worker.error:
                             raise OSError(f"the sandbox failed: {worker.error}")
                         verdict = "-killed or disturbed the sandbox itself, twice"
-                    else:
-                        idle.append(worker)
                     results[worker.index] = Verdict(verdict[0] == "+", verdict[1:])
                     if progress:
                         progress(1)
