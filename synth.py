@@ -2544,7 +2544,7 @@ def fork():
     os._exit(1)
 
 
-def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
+def spawn(function, descriptors, scratch, protections, timeout):
     """A confined process that has these descriptors alone and calls the function; its pid."""
     pid = fork()
     if pid:
@@ -2556,36 +2556,33 @@ def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(3):
             os.dup2(null, descriptor)
-        for descriptor in set(range(3, 256)) - set(descriptors):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        for name, value in dict(
-            AS=memory_mb << 20, CPU=int(timeout) + 1, FSIZE=16 << 20, NOFILE=64, NPROC=max_processes(), CORE=0
-        ).items():
+        for low, high in itertools.pairwise([2, *sorted(descriptors), 256]):
+            os.closerange(low + 1, high)
+        limits = dict(AS=512 << 20, CPU=int(timeout) + 2, FSIZE=16 << 20, NPROC=max_processes(), CORE=0)
+        for name, limit in {**limits, "NOFILE": 64}.items():
             with contextlib.suppress(ValueError, OSError):  # above what the user may have anyway, or macOS
-                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + (name == "CPU")))
+                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         if confine(scratch) == protections:  # else this once the kernel refused: nothing runs unprotected
             function()
     finally:
         os._exit(1)
 
 
-def keep(parent, scratch, protections):
+def keep(parent, scratch, protections, timeout):
     """One problem: start its two processes, wait for the verdict, leave nothing behind. In a process of its
     own, so that no program's memory holds another problem."""
     die_with_parent()
-    program, timeout, memory_mb = marshal.loads(parent.recv_bytes())
-    limits = (protections, timeout, memory_mb)
+    program = marshal.loads(parent.recv_bytes())
     folder = os.path.join(scratch, "job")
     os.makedirs(folder, exist_ok=True)
     ours, theirs = Pipe()
     # before the tests arrive, so that they are not in its memory
-    pids = [spawn(lambda: run_program(program, theirs), [theirs.fileno()], folder, *limits)]
+    pids = [spawn(lambda: run_program(program, theirs), [theirs.fileno()], folder, protections, timeout)]
     theirs.close()
     tests = marshal.loads(parent.recv_bytes())
     verdict_in, verdict_out = os.pipe()
     descriptors = [ours.fileno(), verdict_out]
-    pids.append(spawn(lambda: run_tests(tests, ours, verdict_out), descriptors, folder, *limits))
+    pids.append(spawn(lambda: run_tests(tests, ours, verdict_out), descriptors, folder, protections, timeout))
     os.close(verdict_out)
     verdict = b"-timed out"
     if select.select([verdict_in], [], [], timeout)[0]:
@@ -2607,9 +2604,8 @@ def is_open(folder, mode):
     return is_open_itself and (folder == "/" or is_open(os.path.dirname(folder), mode))
 
 
-def serve(scratch):
-    """The server: fork a keeper for each problem, which comes in two messages: the program with its limits;
-    the tests."""
+def serve(scratch, timeout):
+    """The server: fork a keeper for each problem, which comes in two messages: the program; the tests."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
     parent = Connection(os.dup(0))
@@ -2635,7 +2631,7 @@ def serve(scratch):
         pid = fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
-                keep(parent, scratch, bits)
+                keep(parent, scratch, bits, timeout)
                 os._exit(0)
             os._exit(1)
         if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, somewhere in the stream of jobs
@@ -2652,7 +2648,7 @@ import typing
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 """
-LAUNCH = "serve(sys.argv[1])\n"
+LAUNCH = "serve(sys.argv[1], float(sys.argv[2]))\n"
 
 
 def server_source():
@@ -2669,12 +2665,13 @@ class Worker:
     """One server and the problem it works on. Raises OSError, with the reason, if the server does not
     start."""
 
-    def __init__(self, root):
+    def __init__(self, root, timeout):
+        self.timeout = timeout
         self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
         self.channel, theirs = Pipe()
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root)],
+            [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root), str(timeout)],
             cwd="/",
             stdin=theirs,
             stdout=subprocess.DEVNULL,
@@ -2688,13 +2685,12 @@ class Worker:
             self.close()
             raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
 
-    def send(self, index, job, timeout, memory_mb):
+    def send(self, index, job):
         self.index = index
-        self.deadline = time.monotonic() + timeout + 30.0  # the keeper keeps time; this is for its own death
-        program, tests = job
+        self.deadline = time.monotonic() + self.timeout + 30.0  # the keeper keeps time; this is for its death
         with contextlib.suppress(BrokenPipeError):  # receive() finds out
-            self.channel.send_bytes(marshal.dumps([program, timeout, memory_mb]))
-            self.channel.send_bytes(marshal.dumps(tests))
+            for part in job:
+                self.channel.send_bytes(marshal.dumps(part))
 
     def receive(self, seconds=0.0):
         """The verdict, or None if there is none or the server has died."""
@@ -2730,23 +2726,17 @@ def job_of(problem, completion):
     return f"{prompt}{completion}\n", (prompt, [name], f"{tests}\ncheck({name})\n")
 
 
-def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
+def judge_all(pairs, timeout=5.0, workers=None):
     """Run each (problem, completion) of `pairs` against the problem's tests; a list of Verdicts in the same
     order.
 
     timeout    seconds for one problem, wall clock: definitions, tests and answers together
-    memory_mb  address space of each process, MiB
     workers    problems at once, default: one per core
-    progress   called with 1 after each verdict (tqdm's update)
 
     The tests see the program's functions only, called with plain data (None, bool, int, float, complex, str,
     bytes, list, tuple, dict, set, frozenset, range; iterators in results), by value: what a function does to
-    its arguments does not show. Programs have the standard library, threads, an empty environment and an
-    empty current directory, and no terminal. """
-    if timeout <= 0 or memory_mb < 64:
-        raise ValueError(
-            f"timeout must be above 0 seconds and memory_mb at least 64, not {timeout} and {memory_mb}"
-        )
+    its arguments does not show. Programs have the standard library, 512 MiB in each process, threads, an
+    empty environment and an empty current directory, and no terminal. """
     jobs = [job_of(*pair) for pair in pairs]
     results = [None] * len(jobs)
     waiting = list(enumerate(jobs))[::-1]
@@ -2760,14 +2750,14 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
             while waiting or busy:
                 while waiting and len(busy) < workers:
                     try:
-                        busy.append(idle.pop() if idle else Worker(root))
+                        busy.append(idle.pop() if idle else Worker(root, timeout))
                     except OSError as error:
                         if not busy:
                             raise
                         workers = len(busy)  # the machine has no room for more
                         print(f"{error}; {workers} of its workers go on", file=sys.stderr)
                         break
-                    busy[-1].send(*waiting.pop(), timeout, memory_mb)
+                    busy[-1].send(*waiting.pop())
                 patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
                 ready = connection.wait([worker.channel for worker in busy], patience)
                 for worker in [w for w in busy if w.channel in ready or w.deadline < time.monotonic()]:
@@ -2785,24 +2775,17 @@ def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
                             raise OSError(f"the sandbox failed: {worker.error}")
                         verdict = "-killed or disturbed the sandbox itself, twice"
                     results[worker.index] = Verdict(verdict[0] == "+", verdict[1:])
-                    if progress:
-                        progress(1)
         finally:
             for worker in busy + idle:
                 worker.close()
     return results
 
 
-def judge(problem, completion, timeout=5.0, memory_mb=512):
-    """One Verdict; see judge_all, which is much faster for many."""
-    return judge_all([(problem, completion)], timeout, memory_mb, 1)[0]
-
-
 def protections():
     """What this machine's kernel grants the sandbox, in words."""
     with tempfile.TemporaryDirectory(prefix="sandbox-") as root:
         os.chmod(root, 0o711)
-        worker = Worker(root)
+        worker = Worker(root, 1.0)
         worker.close()
     return worker.protections or (
         "resource limits alone: this kernel grants neither Landlock nor seccomp. Run it in a container, "

@@ -58,7 +58,7 @@ import sample
 import synth
 import train
 from model import Config, Model, Tokenizer
-from synth import judge, judge_all, pack, unpack
+from synth import judge_all, pack, unpack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # SIGINT as a child may find it: as in a terminal, or ignored, as after `&` and in some CI
@@ -4291,6 +4291,12 @@ LINUX = sys.platform == "linux"
 GRANTED = synth.protections() if LINUX else ""
 CONTAINED = "Landlock" in GRANTED and "seccomp" in GRANTED
 
+
+
+def judge(problem, completion, timeout=5.0):
+    return judge_all([(problem, completion)], timeout, 1)[0]
+
+
 FORGERIES = {
     "exit": "    import sys; sys.exit(0)\n",
     "hard exit": "    import os; os._exit(0)\n",
@@ -4544,8 +4550,6 @@ def test_limits():
     assert not judge(
         dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0
     ).passed
-    with pytest.raises(ValueError, match="timeout"):
-        judge(ADD, "", timeout=0)
 
 
 def test_clean_environment():
@@ -4628,11 +4632,8 @@ def test_killed_worker_is_replaced(scratch):
 def test_humaneval():
     with gzip.open(HUMANEVAL, "rt") as f:
         problems = [json.loads(line) for line in f]
-    count = []
-    verdicts = judge_all([(p, p["canonical_solution"]) for p in problems], progress=count.append)
-    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == [] and sum(count) == len(
-        problems
-    )
+    verdicts = judge_all([(p, p["canonical_solution"]) for p in problems])
+    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == []
     for body in ("    return None\n", "    return 0\n"):
         assert sum(v.passed for v in judge_all([(p, body) for p in problems])) <= 2, body
 
@@ -5757,7 +5758,7 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
     forks = (
         "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
     )
-    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1])\n"
+    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1], 5.0)\n"
     forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
     monkeypatch.setattr(synth, "LAUNCH", forks)
     with pytest.raises(OSError, match="sandbox failed: no process can be started: no room"):
@@ -5767,10 +5768,10 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
 def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
     start = synth.Worker.__init__
 
-    def limited(self, root, number=itertools.count()):
+    def limited(self, root, timeout, number=itertools.count()):
         if next(number):
             raise OSError("no room")
-        start(self, root)
+        start(self, root, timeout)
 
     monkeypatch.setattr(synth.Worker, "__init__", limited)
     assert all(verdict.passed for verdict in judge_all([(ADD, "    return a + b\n")] * 6, workers=2))
