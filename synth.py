@@ -2828,24 +2828,22 @@ def write_tree(path, records):
     before = []
     for record in records:
         topic = record["text"].split(" > ")
-        for depth in range(len(os.path.commonprefix([before, topic])), len(topic)):
-            lines.append("  " * depth + topic[depth] + "\n")
+        depth = len(os.path.commonprefix([before, topic]))
+        lines += ["  " * i + name + "\n" for i, name in enumerate(topic[depth:], depth)]
         before = topic
-    with data.atomic_path(Path(path)) as new:
+    with data.atomic_path(path) as new:
         new.write_text("".join(lines), encoding="utf-8")
     return len(lines)
 
 
-def parse_levels(text):
+def chain_lengths(text):
     """ "2-6" or "1,2,3,3,4" as a tuple of chain lengths (a length named twice is drawn twice as often)."""
     levels = []
     for part in text.split(","):
         low, _, high = part.partition("-")
-        if not re.fullmatch(r"\d+(-\d+)?", part) or not 1 <= int(low) <= int(high or low) <= 12:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: write chain lengths from 1 to 12 such as 2-6 or 1,2,3,3,4"
-            )
         levels += range(int(low), int(high or low) + 1)
+    if not levels or not 1 <= min(levels) <= max(levels) <= 12:
+        raise argparse.ArgumentTypeError(f"{text}: write lengths from 1 to 12 such as 2-6 or 1,2,3,3,4")
     return tuple(levels)
 
 
@@ -2935,7 +2933,6 @@ def parse_arguments():
                         help=f"{', '.join(TASKS)}; sandbox: say what contains the code that is run")
     parser.add_argument("file", nargs="*", metavar="FILE",
                         help="documents (.jsonl, text, code, folders, `python`), questions, topics")
-    choices = {"SPLIT": ("train", "dev", "test"), "API": ("chat", "completions")}
     for block in OPTIONS.strip().split("\n\n"):
         title, _, rows = block.partition("\n")
         group = parser.add_argument_group(title)
@@ -2944,30 +2941,29 @@ def parse_arguments():
             if default == "off":
                 group.add_argument(name, action="store_true", help=text)
                 continue
-            types = {"N": data.number(int, int(default != "0")), "X": data.number(float, 0), "K": parse_levels}
+            whole = data.number(int, int(default != "0"))
+            types = {"N": whole, "X": data.number(float, 0), "K": chain_lengths, "URL#MODEL": Teacher}
             group.add_argument(
                 name,
                 metavar=metavar,
                 default=default or None,
-                type={**types, "URL#MODEL": Teacher}.get(metavar),
-                choices=choices.get(metavar),
+                type=types.get(metavar),
+                choices={"SPLIT": ("train", "dev", "test"), "API": ("chat", "completions")}.get(metavar),
                 nargs="+" if metavar in ("URL#MODEL", "PATH") else None,
                 help=text + f" [{default}]" * (default not in ("", "0", "0.0"))
             )
     args = parser.parse_intermixed_args()
     kind = args.kind
-    if kind == "sandbox":
-        return args
     args.teacher = args.teacher or [Teacher("builtin")]
     args.judge = args.judge or []
     args.out = args.out or f"data/{kind}.{'txt' if kind == 'topics' else 'jsonl'}"
     args.min_chars = args.min_chars or {"textbooks": 400, "label": 1}.get(kind, 20)
-    teachers = [*args.teacher, *args.judge]
+    teachers = args.teacher + args.judge
     args.is_builtin = not any(teacher.url for teacher in teachers)
     if kind in ("label", "rewrite", "preferences") and not args.file:
         raise ValueError(f"{kind} needs documents or questions, such as python or pages.jsonl")
-    reads_files = kind in ("label", "preferences")
-    if args.is_builtin and (not TASKS[kind].fallback or args.file and not reads_files):
+    reads_no_file = args.file and kind not in ("label", "preferences")
+    if args.is_builtin and kind != "sandbox" and (reads_no_file or not TASKS[kind].fallback):
         raise ValueError(
             f"the built-in teacher reads no documents and writes no {kind} of them; give --teacher URL#MODEL"
         )
@@ -3001,8 +2997,9 @@ def read_items(args):
 
 
 def read_topics_file(path):
-    with open(path, encoding="utf-8") as file:
-        leaves = read_tree(file.read())
+    """The leaves of a file of topics, or of TOPICS."""
+    text = Path(path).read_text(encoding="utf-8") if path else re.sub(r": |; ", "\n    ", TOPICS)
+    leaves = read_tree(text)
     if not leaves:
         raise ValueError(f"{path} has no topics; write some, a line each, indented below what they belong to")
     return leaves
@@ -3017,10 +3014,8 @@ def dry_run(args, items, topics):
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
     if args.kind in ("textbooks", "exercises") and not items:
         print(f"{count_settings(args.kind, topics):.1e} settings to draw from, such as\n")
-    print(
-        f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
-        f"written, at most {usd:,.2f} USD"
-    )
+    print(f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} written, "
+          f"at most {usd:,.2f} USD")
 
 
 def main():
@@ -3030,40 +3025,35 @@ def main():
         print(f"on: {protections()}")
         return
     items = read_items(args)
-    topics_file = args.file[0] if args.file and kind == "topics" else args.topics
-    topics = read_topics_file(topics_file) if topics_file else read_tree(re.sub(r": |; ", "\n    ", TOPICS))
+    topics = read_topics_file(args.file[0] if args.file and kind == "topics" else args.topics)
     if args.dry_run:
         dry_run(args, items, topics)
         return
-    if TASKS[kind].gates and not args.is_builtin:
-        granted = protections()
-        if "seccomp" not in granted:
-            print(f"synth.py: a teacher's code will run with {granted}", file=sys.stderr)
+    if TASKS[kind].gates and not args.is_builtin and "seccomp" not in protections():
+        print(f"synth.py: a teacher's code will run with {protections()}", file=sys.stderr)
     run = Run(args, None if args.is_builtin else f"{args.out}.paid.jsonl")
     gates = Gates(run, kind)
+    write = data.write_jsonl
     if kind == "topics":
         records = ({"text": leaf} for leaf in grow_topics(run, topics))
+        write = write_tree
     elif kind in ("exercises", "textbooks") and args.is_builtin and not (args.judge or args.against):
         records = draw_many(kind, args.count, args.split, args.k, args.seed, args.workers)
     else:
         records = produce(run, gates, items, topics)
-    sizes = []
     texts = []  # the first ones, for the report
     scores = []
 
-    def counted():
+    def written():
         total = args.count if items is None else len(items)
         for record in data.tqdm(records, kind, total, disable=None, unit=""):
-            text = content_of(record)
-            sizes.append(len(text))
-            texts.extend([text] * (len(sizes) <= 2000))
+            texts.append(content_of(record) if len(texts) < 2000 else "")
             if "score" in record:
                 scores.append(record.get("scores", [record["score"]]))
             yield {name: value for name, value in record.items() if name not in INTERNAL}
 
-    write = write_tree if kind == "topics" else data.write_jsonl
-    output = write_output(args.out, counted(), lambda: not run.stopped, write)
-    print(f"{output or 'not written'}: {len(sizes):,} {kind}, {sum(sizes):,} characters")
+    output = write_output(args.out, written(), lambda: not run.stopped, write)
+    print(f"{output or 'not written'}: {len(texts):,} {kind}")
     report(run, gates, texts, scores)
     if run.stopped:
         print(
@@ -3072,7 +3062,7 @@ def main():
             file=sys.stderr
         )
         raise SystemExit(run.exit_code)
-    if not sizes:
+    if not texts:
         raise ValueError("no record was of use, and nothing was written; see above why, and ask otherwise")
 
 
