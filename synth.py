@@ -1752,19 +1752,15 @@ lookup value_sum dict>int | sum({x}.values()) | add up the values | [None]
 lookup entries dict>int | len({x}) | count the entries | [None]
 lookup top_value dict>int | max({x}.values()) if {x} else 0 | take the largest value, or 0 if empty |
     [None]"""
-STYLES = {  # what a family's code stands in; PICK is its value, EMPTY what an empty list gives
-    "filter": {
-        "plain": "{y} = [{v} for {v} in {x} if CODE]",
-        "loop": "{y} = []\nfor {v} in {x}:\n    if CODE:\n        {y}.append({v})",
-        "helper": "def keep({v}):\n    return CODE\n\n{y} = [{v} for {v} in {x} if keep({v})]"
-    },
-    "map": {
-        "plain": "{y} = [CODE for {v} in {x}]",
-        "loop": "{y} = []\nfor {v} in {x}:\n    {y}.append(CODE)",
-        "helper": "def change({v}):\n    return CODE\n\n{y} = [change({v}) for {v} in {x}]"
-    },
-    "pick": {"plain": "{y} = PICK if {x} else EMPTY", "early": "if not {x}:\n    return EMPTY\n{y} = PICK"}
-}
+STYLES = table(r"""
+filter | plain: {y} = [{v} for {v} in {x} if CODE] |
+    loop: {y} = []\nfor {v} in {x}:\n    if CODE:\n        {y}.append({v}) |
+    helper: def keep({v}):\n    return CODE\n\n{y} = [{v} for {v} in {x} if keep({v})]
+map | plain: {y} = [CODE for {v} in {x}] |
+    loop: {y} = []\nfor {v} in {x}:\n    {y}.append(CODE) |
+    helper: def change({v}):\n    return CODE\n\n{y} = [change({v}) for {v} in {x}]
+pick | plain: {y} = PICK if {x} else EMPTY | early: if not {x}:\n    return EMPTY\n{y} = PICK
+""")  # what a family's code stands in; PICK is its value, EMPTY what an empty list gives
 
 
 class Operation(NamedTuple):
@@ -1777,21 +1773,20 @@ class Operation(NamedTuple):
     constants: tuple  # what {c} is drawn from
 
 
-def read_operations(table):
+def read_operations(text):
     """name -> Operation."""
     operations = {}
-    for row in table.strip().replace("\n    ", " ").split("\n"):
-        head, code, *styles, phrases, constants = row.replace("\\n", "\n").split(" | ")
+    for head, (code, *styles, phrases, constants) in table(text).items():
         family, name, types = head.split()
         source, target = types.split(">")
         pick, _, empty = code.partition(" else ")
-        styles = {
-            **STYLES.get(family, {"plain": "CODE" if "{y} = " in code else "{y} = CODE"}),
-            **dict(style.split(": ", 1) for style in styles)
-        }
-        for style, text in styles.items():
-            styles[style] = text.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
-        operation = Operation(name, source, target, family, phrases.split(" / "), styles, tuple(eval(constants)))
+        alone = "plain: CODE" if "{y} = " in code else "plain: {y} = CODE"
+        forms = {}
+        for style in STYLES.get(family, [alone]) + styles:
+            style, _, form = style.partition(": ")
+            form = form.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
+            forms[style] = form.replace("\\n", "\n")
+        operation = Operation(name, source, target, family, phrases.split(" / "), forms, tuple(eval(constants)))
         operations[name] = operation
         if source == "dict":
             target = {"dict": "idict", "strs": "ints"}.get(target, target)
@@ -1826,6 +1821,7 @@ jelly kite lemon mango night ocean piano queen robot sugar train uncle violet wa
 dog egg fox gum hat ice jam key log map net oak pen rug sun tea urn van wax yak zoo anna bob level noon radar
 orange
 """.split()
+CODE_STYLES = ("plain", "loop", "helper", "recursion")
 NEXT_ANSWER = "", "second answer, again from ", "third answer, again from ", "fourth answer, again from "
 # A model that only ever saw chains of up to four steps learns that the fourth step is the last, and skips the
 # middle of longer ones. So this share of training exercises asks for several answers: two to four chains,
@@ -1837,15 +1833,13 @@ def draw_input(kind, rng):
     """A random input of a type; short lists and the empty one come up on purpose."""
     if kind == "ints":
         low = rng.choice((0, -9, -20))
-        return [
-            rng.randint(low, rng.choice((9, 20, 30)))
-            for _ in range(rng.choice((0, 1, 3, 4, 5, 5, 6, 6, 7, 8)))
-        ]
+        size = int(rng.choice("0134556678"))
+        return [rng.randint(low, rng.choice((9, 20, 30))) for _ in range(size)]
     if kind == "int":
         return rng.choice([rng.randint(*ends) for ends in ((0, 9), (10, 99), (10, 99), (100, 300))])
     if kind == "dict":
-        return {rng.choice(INPUT_WORDS): rng.randint(0, 12) for _ in range(rng.choice((0, 2, 3, 4)))}
-    words = [rng.choice(INPUT_WORDS) for _ in range(rng.choice((0, 1, 2, 3, 4, 4, 5)))]
+        return {rng.choice(INPUT_WORDS): rng.randint(0, 12) for _ in range(int(rng.choice("0234")))}
+    words = [rng.choice(INPUT_WORDS) for _ in range(int(rng.choice("0123445")))]
     words = [w if rng.random() < 0.7 else rng.choice((w.upper(), w.capitalize())) for w in words]
     return words if kind == "strs" else " ".join(words[:4])
 
@@ -1864,10 +1858,8 @@ def bounded(value):
     """The value, if it is small enough to print: integers up to 50,000, 40 items, 100 characters; raises
     Unusable."""
     parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    size = 0 if isinstance(value, int) else len(value)
-    if size > (100 if isinstance(value, str) else 40) or any(
-        isinstance(part, int) and abs(part) > 50_000 for part in parts
-    ):
+    is_long = len(value if isinstance(value, str) else parts) > (100 if isinstance(value, str) else 40)
+    if is_long or any(isinstance(part, int) and abs(part) > 50_000 for part in parts):
         raise Unusable
     return value
 
@@ -2026,20 +2018,16 @@ def render_docstring(phrases, kind, parameter, examples, rng):
     first = first[0].upper() + first[1:]
     form = rng.randrange(4)
     if form == 0:
-        sentences = [
-            f"{rng.choice(('Then', 'Next,', 'After that,', 'Then'))} {phrase}"
-            for phrase in others[: -1 if len(others) > 1 else None]
-        ]
-        last = [f"Finally, {others[-1]}"] if len(others) > 1 else []
-        text = ". ".join([first, *sentences, *last]) + "."
+        last = [f"Finally, {others.pop()}"] if len(others) > 1 else []
+        thens = [f"{rng.choice(('Then', 'Next,', 'After that,', 'Then'))} {phrase}" for phrase in others]
+        text = ". ".join([first, *thens, *last]) + "."
     elif form == 1:
         text = ", then ".join([first, *others]) + "."
     elif form == 2:
         text = "\n- ".join([f"Given {TYPES[kind][1]}:", *phrases])
     else:
         text = f"From {parameter}: {'; '.join(phrases)}."
-    doctests = "\n" * bool(examples) + "".join(f">>> {call}\n{answer}\n" for call, answer in examples)
-    return indent(f'"""{text}\n{doctests}"""')
+    return indent('\n'.join([f'"""{text}', *[""] * bool(examples), *examples, '"""']))
 
 
 def draw_problem(index, split, ks, seed, page=False):
@@ -2060,7 +2048,7 @@ def draw_problem(index, split, ks, seed, page=False):
         if rng.random() < 0.2:
             result = "list" if several else TYPES[OPS[chains[0][-1][0]].target][0]
             signature = f"def {entry_point}({parameter}: {TYPES[kind][0]}) -> {result}:"
-        style = rng.choices(("plain", "loop", "helper", "recursion"), (70, 14, 10, 6))[0]
+        style = rng.choices(CODE_STYLES, (70, 14, 10, 6))[0]
         comments = several or rng.random() < (0.7 if len(chains[0]) == 1 else 0.95)
         body = render_code(chains, parameter, phrases, rng, style, comments)
         with contextlib.suppress(Unusable):
@@ -2074,9 +2062,7 @@ def draw_problem(index, split, ks, seed, page=False):
     if page:
         return render_page(chains[0], phrases, entry_point, signature, body, parameter, shown, rng)
     n_examples = rng.choices((0, 1, 2), (60, 40, 0) if several else (15, 70, 15))[0]
-    examples = [
-        (f"{entry_point}({value!r})", repr(trace[-1])) for value, trace in rng.sample(shown, n_examples)
-    ]
+    examples = [f">>> {entry_point}({v!r})\n{t[-1]!r}" for v, t in rng.sample(shown, n_examples)]
     return {
         "task_id": f"builtin/{split}/{seed}/{index}",
         "entry_point": entry_point,
@@ -2175,8 +2161,7 @@ def render_page(chain, phrases, entry_point, signature, body, parameter, shown, 
         f"Step by step, for {value!r}:" + "".join(f"\n- {p}: {r!r}" for p, r in zip(phrases, trace)),
         "More examples:\n" + "".join(f"\n>>> {entry_point}({v!r})\n{t[-1]!r}" for v, t in others)
     ]
-    style = rng.choice(("plain", "loop", "helper", "recursion"))
-    other = render_code([chain], parameter, phrases, rng, style, False)
+    other = render_code([chain], parameter, phrases, rng, rng.choice(CODE_STYLES), False)
     if other != body:
         check_code(f"{signature}\n{other}", entry_point, shown)
         parts.append(f"Another way to write it:\n\n```python\n{signature}\n{other}```")
