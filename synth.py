@@ -53,7 +53,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing import connection
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -294,11 +293,10 @@ def python_blocks(text):
 def split_function(code, name=None):
     """Source -> (all up to the docstring of its last function, or of `name`; the body after it; its name), as
     HumanEval does."""
-    try:
-        nodes = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError):
-        raise RejectedAnswer("code does not parse") from None
-    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == (name or n.name)]
+    tree = data.quietly(ast.parse, code)
+    if not tree:
+        raise RejectedAnswer("code does not parse")
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == (name or n.name)]
     if not functions or not name and not ast.get_docstring(functions[-1]):
         raise RejectedAnswer("no function with a docstring")
     function = functions[-1]
@@ -749,7 +747,7 @@ class Ledger:
 
     def __init__(self, path, max_tokens, max_usd):
         self.path = path
-        self.places = {}  # key -> (offset, size) of its line
+        self.places = {}  # key -> (size, offset) of its line
         self.size = 0
         self.totals = {}  # teacher -> what it was asked and paid
         self.spent = Counter()  # of all of them
@@ -772,9 +770,9 @@ class Ledger:
     def note(self, line):
         try:
             entry = json.loads(line)
-            sums = Counter({name: entry[name] for name in ("read", "written", "usd")})
+            sums = {name: entry[name] for name in ("read", "written", "usd")}
             sums.update(answers=1, rejected=entry["reason"] is not None, tokens=sums["read"] + sums["written"])
-            self.places[entry["key"]] = (self.size, len(line))
+            self.places[entry["key"]] = (len(line), self.size)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{self.path}: the line at byte {self.size:,} is no teacher's answer; remove it"
@@ -784,8 +782,8 @@ class Ledger:
         self.size += len(line)
 
     def get(self, key):
-        offset, size = self.places.get(key, (0, 0))
-        return json.loads(os.pread(self.file.fileno(), size, offset)) if size else None
+        if key in self.places:
+            return json.loads(os.pread(self.file.fileno(), *self.places[key]))
 
     def put(self, entry):
         line = json.dumps(entry).encode() + b"\n"
@@ -1172,11 +1170,8 @@ def real_functions(documents):
     and return something."""
     functions = []
     for document in documents:
-        try:
-            nodes = ast.parse(document["text"]).body
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        for node in nodes:
+        tree = data.quietly(ast.parse, document["text"])
+        for node in tree.body if tree else ():
             if not isinstance(node, ast.FunctionDef) or node.decorator_list or not node.args.args:
                 continue
             source = ast.get_source_segment(document["text"], node)
@@ -1206,16 +1201,17 @@ def write_preference(run, number, item, topics):
     elif has_tests:
         question = SOLVE_PROMPT.format(text=question)
     answers = {}
+
+    def read(answer):
+        return solution_of(item, answer) if has_tests else read_text(answer)["text"].strip()
+
     for n in range(args.samples):
+        temperature = args.temperature * (0.5 + n / args.samples)
         with contextlib.suppress(RejectedAnswer):
-            _, answer, teacher = run.ask(
-                question,
-                str if has_tests else read_text,
-                str(n),
-                lambda: own_solution(item, rng),
-                temperature=args.temperature * (0.5 + n / args.samples)
+            answer, _, teacher = run.ask(
+                question, read, str(n), lambda: own_solution(item, rng), temperature=temperature
             )
-            answers.setdefault(solution_of(item, answer) if has_tests else answer.strip(), teacher)
+            answers.setdefault(answer, teacher)
     if has_tests:
         return {"task_id": item.get("task_id"), "prompt": item["prompt"], "problem": item, "answers": answers}
     if len(answers) < 2:
@@ -1327,16 +1323,16 @@ class Gates:
         return flags
 
     def graded_well(self, records, workers):
+        args = self.run.args
+
         def is_good(record):
-            text = content_of(record)[: self.run.args.max_chars]
-            record["grade"] = self.run.ask(
-                LABEL_PROMPT.format(text=text),
-                read_score,
-                fallback=lambda: builtin_label(text),
-                teachers=self.run.args.judge,
-                temperature=0.0
-            )[0]["score"]
-            return record["grade"] >= self.run.args.min_grade
+            text = content_of(record)[: args.max_chars]
+            question = LABEL_PROMPT.format(text=text)
+            label, *_ = self.run.ask(
+                question, read_score, "", lambda: builtin_label(text), args.judge, temperature=0.0
+            )
+            record["grade"] = label["score"]
+            return label["score"] >= args.min_grade
 
         return self.run.map(is_good, records)
 
@@ -2560,7 +2556,7 @@ def keep(parent, scratch, protections, timeout):
     program = marshal.loads(parent.recv_bytes())
     folder = os.path.join(scratch, "job")
     os.makedirs(folder, exist_ok=True)
-    ours, theirs = Pipe()
+    ours, theirs = connection.Pipe()
     # before the tests arrive, so that they are not in its memory
     pids = [spawn(lambda: run_program(program, theirs), [theirs.fileno()], folder, protections, timeout)]
     theirs.close()
@@ -2593,7 +2589,7 @@ def serve(scratch, timeout):
     """The server: fork a keeper for each problem, which comes in two messages: the program; the tests."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
-    parent = Connection(os.dup(0))
+    parent = connection.Connection(os.dup(0))
     granted = []
     # root becomes nobody, if nobody can reach the standard library and the scratch directory
     is_reachable = is_open(os.path.dirname(os.__file__), 5) and is_open(os.path.dirname(scratch), 1)
@@ -2631,7 +2627,7 @@ import ast, bisect, builtins, collections, contextlib, copy, ctypes, functools, 
 import json, marshal, math, operator, os, random, re, resource, select, signal, string, struct, sys, time
 import typing
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing import connection
 """
 LAUNCH = "serve(sys.argv[1], float(sys.argv[2]))\n"
 
@@ -2653,7 +2649,7 @@ class Worker:
     def __init__(self, root, timeout):
         self.timeout = timeout
         self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
-        self.channel, theirs = Pipe()
+        self.channel, theirs = connection.Pipe()
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root), str(timeout)],
@@ -2966,9 +2962,8 @@ def read_items(args):
     if not args.file or args.kind == "topics":
         return None
     if args.kind == "preferences":
-        items = [record for file in args.file for record in data.read_jsonl(file)]
-        needs = ("test",) if args.is_builtin else ("prompt", "messages", "text")
-        items = [record for record in items if any(name in record for name in needs)]
+        needs = {"test"} if args.is_builtin else {"prompt", "messages", "text"}
+        items = [record for file in args.file for record in data.read_jsonl(file) if needs & record.keys()]
     else:
         items = sample_documents(args.file, args.count, args.seed)
         if args.kind == "exercises":
