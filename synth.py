@@ -2260,15 +2260,14 @@ def builtin_label(text):
 
 # ------------------------------------------------------------------------------------------------------------
 # The sandbox. The decision must not lie in the interpreter that runs the program, for there it can be forged:
-# builtins patched, frames read, the process left with a friendly exit code. So four processes, each forked
-# from a small one:
+# builtins patched, frames read, the process left with a friendly exit code. So three processes:
 #
-#   this process ──▶ server (one per worker) ──▶ keeper ──▶ tests
-#                                                  └─────▶ program   (three for every problem)
+#   this process ──▶ server (one per worker) ──▶ tests
+#                                          └───▶ program   (two for every problem)
 #
 # The program answers calls over a socket in plain data; it never holds the tests, not even in its memory, nor
 # any channel on which a verdict travels. The tests run `check(candidate)` on values they rebuilt themselves.
-# The keeper holds the clock, kills both and tells the verdict over a socket, which no other process can open.
+# The server holds the clock, kills both and tells the verdict over a socket, which no other process can open.
 #
 # Covered: everything a Python program does to the interpreter it runs in; endless loops, memory, output. On
 # Linux, where the kernel grants Landlock and seccomp (`python synth.py sandbox` says so; both need no rights,
@@ -2356,7 +2355,7 @@ def run_tests(job, channel, verdict):
     last_call = []
 
     def finish(mark, reason=""):  # exits at once, so that no `except:` of the tests can swallow a failure
-        os.write(verdict, (mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
+        verdict.send_bytes((mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
         os._exit(0)
 
     def hear():
@@ -2525,57 +2524,32 @@ def fork():
     os._exit(1)
 
 
-def spawn(function, descriptors, scratch, protections, timeout):
-    """A confined process that has these descriptors alone and calls the function; its pid."""
+def spawn(function, source, channels, folder, protections, timeout):
+    """A confined process that reads its job from `source`, keeps these channels alone and calls function(job,
+    *channels); its pid."""
+    select.select([source], [], [])
     pid = fork()
     if pid:
         return pid
     try:
         os.setsid()
         die_with_parent()
-        os.chdir(scratch)
+        job = marshal.loads(source.recv_bytes())
+        os.chdir(folder)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(3):
             os.dup2(null, descriptor)
-        for low, high in itertools.pairwise([2, *sorted(descriptors), 256]):
+        descriptors = sorted(channel.fileno() for channel in channels)
+        for low, high in itertools.pairwise([2, *descriptors, 256]):
             os.closerange(low + 1, high)
         limits = dict(AS=512 << 20, CPU=int(timeout) + 2, FSIZE=16 << 20, NPROC=max_processes(), CORE=0)
         for name, limit in {**limits, "NOFILE": 64}.items():
             with contextlib.suppress(ValueError, OSError):  # above what the user may have anyway, or macOS
                 resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-        if confine(scratch) == protections:  # else this once the kernel refused: nothing runs unprotected
-            function()
+        if confine(folder) == protections:  # else this once the kernel refused: nothing runs unprotected
+            function(job, *channels)
     finally:
         os._exit(1)
-
-
-def keep(parent, scratch, protections, timeout):
-    """One problem: start its two processes, wait for the verdict, leave nothing behind. In a process of its
-    own, so that no program's memory holds another problem."""
-    die_with_parent()
-    program = marshal.loads(parent.recv_bytes())
-    folder = os.path.join(scratch, "job")
-    os.makedirs(folder, exist_ok=True)
-    ours, theirs = connection.Pipe()
-    # before the tests arrive, so that they are not in its memory
-    pids = [spawn(lambda: run_program(program, theirs), [theirs.fileno()], folder, protections, timeout)]
-    theirs.close()
-    tests = marshal.loads(parent.recv_bytes())
-    verdict_in, verdict_out = os.pipe()
-    descriptors = [ours.fileno(), verdict_out]
-    pids.append(spawn(lambda: run_tests(tests, ours, verdict_out), descriptors, folder, protections, timeout))
-    os.close(verdict_out)
-    verdict = b"-timed out"
-    if select.select([verdict_in], [], [], timeout)[0]:
-        verdict = os.read(verdict_in, 2048) or b"-the tests' process was killed"
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            os.killpg(pid, signal.SIGKILL)  # the group: where seccomp is missing there may be children
-        os.waitpid(pid, 0)
-    if os.listdir(folder):  # a shell removes a tree however deep and forbidding
-        clean = 'chmod -R u+rwx "$0"; rm -rf "$0"'
-        os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", clean, folder], {}), 0)
-    parent.send_bytes(verdict)
 
 
 def is_open(folder, mode):
@@ -2586,10 +2560,13 @@ def is_open(folder, mode):
 
 
 def serve(scratch, timeout):
-    """The server: fork a keeper for each problem, which comes in two messages: the program; the tests."""
+    """The server: for each problem it starts two processes, each of which reads its own part of the job, waits
+    for the verdict, and leaves nothing behind. It reads no job itself, so that no program's memory holds
+    tests, nor another problem."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
-    parent = connection.Connection(os.dup(0))
+    programs = connection.Connection(0)
+    tests = connection.Connection(1)
     granted = []
     # root becomes nobody, if nobody can reach the standard library and the scratch directory
     is_reachable = is_open(os.path.dirname(os.__file__), 5) and is_open(os.path.dirname(scratch), 1)
@@ -2605,18 +2582,30 @@ def serve(scratch, timeout):
         os._exit(confine(scratch))
     bits = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     granted += ["Landlock"] * (bits & 1) + ["seccomp"] * (bits >> 1)
-    parent.send_bytes(", ".join(granted).encode())
+    programs.send_bytes(", ".join(granted).encode())
     gc.freeze()  # forks share what is never looked at again
-    while True:
-        select.select([parent], [], [])
-        pid = fork()
-        if pid == 0:
-            with contextlib.suppress(BaseException):
-                keep(parent, scratch, bits, timeout)
-                os._exit(0)
-            os._exit(1)
-        if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, somewhere in the stream of jobs
-            os._exit(1)
+    folder = os.path.join(scratch, "job")
+    with contextlib.suppress(Exception):  # no more jobs; or a program that disturbs what is around it
+        while True:
+            os.makedirs(folder, exist_ok=True)
+            questions, answers = connection.Pipe()
+            verdicts, verdict = connection.Pipe()
+            pids = [spawn(run_program, programs, [answers], folder, bits, timeout)]
+            pids.append(spawn(run_tests, tests, [questions, verdict], folder, bits, timeout))
+            for channel in (questions, answers, verdict):
+                channel.close()
+            reply = verdicts.recv_bytes() if verdicts.poll(timeout) else b"-timed out"
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, signal.SIGKILL)  # the group: where seccomp is missing there may be children
+                os.waitpid(pid, 0)
+            if os.listdir(folder):  # a shell removes a tree however deep and forbidding
+                clean = 'chmod -R u+rwx "$0"; rm -rf "$0"'
+                os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", clean, folder], {}), 0)
+            if select.select([programs, tests], [], [], 0)[0]:  # a job that was not read would be the next
+                break
+            programs.send_bytes(reply)
+    os._exit(1)
 
 
 # The server runs from its functions' source in a bare interpreter: a fork costs under a millisecond there,
@@ -2648,44 +2637,46 @@ class Worker:
 
     def __init__(self, root, timeout):
         self.timeout = timeout
-        self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
-        self.channel, theirs = connection.Pipe()
+        self.errors = tempfile.TemporaryFile(dir=root)  # of the server, never of a program
+        self.programs, stdin = connection.Pipe()
+        self.tests, stdout = connection.Pipe()
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root), str(timeout)],
             cwd="/",
-            stdin=theirs,
-            stdout=subprocess.DEVNULL,
+            stdin=stdin,
+            stdout=stdout,
             stderr=self.errors,
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True
         )
-        theirs.close()
+        stdin.close()
+        stdout.close()
         self.protections = self.receive(120.0)
         if self.protections is None:
             self.close()
             raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
 
-    def send(self, index, job):
+    def send(self, index, program, tests):
         self.index = index
-        self.deadline = time.monotonic() + self.timeout + 30.0  # the keeper keeps time; this is for its death
-        with contextlib.suppress(BrokenPipeError):  # receive() finds out
-            for part in job:
-                self.channel.send_bytes(marshal.dumps(part))
+        self.deadline = time.monotonic() + self.timeout + 30.0  # the server keeps time; this is for its death
+        with contextlib.suppress(ConnectionError):  # receive() finds out
+            self.programs.send_bytes(marshal.dumps(program))
+            self.tests.send_bytes(marshal.dumps(tests))
 
     def receive(self, seconds=0.0):
         """The verdict, or None if there is none or the server has died."""
         with contextlib.suppress(EOFError, ConnectionError):
-            if self.channel.poll(seconds):
-                return self.channel.recv_bytes().decode("utf-8", "replace")
+            if self.programs.poll(seconds):
+                return self.programs.recv_bytes().decode("utf-8", "replace")
 
     def close(self):
         self.process.kill()  # its children die with it
         self.process.wait()
         self.errors.seek(0)
         self.error = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]  # its last words
-        self.errors.close()
-        self.channel.close()
+        for channel in (self.errors, self.programs, self.tests):
+            channel.close()
 
 
 def job_of(problem, completion):
@@ -2720,7 +2711,7 @@ def judge_all(pairs, timeout=5.0, workers=None):
     empty environment and an empty current directory, and no terminal. """
     jobs = [job_of(*pair) for pair in pairs]
     results = [None] * len(jobs)
-    waiting = list(enumerate(jobs))[::-1]
+    waiting = [(index, *job) for index, job in enumerate(jobs)][::-1]
     workers = workers or os.cpu_count() or 1
     died = set()
     idle = []
@@ -2740,8 +2731,8 @@ def judge_all(pairs, timeout=5.0, workers=None):
                         break
                     busy[-1].send(*waiting.pop())
                 patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = connection.wait([worker.channel for worker in busy], patience)
-                for worker in [w for w in busy if w.channel in ready or w.deadline < time.monotonic()]:
+                ready = connection.wait([worker.programs for worker in busy], patience)
+                for worker in [w for w in busy if w.programs in ready or w.deadline < time.monotonic()]:
                     busy.remove(worker)
                     verdict = worker.receive()
                     if verdict:
@@ -2750,7 +2741,7 @@ def judge_all(pairs, timeout=5.0, workers=None):
                         worker.close()
                         if worker.index not in died:  # once may be an accident: the problem is not guilty
                             died.add(worker.index)
-                            waiting.append((worker.index, jobs[worker.index]))
+                            waiting.append((worker.index, *jobs[worker.index]))
                             continue
                         if worker.error:
                             raise OSError(f"the sandbox failed: {worker.error}")
