@@ -144,27 +144,27 @@ advanced | State what the method costs in time and memory, and prove one claim a
     another field / a game developer short of memory / a retired engineer who wants the reasons / a data
     analyst with slow scripts
 """)
-FORMS = (
-    "a plain explanation",
-    "a worked case from start to finish",
-    "questions a doubtful reader asks, and their answers",
-    "notes for a lecture",
-    "a short story in which somebody needs the idea",
-    "a letter to one reader",
-    "a comparison of a wrong and a right attempt",
-    "a dialogue of two people who disagree at first",
-    "a recipe with reasons",
-    "a walk through one example, step by step"
-)
+FORMS = """
+a plain explanation
+a worked case from start to finish
+questions a doubtful reader asks, and their answers
+notes for a lecture
+a short story in which somebody needs the idea
+a letter to one reader
+a comparison of a wrong and a right attempt
+a dialogue of two people who disagree at first
+a recipe with reasons
+a walk through one example, step by step
+""".strip().split("\n")
 LENGTHS = (200, 300, 450, 600, 800, 1000)
-SECTIONS = (
-    "what the idea is",
-    "one worked example",
-    "why it works",
-    "a common mistake and how to notice it",
-    "where it is of use",
-    "a small question with its answer"
-)
+SECTIONS = """
+what the idea is
+one worked example
+why it works
+a common mistake and how to notice it
+where it is of use
+a small question with its answer
+""".strip().split("\n")
 VERBS = """
 add align balance build check choose clean collect combine compare compress count decode describe detect
 divide encode estimate expand extract fill filter find fold format group index insert invert join limit list
@@ -760,7 +760,8 @@ class Ledger:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{path} is in use by another run; wait for it, or choose another --out") from None
+            message = f"{path} is in use by another run; wait for it, or choose another --out"
+            raise ValueError(message) from None
         self.file.seek(0)
         for line in self.file:
             if line.endswith(b"\n"):  # else the run was cut off while it wrote
@@ -771,7 +772,8 @@ class Ledger:
         try:
             entry = json.loads(line)
             sums = {name: entry[name] for name in ("read", "written", "usd")}
-            sums.update(answers=1, rejected=entry["reason"] is not None, tokens=sums["read"] + sums["written"])
+            tokens = sums["read"] + sums["written"]
+            sums.update(answers=1, rejected=entry["reason"] is not None, tokens=tokens)
             self.places[entry["key"]] = (len(line), self.size)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
@@ -1071,7 +1073,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------
 # From answers to records
 
-PROVENANCE = ("topic", "level", "persona", "form", "words", "use", "also", "avoid", "scenario")
+PROVENANCE = "topic level persona form words use also avoid scenario".split()
 MATERIAL = """<passage>
 {text}
 </passage>
@@ -1079,7 +1081,7 @@ MATERIAL = """<passage>
 The passage above is from a real document. Build on its subject and its facts, not on its wording.
 
 """
-INTERNAL = ("chains", "solutions", "problem", "answers")  # fields of records that are not written
+INTERNAL = "chains solutions problem answers".split()  # fields of records that are not written
 
 
 def prepare(args, number, item, topics):
@@ -1341,7 +1343,8 @@ def report(run, gates, texts, scores):
     """What passed each gate, how diverse the texts are, what each teacher was asked and paid."""
     rows = [(name.replace("_", " "), count["left"], count["entered"]) for name, count in gates.counts.items()]
     for n in (1, 2, 3):
-        grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) + 1 - n)]
+        words = [text.split() for text in texts]
+        grams = [gram for row in words for gram in zip(*(row[i:] for i in range(n)))]
         rows.append((f"distinct-{n}", len(set(grams)), len(grams)))
     for name, part, whole in rows:
         print(f"  {name:<24}{whole:>9,} ->{part:>9,}  {part / max(1, whole):7.1%}")
@@ -1379,7 +1382,7 @@ def produce(run, gates, items, topics):
         yield from records
         if items is None and asked >= 200 and passed < asked / 50:
             run.stopped = run.stopped or (
-                f"only {passed:,} of {asked:,} answers are of use; see the report and the answers in the ledger"
+                f"only {passed:,} of {asked:,} answers are of use; see the report and the ledger's answers"
             )
 
 
@@ -1782,7 +1785,8 @@ def read_operations(text):
             style, _, form = style.partition(": ")
             form = form.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
             forms[style] = form.replace("\\n", "\n")
-        operation = Operation(name, source, target, family, phrases.split(" / "), forms, tuple(eval(constants)))
+        phrases = phrases.split(" / ")
+        operation = Operation(name, source, target, family, phrases, forms, tuple(eval(constants)))
         operations[name] = operation
         if source == "dict":
             target = {"dict": "idict", "strs": "ints"}.get(target, target)
@@ -1817,7 +1821,7 @@ jelly kite lemon mango night ocean piano queen robot sugar train uncle violet wa
 dog egg fox gum hat ice jam key log map net oak pen rug sun tea urn van wax yak zoo anna bob level noon radar
 orange
 """.split()
-CODE_STYLES = ("plain", "loop", "helper", "recursion")
+CODE_STYLES = "plain loop helper recursion".split()
 NEXT_ANSWER = "", "second answer, again from ", "third answer, again from ", "fourth answer, again from "
 # A model that only ever saw chains of up to four steps learns that the fourth step is the last, and skips the
 # middle of longer ones. So this share of training exercises asks for several answers: two to four chains,
@@ -2131,14 +2135,14 @@ lookup | A dictionary stores a value for each key; items() gives keys and values
 value | This step computes a new number from the old one; Python's whole numbers have no limit. | mixing up
     / and //: the first gives a float
 """)  # what the textbook says about a kind of step: the idea and why it works; a common mistake
-AUDIENCES = (
-    "for beginners",
-    "for students",
-    "for curious readers",
-    "for self-study",
-    "for a first course",
-    "for practice"
-)
+AUDIENCES = """
+for beginners
+for students
+for curious readers
+for self-study
+for a first course
+for practice
+""".strip().split("\n")
 
 
 def render_page(chain, phrases, entry_point, signature, body, parameter, shown, rng):
@@ -2429,10 +2433,10 @@ def confine_files(scratch):
     # files; TCP; signals and abstract sockets: an old kernel takes the longer structure with zeros at its end
     rights = struct.pack("<3Q", every, 3 * (version > 3), 3 * (version > 5))
     ruleset = system("syscall", 444, rights, len(rights), 0)
-    libraries = ("/usr", "/lib", "/lib64", "/proc/self", os.path.dirname(os.__file__), sys.base_prefix + "/lib")
+    libraries = ["/usr", "/lib", "/lib64", os.path.dirname(os.__file__), sys.base_prefix + "/lib"]
     access = {  # 1 executes, 2 writes, 4 reads files and 8 folders
-        **dict.fromkeys(libraries, 1 | 4 | 8),
-        **dict.fromkeys(("/dev/urandom", "/etc/localtime", "/etc/ld.so.cache"), 4),
+        **dict.fromkeys(["/proc/self", *libraries], 1 | 4 | 8),
+        **dict.fromkeys("/dev/urandom /etc/localtime /etc/ld.so.cache".split(), 4),
         "/dev/null": 2 | 4,
         scratch: every
     }
@@ -2560,8 +2564,8 @@ def is_open(folder, mode):
 
 
 def serve(scratch, timeout):
-    """The server: for each problem it starts two processes, each of which reads its own part of the job, waits
-    for the verdict, and leaves nothing behind. It reads no job itself, so that no program's memory holds
+    """The server: for each problem it starts two processes, each of which reads its own part of the job,
+    waits for the verdict, and leaves nothing behind. It reads no job itself, so that no program's memory holds
     tests, nor another problem."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
@@ -2597,7 +2601,7 @@ def serve(scratch, timeout):
             reply = verdicts.recv_bytes() if verdicts.poll(timeout) else b"-timed out"
             for pid in pids:
                 with contextlib.suppress(OSError):
-                    os.killpg(pid, signal.SIGKILL)  # the group: where seccomp is missing there may be children
+                    os.killpg(pid, signal.SIGKILL)  # the group: without seccomp there may be children
                 os.waitpid(pid, 0)
             if os.listdir(folder):  # a shell removes a tree however deep and forbidding
                 clean = 'chmod -R u+rwx "$0"; rm -rf "$0"'
@@ -2692,8 +2696,8 @@ def job_of(problem, completion):
         prompt, name, tests = [problem[field] for field in ("prompt", "entry_point", "test")]
     except KeyError as error:
         raise ValueError(
-            f"problem {problem.get('task_id', '?')} has no {error}: it needs prompt, entry_point and test, or "
-            "test_list"
+            f"problem {problem.get('task_id', '?')} has no {error}: it needs prompt, entry_point and test, "
+            "or test_list"
         ) from None
     return f"{prompt}{completion}\n", (prompt, [name], f"{tests}\ncheck({name})\n")
 
@@ -2985,8 +2989,8 @@ def dry_run(args, items, topics):
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
     if args.kind in ("textbooks", "exercises") and not items:
         print(f"{count_settings(args.kind, topics):.1e} settings to draw from, such as\n")
-    print(f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} written, "
-          f"at most {usd:,.2f} USD")
+    print(f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
+          f"written, at most {usd:,.2f} USD")
 
 
 def main():
