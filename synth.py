@@ -69,7 +69,7 @@ class Task(NamedTuple):
     prompt: str  # what is asked, filled with the seeds
     draw_seeds: Callable  # (rng, topics) -> the seeds, a dict
     read: Callable  # (answer, seeds) -> the record's own fields; raises RejectedAnswer
-    gates: tuple = ()  # functions of all records -> which of them pass
+    gates: tuple = ()  # functions of records -> which of them pass
     fallback: Callable | None = None  # (number, seeds, args) -> the built-in teacher's answer
     variety: str = ""  # the prompt's {variety}, filled with the seeds; --plain leaves it out
 
@@ -78,7 +78,7 @@ def per_record(test):
     """A gate from a test of one record."""
 
     @functools.wraps(test)
-    def gate(records, workers):
+    def gate(records):
         return [bool(test(record)) for record in records]
 
     return gate
@@ -358,7 +358,7 @@ def uses_its_words(record):
     return sum(word.rstrip("ey") in content_of(record).lower() for word in words) >= len(words) - 1
 
 
-def code_runs(records, workers):
+def code_runs(records):
     """A page's Python must run from top to bottom, but for what it shows as a mistake or as a session of the
     interpreter."""
     pairs = []
@@ -371,7 +371,7 @@ def code_runs(records, workers):
             and not MISTAKE.search(" ".join([above, *re.findall("#.*", code)]))
         )
         pairs.append(({"test_list": []}, code))
-    return [verdict.passed for verdict in judge_all(pairs, workers=workers)]
+    return [verdict.passed for verdict in judge_all(pairs)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -457,13 +457,13 @@ def check(candidate, check=check):
 """  # goes after an exercise's tests
 
 
-def judge_groups(groups, workers):
+def judge_groups(groups):
     """[[(problem, completion), ...], ...] -> [[whether it passed, ...], ...]"""
-    verdicts = iter(judge_all(list(itertools.chain(*groups)), workers=workers))
+    verdicts = iter(judge_all(list(itertools.chain(*groups))))
     return [[next(verdicts).passed for _ in group] for group in groups]
 
 
-def solution_passes(records, workers):
+def solution_passes(records):
     """The solution passes tests that constants and identities fail; so do most of the other solutions there
     are."""
     groups = []
@@ -471,18 +471,18 @@ def solution_passes(records, workers):
         problem = dict(record, test=record["test"] + CONSTANTS_FAIL)
         solutions = [record["canonical_solution"], *record.get("solutions", ())]
         groups.append([(problem, solution) for solution in solutions])
-    passed = judge_groups(groups, workers)
+    passed = judge_groups(groups)
     return [first and 2 * sum(others) >= len(others) for first, *others in passed]
 
 
-def tests_find_slips(records, workers):
+def tests_find_slips(records):
     """Of solutions with one number, operator or name exchanged, the tests must find at least half: the others
     may be right."""
     groups = []
     for record in records:
         slips = mutants(record["canonical_solution"], random.Random(record["prompt"]))
         groups.append([(record, slip) for slip in itertools.islice(slips, 6)])
-    return [2 * sum(passed) <= len(passed) for passed in judge_groups(groups, workers)]
+    return [2 * sum(passed) <= len(passed) for passed in judge_groups(groups)]
 
 
 def mutants(code, rng):
@@ -1230,11 +1230,11 @@ def preference(answers, chosen, rejected):
     }
 
 
-def some_pass_tests(records, workers):
+def some_pass_tests(records):
     """Of the answers to a problem with tests, one that passes them and one that fails become the
     preference."""
     groups = [[(r["problem"], answer) for answer in r.get("answers", ())] for r in records]
-    for record, passed in zip(records, judge_groups(groups, workers)):
+    for record, passed in zip(records, judge_groups(groups)):
         by_verdict = dict(zip(passed, record.get("answers", ())))
         if len(by_verdict) == 2:
             record.update(preference(record["answers"], by_verdict[True], by_verdict[False]))
@@ -1297,21 +1297,21 @@ class Gates:
 
     def __call__(self, records):
         for gate in self.gates:
-            flags = gate(records, self.run.args.workers) if records else []
+            flags = gate(records) if records else []
             left = list(itertools.compress(records, flags))
             self.counts.setdefault(gate.__name__, Counter()).update(entered=len(records), left=len(left))
             records = left
         return records
 
-    def long_enough(self, records, workers):
+    def long_enough(self, records):
         return [len(content_of(record)) >= self.run.args.min_chars for record in records]
 
-    def not_in_benchmarks(self, records, workers):
+    def not_in_benchmarks(self, records):
         texts = [content_of(record) for record in records]
         hits = self.contamination.find(texts)
         return [i not in hits and not self.contamination.find_functions(text) for i, text in enumerate(texts)]
 
-    def no_near_duplicate(self, records, workers):
+    def no_near_duplicate(self, records):
         """Whether no record before resembles this one: Jaccard similarity of 0.8 by MinHash, 14 bands of 8 as
         in data.py."""
         flags = []
@@ -1324,7 +1324,7 @@ class Gates:
                     self.signatures.setdefault(band, signature)
         return flags
 
-    def graded_well(self, records, workers):
+    def graded_well(self, records):
         args = self.run.args
 
         def is_good(record):
@@ -1950,12 +1950,12 @@ def draw_chain(k, split, rng, source=None):
             continue  # the cheap half of split_of, before anything is run
         with contextlib.suppress(Unusable):
             outputs = behaviour(chain)
-            removable = [
-                i for i, (name, _) in enumerate(chain) if k > 1 and OPS[name].source == OPS[name].target
-            ]
-            if split_of(chain, outputs) == split and len(set(outputs)) >= 4:
-                if not any(behaviour(chain[:i] + chain[i + 1 :]) == outputs for i in removable):
-                    return chain  # else a step changes nothing, and teaches nothing
+            if split_of(chain, outputs) != split or len(set(outputs)) < 4:
+                continue
+            changes_type = [OPS[name].source != OPS[name].target for name, _ in chain]
+            shorter = [chain[:i] + chain[i + 1 :] for i in range(k) if k > 1 and not changes_type[i]]
+            if not any(behaviour(part) == outputs for part in shorter):
+                return chain  # else a step changes nothing, and teaches nothing
 
 
 def draw_multi_answer(ks, rng):
@@ -2193,7 +2193,7 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
     def draw(numbers):
         return [(i, draw_problem(i, split, tuple(ks), seed, kind == "textbooks")) for i in numbers]
 
-    n_workers = min(workers or os.cpu_count() or 1, 1 + count // 200)
+    n_workers = min(workers or data.n_cores(), 1 + count // 200)
     while any(left):
         end = start + min(max(256, max(left) * len(ks)), 8192)
         numbers = [i for i in range(start, end) if left[i % len(ks)]]
@@ -2716,7 +2716,7 @@ def judge_all(pairs, timeout=5.0, workers=None):
     jobs = [job_of(*pair) for pair in pairs]
     results = [None] * len(jobs)
     waiting = [(index, *job) for index, job in enumerate(jobs)][::-1]
-    workers = workers or os.cpu_count() or 1
+    workers = workers or data.n_cores()
     died = set()
     idle = []
     busy = []
@@ -2891,7 +2891,6 @@ what it may take
 --max-usd X | 0.0 | for this --out, with earlier runs; 0: no limit
 --max-tokens N | 0 | for this --out, with earlier runs; 0: no limit
 --concurrency N | 32 | questions in flight
---workers N | 0 | processes that run code [one for each core]
 --timeout X | 300.0 | a teacher's silence, s; then paid at worst
 --patience X | 3600.0 | wait where no teacher answers, s
 --backoff X | 1.0 | a teacher's rest after a failure, s; doubles
@@ -3013,7 +3012,7 @@ def main():
         records = ({"text": leaf} for leaf in grow_topics(run, topics))
         write = write_tree
     elif kind in ("exercises", "textbooks") and args.is_builtin and not (args.judge or args.against):
-        records = draw_many(kind, args.count, args.split, args.k, args.seed, args.workers)
+        records = draw_many(kind, args.count, args.split, args.k, args.seed)
     else:
         records = produce(run, gates, items, topics)
     texts = []  # the first ones, for the report

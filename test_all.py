@@ -5221,7 +5221,7 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
 
 def gate(function, **record):
     """Whether a gate lets one record through."""
-    return function([record], 1)[0]
+    return function([record])[0]
 
 
 def test_tests_of_fixed_points_are_refused():
@@ -5269,7 +5269,7 @@ def test_required_and_forbidden_constructs():
 
 
 def test_gates_of_pages():
-    args = SimpleNamespace(teacher=[], judge=[], against=[], workers=1, min_chars=60, max_tokens=0, max_usd=0)
+    args = SimpleNamespace(teacher=[], judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
     gates = synth.Gates(synth.Run(args), "textbooks")
     good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
     good += "    print({})\n"
