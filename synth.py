@@ -221,14 +221,14 @@ def draw_words(rng, count):
     return ", ".join(rng.sample(WORDS, count))
 
 
-def count_settings(kind, topics):
+def count_settings(args):
     """How many different sets of seeds there are."""
     readers = sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
-    if kind == "textbooks":
+    if args.kind == "textbooks":
         own = len(FORMS) * len(LENGTHS) * math.perm(len(SECTIONS), 4) * math.comb(len(WORDS), 3)
     else:
         own = len(VERBS) * len(OBJECTS) * math.perm(len(CONSTRUCTS), 3) * math.comb(len(WORDS), 2)
-    return len(topics) * readers * own
+    return len(args.topics) * readers * own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1084,13 +1084,13 @@ The passage above is from a real document. Build on its subject and its facts, n
 INTERNAL = "chains solutions problem answers".split()  # fields of records that are not written
 
 
-def prepare(args, number, item, topics):
+def prepare(args, number, item):
     """(seeds, question) of record `number`, made of the document or function `item` where the kind has a
     FILE."""
     kind = args.kind
     task = TASKS[kind]
     rng = random.Random(f"{args.seed} {kind} {number}")
-    seeds = {"material": "", "text": "", "variety": "", **task.draw_seeds(rng, topics)}
+    seeds = {"material": "", "text": "", "variety": "", **task.draw_seeds(rng, args.topics)}
     if item and kind == "exercises":
         return item, REVERSAL_PROMPT.format(**item)
     if item:
@@ -1105,12 +1105,12 @@ def prepare(args, number, item, topics):
     return seeds, task.prompt.format(**seeds)
 
 
-def write_record(run, number, item, topics):
+def write_record(run, number, item):
     """Record `number`, made of `item` where the kind has a FILE; raises RejectedAnswer, StopRun."""
     args = run.args
     kind = args.kind
     task = TASKS[kind]
-    seeds, question = prepare(args, number, item, topics)
+    seeds, question = prepare(args, number, item)
 
     def read(answer):
         return task.read(answer, seeds)
@@ -1191,7 +1191,7 @@ def final_answer(text):
     return lines[-1].lower() if lines else None
 
 
-def write_preference(run, number, item, topics):
+def write_preference(run, number, item):
     """Several answers to one question: all of them where tests will judge; else the better and the worse, by
     vote or by a judge."""
     args = run.args
@@ -1281,8 +1281,9 @@ def content_of(record):
 class Gates:
     """What records must pass, the cheap tests first; counts what enters and leaves each."""
 
-    def __init__(self, run, kind):
+    def __init__(self, run):
         args = run.args
+        kind = args.kind
         self.run = run
         self.counts = {}
         self.signatures = {}  # a band of a MinHash signature -> the first signature that has it
@@ -1363,24 +1364,24 @@ def report(run, gates, texts, scores):
         print("  of no use:", ", ".join(f"{reason} {n:,}" for reason, n in run.rejections.most_common()))
 
 
-def produce(run, gates, items, topics):
+def produce(run, gates):
     """Yields the records that pass the gates, in rounds, until there are --count, or the items or the hope
     are at an end."""
     args = run.args
     write = write_preference if args.kind == "preferences" else write_record
     asked = 0
     passed = 0
-    queue = enumerate(itertools.repeat(None) if items is None else items)
+    queue = enumerate(itertools.repeat(None) if args.items is None else args.items)
     while passed < args.count and not run.stopped:
         jobs = list(itertools.islice(queue, min(args.count - passed, 4096)))
         if not jobs:
             break
-        records = run.map(lambda job: write(run, *job, topics), jobs)
+        records = run.map(lambda job: write(run, *job), jobs)
         records = gates([record for record in records if record])
         asked += len(jobs)
         passed += len(records)
         yield from records
-        if items is None and asked >= 200 and passed < asked / 50:
+        if args.items is None and asked >= 200 and passed < asked / 50:
             run.stopped = run.stopped or (
                 f"only {passed:,} of {asked:,} answers are of use; see the report and the ledger's answers"
             )
@@ -2979,15 +2980,15 @@ def read_topics_file(path):
     return leaves
 
 
-def dry_run(args, items, topics):
+def dry_run(args):
     """Print a question, the settings and the highest cost."""
-    question = prepare(args, 0, items and items[0], topics)[1]
-    n = args.count if items is None else len(items)
+    question = prepare(args, 0, args.items and args.items[0])[1]
+    n = args.count if args.items is None else len(args.items)
     read = n * len(question) // 4
     written = n * args.max_answer
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
-    if args.kind in ("textbooks", "exercises") and not items:
-        print(f"{count_settings(args.kind, topics):.1e} settings to draw from, such as\n")
+    if args.kind in ("textbooks", "exercises") and not args.items:
+        print(f"{count_settings(args):.1e} settings to draw from, such as\n")
     print(f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
           f"written, at most {usd:,.2f} USD")
 
@@ -2998,28 +2999,28 @@ def main():
     if kind == "sandbox":
         print(f"on: {protections()}")
         return
-    items = read_items(args)
-    topics = read_topics_file(args.file[0] if args.file and kind == "topics" else args.topics)
+    args.items = read_items(args)
+    args.topics = read_topics_file(args.file[0] if args.file and kind == "topics" else args.topics)
     if args.dry_run:
-        dry_run(args, items, topics)
+        dry_run(args)
         return
     if TASKS[kind].gates and not args.is_builtin and "seccomp" not in protections():
         print(f"synth.py: a teacher's code will run with {protections()}", file=sys.stderr)
     run = Run(args, None if args.is_builtin else f"{args.out}.paid.jsonl")
-    gates = Gates(run, kind)
+    gates = Gates(run)
     write = data.write_jsonl
     if kind == "topics":
-        records = ({"text": leaf} for leaf in grow_topics(run, topics))
+        records = ({"text": leaf} for leaf in grow_topics(run, args.topics))
         write = write_tree
     elif kind in ("exercises", "textbooks") and args.is_builtin and not (args.judge or args.against):
         records = draw_many(kind, args.count, args.split, args.k, args.seed)
     else:
-        records = produce(run, gates, items, topics)
+        records = produce(run, gates)
     texts = []  # the first ones, for the report
     scores = []
 
     def written():
-        total = args.count if items is None else len(items)
+        total = args.count if args.items is None else len(args.items)
         for record in data.tqdm(records, kind, total, disable=None, unit=""):
             texts.append(content_of(record) if len(texts) < 2000 else "")
             if "score" in record:

@@ -5269,8 +5269,8 @@ def test_required_and_forbidden_constructs():
 
 
 def test_gates_of_pages():
-    args = SimpleNamespace(teacher=[], judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
-    gates = synth.Gates(synth.Run(args), "textbooks")
+    args = SimpleNamespace(kind="textbooks", judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
+    gates = synth.Gates(synth.Run(args))
     good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
     good += "    print({})\n"
     good += "```\nA common mistake is an endless loop.\n"
