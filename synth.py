@@ -2637,11 +2637,9 @@ class Verdict(NamedTuple):
 
 
 class Worker:
-    """One server and the problem it works on. Raises OSError, with the reason, if the server does not
-    start."""
+    """One server. Raises OSError, with the reason, if it does not start."""
 
     def __init__(self, root, timeout):
-        self.timeout = timeout
         self.errors = tempfile.TemporaryFile(dir=root)  # of the server, never of a program
         self.programs, stdin = connection.Pipe()
         self.tests, stdout = connection.Pipe()
@@ -2657,31 +2655,27 @@ class Worker:
         )
         stdin.close()
         stdout.close()
-        self.protections = self.receive(120.0)
+        self.protections = self.exchange(120.0)
         if self.protections is None:
-            self.close()
-            raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
+            raise OSError(f"the sandbox did not start: {self.close() or 'it was killed, or took too long'}")
 
-    def send(self, index, program, tests):
-        self.index = index
-        self.deadline = time.monotonic() + self.timeout + 30.0  # the server keeps time; this is for its death
-        with contextlib.suppress(ConnectionError):  # receive() finds out
-            self.programs.send_bytes(marshal.dumps(program))
-            self.tests.send_bytes(marshal.dumps(tests))
-
-    def receive(self, seconds=0.0):
-        """The verdict, or None if there is none or the server has died."""
+    def exchange(self, seconds, *parts):
+        """Sends the parts of a job, if any; the server's answer, or None if it has died or takes longer."""
         with contextlib.suppress(EOFError, ConnectionError):
+            for channel, part in zip((self.programs, self.tests), parts):
+                channel.send_bytes(marshal.dumps(part))
             if self.programs.poll(seconds):
                 return self.programs.recv_bytes().decode("utf-8", "replace")
 
     def close(self):
+        """Ends it; returns its last words, the reason if it has failed."""
         self.process.kill()  # its children die with it
         self.process.wait()
         self.errors.seek(0)
-        self.error = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]  # its last words
+        words = self.errors.read().decode("utf-8", "replace").strip()
         for channel in (self.errors, self.programs, self.tests):
             channel.close()
+        return words.split("\n")[-1]
 
 
 def job_of(problem, completion):
@@ -2715,47 +2709,50 @@ def judge_all(pairs, timeout=5.0, workers=None):
     its arguments does not show. Programs have the standard library, 512 MiB in each process, threads, an
     empty environment and an empty current directory, and no terminal. """
     jobs = [job_of(*pair) for pair in pairs]
-    results = [None] * len(jobs)
-    waiting = [(index, *job) for index, job in enumerate(jobs)][::-1]
-    workers = workers or data.n_cores()
-    died = set()
+    started = []
     idle = []
-    busy = []
+    is_over = threading.Event()
+
+    def start():
+        worker = Worker(root, timeout)
+        started.append(worker)
+        idle.append(worker)
+
+    def judge(job):
+        for _ in range(2):  # once may be an accident: the problem is not guilty
+            worker = idle.pop()
+            verdict = worker.exchange(timeout + 30.0, *job)  # the server keeps time; this is for its death
+            if verdict:
+                idle.append(worker)
+                return Verdict(verdict[0] == "+", verdict[1:])
+            if is_over.is_set():
+                return
+            started.remove(worker)
+            error = worker.close()
+            start()
+        if error:
+            raise OSError(f"the sandbox failed: {error}")
+        return Verdict(False, "killed or disturbed the sandbox itself, twice")
+
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as root:
         os.chmod(root, 0o711)  # a worker that is nobody must reach its own directory
+        try:  # all of them before the first program runs, which could write to the pipes that Popen uses
+            while len(started) < min(workers or data.n_cores(), len(jobs)):
+                start()
+        except OSError as error:
+            if not started:
+                raise
+            print(f"{error}; {len(started)} workers go on", file=sys.stderr)  # no room for more
+        pool = ThreadPoolExecutor(max(1, len(started)))
         try:
-            while waiting or busy:
-                while waiting and len(busy) < workers:
-                    try:
-                        busy.append(idle.pop() if idle else Worker(root, timeout))
-                    except OSError as error:
-                        if not busy:
-                            raise
-                        workers = len(busy)  # the machine has no room for more
-                        print(f"{error}; {workers} of its workers go on", file=sys.stderr)
-                        break
-                    busy[-1].send(*waiting.pop())
-                patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = connection.wait([worker.programs for worker in busy], patience)
-                for worker in [w for w in busy if w.programs in ready or w.deadline < time.monotonic()]:
-                    busy.remove(worker)
-                    verdict = worker.receive()
-                    if verdict:
-                        idle.append(worker)
-                    else:
-                        worker.close()
-                        if worker.index not in died:  # once may be an accident: the problem is not guilty
-                            died.add(worker.index)
-                            waiting.append((worker.index, *jobs[worker.index]))
-                            continue
-                        if worker.error:
-                            raise OSError(f"the sandbox failed: {worker.error}")
-                        verdict = "-killed or disturbed the sandbox itself, twice"
-                    results[worker.index] = Verdict(verdict[0] == "+", verdict[1:])
+            return list(pool.map(judge, jobs))
         finally:
-            for worker in busy + idle:
+            is_over.set()
+            for worker in started:
+                worker.process.kill()
+            pool.shutdown(cancel_futures=True)
+            for worker in started:
                 worker.close()
-    return results
 
 
 def protections():
