@@ -1428,10 +1428,11 @@ def read_tree(text):
     return list(leaves)
 
 
-def grow_topics(run, leaves):
-    """The leaves, with subtopics in the place of those that were asked about, until there are --count or no
-    new ones come. The smallest branch is next, and only as many questions are asked as are needed."""
+def grow_topics(run):
+    """--topics, with subtopics in the place of those that were asked about, until there are --count or no new
+    ones come. The smallest branch is next, and only as many questions are asked as are needed."""
     count = run.args.count
+    leaves = run.args.topics
     seen = {topic_key(leaf.split(" > ")[-1]) for leaf in leaves}
     asked = set()
 
@@ -1444,25 +1445,23 @@ def grow_topics(run, leaves):
         names = "; ".join(sibling.split(" > ")[-1] for sibling in siblings[:30])
         return run.ask(TOPICS_PROMPT.format(topic=leaf, siblings=names or "nothing yet"), read_topics)[0]
 
-    while len(leaves) < count and not run.stopped:
+    while not run.stopped:
         sizes = Counter(branch for leaf in leaves for branch in branches(leaf))
+        unasked = [leaf for leaf in leaves if leaf not in asked]
         batch = []
-        while len(leaves) + 11 * len(batch) < count:  # 12 in the place of one
-            unasked = [leaf for leaf in leaves if leaf not in asked]
-            if not unasked:
-                break
+        while unasked and len(leaves) + 11 * len(batch) < count:  # 12 in the place of one
             batch.append(min(unasked, key=lambda leaf: [sizes[branch] for branch in branches(leaf)]))
-            asked.add(batch[-1])
+            unasked.remove(batch[-1])
             sizes.update(dict.fromkeys(branches(batch[-1]), 11))
         if not batch:
             break
+        asked.update(batch)
         for leaf, names in zip(batch, run.map(subtopics, batch)):
             children = {topic_key(name): f"{leaf} > {name.replace('>', '')}" for name in names or ()}
             new = [children[key] for key in children if key not in seen][: count - len(leaves) + 1]
             seen.update(children)
-            if new:
-                i = leaves.index(leaf)
-                leaves[i : i + 1] = new
+            i = leaves.index(leaf)
+            leaves[i : i + 1] = new or [leaf]
     return leaves
 
 
@@ -3007,7 +3006,7 @@ def main():
     gates = Gates(run)
     write = data.write_jsonl
     if kind == "topics":
-        records = ({"text": leaf} for leaf in grow_topics(run, args.topics))
+        records = ({"text": leaf} for leaf in grow_topics(run))
         write = write_tree
     elif kind in ("exercises", "textbooks") and args.is_builtin and not (args.judge or args.against):
         records = draw_many(kind, args.count, args.split, args.k, args.seed)
