@@ -720,9 +720,8 @@ def read_choice(answer, seeds=None):
 
 
 def read_topics(answer, seeds=None):
-    lines = read_text(answer)["text"].split("\n")
-    names = [re.sub(r"^[\s\d.)*•-]+", "", line).strip().rstrip(".") for line in lines]
-    names = [name for name in names if 3 <= len(name) <= 120]
+    pattern = r"^[\s\d.)*•-]*([^\s\d.)*•-].{1,118}?[^\s.])[.\s]*$"  # a line but for its number and full stop
+    names = re.findall(pattern, read_text(answer)["text"], re.M)
     if len(names) < 2:
         raise RejectedAnswer("no list")
     return names
@@ -1414,17 +1413,14 @@ def topic_key(topic):
 
 def read_tree(text):
     """Indented lines -> the paths of their leaves, each as "topic > subtopic > ..."."""
-    above = []  # (depth, path) of the lines that the next one may belong to
+    above = {}  # depth -> the line there that the next one may belong to
     leaves = {}
     for line in filter(str.strip, text.split("\n")):
         depth = len(line) - len(line.lstrip())
-        while above and above[-1][0] >= depth:
-            above.pop()
-        parent = above[-1][1] if above else ""
-        leaves.pop(parent, None)
-        path = f"{parent} > {line.strip()}" if parent else line.strip()
-        leaves[path] = True
-        above.append((depth, path))
+        above = {level: name for level, name in above.items() if level < depth}
+        leaves.pop(" > ".join(above.values()), None)
+        above[depth] = line.strip()
+        leaves[" > ".join(above.values())] = True
     return list(leaves)
 
 
@@ -2546,8 +2542,10 @@ def spawn(function, source, channels, folder, protections, timeout):
         descriptors = sorted(channel.fileno() for channel in channels)
         for low, high in itertools.pairwise([2, *descriptors, 256]):
             os.closerange(low + 1, high)
-        limits = dict(AS=512 << 20, CPU=int(timeout) + 2, FSIZE=16 << 20, NPROC=max_processes(), CORE=0)
-        for name, limit in {**limits, "NOFILE": 64}.items():
+        limits = dict(
+            AS=512 << 20, CPU=int(timeout) + 2, FSIZE=16 << 20, NOFILE=64, NPROC=max_processes(), CORE=0
+        )
+        for name, limit in limits.items():
             with contextlib.suppress(ValueError, OSError):  # above what the user may have anyway, or macOS
                 resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         if confine(folder) == protections:  # else this once the kernel refused: nothing runs unprotected
@@ -2565,8 +2563,8 @@ def is_open(folder, mode):
 
 def serve(scratch, timeout):
     """The server: for each problem it starts two processes, each of which reads its own part of the job,
-    waits for the verdict, and leaves nothing behind. It reads no job itself, so that no program's memory holds
-    tests, nor another problem."""
+    waits for the verdict, and leaves nothing behind. It reads no job itself, so that no program's memory
+    holds tests, nor another problem."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
     programs = connection.Connection(0)
@@ -2594,8 +2592,10 @@ def serve(scratch, timeout):
             os.makedirs(folder, exist_ok=True)
             questions, answers = connection.Pipe()
             verdicts, verdict = connection.Pipe()
-            pids = [spawn(run_program, programs, [answers], folder, bits, timeout)]
-            pids.append(spawn(run_tests, tests, [questions, verdict], folder, bits, timeout))
+            pids = [
+                spawn(run_program, programs, [answers], folder, bits, timeout),
+                spawn(run_tests, tests, [questions, verdict], folder, bits, timeout)
+            ]
             for channel in (questions, answers, verdict):
                 channel.close()
             reply = verdicts.recv_bytes() if verdicts.poll(timeout) else b"-timed out"
