@@ -1297,7 +1297,7 @@ class Gates:
 
     def __call__(self, records):
         for gate in self.gates:
-            flags = gate(records) if records else []
+            flags = gate(records)
             left = list(itertools.compress(records, flags))
             self.counts.setdefault(gate.__name__, Counter()).update(entered=len(records), left=len(left))
             records = left
@@ -2506,8 +2506,8 @@ def die_with_parent():
 
 def max_processes():
     """The limit counts all of a user's processes and threads, so 64 more than the machine has."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/loadavg") as file:
-        return 64 + int(re.search(r"/(\d+)", file.read())[1])
+    with contextlib.suppress(OSError):
+        return 64 + int(re.search(r"/(\d+)", Path("/proc/loadavg").read_text())[1])
     return 64
 
 
@@ -2556,9 +2556,8 @@ def spawn(function, source, channels, folder, protections, timeout):
 
 def is_open(folder, mode):
     """Whether everybody has these rights to a folder and to all those above it."""
-    folder = os.path.realpath(folder)
-    is_open_itself = os.stat(folder).st_mode & mode == mode
-    return is_open_itself and (folder == "/" or is_open(os.path.dirname(folder), mode))
+    path = Path(folder).resolve()
+    return all(part.stat().st_mode & mode == mode for part in (path, *path.parents))
 
 
 def serve(scratch, timeout):
@@ -2621,6 +2620,7 @@ import json, marshal, math, operator, os, random, re, resource, select, signal, 
 import typing
 from collections.abc import Iterator
 from multiprocessing import connection
+from pathlib import Path
 """
 LAUNCH = "serve(sys.argv[1], float(sys.argv[2]))\n"
 
