@@ -840,7 +840,6 @@ class Teacher:
         self.prices = [float(price or 0) for price in prices]
         self.rests_until = 0.0  # after a failure that may pass; for ever after one that will not
         self.failures = 0  # in a row
-        self.error = ""  # the last one
         if self.url:
             import requests
 
@@ -910,7 +909,7 @@ def parse_reply(content):
         reply = json.loads(content)
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
-        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
         text = re.sub(r"\A\s*<think>.*?</think>", "", text or "", flags=re.S)
         reason = None if text.strip() else "empty"
         if "message" in choice:  # a completion ends where it must
@@ -973,7 +972,6 @@ class Run:
                 self.stopped = "interrupted"
                 self.exit_code = getattr(error, "code", 130)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 print(
                     "synth.py: stopping after the answers under way; Ctrl-C again throws them away",
                     file=sys.stderr
@@ -1853,8 +1851,8 @@ class Unusable(ValueError):
 def bounded(value):
     """The value, if it is small enough to print: integers up to 50,000, 40 items, 100 characters; raises
     Unusable."""
-    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    is_long = len(value if isinstance(value, str) else parts) > (100 if isinstance(value, str) else 40)
+    parts = value.values() if isinstance(value, dict) else [value] if isinstance(value, int) else value
+    is_long = len(parts) > (100 if isinstance(value, str) else 40)
     if is_long or any(isinstance(part, int) and abs(part) > 50_000 for part in parts):
         raise Unusable
     return value
