@@ -2900,7 +2900,7 @@ def parse_arguments():
         epilog=EXAMPLES
     )
     parser.add_argument("kind", nargs="?", choices=[*TASKS, "sandbox"], default="exercises", metavar="KIND",
-                        help=f"{', '.join(TASKS)}; sandbox: say what contains the code that is run")
+                        help=f"{', '.join(TASKS)}; sandbox: what contains code")
     parser.add_argument("file", nargs="*", metavar="FILE",
                         help="documents (.jsonl, text, code, folders, `python`), questions, topics")
     for block in OPTIONS.strip().split("\n\n"):

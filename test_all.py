@@ -6,6 +6,7 @@ lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M
 compares a real released model with transformers.
 """
 
+import argparse
 import base64
 import builtins
 import collections
@@ -4933,6 +4934,18 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
     assert secret not in told + files
 
 
+def test_what_a_teacher_is_written_as():
+    teacher = synth.Teacher("https://api.example.com:8443/v1/#org/large:free=.5@0.5/2")
+    assert teacher.name == "https://api.example.com:8443/v1/#org/large:free"
+    assert (teacher.url, teacher.model) == ("https://api.example.com:8443/v1", "org/large:free")
+    assert teacher.weight == 0.5 and teacher.cost(1000, 500)["usd"] == (1000 * 0.5 + 500 * 2) / 1e6
+    assert synth.Teacher("http://[::1]:8000/v1#phi").url == "http://[::1]:8000/v1"
+    assert synth.Teacher("http://localhost#phi=3").weight == 3 and not synth.Teacher("builtin=3").url
+    for spec in ("http://h/v1", "h/v1#m", "http://u:p@h/v1#m", "http://u@h/v1#m", "http://h/v1#", "builtin=0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="URL#MODEL"):
+            synth.Teacher(spec)
+
+
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
 def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
     options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--out", out)
@@ -5566,6 +5579,14 @@ def test_the_decoding_benchmark_lets_every_text_go_on():
     assert len(answers) == 30 and set(answers) == {None}
 
 
+def test_help_fits_two_screens_and_ends_in_examples(tmp_path):
+    told = run_synth(tmp_path, "-h", env={"COLUMNS": "80"})
+    options, examples = told.split("\nexamples:\n")
+    assert told.count("\n") <= 60 and examples.count("  python synth.py ") == 3 == examples.count("\n")
+    names = [option.split()[0] for option in synth.OPTIONS.split("\n") if option.startswith("--")]
+    assert len(names) > 25 and all(f"\n  {name}" in options for name in names)
+
+
 def test_a_long_document_is_graded_in_no_time():
     length = "is of a page's length"
     assert length in synth.grade("word " * 4000)[1] and length in synth.grade("a" * 60)[1]
@@ -5663,6 +5684,10 @@ def test_samples_depend_on_the_seed_alone(tmp_path):
         (["label", "empty.jsonl"], "no document"),
         (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
         (["chat", "--cuont", "3"], "--cuont"),
+        (["exercises", "--k", "2-13"], "write lengths from 1 to 12"),
+        (["exercises", "--k", "two"], "invalid chain_lengths value: 'two'"),
+        (["exercises", "--split", "all"], "invalid choice: 'all'"),
+        (["topics", "--dry-run", "--teacher", "http://127.0.0.1:1/v1#x"], "--dry-run shows no question"),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
