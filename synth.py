@@ -1341,17 +1341,15 @@ def report(run, gates, texts, scores):
     """What passed each gate, how diverse the texts are, what each teacher was asked and paid."""
     rows = [(name.replace("_", " "), count["left"], count["entered"]) for name, count in gates.counts.items()]
     for n in (1, 2, 3):
-        words = [text.split() for text in texts]
-        grams = [gram for row in words for gram in zip(*(row[i:] for i in range(n)))]
+        grams = [gram for words in map(str.split, texts) for gram in zip(*(words[i:] for i in range(n)))]
         rows.append((f"distinct-{n}", len(set(grams)), len(grams)))
     for name, part, whole in rows:
         print(f"  {name:<24}{whole:>9,} ->{part:>9,}  {part / max(1, whole):7.1%}")
     if scores:
         counts = Counter(round(sum(row) / len(row)) for row in scores)
         print("  scores", ", ".join(f"{score}: {counts[score]:,}" for score in range(6)))
-    pairs = [row[:2] for row in scores if len(row) > 1]
-    if pairs:
-        print(f"  {agreement(pairs)}")
+        if len(scores[0]) > 1:
+            print(f"  {agreement([row[:2] for row in scores])}")
     for name, total in run.ledger.totals.items():
         print(
             f"  {name}: {total['answers']:,} answers with all earlier runs, {total['rejected']:,} of no use; "
@@ -2330,19 +2328,19 @@ def run_program(program, channel):
     value], ["other", type name] or ["raise", message, names of the exception's classes...], until killed."""
     module = sys.modules["solution"] = type(sys)("solution")
 
-    def reply_to(function, *args, **kwargs):
+    def reply_with(function):
         try:
-            reply = pack(["value", function(*args, **kwargs)])
+            reply = pack(["value", function()])
         except NotPlain as error:
             reply = ["other", str(error)]
         except BaseException as error:
             reply = ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
         channel.send_bytes(json.dumps(reply).encode())
 
-    reply_to(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
+    reply_with(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
     while True:
         name, args, kwargs = unpack(json.loads(channel.recv_bytes()))
-        reply_to(lambda: module.__dict__[name](*args, **kwargs))
+        reply_with(lambda: module.__dict__[name](*args, **kwargs))
 
 
 def run_tests(job, channel, verdict):
