@@ -7,9 +7,9 @@ below where it is code.
     python synth.py textbooks crawl.jsonl --revise --teacher https://example.com/v1#large@0.5/2 --max-usd 20
     (also: topics, label FILE, rewrite FILE, chat, safety, preferences FILE, sandbox)
 
-How to read this file. First what a teacher is asked: each kind of record is a Task, its prompt, seeds, reader
-and gates together. Then the client (Ledger, Budget, Teacher), the run, the built-in teacher, the sandbox, the
-command, and last the words to draw from.
+How to read this file. First what a teacher is asked: for each kind of record its prompt, seeds, reader and
+gates together (TASKS, at the command, is the table of them). Then the client (Ledger, Teacher, Run), records
+and their gates, topics, the built-in teacher, the sandbox, the command, and last the words to draw from.
 
 Variety comes from seeds that are drawn for every record: a topic, a reader whose level fits, a form, a
 length, an order of sections, words that must occur (TinyStories, section 2), and for exercises the function's
