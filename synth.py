@@ -217,10 +217,6 @@ def draw_topic(rng, topics):
     }
 
 
-def draw_words(rng, count):
-    return ", ".join(rng.sample(WORDS, count))
-
-
 def count_settings(args):
     """How many different sets of seeds there are."""
     readers = sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
@@ -337,7 +333,7 @@ def draw_textbook_seeds(rng, topics):
         "form": rng.choice(FORMS),
         "length": rng.choice(LENGTHS),
         "sections": "; ".join(rng.sample(SECTIONS, 4)),
-        "words": draw_words(rng, 3)
+        "words": ", ".join(rng.sample(WORDS, 3))
     }
 
 
@@ -418,7 +414,7 @@ def draw_exercise_seeds(rng, topics):
     return {
         **topic,
         "name": f"{rng.choice(VERBS)}_{rng.choice(OBJECTS)}",
-        "words": draw_words(rng, 2),
+        "words": ", ".join(rng.sample(WORDS, 2)),
         "use": use,
         "also": also,
         "avoid": avoid
@@ -754,7 +750,7 @@ class Ledger:
         self.limits = {"tokens": max_tokens or math.inf, "usd": max_usd or math.inf}
         self.changed = threading.Condition()
         if path:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b") if path else tempfile.TemporaryFile()
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1288,7 +1284,7 @@ class Gates:
         if args.against:
             self.contamination = data.Contamination(args.against)
             self.gates.append(self.not_in_benchmarks)
-        if kind not in ("preferences", "label", "safety", "topics"):
+        if kind not in ("preferences", "label", "safety"):
             self.gates.append(self.no_near_duplicate)
         if args.judge and kind != "preferences":
             self.gates.append(self.graded_well)
