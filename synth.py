@@ -7,9 +7,9 @@ below where it is code.
     python synth.py textbooks crawl.jsonl --revise --teacher https://example.com/v1#large@0.5/2 --max-usd 20
     (also: topics, label FILE, rewrite FILE, chat, safety, preferences FILE, sandbox)
 
-How to read this file. First what a teacher is asked: each kind of record is a Task, its prompt, seeds, reader
-and gates together. Then the client (Ledger, Budget, Teacher), the run, the built-in teacher, the sandbox, the
-command, and last the words to draw from.
+How to read this file. First what a teacher is asked: for each kind of record its prompt, seeds, reader and
+gates together (TASKS, at the command, is the table of them). Then the client (Ledger, Teacher, Run), records
+and their gates, topics, the built-in teacher, the sandbox, the command, and last the words to draw from.
 
 Variety comes from seeds that are drawn for every record: a topic, a reader whose level fits, a form, a
 length, an order of sections, words that must occur (TinyStories, section 2), and for exercises the function's
@@ -33,8 +33,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import heapq
-import inspect
 import itertools
 import json
 import marshal
@@ -51,10 +49,11 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, Pipe
+from concurrent.futures import ThreadPoolExecutor, wait
+from multiprocessing import connection
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import data
@@ -70,7 +69,7 @@ class Task(NamedTuple):
     prompt: str  # what is asked, filled with the seeds
     draw_seeds: Callable  # (rng, topics) -> the seeds, a dict
     read: Callable  # (answer, seeds) -> the record's own fields; raises RejectedAnswer
-    gates: tuple = ()  # functions of all records -> which of them pass
+    gates: tuple = ()  # functions of records -> which of them pass
     fallback: Callable | None = None  # (number, seeds, args) -> the built-in teacher's answer
     variety: str = ""  # the prompt's {variety}, filled with the seeds; --plain leaves it out
 
@@ -79,7 +78,7 @@ def per_record(test):
     """A gate from a test of one record."""
 
     @functools.wraps(test)
-    def gate(records, workers):
+    def gate(records):
         return [bool(test(record)) for record in records]
 
     return gate
@@ -145,27 +144,27 @@ advanced | State what the method costs in time and memory, and prove one claim a
     another field / a game developer short of memory / a retired engineer who wants the reasons / a data
     analyst with slow scripts
 """)
-FORMS = (
-    "a plain explanation",
-    "a worked case from start to finish",
-    "questions a doubtful reader asks, and their answers",
-    "notes for a lecture",
-    "a short story in which somebody needs the idea",
-    "a letter to one reader",
-    "a comparison of a wrong and a right attempt",
-    "a dialogue of two people who disagree at first",
-    "a recipe with reasons",
-    "a walk through one example, step by step"
-)
+FORMS = """
+a plain explanation
+a worked case from start to finish
+questions a doubtful reader asks, and their answers
+notes for a lecture
+a short story in which somebody needs the idea
+a letter to one reader
+a comparison of a wrong and a right attempt
+a dialogue of two people who disagree at first
+a recipe with reasons
+a walk through one example, step by step
+""".strip().split("\n")
 LENGTHS = (200, 300, 450, 600, 800, 1000)
-SECTIONS = (
-    "what the idea is",
-    "one worked example",
-    "why it works",
-    "a common mistake and how to notice it",
-    "where it is of use",
-    "a small question with its answer"
-)
+SECTIONS = """
+what the idea is
+one worked example
+why it works
+a common mistake and how to notice it
+where it is of use
+a small question with its answer
+""".strip().split("\n")
 VERBS = """
 add align balance build check choose clean collect combine compare compress count decode describe detect
 divide encode estimate expand extract fill filter find fold format group index insert invert join limit list
@@ -218,18 +217,14 @@ def draw_topic(rng, topics):
     }
 
 
-def draw_words(rng, count):
-    return ", ".join(rng.sample(WORDS, count))
-
-
-def count_settings(kind, topics):
+def count_settings(args):
     """How many different sets of seeds there are."""
     readers = sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
-    own = {
-        "textbooks": (len(FORMS), len(LENGTHS), math.perm(len(SECTIONS), 4), math.comb(len(WORDS), 3)),
-        "exercises": (len(VERBS), len(OBJECTS), math.perm(len(CONSTRUCTS), 3), math.comb(len(WORDS), 2))
-    }
-    return len(topics) * readers * math.prod(own[kind])
+    if args.kind == "textbooks":
+        own = len(FORMS) * len(LENGTHS) * math.perm(len(SECTIONS), 4) * math.comb(len(WORDS), 3)
+    else:
+        own = len(VERBS) * len(OBJECTS) * math.perm(len(CONSTRUCTS), 3) * math.comb(len(WORDS), 2)
+    return len(args.topics) * readers * own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,26 +261,24 @@ def read_text(answer, seeds=None):
     return {"text": answer.strip() + "\n"}
 
 
+FENCED = re.compile(r"^( *)(`{3,}|~{3,}) *([\w+-]*)[^`\n]*\n(.*?)^ *\2[`~]* *$", re.M | re.S)
+
+
 def fenced_blocks(text):
     """[(language, code, the prose line above)] of Markdown's fenced blocks; an opening fence may be indented
     and say any language.
 
-    Example: fenced_blocks("Look:\\n  ```Python\\n  x = 1\\n  ```") == [("python", "x = 1\\n", "Look:")]
+    Example: fenced_blocks("Look:\n  ```Python\n  x = 1\n  ```") == [("python", "x = 1\n", "Look:")]
     """
     blocks = []
-    fence = None
-    above = ""
-    for line in text.split("\n"):
-        mark = re.match(r"( *)(`{3,}|~{3,}) *([\w+-]*)[^`]*$", line)
-        if fence is None and mark:
-            fence, indent, language, code = mark[2], len(mark[1]), mark[3].lower(), []
-        elif fence and mark and mark[2].startswith(fence) and not mark[3]:
-            blocks.append((language, "".join(code), above))
-            fence = None
-        elif fence:
-            code.append(line[min(indent, len(line) - len(line.lstrip(" "))) :] + "\n")
-        elif line.strip():
-            above = line
+    prose = ""
+    end = 0
+    for block in FENCED.finditer(text):
+        indent, _, language, code = block.groups()
+        prose += text[end : block.start()]
+        end = block.end()
+        code = re.sub(f"(?m)^ {{0,{len(indent)}}}", "", code)
+        blocks.append((language.lower(), code, prose.rstrip().split("\n")[-1]))
     return blocks
 
 
@@ -296,18 +289,16 @@ def python_blocks(text):
 def split_function(code, name=None):
     """Source -> (all up to the docstring of its last function, or of `name`; the body after it; its name), as
     HumanEval does."""
-    try:
-        functions = [
-            n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef) and name in (None, n.name)
-        ]
-    except (SyntaxError, ValueError, RecursionError):
-        raise RejectedAnswer("code does not parse") from None
-    if not functions or name is None and not ast.get_docstring(functions[-1]):
+    tree = data.quietly(ast.parse, code)
+    if not tree:
+        raise RejectedAnswer("code does not parse")
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == (name or n.name)]
+    if not functions or not name and not ast.get_docstring(functions[-1]):
         raise RejectedAnswer("no function with a docstring")
     function = functions[-1]
+    first = function.body[0]
+    end = first.lineno - 1 if ast.get_docstring(function) is None else first.end_lineno
     lines = code.rstrip("\n").split("\n")
-    has_docstring = ast.get_docstring(function) is not None
-    end = function.body[0].end_lineno if has_docstring else function.body[0].lineno - 1
     return "\n".join(lines[:end]) + "\n", "\n".join(lines[end:]) + "\n", function.name
 
 
@@ -342,7 +333,7 @@ def draw_textbook_seeds(rng, topics):
         "form": rng.choice(FORMS),
         "length": rng.choice(LENGTHS),
         "sections": "; ".join(rng.sample(SECTIONS, 4)),
-        "words": draw_words(rng, 3)
+        "words": ", ".join(rng.sample(WORDS, 3))
     }
 
 
@@ -363,7 +354,7 @@ def uses_its_words(record):
     return sum(word.rstrip("ey") in content_of(record).lower() for word in words) >= len(words) - 1
 
 
-def code_runs(records, workers):
+def code_runs(records):
     """A page's Python must run from top to bottom, but for what it shows as a mistake or as a session of the
     interpreter."""
     pairs = []
@@ -376,7 +367,7 @@ def code_runs(records, workers):
             and not MISTAKE.search(" ".join([above, *re.findall("#.*", code)]))
         )
         pairs.append(({"test_list": []}, code))
-    return [verdict.passed for verdict in judge_all(pairs, workers=workers)]
+    return [verdict.passed for verdict in judge_all(pairs)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -423,7 +414,7 @@ def draw_exercise_seeds(rng, topics):
     return {
         **topic,
         "name": f"{rng.choice(VERBS)}_{rng.choice(OBJECTS)}",
-        "words": draw_words(rng, 2),
+        "words": ", ".join(rng.sample(WORDS, 2)),
         "use": use,
         "also": also,
         "avoid": avoid
@@ -442,11 +433,10 @@ def read_exercise(answer, seeds=None):
 def uses_its_constructs(record):
     if "use" not in record:  # of the built-in teacher, of real code, or asked plainly
         return True
-    nodes = {
-        type(node).__name__ for node in ast.walk(ast.parse(record["prompt"] + record["canonical_solution"]))
-    }
-    has = {name: CONSTRUCTS[record[name]][0] in nodes for name in ("use", "also", "avoid")}
-    return has["use"] and has["also"] and not has["avoid"]
+    tree = ast.parse(record["prompt"] + record["canonical_solution"])
+    nodes = {type(node).__name__ for node in ast.walk(tree)}
+    use, also, avoid = [CONSTRUCTS[record[name]][0] in nodes for name in ("use", "also", "avoid")]
+    return use and also and not avoid
 
 
 CONSTANTS_FAIL = """
@@ -463,39 +453,40 @@ def check(candidate, check=check):
 """  # goes after an exercise's tests
 
 
-def solution_passes(records, workers):
+def judge_groups(groups):
+    """[[(problem, completion), ...], ...] -> [[whether it passed, ...], ...]"""
+    verdicts = iter(judge_all(list(itertools.chain(*groups))))
+    return [[next(verdicts).passed for _ in group] for group in groups]
+
+
+def solution_passes(records):
     """The solution passes tests that constants and identities fail; so do most of the other solutions there
     are."""
-    pairs = []
+    groups = []
     for record in records:
         problem = dict(record, test=record["test"] + CONSTANTS_FAIL)
-        pairs.append(
-            [(problem, solution) for solution in (record["canonical_solution"], *record.get("solutions", ()))]
-        )
-    verdicts = iter(judge_all(list(itertools.chain(*pairs)), workers=workers))
-    passed = [[next(verdicts).passed for _ in solutions] for solutions in pairs]
+        solutions = [record["canonical_solution"], *record.get("solutions", ())]
+        groups.append([(problem, solution) for solution in solutions])
+    passed = judge_groups(groups)
     return [first and 2 * sum(others) >= len(others) for first, *others in passed]
 
 
-def tests_find_slips(records, workers):
+def tests_find_slips(records):
     """Of solutions with one number, operator or name exchanged, the tests must find at least half: the others
     may be right."""
-    slips = [
-        list(itertools.islice(mutants(r["canonical_solution"], random.Random(r["prompt"])), 6))
-        for r in records
-    ]
-    pairs = [(record, slip) for record, own in zip(records, slips) for slip in own]
-    verdicts = iter(judge_all(pairs, workers=workers))
-    return [2 * sum(next(verdicts).passed for _ in own) <= len(own) for own in slips]
+    groups = []
+    for record in records:
+        slips = mutants(record["canonical_solution"], random.Random(record["prompt"]))
+        groups.append([(record, slip) for slip in itertools.islice(slips, 6)])
+    return [2 * sum(passed) <= len(passed) for passed in judge_groups(groups)]
 
 
 def mutants(code, rng):
     """The code with one of its numbers, operators or names of functions exchanged, in random order."""
     tokens = "< > <= >= + - * == != max min sum len".split()
     exchange = dict(zip(tokens, "> < < > - + + != == min max len sum".split()))
-    spots = list(
-        re.finditer(r"\b\d+\b|(?<= )(?:[<>]=?|[+*-]|[!=]=)(?= )|\b(?:max|min|sum|len)\b(?=\()", code)
-    )
+    pattern = r"\b\d+\b|(?<= )(?:[<>]=?|[+*-]|[!=]=)(?= )|\b(?:max|min|sum|len)\b(?=\()"
+    spots = list(re.finditer(pattern, code))
     for spot in rng.sample(spots, len(spots)):
         other = exchange.get(spot[0]) or str(int(spot[0]) + 1)
         yield code[: spot.start()] + other + code[spot.end() :]
@@ -533,16 +524,9 @@ where n is the number of points from 0 to 5."""
 
 def read_score(answer, seeds=None):
     """The last "SCORE: n", or a number from 0 to 5 at the start, as in "4 - a good lesson" or "4/5"."""
-    scores = list(
-        re.finditer(
-            r"SCORE\s*(?:\([^)]*\)|\[[^]]*\])?[\s:=*_]*([0-5])(?:\.0)?(?![\d.]*\s*(?:-|–|to)\s*\d)\b",
-            answer,
-            re.I
-        )
-    )
-    scores = scores or list(
-        re.finditer(r"\A[\s*_]*([0-5])(?:\s*/\s*5)?(?=[\s*_]*(?:$|[-–—:.,;(](?!\d)))", answer)
-    )
+    marked = r"SCORE\s*(?:\([^)]*\)|\[[^]]*\])?[\s:=*_]*([0-5])(?:\.0)?(?![\d.]*\s*(?:-|–|to)\s*\d)\b"
+    bare = r"\A[\s*_]*([0-5])(?:\s*/\s*5)?(?=[\s*_]*(?:$|[-–—:.,;(](?!\d)))"
+    scores = list(re.finditer(marked, answer, re.I)) or list(re.finditer(bare, answer))
     if not scores:
         raise RejectedAnswer("no score")
     rest = (answer[: scores[-1].start()] + answer[scores[-1].end() :]).strip(" \n\t-–—:.,;*_")
@@ -657,20 +641,13 @@ def draw_chat_seeds(rng, topics):
 
 
 def read_chat(answer, seeds):
-    parts = re.split(r"^#+ *(User|Assistant):? *\n", answer.strip() + "\n", flags=re.M | re.I)
-    messages = [
-        {"role": role.lower(), "content": content.strip()} for role, content in zip(parts[1::2], parts[2::2])
-    ]
-    roles = [message["role"] for message in messages]
-    if (
-        not messages
-        or roles != ["user", "assistant"] * (len(roles) // 2)
-        or not all(m["content"] for m in messages)
-    ):
+    _, *parts = re.split(r"^#+ *(User|Assistant):? *\n", answer.strip() + "\n", flags=re.M | re.I)
+    contents = [content.strip() for content in parts[1::2]]
+    if not re.fullmatch("(userassistant)+", "".join(parts[::2]).lower()) or not all(contents):
         raise RejectedAnswer("not a conversation by turns")
-    if seeds["scenario"] == "refusal" and not DECLINES.search(messages[1]["content"]):
+    if seeds["scenario"] == "refusal" and not DECLINES.search(contents[1]):
         raise RejectedAnswer("does not decline")
-    return {"messages": messages}
+    return {"messages": as_messages(contents)}
 
 
 SAFETY = table("""
@@ -739,9 +716,8 @@ def read_choice(answer, seeds=None):
 
 
 def read_topics(answer, seeds=None):
-    lines = read_text(answer)["text"].split("\n")
-    names = [re.sub(r"^[\s\d.)*•-]+", "", line).strip().rstrip(".") for line in lines]
-    names = [name for name in names if 3 <= len(name) <= 120]
+    pattern = r"^[\s\d.)*•-]*([^\s\d.)*•-].{1,118}?[^\s.])[.\s]*$"  # a line but for its number and full stop
+    names = re.findall(pattern, read_text(answer)["text"], re.M)
     if len(names) < 2:
         raise RejectedAnswer("no list")
     return names
@@ -749,32 +725,6 @@ def read_topics(answer, seeds=None):
 
 def no_seeds(rng, topics):
     return {}
-
-
-TASKS = {
-    "exercises": Task(
-        EXERCISE_PROMPT,
-        draw_exercise_seeds,
-        read_exercise,
-        (uses_its_constructs, solution_passes, tests_find_slips),
-        lambda number, seeds, args: builtin_exercise(number, args),
-        EXERCISE_VARIETY
-    ),
-    "textbooks": Task(
-        TEXTBOOK_PROMPT,
-        draw_textbook_seeds,
-        read_text,
-        (stands_alone, gives_reasons, uses_its_words, code_runs),
-        lambda number, seeds, args: draw_problem(number, "train", args.k, args.seed, page=True)["text"],
-        TEXTBOOK_VARIETY
-    ),
-    "label": Task(
-        LABEL_PROMPT, no_seeds, read_score, (), lambda number, seeds, args: builtin_label(seeds["text"])
-    ),
-    "rewrite": Task(REWRITE_PROMPT, draw_rewrite_seeds, read_rewrite),
-    "chat": Task(CHAT_PROMPT, draw_chat_seeds, read_chat, (), lambda *job: builtin_chat(*job), CHAT_VARIETY),
-    "safety": Task(SAFETY_PROMPT, draw_safety_seeds, read_safety)
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -787,92 +737,87 @@ class StopRun(Exception):
 
 
 class Ledger:
-    """OUT.paid.jsonl: every answer that was paid for, written before it counts; without a path, only the
-    sums."""
+    """OUT.paid.jsonl: every answer that was paid for, written before it counts; and the budget for all of
+    them, --max-tokens and --max-usd. Without a path it ends with the run."""
 
-    def __init__(self, path=None):
+    def __init__(self, path, max_tokens, max_usd):
         self.path = path
-        self.lock = threading.Lock()
-        self.places = {}  # key -> (offset, size) of its line
+        self.places = {}  # key -> (size, offset) of its line
+        self.size = 0
         self.totals = {}  # teacher -> what it was asked and paid
         self.spent = Counter()  # of all of them
-        if not path:
-            return
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        self.file = open(path, "a+b")
+        self.reserved = Counter()  # for what is under way, at its worst
+        self.limits = {"tokens": max_tokens or math.inf, "usd": max_usd or math.inf}
+        self.changed = threading.Condition()
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+b") if path else tempfile.TemporaryFile()
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(
-                f"{path} is in use by another run; wait for it, or choose another --out"
-            ) from None
+            message = f"{path} is in use by another run; wait for it, or choose another --out"
+            raise ValueError(message) from None
         self.file.seek(0)
-        end = 0
         for line in self.file:
-            try:
-                if line.endswith(b"\n"):  # else the run was cut off while it wrote
-                    self.note(json.loads(line), end, len(line))
-                    end += len(line)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}: the line at byte {end:,} is no teacher's answer; remove it"
-                ) from None
-        self.file.truncate(end)
+            if line.endswith(b"\n"):  # else the run was cut off while it wrote
+                self.note(line)
+        self.file.truncate(self.size)
 
-    def note(self, entry, offset, size):
-        self.places[entry["key"]] = (offset, size)
-        sums = {
-            "answers": 1,
-            "rejected": int(entry["reason"] is not None),
-            **{name: entry[name] for name in ("read", "written", "usd")}
-        }
+    def note(self, line):
+        try:
+            entry = json.loads(line)
+            sums = {name: entry[name] for name in ("read", "written", "usd")}
+            tokens = sums["read"] + sums["written"]
+            sums.update(answers=1, rejected=entry["reason"] is not None, tokens=tokens)
+            self.places[entry["key"]] = (len(line), self.size)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.path}: the line at byte {self.size:,} is no teacher's answer; remove it"
+            ) from None
         self.totals.setdefault(entry["teacher"], Counter()).update(sums)
-        self.spent.update(sums, tokens=entry["read"] + entry["written"])
+        self.spent.update(sums)
+        self.size += len(line)
 
     def get(self, key):
-        offset, size = self.places.get(key, (0, 0))
-        return json.loads(os.pread(self.file.fileno(), size, offset)) if size else None
+        if key in self.places:
+            return json.loads(os.pread(self.file.fileno(), *self.places[key]))
 
     def put(self, entry):
         line = json.dumps(entry).encode() + b"\n"
-        with self.lock:
-            offset = self.file.seek(0, os.SEEK_END)
+        with self.changed:
             self.file.write(line)
             self.file.flush()
-            self.note(entry, offset, len(line))
+            self.note(line)
 
-
-class Budget:
-    """--max-tokens and --max-usd of an --out with all earlier runs. What is under way counts at its worst."""
-
-    def __init__(self, max_tokens, max_usd, ledger):
-        self.limits = {"tokens": max_tokens or math.inf, "usd": max_usd or math.inf}
-        self.spent = ledger.spent
-        self.reserved = []
-        self.changed = threading.Condition()
-
+    @contextlib.contextmanager
     def reserve(self, cost):
         """Waits until a question of this cost fits beside those under way; raises StopRun where it never
         will."""
         with self.changed:
             while any(
-                self.spent[name] + sum(other[name] for other in [cost, *self.reserved]) > limit * (1 + 1e-9)
+                self.spent[name] + self.reserved[name] + cost[name] > limit * (1 + 1e-9)
                 for name, limit in self.limits.items()
             ):
-                if not self.reserved:
+                if not self.reserved["questions"]:
                     raise StopRun(
-                        "the budget is spent: {tokens:,} tokens, {usd:.2f} USD with all earlier "
-                        "runs".format_map(
-                            self.spent
-                        )
+                        f"the budget is spent: {self.spent['tokens']:,} tokens, {self.spent['usd']:.2f} USD "
+                        "with all earlier runs"
                     )
                 self.changed.wait()
-            self.reserved.append(cost)
+            self.reserved.update(cost)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.reserved.subtract(cost)
+                self.changed.notify_all()
 
-    def settle(self, cost):
-        with self.changed:
-            self.reserved.remove(cost)
-            self.changed.notify_all()
+
+# name (URL, host, model), weight, prices
+TEACHER = re.compile(
+    r"(builtin|(https?://([\w.-]+|\[[\da-f:]+\])(?::\d+)?(?:/[^#@\s]*?)?)/*#(\S+?))"
+    r"(?:=((?=[\d.]*[1-9])\d*\.?\d+))?(?:@(\d*\.?\d+)/(\d*\.?\d+))?"
+)
 
 
 class Teacher:
@@ -880,44 +825,34 @@ class Teacher:
     @IN/OUT what a million tokens read and written cost."""
 
     def __init__(self, spec):
-        number = r"(\d*\.?\d+)"
-        self.name, weight, *prices = re.fullmatch(
-            f"(.*?)(?:={number})?(?:@{number}/{number})?", spec, re.S
-        ).groups()
-        self.weight = float(weight or 1)
-        self.prices = [float(price or 0) for price in prices]
-        url, _, self.model = self.name.partition("#")
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-        self.url = None if url == "builtin" else url.rstrip("/")
-        if self.url and not (
-            parts.scheme in ("http", "https")
-            and host
-            and self.model
-            and "@" not in parts.netloc
-            and self.weight
-        ):
+        parts = TEACHER.fullmatch(spec)
+        if not parts:
             raise argparse.ArgumentTypeError(
                 "write builtin or URL#MODEL such as http://localhost:8000/v1#phi, after it =3 to ask three "
                 "times as often and @0.5/2 for USD a million tokens; keys belong into the environment"
             )
-        variable = "SYNTH_KEY_" + re.sub(r"\W", "_", host).upper()
-        self.key = os.environ.get(
-            variable, os.environ.get("OPENAI_API_KEY") if host == "api.openai.com" else None
-        )
-        if self.key and parts.scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-            raise argparse.ArgumentTypeError(
-                f"{variable} is set, but plain http would show the key on its way to {host}; use https"
-            )
-        self.session = None
-        self.answers = 0
+        self.name, self.url, host, self.model, weight, *prices = parts.groups()
+        self.weight = float(weight or 1)
+        self.prices = [float(price or 0) for price in prices]
+        self.rests_until = 0.0  # after a failure that may pass; for ever after one that will not
         self.failures = 0  # in a row
-        self.rests_until = 0.0  # after a failure that may pass
-        self.error = ""  # the last one
-        self.is_gone = False  # after one that will not pass
+        if self.url:
+            import requests
+
+            variable = "SYNTH_KEY_" + re.sub(r"\W", "_", host.strip("[]")).upper()
+            self.key = os.environ.get(variable) or (
+                host == "api.openai.com" and os.environ.get("OPENAI_API_KEY")
+            )
+            if self.key and spec.startswith("http:") and host not in ("localhost", "127.0.0.1", "[::1]"):
+                raise argparse.ArgumentTypeError(
+                    f"{variable} is set, but plain http would show the key on its way to {host}; use https"
+                )
+            self.session = requests.Session()
+            self.session.auth = self.sign
 
     def cost(self, read, written):
-        return {"tokens": read + written, "usd": (read * self.prices[0] + written * self.prices[1]) / 1e6}
+        usd = (read * self.prices[0] + written * self.prices[1]) / 1e6
+        return {"questions": 1, "tokens": read + written, "usd": usd}
 
     def sign(self, request):
         """The key goes to this host alone; and that there is an `auth` keeps ~/.netrc's passwords out."""
@@ -925,16 +860,12 @@ class Teacher:
             request.headers["Authorization"] = f"Bearer {self.key}"
         return request
 
-    def ask(self, body, args):
-        """The answer as the ledger keeps it; None where the teacher failed, and rests or is gone."""
-        import requests
-
-        if self.session is None:
-            session = requests.Session()
-            session.auth = self.sign
-            self.session = session  # as a whole, for other threads ask too
+    def ask(self, body, args, is_first):
+        """(text, why it is of no use or None, tokens read, tokens written); None where the teacher failed,
+        and rests or is gone. A question that is at fault raises RejectedAnswer; StopRun, if it is the
+        first."""
         status = 0
-        after = "0"
+        after = ""
         try:
             reply = self.session.post(
                 f"{self.url}/{'completions' if 'prompt' in body else 'chat/completions'}",
@@ -943,42 +874,28 @@ class Teacher:
                 allow_redirects=False
             )
             status = reply.status_code
-            error = f"HTTP {status}: {' '.join(reply.text.replace(self.key or chr(0), '***').split())[:300]}"
-            after = reply.headers.get("Retry-After", "0")
-        except requests.exceptions.ReadTimeout:
-            status = 408
-            error = "timed out"
-        except (requests.RequestException, OSError, ValueError) as failure:
+            after = reply.headers.get("Retry-After", "")
+            words = " ".join(reply.text.replace(self.key or chr(0), "***").split())
+            error = f"HTTP {status}: {words[:300]}"
+        except OSError as failure:  # requests' errors are among them
             error = type(failure).__name__
         self.error = error
         if status == 200:
-            self.answers += 1
             self.failures = 0
-            return self.entry(body, *parse_reply(reply.content))
+            return parse_reply(reply.content)
         if status in (400, 413, 422):
-            if not self.answers:
+            if is_first:
                 raise StopRun(f"{self.name} takes no question of this kind: {error}")
             raise RejectedAnswer(f"HTTP {status}")
         if status in (0, 408, 409, 429) or status >= 500:
             rest = max(float(after) if after.isdigit() else 0.0, min(60.0, args.backoff * 2**self.failures))
             self.rests_until = time.monotonic() + rest * random.uniform(0.5, 1.0)
             self.failures = min(self.failures + 1, 10)
-        elif not self.is_gone:
-            self.is_gone = True
+        elif self.rests_until < math.inf:
+            self.rests_until = math.inf
             print(f"synth.py: {self.name} is set aside: {error}", file=sys.stderr)
-        if error == "timed out":
-            return self.entry(body, "", "timed out", 0, args.max_answer)  # it may have written all of it
-
-    def entry(self, body, text, reason, read, written):
-        read = read or len(json.dumps(body)) // 4
-        return {
-            "teacher": self.name,
-            "text": text,
-            "reason": reason,
-            "read": read,
-            "written": written,
-            "usd": self.cost(read, written)["usd"]
-        }
+        if error == "ReadTimeout":
+            return "", "timed out", 0, args.max_answer  # it may have written all of it
 
 
 def parse_reply(content):
@@ -988,19 +905,14 @@ def parse_reply(content):
         reply = json.loads(content)
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
-        message = choice.get("message") or {"content": choice["text"]}
-        text = re.sub(r"\A\s*<think>.*?</think>", "", message["content"] or "", flags=re.S)
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        text = re.sub(r"\A\s*<think>.*?</think>", "", text or "", flags=re.S)
         reason = None if text.strip() else "empty"
-        if choice.get("finish_reason") == "length" and "message" in choice:
-            reason = "truncated"
-        if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-            reason = "refusal"
-        return (
-            text,
-            reason,
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or len(text) // 4)
-        )
+        if "message" in choice:  # a completion ends where it must
+            endings = {"length": "truncated", "content_filter": "refusal"}
+            reason = endings.get(choice.get("finish_reason"), reason)
+        n_written = usage.get("completion_tokens") or len(text) // 4
+        return text, reason, int(usage.get("prompt_tokens") or 0), int(n_written)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return "", "broken JSON", 0, len(content) // 4
 
@@ -1009,73 +921,58 @@ def as_messages(turns):
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
+def read_or_reason(read, answer):
+    """(read(answer), None), or (None, the reason for which it is rejected)."""
+    try:
+        return read(answer), None
+    except RejectedAnswer as error:
+        return None, str(error)
+
+
 class Run:
     """The questions of one command: --concurrency threads, within the budget, answers from the ledger where
     they stand there."""
 
     def __init__(self, args, ledger_path=None):
         self.args = args
-        self.ledger = Ledger(ledger_path)
-        self.budget = Budget(args.max_tokens, args.max_usd, self.ledger)
+        self.ledger = Ledger(ledger_path, args.max_tokens, args.max_usd)
         self.rejections = Counter()
         self.stopped = ""
         self.exit_code = 2
         self.answered_at = time.monotonic()
-        for teacher in [*args.teacher, *args.judge]:
-            teacher.answers = self.ledger.totals.get(teacher.name, Counter())["answers"]
-
-    def stop(self, reason):
-        self.stopped = self.stopped or reason
 
     def map(self, function, items):
         """[function(item), or None where its answer was rejected or the run ended before], in threads."""
-        results = [None] * len(items)
-        queue = iter(list(enumerate(items)))  # shared by the threads
 
-        def work(numbered):
-            for i, item in numbered:
-                try:
-                    results[i] = None if self.stopped else function(item)
-                except RejectedAnswer:
-                    pass
-                except StopRun as error:
-                    self.stop(str(error))
-                except BaseException as error:
-                    self.stop(f"{type(error).__name__}: {error}")
+        def work(item):
+            try:
+                return None if self.stopped else function(item)
+            except RejectedAnswer as error:
+                self.rejections[str(error)] += 1
+            except StopRun as error:
+                self.stopped = self.stopped or str(error)
+            except BaseException as error:
+                self.stopped = repr(error)
 
-        # the first alone: what is wrong with every question shows there
-        for n_threads, numbered in (
-            (1, itertools.islice(queue, 1)),
-            (min(self.args.concurrency, len(items)), queue)
-        ):
-            threads = [threading.Thread(target=work, args=(numbered,), daemon=True) for _ in range(n_threads)]
-            for thread in threads:
-                try:
-                    thread.start()
-                except RuntimeError:  # the machine has no room for more: those there are go on
-                    threads = [started for started in threads if started.ident]
-                    print(f"synth.py: no more than {len(threads)} threads can be started", file=sys.stderr)
-                    if not threads:
-                        raise OSError("no thread can be started; end other programs") from None
-                    break
-            while any(thread.is_alive() for thread in threads):
-                try:
-                    for thread in threads:
-                        thread.join()
-                except (KeyboardInterrupt, SystemExit) as error:  # answers under way cost money
-                    if self.stopped == "interrupted":
-                        raise
-                    self.stop("interrupted")
-                    self.exit_code = 143 if isinstance(error, SystemExit) else 130
-                    print(
-                        "synth.py: stopping after the answers under way; Ctrl-C again throws them away",
-                        file=sys.stderr
-                    )
-        return results
-
-    def reject(self, reason):
-        self.rejections[reason] += 1
-        raise RejectedAnswer(reason)
+        futures = []
+        with ThreadPoolExecutor(self.args.concurrency) as pool:
+            try:
+                for item in items:
+                    futures.append(pool.submit(work, item))
+                    if len(futures) == 1:
+                        wait(futures)  # the first alone: what is wrong with every question shows there
+                wait(futures)
+            except RuntimeError:
+                self.stopped = "the machine has no room for more threads; use a smaller --concurrency"
+            except (KeyboardInterrupt, SystemExit) as error:  # answers under way cost money
+                self.stopped = "interrupted"
+                self.exit_code = getattr(error, "code", 130)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                print(
+                    "synth.py: stopping after the answers under way; Ctrl-C again throws them away",
+                    file=sys.stderr
+                )
+        return [future.result() for future in futures]
 
     def ask(self, question, read, sample_id="", fallback=None, teachers=None, temperature=None):
         """(read(answer), the answer, its teacher) of the first answer, of at most --max-attempts, that `read`
@@ -1086,17 +983,20 @@ class Run:
         fallback   the built-in teacher's answer: a function without arguments
         """
         args = self.args
-        body = question
-        if not isinstance(question, dict):
-            body = {"messages": as_messages([question]) if isinstance(question, str) else question}
+        if isinstance(question, str):
+            question = as_messages([question])
+        if isinstance(question, list):
+            question = {"messages": question}
         body = {
-            **body,
+            **question,
             "temperature": args.temperature if temperature is None else temperature,
             "max_tokens": args.max_answer
         }
         identity = json.dumps([body, sample_id])
         rng = random.Random(identity)  # teachers in a random order by weight, the same in every run
-        order = sorted(teachers or args.teacher, key=lambda teacher: -rng.random() ** (1 / teacher.weight))
+        order = sorted(
+            teachers or args.teacher, key=lambda teacher: -rng.random() ** (1 / teacher.weight)
+        )
         for attempt in range(args.max_attempts):
             keys = {
                 t.name: hashlib.blake2b(f"{t.name} {attempt} {identity}".encode(), digest_size=12).hexdigest()
@@ -1107,69 +1007,66 @@ class Run:
             )
             reason = entry["reason"]
             if reason is None:
-                try:
-                    return read(entry["text"]), entry["text"], entry["teacher"]
-                except RejectedAnswer as error:  # the reader has become stricter since
-                    reason = str(error)
+                record, reason = read_or_reason(read, entry["text"])  # which may have become stricter
+            if reason is None:
+                return record, entry["text"], entry["teacher"]
             self.rejections[reason] += 1
-        raise RejectedAnswer(reason)
+        raise RejectedAnswer(f"{args.max_attempts} answers of no use")
 
     def buy(self, order, keys, body, read, fallback):
         """The ledger's new entry for an answer of the first teacher in `order` that can give one; waits
         through outages."""
         asked_at = time.monotonic()
-        worst = len(json.dumps(body)) // 3, self.args.max_answer
-        for failures in itertools.count():
+        size = len(json.dumps(body))
+        failures = 0
+        while not self.stopped:
+            now = time.monotonic()
+            teacher = min(order, key=lambda teacher: max(teacher.rests_until, now))
             if failures >= 6 and self.answered_at > asked_at:  # others are answered: it is this question
-                self.reject("no answer")  # it is asked again in the next run
-            able = [teacher for teacher in order if not teacher.is_gone]
-            while (
-                able
-                and not self.stopped
-                and (now := time.monotonic()) < min(teacher.rests_until for teacher in able)
-            ):
+                raise RejectedAnswer("no answer")  # it is asked again in the next run
+            if teacher.rests_until == math.inf:
+                raise StopRun("no teacher is left that answers (see above)")
+            if teacher.rests_until > now:
                 if now - self.answered_at > self.args.patience:
-                    self.stop(
-                        f"no teacher answered for {self.args.patience:g} seconds; {able[0].name}: "
-                        f"{able[0].error}"
+                    raise StopRun(
+                        f"no teacher answered for {self.args.patience:g} seconds; {teacher.name}: "
+                        f"{teacher.error}"
                     )
                 time.sleep(min(0.2, self.args.backoff))
-            if self.stopped or not able:
-                raise StopRun(self.stopped or "no teacher is left that answers (see above)")
-            teacher = min(able, key=lambda teacher: teacher.rests_until > time.monotonic())
-            if teacher.url is None:
+                continue
+            if not teacher.url:
                 if fallback is None:
                     raise StopRun("the built-in teacher cannot answer this; give --teacher URL#MODEL")
                 return {"teacher": "builtin", "text": fallback(), "reason": None}
-            cost = teacher.cost(*worst)
-            self.budget.reserve(cost)
-            try:
-                entry = None if self.stopped else teacher.ask(body, self.args)
-                if entry and entry["reason"] == "timed out":
-                    self.ledger.put({"key": f"timed out {time.time_ns()}", **entry})
-                elif entry:
-                    entry["reason"] = entry["reason"] or reason_to_reject(read, entry["text"])
-                    self.ledger.put({"key": keys[teacher.name], **entry})
-                    self.answered_at = time.monotonic()
-                    return entry
-            except RejectedAnswer as error:
-                self.reject(str(error))
-            finally:
-                self.budget.settle(cost)
-
-
-def reason_to_reject(read, answer):
-    """The reason for which `read` rejects an answer, or None."""
-    try:
-        read(answer)
-    except RejectedAnswer as error:
-        return str(error)
+            with self.ledger.reserve(teacher.cost(size // 3, self.args.max_answer)):
+                if self.stopped:
+                    break
+                answer = teacher.ask(body, self.args, teacher.name not in self.ledger.totals)
+                if answer:
+                    text, reason, n_read, n_written = answer
+                    n_read = n_read or size // 4
+                    is_late = reason == "timed out"
+                    entry = {
+                        "key": f"timed out {time.time_ns()}" if is_late else keys[teacher.name],
+                        "teacher": teacher.name,
+                        "text": text,
+                        "reason": reason or read_or_reason(read, text)[1],
+                        "read": n_read,
+                        "written": n_written,
+                        "usd": teacher.cost(n_read, n_written)["usd"]
+                    }
+                    self.ledger.put(entry)
+                    if not is_late:
+                        self.answered_at = time.monotonic()
+                        return entry
+            failures += 1
+        raise StopRun(self.stopped)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # From answers to records
 
-PROVENANCE = ("topic", "level", "persona", "form", "words", "use", "also", "avoid", "scenario")
+PROVENANCE = "topic level persona form words use also avoid scenario".split()
 MATERIAL = """<passage>
 {text}
 </passage>
@@ -1177,21 +1074,21 @@ MATERIAL = """<passage>
 The passage above is from a real document. Build on its subject and its facts, not on its wording.
 
 """
-INTERNAL = ("chains", "solutions")  # fields of records that are not written
+INTERNAL = "chains solutions problem answers".split()  # fields of records that are not written
 
 
-def prepare(args, kind, number, item, topics):
-    """(seeds, question) of record `number` of a kind, made of the document or function `item` where the kind
-    has a FILE."""
+def prepare(args, number, item):
+    """(seeds, question) of record `number`, made of the document or function `item` where the kind has a
+    FILE."""
+    kind = args.kind
     task = TASKS[kind]
     rng = random.Random(f"{args.seed} {kind} {number}")
-    seeds = {"material": "", "text": "", "variety": "", **task.draw_seeds(rng, topics)}
+    seeds = {"material": "", "text": "", "variety": "", **task.draw_seeds(rng, args.topics)}
     if item and kind == "exercises":
         return item, REVERSAL_PROMPT.format(**item)
     if item:
-        seeds["text"] = (
-            draw_passage(item["text"], rng) if kind == "textbooks" else item["text"][: args.max_chars]
-        )
+        text = item["text"]
+        seeds["text"] = draw_passage(text, rng) if kind == "textbooks" else text[: args.max_chars]
         seeds["material"] = MATERIAL.format(**seeds)
     if kind == "chat":
         seeds["scenario"] = "document" if item else seeds["scenario"]
@@ -1201,11 +1098,12 @@ def prepare(args, kind, number, item, topics):
     return seeds, task.prompt.format(**seeds)
 
 
-def write_record(run, kind, number, item, topics):
-    """Record `number` of a kind; raises RejectedAnswer, StopRun."""
+def write_record(run, number, item):
+    """Record `number`, made of `item` where the kind has a FILE; raises RejectedAnswer, StopRun."""
     args = run.args
+    kind = args.kind
     task = TASKS[kind]
-    seeds, question = prepare(args, kind, number, item, topics)
+    seeds, question = prepare(args, number, item)
 
     def read(answer):
         return task.read(answer, seeds)
@@ -1215,20 +1113,19 @@ def write_record(run, kind, number, item, topics):
             question, read, sample_id, task.fallback and (lambda: task.fallback(number, seeds, args))
         )
 
-    fields, answer, teacher = ask("" if item else f"{args.seed} {number}")
+    record, answer, teacher = ask("" if item else f"{args.seed} {number}")
     if args.revise and teacher != "builtin":
-        fields, _, teacher = revise(run, question, answer, read)
+        record, _, teacher = revise(run, question, answer, read)
     if kind == "label" and args.repeat > 1:
-        scores = [fields["score"], *(ask(str(n))[0]["score"] for n in range(1, args.repeat))]
-        fields = {**fields, "score": sum(scores) / len(scores), "scores": scores}
+        scores = [record["score"], *(ask(str(n))[0]["score"] for n in range(1, args.repeat))]
+        record.update(score=sum(scores) / len(scores), scores=scores)
     if kind == "exercises":
-        fields = {"task_id": f"{args.seed}/{number}", **fields, **solve_again(run, fields, item)}
+        record = {"task_id": f"{args.seed}/{number}", **record, **solve_again(run, record, item)}
     if teacher != "builtin":
-        fields.update(
-            (name, seeds[name]) for name in PROVENANCE[: 1 if args.plain else None] if name in seeds
-        )
+        names = ("topic",) if args.plain else PROVENANCE
+        record.update((name, seeds[name]) for name in names if name in seeds)
     source = {} if not item else item if kind == "label" else {"id": item["id"]}
-    return {**source, **fields, "teacher": teacher}
+    return {**source, **record, "teacher": teacher}
 
 
 def draw_passage(text, rng, size=1000):
@@ -1268,23 +1165,16 @@ def real_functions(documents):
     and return something."""
     functions = []
     for document in documents:
-        try:
-            nodes = ast.parse(document["text"]).body
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        for node in [
-            n for n in nodes if isinstance(n, ast.FunctionDef) and n.args.args and not n.decorator_list
-        ]:
+        tree = data.quietly(ast.parse, document["text"])
+        for node in tree.body if tree else ():
+            if not isinstance(node, ast.FunctionDef) or node.decorator_list or not node.args.args:
+                continue
             source = ast.get_source_segment(document["text"], node)
             names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-            bound = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {
-                n.arg for n in ast.walk(node) if isinstance(n, ast.arg)
-            }
-            if (
-                3 <= source.count("\n") <= 40
-                and "return " in source
-                and {n.id for n in names} <= bound | {node.name, *dir(builtins)}
-            ):
+            known = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {node.name, *dir(builtins)}
+            known |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+            is_whole = "return " in source and known.issuperset(n.id for n in names)
+            if is_whole and 3 <= source.count("\n") <= 40:
                 functions.append({"id": f"{document['id']}:{node.name}", "name": node.name, "text": source})
     return functions
 
@@ -1306,27 +1196,42 @@ def write_preference(run, number, item):
     elif has_tests:
         question = SOLVE_PROMPT.format(text=question)
     answers = {}
+
+    def read(answer):
+        return solution_of(item, answer) if has_tests else read_text(answer)["text"].strip()
+
     for n in range(args.samples):
+        temperature = args.temperature * (0.5 + n / args.samples)
         with contextlib.suppress(RejectedAnswer):
-            _, answer, teacher = run.ask(
-                question,
-                str if has_tests else read_text,
-                str(n),
-                lambda: own_solution(item, rng),
-                temperature=args.temperature * (0.5 + n / args.samples)
+            answer, _, teacher = run.ask(
+                question, read, str(n), lambda: own_solution(item, rng), temperature=temperature
             )
-            answers.setdefault(solution_of(item, answer) if has_tests else answer.strip(), teacher)
+            answers.setdefault(answer, teacher)
     if has_tests:
-        return {"problem": item, "answers": answers}
+        return {"task_id": item.get("task_id"), "prompt": item["prompt"], "problem": item, "answers": answers}
     if len(answers) < 2:
-        run.reject("the same answer every time")
-    chosen, rejected = vote(answers) or compare(run, question, *list(answers)[:2], rng)
+        raise RejectedAnswer("the same answer every time")
+    pair = vote(answers) or compare(run, question, *list(answers)[:2], rng)
+    return {"messages" if "messages" in item else "prompt": question, **preference(answers, *pair)}
+
+
+def preference(answers, chosen, rejected):
     return {
-        "messages" if "messages" in item else "prompt": question,
         "chosen": chosen,
         "rejected": rejected,
         "teacher": f"{answers[chosen]} over {answers[rejected]}"
     }
+
+
+def some_pass_tests(records):
+    """Of the answers to a problem with tests, one that passes them and one that fails become the
+    preference."""
+    groups = [[(r["problem"], answer) for answer in r.get("answers", ())] for r in records]
+    for record, passed in zip(records, judge_groups(groups)):
+        by_verdict = dict(zip(passed, record.get("answers", ())))
+        if len(by_verdict) == 2:
+            record.update(preference(record["answers"], by_verdict[True], by_verdict[False]))
+    return ["chosen" in record for record in records]
 
 
 def own_solution(problem, rng):
@@ -1341,10 +1246,8 @@ def vote(answers):
     finals = {answer: final_answer(answer) for answer in answers}
     (best, votes), *others = Counter(finals.values()).most_common()
     if None not in finals.values() and votes > 1 and others:
-        return tuple(
-            next(answer for answer in answers if (finals[answer] == best) == agrees)
-            for agrees in (True, False)
-        )
+        ranked = sorted(answers, key=lambda answer: finals[answer] != best)
+        return ranked[0], ranked[votes]
 
 
 def compare(run, question, a, b, rng):
@@ -1353,168 +1256,137 @@ def compare(run, question, a, b, rng):
     judge_by = [rng.choice(run.args.judge or run.args.teacher)]
     winners = set()
     for order in ({"A": a, "B": b}, {"A": b, "B": a}):
-        choice = run.ask(
-            COMPARE_PROMPT.format(text=text, **order), read_choice, teachers=judge_by, temperature=0.0
-        )[0]
-        winners.add(order[choice])
+        prompt = COMPARE_PROMPT.format(text=text, **order)
+        winners.add(order[run.ask(prompt, read_choice, teachers=judge_by, temperature=0.0)[0]])
     if len(winners) > 1:
-        run.reject("the judge prefers a place, not an answer")
+        raise RejectedAnswer("the judge prefers a place, not an answer")
     return (a, b) if a in winners else (b, a)
-
-
-def preferences_by_tests(records, workers):
-    """[{"problem", "answers"}] -> a preference for each problem with an answer that passes its tests and one
-    that fails."""
-    verdicts = iter(
-        judge_all([(r["problem"], answer) for r in records for answer in r["answers"]], workers=workers)
-    )
-    for record in records:
-        answers = {next(verdicts).passed: answer for answer in record["answers"]}
-        if len(answers) == 2:
-            teachers = [record["answers"][answers[passed]] for passed in (True, False)]
-            yield {
-                "task_id": record["problem"].get("task_id"),
-                "prompt": record["problem"]["prompt"],
-                "chosen": answers[True],
-                "rejected": answers[False],
-                "teacher": " over ".join(teachers)
-            }
 
 
 def content_of(record):
     """The text of a record of any kind."""
     if "chosen" not in record and "messages" in record:
         return "\n".join(message["content"] for message in record["messages"])
-    return record.get("text") or record.get("prompt", "") + record.get(
-        "canonical_solution", record.get("chosen", "")
-    )
+    code = record.get("canonical_solution", record.get("chosen", ""))
+    return record.get("text") or record.get("prompt", "") + code
 
 
 class Gates:
     """What records must pass, the cheap tests first; counts what enters and leaves each."""
 
-    def __init__(self, run, kind):
+    def __init__(self, run):
         args = run.args
+        kind = args.kind
         self.run = run
         self.counts = {}
-        self.texts = []  # of what passed, for the report
-        self.bands = {}  # a band of a MinHash signature -> the first signature that has it
-        self.gates = {}
-        if kind != "label":
-            self.gates[f"{args.min_chars} characters or more"] = per_record(
-                lambda record: len(content_of(record)) >= args.min_chars
-            )
-        self.gates.update(
-            (gate.__name__.replace("_", " "), gate) for gate in (TASKS[kind].gates if kind in TASKS else ())
-        )
+        self.signatures = {}  # a band of a MinHash signature -> the first signature that has it
+        self.gates = [self.long_enough, *TASKS[kind].gates]
         if args.against:
             self.contamination = data.Contamination(args.against)
-            self.gates["nothing of --against"] = self.is_clean
+            self.gates.append(self.not_in_benchmarks)
         if kind not in ("preferences", "label", "safety"):
-            self.gates["no near-duplicate"] = self.is_new
+            self.gates.append(self.no_near_duplicate)
         if args.judge and kind != "preferences":
-            self.gates[f"grade {args.min_grade:g} or more"] = self.is_good
+            self.gates.append(self.graded_well)
 
     def __call__(self, records):
-        for name, gate in self.gates.items():
-            flags = gate(records, self.run.args.workers) if records else []
-            self.counts.setdefault(name, Counter()).update(entered=len(flags), left=sum(flags))
-            records = list(itertools.compress(records, flags))
+        for gate in self.gates:
+            flags = gate(records)
+            left = list(itertools.compress(records, flags))
+            self.counts.setdefault(gate.__name__, Counter()).update(entered=len(records), left=len(left))
+            records = left
         return records
 
-    def is_clean(self, records, workers):
+    def long_enough(self, records):
+        return [len(content_of(record)) >= self.run.args.min_chars for record in records]
+
+    def not_in_benchmarks(self, records):
         texts = [content_of(record) for record in records]
         hits = self.contamination.find(texts)
         return [i not in hits and not self.contamination.find_functions(text) for i, text in enumerate(texts)]
 
-    def is_new(self, records, workers):
+    def no_near_duplicate(self, records):
         """Whether no record before resembles this one: Jaccard similarity of 0.8 by MinHash, 14 bands of 8 as
         in data.py."""
         flags = []
-        for signature in data.minhash([content_of(record) for record in records]).copy():
+        for signature in data.minhash([content_of(record) for record in records]):
             bands = [(n, band.tobytes()) for n, band in enumerate(signature.reshape(14, 8))]
-            flags.append(
-                all((self.bands[band] != signature).mean() > 0.2 for band in bands if band in self.bands)
-            )
+            twins = [self.signatures[band] for band in bands if band in self.signatures]
+            flags.append(all((twin != signature).mean() > 0.2 for twin in twins))
             if flags[-1]:
-                self.bands = {**dict.fromkeys(bands, signature.copy()), **self.bands}
+                for band in bands:
+                    self.signatures.setdefault(band, signature)
         return flags
 
-    def is_good(self, records, workers):
+    def graded_well(self, records):
         args = self.run.args
 
-        def grade_record(record):
+        def is_good(record):
             text = content_of(record)[: args.max_chars]
             question = LABEL_PROMPT.format(text=text)
-            judge_by = [random.Random(question).choice(args.judge)]
-            record["grade"] = self.run.ask(
-                question, read_score, "", lambda: builtin_label(text), judge_by, 0.0
-            )[0]["score"]
-            return record["grade"] >= args.min_grade
-
-        return [flag is True for flag in self.run.map(grade_record, records)]
-
-    def report(self):
-        for name, count in self.counts.items():
-            print(
-                f"  {name:<24}{count['entered']:>9,} ->{count['left']:>9,}  "
-                f"{count['left'] / max(1, count['entered']):7.1%}"
+            label, *_ = self.run.ask(
+                question, read_score, "", lambda: builtin_label(text), args.judge, temperature=0.0
             )
-        for n in (1, 2, 3):
-            grams = [
-                gram for words in map(str.split, self.texts) for gram in zip(*(words[i:] for i in range(n)))
-            ]
-            print(
-                f"  distinct-{n:<15}{len(set(grams)):>9,} of{len(grams):>9,}  "
-                f"{len(set(grams)) / max(1, len(grams)):7.1%}"
-            )
-        for name, total in self.run.ledger.totals.items():
-            line = "{answers:,} answers with all earlier runs, {rejected:,} of no use; {read:,} tokens read, "
-            print(f"  {name}: " + (line + "{written:,} written, {usd:.2f} USD").format_map(total))
-        if self.run.rejections:
-            print(
-                "  of no use:",
-                ", ".join(f"{reason} {count:,}" for reason, count in self.run.rejections.most_common())
-            )
+            record["grade"] = label["score"]
+            return label["score"] >= args.min_grade
+
+        return self.run.map(is_good, records)
 
 
-def produce(run, gates, kind, items, topics):
+def report(run, gates, texts, scores):
+    """What passed each gate, how diverse the texts are, what each teacher was asked and paid."""
+    rows = [(name.replace("_", " "), count["left"], count["entered"]) for name, count in gates.counts.items()]
+    for n in (1, 2, 3):
+        grams = [gram for words in map(str.split, texts) for gram in zip(*(words[i:] for i in range(n)))]
+        rows.append((f"distinct-{n}", len(set(grams)), len(grams)))
+    for name, part, whole in rows:
+        print(f"  {name:<24}{whole:>9,} ->{part:>9,}  {part / max(1, whole):7.1%}")
+    if scores:
+        counts = Counter(round(sum(row) / len(row)) for row in scores)
+        print("  scores", ", ".join(f"{score}: {counts[score]:,}" for score in range(6)))
+        if len(scores[0]) > 1:
+            print(f"  {agreement([row[:2] for row in scores])}")
+    for name, total in run.ledger.totals.items():
+        print(
+            f"  {name}: {total['answers']:,} answers with all earlier runs, {total['rejected']:,} of no use; "
+            f"{total['read']:,} tokens read, {total['written']:,} written, {total['usd']:.2f} USD"
+        )
+    if run.rejections:
+        print("  of no use:", ", ".join(f"{reason} {n:,}" for reason, n in run.rejections.most_common()))
+
+
+def produce(run, gates):
     """Yields the records that pass the gates, in rounds, until there are --count, or the items or the hope
     are at an end."""
     args = run.args
+    write = write_preference if args.kind == "preferences" else write_record
     asked = 0
     passed = 0
-    while passed < args.count and not run.stopped and (items is None or asked < len(items)):
-        size = min(args.count - passed, 4096)
-        numbers = range(asked, asked + size if items is None else min(asked + size, len(items)))
-        asked = numbers.stop
-        if kind == "preferences":
-            records = run.map(lambda n: write_preference(run, n, items[n]), numbers)
-            by_tests = preferences_by_tests([r for r in records if r and "answers" in r], args.workers)
-            records = [r for r in records if r and "answers" not in r] + list(by_tests)
-        else:
-            records = run.map(lambda n: write_record(run, kind, n, items and items[n], topics), numbers)
-        records = gates(list(filter(None, records)))
+    queue = enumerate(itertools.repeat(None) if args.items is None else args.items)
+    while passed < args.count and not run.stopped:
+        jobs = list(itertools.islice(queue, min(args.count - passed, 4096)))
+        if not jobs:
+            break
+        records = run.map(lambda job: write(run, *job), jobs)
+        records = gates([record for record in records if record])
+        asked += len(jobs)
         passed += len(records)
         yield from records
-        if items is None and asked >= 200 and passed < asked / 50:
-            run.stop(
-                f"only {passed:,} of {asked:,} answers are of use; see the report and the answers in the "
-                f"ledger"
+        if args.items is None and asked >= 200 and passed < asked / 50:
+            run.stopped = run.stopped or (
+                f"only {passed:,} of {asked:,} answers are of use; see the report and the ledger's answers"
             )
 
 
 def agreement(pairs):
     """How well two scores each agree: exactly, within one, and Cohen's kappa, in words."""
-    if not pairs:
-        return ""
     n = len(pairs)
     exact = sum(a == b for a, b in pairs) / n
+    within = sum(abs(a - b) <= 1 for a, b in pairs) / n
     first, second = map(Counter, zip(*pairs))
     chance = sum(first[score] * second[score] for score in first) / n**2
     kappa = (exact - chance) / (1 - chance) if chance < 1 else 1.0
-    within = sum(abs(a - b) <= 1 for a, b in pairs) / n
-    return f"grades agree for {exact:.1%}, within 1 for {within:.1%}, kappa {kappa:.2f}, "
+    return f"grades agree for {exact:.1%}, within 1 for {within:.1%}, kappa {kappa:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1533,67 +1405,51 @@ def topic_key(topic):
 
 def read_tree(text):
     """Indented lines -> the paths of their leaves, each as "topic > subtopic > ..."."""
-    above = []  # (depth, path) of the lines that the next one may belong to
+    above = {}  # depth -> the line there that the next one may belong to
     leaves = {}
     for line in filter(str.strip, text.split("\n")):
         depth = len(line) - len(line.lstrip())
-        while above and above[-1][0] >= depth:
-            above.pop()
-        parent = above[-1][1] if above else ""
-        leaves.pop(parent, None)
-        path = f"{parent} > {line.strip()}" if parent else line.strip()
-        leaves[path] = True
-        above.append((depth, path))
+        above = {level: name for level, name in above.items() if level < depth}
+        leaves.pop(" > ".join(above.values()), None)
+        above[depth] = line.strip()
+        leaves[" > ".join(above.values())] = True
     return list(leaves)
 
 
-def write_tree(leaves):
-    """The inverse of read_tree, line by line."""
-    before = []
-    for path in [leaf.split(" > ") for leaf in leaves]:
-        for depth in range(len(os.path.commonprefix([before, path])), len(path)):
-            yield "  " * depth + path[depth]
-        before = path
-
-
-def grow_topics(run, leaves):
-    """The leaves, with subtopics in the place of those that were asked about, until there are --count or no
-    new ones come. The smallest branch is next, and only as many questions are asked as are needed."""
+def grow_topics(run):
+    """--topics, with subtopics in the place of those that were asked about, until there are --count or no new
+    ones come. The smallest branch is next, and only as many questions are asked as are needed."""
+    count = run.args.count
+    leaves = run.args.topics
     seen = {topic_key(leaf.split(" > ")[-1]) for leaf in leaves}
     asked = set()
 
-    def prefixes(leaf):
+    def branches(leaf):
         return list(itertools.accumulate(leaf.split(" > "), "{} > {}".format))
 
-    def parent(leaf):
-        return leaf.rpartition(" > ")[0]
-
     def subtopics(leaf):
-        siblings = [
-            other.split(" > ")[-1] for other in leaves if parent(other) == parent(leaf) and other != leaf
-        ]
-        return run.ask(
-            TOPICS_PROMPT.format(topic=leaf, siblings="; ".join(siblings[:30]) or "nothing yet"), read_topics
-        )[0]
+        parent = leaf.rpartition(" > ")[0]
+        siblings = [other for other in leaves if other.rpartition(" > ")[0] == parent and other != leaf]
+        names = "; ".join(sibling.split(" > ")[-1] for sibling in siblings[:30])
+        return run.ask(TOPICS_PROMPT.format(topic=leaf, siblings=names or "nothing yet"), read_topics)[0]
 
-    while len(leaves) < run.args.count and len(asked) < len(leaves) and not run.stopped:
-        sizes = Counter(prefix for leaf in leaves for prefix in prefixes(leaf))
+    while not run.stopped:
+        sizes = Counter(branch for leaf in leaves for branch in branches(leaf))
         unasked = [leaf for leaf in leaves if leaf not in asked]
         batch = []
-        while unasked and len(batch) * 11 < run.args.count - len(leaves):  # 12 in the place of one
-            batch.append(min(unasked, key=lambda leaf: [sizes[prefix] for prefix in prefixes(leaf)]))
+        while unasked and len(leaves) + 11 * len(batch) < count:  # 12 in the place of one
+            batch.append(min(unasked, key=lambda leaf: [sizes[branch] for branch in branches(leaf)]))
             unasked.remove(batch[-1])
-            sizes.update(dict.fromkeys(prefixes(batch[-1]), 11))
+            sizes.update(dict.fromkeys(branches(batch[-1]), 11))
         if not batch:
             break
         asked.update(batch)
         for leaf, names in zip(batch, run.map(subtopics, batch)):
             children = {topic_key(name): f"{leaf} > {name.replace('>', '')}" for name in names or ()}
-            new = [children[key] for key in children if key not in seen][: run.args.count - len(leaves) + 1]
+            new = [children[key] for key in children if key not in seen][: count - len(leaves) + 1]
             seen.update(children)
-            if new:
-                i = leaves.index(leaf)
-                leaves[i : i + 1] = new
+            i = leaves.index(leaf)
+            leaves[i : i + 1] = new or [leaf]
     return leaves
 
 
@@ -1603,18 +1459,17 @@ def sample_documents(paths, count, seed):
     skipped = Counter()
     documents = {}
     for document in data.read_documents(data.find_files(paths, skipped), skipped):
-        key = hashlib.blake2b(
-            f"{seed} {document['text']}".encode("utf-8", "replace"), digest_size=12
-        ).digest()
-        documents[key] = {"id": str(document["id"]), "text": document["text"]}
+        text = document["text"]
+        key = hashlib.blake2b(f"{seed} {text}".encode("utf-8", "replace"), digest_size=12).digest()
+        documents[key] = {"id": str(document["id"]), "text": text}
         if len(documents) > 2 * count:
-            documents = {key: documents[key] for key in heapq.nsmallest(count, documents)}
+            documents = dict(sorted(documents.items())[:count])
     if not documents:
         raise ValueError(
             f"{' '.join(paths)}: no document to read ({dict(skipped) or 'no files'}); give .jsonl, text or "
-            f"code files"
+            "code files"
         )
-    return [documents[key] for key in heapq.nsmallest(count, documents)]
+    return [documents[key] for key in sorted(documents)[:count]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1884,19 +1739,15 @@ lookup value_sum dict>int | sum({x}.values()) | add up the values | [None]
 lookup entries dict>int | len({x}) | count the entries | [None]
 lookup top_value dict>int | max({x}.values()) if {x} else 0 | take the largest value, or 0 if empty |
     [None]"""
-STYLES = {  # what a family's code stands in; PICK is its value, EMPTY what an empty list gives
-    "filter": {
-        "plain": "{y} = [{v} for {v} in {x} if CODE]",
-        "loop": "{y} = []\nfor {v} in {x}:\n    if CODE:\n        {y}.append({v})",
-        "helper": "def keep({v}):\n    return CODE\n\n{y} = [{v} for {v} in {x} if keep({v})]"
-    },
-    "map": {
-        "plain": "{y} = [CODE for {v} in {x}]",
-        "loop": "{y} = []\nfor {v} in {x}:\n    {y}.append(CODE)",
-        "helper": "def change({v}):\n    return CODE\n\n{y} = [change({v}) for {v} in {x}]"
-    },
-    "pick": {"plain": "{y} = PICK if {x} else EMPTY", "early": "if not {x}:\n    return EMPTY\n{y} = PICK"}
-}
+STYLES = table(r"""
+filter | plain: {y} = [{v} for {v} in {x} if CODE] |
+    loop: {y} = []\nfor {v} in {x}:\n    if CODE:\n        {y}.append({v}) |
+    helper: def keep({v}):\n    return CODE\n\n{y} = [{v} for {v} in {x} if keep({v})]
+map | plain: {y} = [CODE for {v} in {x}] |
+    loop: {y} = []\nfor {v} in {x}:\n    {y}.append(CODE) |
+    helper: def change({v}):\n    return CODE\n\n{y} = [change({v}) for {v} in {x}]
+pick | plain: {y} = PICK if {x} else EMPTY | early: if not {x}:\n    return EMPTY\n{y} = PICK
+""")  # what a family's code stands in; PICK is its value, EMPTY what an empty list gives
 
 
 class Operation(NamedTuple):
@@ -1909,25 +1760,25 @@ class Operation(NamedTuple):
     constants: tuple  # what {c} is drawn from
 
 
-def read_operations(table):
+def read_operations(text):
     """name -> Operation."""
     operations = {}
-    for row in table.strip().replace("\n    ", " ").split("\n"):
-        head, code, *styles, phrases, constants = row.replace("\\n", "\n").split(" | ")
+    for head, (code, *styles, phrases, constants) in table(text).items():
         family, name, types = head.split()
+        source, target = types.split(">")
         pick, _, empty = code.partition(" else ")
-        family_styles = STYLES.get(family, {"plain": "CODE" if "{y} = " in code else "{y} = CODE"})
-        styles = {
-            style: text.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
-            for style, text in (*family_styles.items(), *(style.split(": ", 1) for style in styles))
-        }
-        operations[name] = Operation(
-            name, *types.split(">"), family, phrases.split(" / "), styles, tuple(eval(constants))
-        )
-    for operation in [o for o in operations.values() if o.source == "dict"]:
-        name = "i_" + operation.name
-        target = {"dict": "idict", "strs": "ints"}.get(operation.target, operation.target)
-        operations[name] = operation._replace(name=name, source="idict", target=target)
+        alone = "plain: CODE" if "{y} = " in code else "plain: {y} = CODE"
+        forms = {}
+        for style in STYLES.get(family, [alone]) + styles:
+            style, _, form = style.partition(": ")
+            form = form.replace("CODE", code).replace("PICK", pick).replace("EMPTY", empty)
+            forms[style] = form.replace("\\n", "\n")
+        phrases = phrases.split(" / ")
+        operation = Operation(name, source, target, family, phrases, forms, tuple(eval(constants)))
+        operations[name] = operation
+        if source == "dict":
+            target = {"dict": "idict", "strs": "ints"}.get(target, target)
+            operations["i_" + name] = operation._replace(name="i_" + name, source="idict", target=target)
     return operations
 
 
@@ -1958,6 +1809,7 @@ jelly kite lemon mango night ocean piano queen robot sugar train uncle violet wa
 dog egg fox gum hat ice jam key log map net oak pen rug sun tea urn van wax yak zoo anna bob level noon radar
 orange
 """.split()
+CODE_STYLES = "plain loop helper recursion".split()
 NEXT_ANSWER = "", "second answer, again from ", "third answer, again from ", "fourth answer, again from "
 # A model that only ever saw chains of up to four steps learns that the fourth step is the last, and skips the
 # middle of longer ones. So this share of training exercises asks for several answers: two to four chains,
@@ -1969,15 +1821,13 @@ def draw_input(kind, rng):
     """A random input of a type; short lists and the empty one come up on purpose."""
     if kind == "ints":
         low = rng.choice((0, -9, -20))
-        return [
-            rng.randint(low, rng.choice((9, 20, 30)))
-            for _ in range(rng.choice((0, 1, 3, 4, 5, 5, 6, 6, 7, 8)))
-        ]
+        size = int(rng.choice("0134556678"))
+        return [rng.randint(low, rng.choice((9, 20, 30))) for _ in range(size)]
     if kind == "int":
         return rng.choice([rng.randint(*ends) for ends in ((0, 9), (10, 99), (10, 99), (100, 300))])
     if kind == "dict":
-        return {rng.choice(INPUT_WORDS): rng.randint(0, 12) for _ in range(rng.choice((0, 2, 3, 4)))}
-    words = [rng.choice(INPUT_WORDS) for _ in range(rng.choice((0, 1, 2, 3, 4, 4, 5)))]
+        return {rng.choice(INPUT_WORDS): rng.randint(0, 12) for _ in range(int(rng.choice("0234")))}
+    words = [rng.choice(INPUT_WORDS) for _ in range(int(rng.choice("0123445")))]
     words = [w if rng.random() < 0.7 else rng.choice((w.upper(), w.capitalize())) for w in words]
     return words if kind == "strs" else " ".join(words[:4])
 
@@ -1995,11 +1845,9 @@ class Unusable(ValueError):
 def bounded(value):
     """The value, if it is small enough to print: integers up to 50,000, 40 items, 100 characters; raises
     Unusable."""
-    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    size = 0 if isinstance(value, int) else len(value)
-    if size > (100 if isinstance(value, str) else 40) or any(
-        isinstance(part, int) and abs(part) > 50_000 for part in parts
-    ):
+    parts = value.values() if isinstance(value, dict) else [value] if isinstance(value, int) else value
+    is_long = len(parts) > (100 if isinstance(value, str) else 40)
+    if is_long or any(isinstance(part, int) and abs(part) > 50_000 for part in parts):
         raise Unusable
     return value
 
@@ -2090,12 +1938,12 @@ def draw_chain(k, split, rng, source=None):
             continue  # the cheap half of split_of, before anything is run
         with contextlib.suppress(Unusable):
             outputs = behaviour(chain)
-            removable = [
-                i for i, (name, _) in enumerate(chain) if k > 1 and OPS[name].source == OPS[name].target
-            ]
-            if split_of(chain, outputs) == split and len(set(outputs)) >= 4:
-                if not any(behaviour(chain[:i] + chain[i + 1 :]) == outputs for i in removable):
-                    return chain  # else a step changes nothing, and teaches nothing
+            if split_of(chain, outputs) != split or len(set(outputs)) < 4:
+                continue
+            changes_type = [OPS[name].source != OPS[name].target for name, _ in chain]
+            shorter = [chain[:i] + chain[i + 1 :] for i in range(k) if k > 1 and not changes_type[i]]
+            if not any(behaviour(part) == outputs for part in shorter):
+                return chain  # else a step changes nothing, and teaches nothing
 
 
 def draw_multi_answer(ks, rng):
@@ -2125,26 +1973,17 @@ def render_code(chains, parameter, phrases, rng, style, comments):
         x = parameter
         if answers:
             lines.append(f"# {next(phrases)}")
-        for i, (name, constant) in enumerate(chain):
+        for name, constant in chain:
             operation = OPS[name]
             code = operation.code.get(style, operation.code["plain"])
-            is_new = (
-                "\n" in code
-                or not reassigns
-                or operation.source != operation.target
-                or x == parameter
-                and several
-            )
-            if i == len(chain) - 1 and not several:
+            changes_type = operation.source != operation.target
+            if name == chain[-1][0] and not several:
                 if "early" in operation.code and rng.random() < 0.4:
                     code = operation.code["early"]
                 y = "result"
-                *head, last = code.split("\n")
-                returns = last.startswith("{y} = ") and not comments
-                code = "\n".join(
-                    [*head, last.replace("{y} =", "return")] if returns else [code, "return {y}"]
-                )
-            elif is_new:
+                returned = re.sub(r"(?m)^\{y\} =(.*)\Z", r"return\1", code)
+                code = f"{code}\nreturn {{y}}" if comments or returned == code else returned
+            elif "\n" in code or not reassigns or changes_type or x == parameter and several:
                 names = [name for name in TYPES[operation.target][2].split() if name not in used]
                 y = rng.choice(names or [name for name in LOCALS if name not in used])
             else:
@@ -2167,20 +2006,16 @@ def render_docstring(phrases, kind, parameter, examples, rng):
     first = first[0].upper() + first[1:]
     form = rng.randrange(4)
     if form == 0:
-        sentences = [
-            f"{rng.choice(('Then', 'Next,', 'After that,', 'Then'))} {phrase}"
-            for phrase in others[: -1 if len(others) > 1 else None]
-        ]
-        last = [f"Finally, {others[-1]}"] if len(others) > 1 else []
-        text = ". ".join([first, *sentences, *last]) + "."
+        last = [f"Finally, {others.pop()}"] if len(others) > 1 else []
+        thens = [f"{rng.choice(('Then', 'Next,', 'After that,', 'Then'))} {phrase}" for phrase in others]
+        text = ". ".join([first, *thens, *last]) + "."
     elif form == 1:
         text = ", then ".join([first, *others]) + "."
     elif form == 2:
         text = "\n- ".join([f"Given {TYPES[kind][1]}:", *phrases])
     else:
         text = f"From {parameter}: {'; '.join(phrases)}."
-    doctests = "\n" * bool(examples) + "".join(f">>> {call}\n{answer}\n" for call, answer in examples)
-    return indent(f'"""{text}\n{doctests}"""')
+    return indent('\n'.join([f'"""{text}', *[""] * bool(examples), *examples, '"""']))
 
 
 def draw_problem(index, split, ks, seed, page=False):
@@ -2197,30 +2032,25 @@ def draw_problem(index, split, ks, seed, page=False):
             phrases += [transition + parameter] * bool(transition)
             phrases += [phrase_of(rng.choice(OPS[name].phrases), constant) for name, constant in chain]
         entry_point = f"{rng.choice(NAME_VERBS)}_{rng.choice(NAME_NOUNS)}"
-        result = "list" if several else TYPES[OPS[chains[0][-1][0]].target][0]
-        signature = (
-            f"def {entry_point}({parameter}: {TYPES[kind][0]}) -> {result}:"
-            if rng.random() < 0.2
-            else f"def {entry_point}({parameter}):"
-        )
-        style = rng.choices(("plain", "loop", "helper", "recursion"), (70, 14, 10, 6))[0]
+        signature = f"def {entry_point}({parameter}):"
+        if rng.random() < 0.2:
+            result = "list" if several else TYPES[OPS[chains[0][-1][0]].target][0]
+            signature = f"def {entry_point}({parameter}: {TYPES[kind][0]}) -> {result}:"
+        style = rng.choices(CODE_STYLES, (70, 14, 10, 6))[0]
         comments = several or rng.random() < (0.7 if len(chains[0]) == 1 else 0.95)
         body = render_code(chains, parameter, phrases, rng, style, comments)
         with contextlib.suppress(Unusable):
-            cases = draw_cases(chains, kind, rng)
+            inputs = {repr(value): value for value in (draw_input(kind, rng) for _ in range(20))}
+            cases = [(value, trace_of(chains, value)) for value in inputs.values()]
             check_code(f"{signature}\n{body}", entry_point, cases)
-            shown = sorted(
-                (case for case in cases if case[0]), key=lambda case: len(repr(case[0]) + repr(case[1]))
-            )
+            shown = sorted((case for case in cases if case[0]), key=lambda case: len(repr(case)))
             shown = shown[len(shown) // 4 :][:6]
             if len({repr(trace[-1]) for _, trace in cases[:14]}) >= 4 and len(shown) >= 3:
                 break
     if page:
         return render_page(chains[0], phrases, entry_point, signature, body, parameter, shown, rng)
     n_examples = rng.choices((0, 1, 2), (60, 40, 0) if several else (15, 70, 15))[0]
-    examples = [
-        (f"{entry_point}({value!r})", repr(trace[-1])) for value, trace in rng.sample(shown, n_examples)
-    ]
+    examples = [f">>> {entry_point}({v!r})\n{t[-1]!r}" for v, t in rng.sample(shown, n_examples)]
     return {
         "task_id": f"builtin/{split}/{seed}/{index}",
         "entry_point": entry_point,
@@ -2235,25 +2065,18 @@ def draw_problem(index, split, ks, seed, page=False):
     }
 
 
-def draw_cases(chains, kind, rng):
-    """[(input, every intermediate value)] of up to 20 different inputs; of several chains, their answers
-    alone."""
-    inputs = {repr(value): value for value in (draw_input(kind, rng) for _ in range(20))}
-    traces = [[run_chain(chain, value) for chain in chains] for value in inputs.values()]
-    return [
-        (value, trace[0] if len(chains) == 1 else [[steps[-1] for steps in trace]])
-        for value, trace in zip(inputs.values(), traces)
-    ]
+def trace_of(chains, value):
+    """Every intermediate value; of several chains, their answers alone."""
+    traces = [run_chain(chain, value) for chain in chains]
+    return traces[0] if len(traces) == 1 else [[trace[-1] for trace in traces]]
 
 
 def check_code(code, entry_point, cases):
     scope = {}
     exec(code, scope)  # our own templates; what a model or a real teacher wrote runs in the sandbox alone
     for value, trace in cases:
-        answer = scope[entry_point](copy.copy(value))
-        assert repr(answer) == repr(
-            trace[-1]
-        ), f"the table's own error: {code}\ngives {answer!r} for {value!r}, not {trace[-1]!r}"
+        answer = repr(scope[entry_point](copy.copy(value)))
+        assert answer == repr(trace[-1]), f"the table's own error: {code}\ngives {answer} for {value!r}"
 
 
 def render_tests(cases):
@@ -2300,14 +2123,14 @@ lookup | A dictionary stores a value for each key; items() gives keys and values
 value | This step computes a new number from the old one; Python's whole numbers have no limit. | mixing up
     / and //: the first gives a float
 """)  # what the textbook says about a kind of step: the idea and why it works; a common mistake
-AUDIENCES = (
-    "for beginners",
-    "for students",
-    "for curious readers",
-    "for self-study",
-    "for a first course",
-    "for practice"
-)
+AUDIENCES = """
+for beginners
+for students
+for curious readers
+for self-study
+for a first course
+for practice
+""".strip().split("\n")
 
 
 def render_page(chain, phrases, entry_point, signature, body, parameter, shown, rng):
@@ -2315,33 +2138,24 @@ def render_page(chain, phrases, entry_point, signature, body, parameter, shown, 
     common mistake."""
     families = list(dict.fromkeys(OPS[name].family for name, _ in chain))
     steps = ", then ".join(phrases)
-    parts = [f"# How to {steps} ({rng.choice(AUDIENCES)})"]
+    title = f"# How to {steps} ({rng.choice(AUDIENCES)})"
     ideas = [PROSE[family][0] for family in families[:2]]
     task = f"Given {TYPES[source_of(chain)][1]}, we want to {steps}."
-    parts.append(" ".join([task, *ideas] if rng.random() < 0.5 else [*ideas, task]))
-    parts.append(f"```python\n{signature}\n{body}```")
     (value, trace), *others = shown[:3]
-    parts.append(
-        "\n- ".join(
-            [
-                f"Step by step, for {value!r}:",
-                *(f"{phrase}: {result!r}" for phrase, result in zip(phrases, trace))
-            ]
-        )
-    )
-    parts.append(
-        "More examples:\n"
-        + "".join(f"\n>>> {entry_point}({value!r})\n{trace[-1]!r}" for value, trace in others)
-    )
-    other = render_code(
-        [chain], parameter, phrases, rng, rng.choice(("plain", "loop", "helper", "recursion")), False
-    )
+    parts = [
+        title,
+        " ".join([task, *ideas] if rng.random() < 0.5 else [*ideas, task]),
+        f"```python\n{signature}\n{body}```",
+        f"Step by step, for {value!r}:" + "".join(f"\n- {p}: {r!r}" for p, r in zip(phrases, trace)),
+        "More examples:\n" + "".join(f"\n>>> {entry_point}({v!r})\n{t[-1]!r}" for v, t in others)
+    ]
+    other = render_code([chain], parameter, phrases, rng, rng.choice(CODE_STYLES), False)
     if other != body:
         check_code(f"{signature}\n{other}", entry_point, shown)
         parts.append(f"Another way to write it:\n\n```python\n{signature}\n{other}```")
-    parts.append(f"A common mistake is {PROSE[rng.choice(families)][1]}.")
+    parts.append(f"A common mistake is {PROSE[rng.choice(families)][1]}.\n")
     return {
-        "text": "\n\n".join(parts) + "\n",
+        "text": "\n\n".join(parts),
         "topic": composition(chain),
         "chains": [chain],
         "k": len(chain),
@@ -2360,18 +2174,18 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
             f"--split {split} has no problems of one operation, which all belong to training; use --k 2-6"
         )
     seen = set()
-    left = [count // len(ks) + (slot < count % len(ks)) for slot in range(len(ks))]
+    left = [len(range(slot, count, len(ks))) for slot in range(len(ks))]
     start = 0
     latest = 0  # the last number that gave something new
 
     def draw(numbers):
         return [(i, draw_problem(i, split, tuple(ks), seed, kind == "textbooks")) for i in numbers]
 
+    n_workers = min(workers or data.n_cores(), 1 + count // 200)
     while any(left):
         end = start + min(max(256, max(left) * len(ks)), 8192)
         numbers = [i for i in range(start, end) if left[i % len(ks)]]
         chunks = [numbers[at : at + 32] for at in range(0, len(numbers), 32)]
-        n_workers = min(workers or os.cpu_count() or 1, 1 + count // 200)
         for i, record in itertools.chain(*data.parallel(draw, chunks, n_workers, f"drawing {kind}")):
             text = record.get("text") or (record["prompt"] if split == "train" else str(record["chains"]))
             if hash(text) not in seen and left[i % len(ks)]:
@@ -2381,29 +2195,31 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
                 yield record
         start = numbers[-1] + 1
         if start - latest > 2048:
-            raise ValueError(
-                f"only {len(seen):,} of {count:,} different {kind} found for --k {','.join(map(str, ks))}; "
-                "ask for fewer"
-            )
+            raise ValueError(f"there are only {len(seen):,} different {kind} for --k {ks}; ask for fewer")
 
 
-def builtin_exercise(number, args):
+def builtin_exercise(number, seeds, args):
     problem = draw_problem(number, "train", args.k, args.seed)
     return "```python\n{prompt}{canonical_solution}```\n\n```python\n{test}```".format(**problem)
 
 
+def builtin_page(number, seeds, args):
+    return draw_problem(number, "train", args.k, args.seed, page=True)["text"]
+
+
 def builtin_chat(number, seeds, args):
-    if seeds["scenario"] in ("refusal", "identity"):
-        answer = {
-            "refusal": f"I won't help with that, because it could hurt somebody. I can help you to "
-            f"{UNSAFE[seeds['unsafe']][0]}.",
-            "identity": "I am minphi, a small open language model. I can be wrong: please check what I say."
-        }[seeds["scenario"]]
-        question = seeds["unsafe"] if seeds["scenario"] == "refusal" else "Who are you?"
-        return f"### User\n{question}\n### Assistant\n{answer}\n"
-    problem = draw_problem(number, "train", args.k, args.seed)
-    stub = "### User\nPlease complete this function.\n\n```python\n{prompt}```\n### Assistant\n"
-    return (stub + "```python\n{prompt}{canonical_solution}```\n").format(**problem)
+    if seeds["scenario"] == "refusal":
+        question = seeds["unsafe"]
+        answer = "I won't help with that, because it could hurt somebody. I can help you to "
+        answer += UNSAFE[question][0] + "."
+    elif seeds["scenario"] == "identity":
+        question = "Who are you?"
+        answer = "I am minphi, a small open language model. I can be wrong: please check what I say."
+    else:
+        problem = draw_problem(number, "train", args.k, args.seed)
+        question = "Please complete this function.\n\n```python\n{prompt}```".format(**problem)
+        answer = "```python\n{prompt}{canonical_solution}```".format(**problem)
+    return f"### User\n{question}\n### Assistant\n{answer}\n"
 
 
 SIGNS = {  # what the built-in teacher looks for in place of reading
@@ -2436,15 +2252,14 @@ def builtin_label(text):
 
 # ------------------------------------------------------------------------------------------------------------
 # The sandbox. The decision must not lie in the interpreter that runs the program, for there it can be forged:
-# builtins patched, frames read, the process left with a friendly exit code. So four processes, each forked
-# from a small one:
+# builtins patched, frames read, the process left with a friendly exit code. So three processes:
 #
-#   this process ──▶ server (one per worker) ──▶ keeper ──▶ tests
-#                                                  └─────▶ program   (three for every problem)
+#   this process ──▶ server (one per worker) ──▶ tests
+#                                          └───▶ program   (two for every problem)
 #
-# The program answers calls over a pipe in plain data; it never holds the tests, not even in its memory, nor
+# The program answers calls over a socket in plain data; it never holds the tests, not even in its memory, nor
 # any channel on which a verdict travels. The tests run `check(candidate)` on values they rebuilt themselves.
-# The keeper holds the clock, kills both and signs the verdict with 16 bytes that neither of them knows.
+# The server holds the clock, kills both and tells the verdict over a socket, which no other process can open.
 #
 # Covered: everything a Python program does to the interpreter it runs in; endless loops, memory, output. On
 # Linux, where the kernel grants Landlock and seccomp (`python synth.py sandbox` says so; both need no rights,
@@ -2507,29 +2322,32 @@ def unpack(value):
 def run_program(program, channel):
     """The program's process: define its functions, then answer [name, args, kwargs] with one of ["value",
     value], ["other", type name] or ["raise", message, names of the exception's classes...], until killed."""
-
-    def reply_to(function):
-        try:
-            return pack(["value", function()])
-        except NotPlain as error:
-            return ["other", str(error)]
-        except BaseException as error:
-            return ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
-
     module = sys.modules["solution"] = type(sys)("solution")
-    reply = reply_to(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
-    while True:
+
+    def reply_with(function):
+        try:
+            reply = pack(["value", function()])
+        except NotPlain as error:
+            reply = ["other", str(error)]
+        except BaseException as error:
+            reply = ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
         channel.send_bytes(json.dumps(reply).encode())
+
+    reply_with(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
+    while True:
         name, args, kwargs = unpack(json.loads(channel.recv_bytes()))
-        reply = reply_to(lambda: module.__dict__[name](*args, **kwargs))
+        reply_with(lambda: module.__dict__[name](*args, **kwargs))
 
 
 def run_tests(job, channel, verdict):
     """The tests' process: run the job's tests with stand-ins for the program's functions, write the verdict,
     exit."""
+    prompt, names, tests = job
+    namespace = {"__name__": "tests"}
+    last_call = []
 
     def finish(mark, reason=""):  # exits at once, so that no `except:` of the tests can swallow a failure
-        os.write(verdict, (mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
+        verdict.send_bytes((mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
         os._exit(0)
 
     def hear():
@@ -2539,17 +2357,14 @@ def run_tests(job, channel, verdict):
             classes = [namespace.get(name, getattr(builtins, name, None)) for name in names]
             error = next((c for c in classes if isinstance(c, type) and issubclass(c, Exception)), None)
         except (EOFError, ConnectionError):
-            finish("?")  # dead or mute: the keeper knows why
+            finish("-", "died or fell silent instead of answering")
         except Exception:
             finish("-", "gave broken data, or more than 16 MB")
         if kind == "value":
             return value
         if kind == "other":
             finish("-", f"returned a {value} that is not plain data")
-        if error in (
-            None,
-            StopIteration
-        ):  # SystemExit and its like; and what would end the tests' own loops quietly
+        if error in (None, StopIteration):  # SystemExit; and what would end the tests' own loops quietly
             finish("-", f"raised {names[0]}: {value}")
         raise error(value)
 
@@ -2566,38 +2381,20 @@ def run_tests(job, channel, verdict):
 
         return candidate
 
-    last_call = []
-    namespace = {"__name__": "tests"}
-    entry_point = job["entry_point"]
-    random.seed(job["test"])  # the same questions every time, and not the program's own random numbers
+    random.seed(tests)  # the same questions every time, and not the program's own random numbers
     try:
         hear()
-        # The prompt's other functions may be used by the tests; the tests' copy of them is out of the
-        # program's reach.
-        for prompt in (job["prompt"], job["prompt"] + "\n    pass\n"):
-            with contextlib.suppress(SyntaxError):
-                exec(compile(prompt, "<prompt>", "exec"), namespace)
-                break
-        exec(compile(job["setup"], "<setup>", "exec"), namespace)
-        names = {entry_point}
-        if not entry_point:  # MBPP: what the tests call and nobody else defines is the program's
-            calls = [node.func for node in ast.walk(ast.parse(job["test"])) if isinstance(node, ast.Call)]
-            names = (
-                {call.id for call in calls if isinstance(call, ast.Name)}
-                - set(dir(builtins))
-                - set(namespace)
-            )
-        namespace.update({name: stand_in(name) for name in names})
-        exec(compile(job["test"], "<test>", "exec"), namespace)
-        if entry_point:
-            namespace["check"](stand_in(entry_point))
+        # The prompt's other functions may be used by the tests, whose copy of them is out of the program's
+        # reach; its last one has no body yet.
+        with contextlib.suppress(SyntaxError):
+            exec(compile(f"{prompt}\n    pass\n", "<prompt>", "exec"), namespace)
+        namespace.update((name, stand_in(name)) for name in names)
+        exec(compile(tests, "<tests>", "exec"), namespace)
     except AssertionError as error:
         with contextlib.suppress(ValueError):  # no call yet, or an int too long to print
             name, args, value = last_call
             finish("-", f"wrong answer: {name}({', '.join(map(repr, args))[:120]}) gave {repr(value)[:120]}")
         finish("-", f"raised AssertionError: {error}")
-    except MemoryError:
-        finish("-", "out of memory")
     except BaseException as error:
         finish("-", f"raised {type(error).__name__}: {error}")
     finish("+", "passed")
@@ -2624,21 +2421,11 @@ def confine_files(scratch):
     # files; TCP; signals and abstract sockets: an old kernel takes the longer structure with zeros at its end
     rights = struct.pack("<3Q", every, 3 * (version > 3), 3 * (version > 5))
     ruleset = system("syscall", 444, rights, len(rights), 0)
-    readable = [
-        "/usr",
-        "/lib",
-        "/lib64",
-        "/proc/self",
-        os.path.dirname(os.__file__),
-        sys.base_prefix + "/lib"
-    ]
-    execute, write, read, read_dir = 1, 2, 4, 8
-    access = {
-        **dict.fromkeys(readable, execute | read | read_dir),
-        "/dev/urandom": read,
-        "/etc/localtime": read,
-        "/etc/ld.so.cache": read,
-        "/dev/null": read | write,
+    libraries = ["/usr", "/lib", "/lib64", os.path.dirname(os.__file__), sys.base_prefix + "/lib"]
+    access = {  # 1 executes, 2 writes, 4 reads files and 8 folders
+        **dict.fromkeys(["/proc/self", *libraries], 1 | 4 | 8),
+        **dict.fromkeys("/dev/urandom /etc/localtime /etc/ld.so.cache".split(), 4),
+        "/dev/null": 2 | 4,
         scratch: every
     }
     for path in filter(os.path.exists, access):
@@ -2684,7 +2471,7 @@ def confine_calls():
     """seccomp, for this process: what is DENIED fails with EPERM (FAIL), and so does whatever makes a
     process. Returns whether the kernel granted it."""
     column = {"x86_64": 1, "aarch64": 2}.get(os.uname().machine)
-    if sys.platform != "linux" or not column:
+    if not column:
         return False
     numbers = [row.split()[column] for row in DENIED.split(",")]
     denied = " ".join(f"EQUAL 0 1 {number}, END 0 0 FAIL," for number in numbers if number != "-")
@@ -2706,14 +2493,13 @@ def confine(scratch):
 
 
 def die_with_parent():
-    if sys.platform == "linux":
-        system("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    system("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def max_processes():
     """The limit counts all of a user's processes and threads, so 64 more than the machine has."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/loadavg") as file:
-        return 64 + int(re.search(r"/(\d+)", file.read())[1])
+    with contextlib.suppress(OSError):
+        return 64 + int(re.search(r"/(\d+)", Path("/proc/loadavg").read_text())[1])
     return 64
 
 
@@ -2730,97 +2516,54 @@ def fork():
     os._exit(1)
 
 
-def spawn(function, descriptors, scratch, protections, timeout, memory_mb):
-    """A confined process that has these descriptors alone and calls the function; its pid."""
+def spawn(function, source, channels, folder, protections, timeout):
+    """A confined process that reads its job from `source`, keeps these channels alone and calls function(job,
+    *channels); its pid."""
+    select.select([source], [], [])
     pid = fork()
     if pid:
         return pid
     try:
         os.setsid()
         die_with_parent()
-        os.chdir(scratch)
+        job = marshal.loads(source.recv_bytes())
+        os.chdir(folder)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(3):
             os.dup2(null, descriptor)
-        for descriptor in set(range(3, 256)) - set(descriptors):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        for name, value in dict(
-            AS=memory_mb << 20, CPU=int(timeout) + 1, FSIZE=16 << 20, NOFILE=64, NPROC=max_processes(), CORE=0
-        ).items():
+        descriptors = sorted(channel.fileno() for channel in channels)
+        for low, high in itertools.pairwise([2, *descriptors, 256]):
+            os.closerange(low + 1, high)
+        limits = dict(
+            AS=512 << 20, CPU=int(timeout) + 2, FSIZE=16 << 20, NOFILE=64, NPROC=max_processes(), CORE=0
+        )
+        for name, limit in limits.items():
             with contextlib.suppress(ValueError, OSError):  # above what the user may have anyway, or macOS
-                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value + (name == "CPU")))
-        if confine(scratch) == protections:  # else this once the kernel refused: nothing runs unprotected
-            function()
+                resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+        if confine(folder) == protections:  # else this once the kernel refused: nothing runs unprotected
+            function(job, *channels)
     finally:
         os._exit(1)
 
 
-def cause_of_death(pid):
-    """Why a program no longer answers."""
-    time.sleep(0.05)  # it may be about to end
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    code = os.waitstatus_to_exitcode(status)
-    if not ended:
-        return "closed its pipe instead of answering"
-    if code >= 0:
-        return f"exited with code {code} instead of answering"
-    return "timed out" if -code == signal.SIGXCPU else f"killed by {signal.Signals(-code).name}"
-
-
-def keep(jobs, verdicts, scratch, protections):
-    """One problem: start its two processes, wait for the verdict, leave nothing behind. In a process of its
-    own, so that no program's memory holds another problem."""
-    die_with_parent()
-    program, timeout, memory_mb = marshal.loads(jobs.recv_bytes())
-    limits = (protections, timeout, memory_mb)
-    folder = os.path.join(scratch, "job")
-    os.makedirs(folder, exist_ok=True)
-    ours, theirs = Pipe()
-    # before the tests arrive, so that they are not in its memory
-    pids = [spawn(lambda: run_program(program, theirs), [theirs.fileno()], folder, *limits)]
-    theirs.close()
-    signature, tests = marshal.loads(jobs.recv_bytes())
-    verdict_in, verdict_out = os.pipe()
-    pids.append(
-        spawn(lambda: run_tests(tests, ours, verdict_out), [ours.fileno(), verdict_out], folder, *limits)
-    )
-    os.close(verdict_out)
-    verdict = b"-timed out"
-    if select.select([verdict_in], [], [], timeout)[0]:
-        verdict = os.read(verdict_in, 2048) or b"-the tests' process was killed"
-    if verdict == b"?":
-        verdict = b"-" + cause_of_death(pids[0]).encode()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            os.killpg(pid, signal.SIGKILL)  # the group: where seccomp is missing there may be children
-        with contextlib.suppress(OSError):
-            os.waitpid(pid, 0)
-    if os.listdir(folder):  # a shell removes a tree however deep and forbidding
-        clean = 'chmod -R u+rwx "$0"; rm -rf "$0"'
-        os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", clean, folder], {}), 0)
-    os.write(verdicts, signature + verdict)
-
-
 def is_open(folder, mode):
     """Whether everybody has these rights to a folder and to all those above it."""
-    folder = os.path.realpath(folder)
-    is_open_itself = os.stat(folder).st_mode & mode == mode
-    return is_open_itself and (folder == "/" or is_open(os.path.dirname(folder), mode))
+    path = Path(folder).resolve()
+    return all(part.stat().st_mode & mode == mode for part in (path, *path.parents))
 
 
-def serve(scratch):
-    """The server: fork a keeper for each problem on stdin, which comes in two messages: the program with its
-    limits; the tests."""
+def serve(scratch, timeout):
+    """The server: for each problem it starts two processes, each of which reads its own part of the job,
+    waits for the verdict, and leaves nothing behind. It reads no job itself, so that no program's memory
+    holds tests, nor another problem."""
     os.environ.clear()
     sys.path[:] = [folder for folder in sys.path if folder]  # never import from the scratch directory
-    jobs = Connection(os.dup(0), writable=False)
-    verdicts = os.dup(1)
+    programs = connection.Connection(0)
+    tests = connection.Connection(1)
     granted = []
     # root becomes nobody, if nobody can reach the standard library and the scratch directory
-    library = os.path.dirname(os.__file__)
-    above = os.path.dirname(scratch)
-    if os.geteuid() == 0 and is_open(library, 5) and is_open(above, 1):
+    is_reachable = is_open(os.path.dirname(os.__file__), 5) and is_open(os.path.dirname(scratch), 1)
+    if os.geteuid() == 0 and is_reachable:
         os.chown(scratch, 65534, 65534)
         os.setgroups([])
         os.setgid(65534)
@@ -2832,18 +2575,32 @@ def serve(scratch):
         os._exit(confine(scratch))
     bits = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     granted += ["Landlock"] * (bits & 1) + ["seccomp"] * (bits >> 1)
-    os.write(verdicts, b"ready" + ", ".join(granted).encode())
+    programs.send_bytes(", ".join(granted).encode())
     gc.freeze()  # forks share what is never looked at again
-    while True:
-        select.select([jobs], [], [])
-        pid = fork()
-        if pid == 0:
-            with contextlib.suppress(BaseException):
-                keep(jobs, verdicts, scratch, bits)
-                os._exit(0)
-            os._exit(1)
-        if os.waitpid(pid, 0)[1]:  # no more jobs; or a killed keeper, somewhere in the stream of jobs
-            os._exit(1)
+    folder = os.path.join(scratch, "job")
+    with contextlib.suppress(Exception):  # no more jobs; or a program that disturbs what is around it
+        while True:
+            os.makedirs(folder, exist_ok=True)
+            questions, answers = connection.Pipe()
+            verdicts, verdict = connection.Pipe()
+            pids = [
+                spawn(run_program, programs, [answers], folder, bits, timeout),
+                spawn(run_tests, tests, [questions, verdict], folder, bits, timeout)
+            ]
+            for channel in (questions, answers, verdict):
+                channel.close()
+            reply = verdicts.recv_bytes() if verdicts.poll(timeout) else b"-timed out"
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, signal.SIGKILL)  # the group: without seccomp there may be children
+                os.waitpid(pid, 0)
+            if os.listdir(folder):  # a shell removes a tree however deep and forbidding
+                clean = 'chmod -R u+rwx "$0"; rm -rf "$0"'
+                os.waitpid(os.posix_spawn("/bin/sh", ["sh", "-c", clean, folder], {}), 0)
+            if select.select([programs, tests], [], [], 0)[0]:  # a job that was not read would be the next
+                break
+            programs.send_bytes(reply)
+    os._exit(1)
 
 
 # The server runs from its functions' source in a bare interpreter: a fork costs under a millisecond there,
@@ -2854,17 +2611,15 @@ import ast, bisect, builtins, collections, contextlib, copy, ctypes, functools, 
 import json, marshal, math, operator, os, random, re, resource, select, signal, string, struct, sys, time
 import typing
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing import connection
+from pathlib import Path
 """
-LAUNCH = "serve(sys.argv[1])\n"
+LAUNCH = "serve(sys.argv[1], float(sys.argv[2]))\n"
 
 
 def server_source():
-    """This file from the sandbox's first class up to here."""
-    lines, start = inspect.getsourcelines(NotPlain)
-    source = inspect.getsource(sys.modules[__name__]).split("\n")
-    end = inspect.getsourcelines(serve)
-    return "\n".join([PRELOAD, *source[start - 1 : end[1] + len(end[0])], LAUNCH])
+    source = Path(__file__).read_text(encoding="utf-8")
+    return PRELOAD + source[source.index("\nclass NotPlain(") : source.index("\n# The server runs")] + LAUNCH
 
 
 class Verdict(NamedTuple):
@@ -2873,151 +2628,129 @@ class Verdict(NamedTuple):
 
 
 class Worker:
-    """One server and the problem it works on. Raises OSError, with the reason, if the server does not
-    start."""
+    """One server. Raises OSError, with the reason, if it does not start."""
 
-    def __init__(self, root):
-        self.errors = tempfile.TemporaryFile(dir=root)  # of the server and its keepers, never of a program
+    def __init__(self, root, timeout):
+        self.errors = tempfile.TemporaryFile(dir=root)  # of the server, never of a program
+        self.programs, stdin = connection.Pipe()
+        self.tests, stdout = connection.Pipe()
         # a fixed hash seed: the order of sets, and with it a sloppy program's verdict, is the same every time
         self.process = subprocess.Popen(
-            [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root)],
+            [sys.executable, "-S", "-s", "-c", server_source(), tempfile.mkdtemp(dir=root), str(timeout)],
             cwd="/",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=stdin,
+            stdout=stdout,
             stderr=self.errors,
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True
         )
-        self.jobs = Connection(os.dup(self.process.stdin.fileno()), readable=False)
-        self.signature = b"ready"
-        self.deadline = time.monotonic() + 120.0
-        select.select([self.process.stdout], [], [], 120.0)
-        self.protections = self.receive()
+        stdin.close()
+        stdout.close()
+        self.protections = self.exchange(120.0)
         if self.protections is None:
-            self.close()
-            raise OSError(f"the sandbox did not start: {self.error or 'it was killed, or took too long'}")
+            raise OSError(f"the sandbox did not start: {self.close() or 'it was killed, or took too long'}")
 
-    def send(self, index, job, timeout, memory_mb):
-        self.index = index
-        self.signature = os.urandom(16)
-        self.deadline = time.monotonic() + timeout + 30.0  # the keeper keeps time; this is for its own death
-        program, tests = job
-        with contextlib.suppress(BrokenPipeError):  # receive() finds out
-            self.jobs.send_bytes(marshal.dumps([program, timeout, memory_mb]))
-            self.jobs.send_bytes(marshal.dumps([self.signature, tests]))
-
-    def receive(self):
-        """The verdict (one write, one read), or None if there is none, the server has died or somebody else
-        wrote to its pipe."""
-        if not select.select([self.process.stdout], [], [], 0)[0]:
-            return None
-        message = os.read(self.process.stdout.fileno(), 1 << 16)
-        if message.startswith(self.signature):
-            return message[len(self.signature) :].decode("utf-8", "replace")
+    def exchange(self, seconds, *parts):
+        """Sends the parts of a job, if any; the server's answer, or None if it has died or takes longer."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            for channel, part in zip((self.programs, self.tests), parts):
+                channel.send_bytes(marshal.dumps(part))
+            if self.programs.poll(seconds):
+                return self.programs.recv_bytes().decode("utf-8", "replace")
 
     def close(self):
+        """Ends it; returns its last words, the reason if it has failed."""
         self.process.kill()  # its children die with it
         self.process.wait()
         self.errors.seek(0)
-        self.error = self.errors.read().decode("utf-8", "replace").strip().split("\n")[-1]  # its last words
-        for channel in (self.process.stdin, self.process.stdout, self.jobs, self.errors):
+        words = self.errors.read().decode("utf-8", "replace").strip()
+        for channel in (self.errors, self.programs, self.tests):
             channel.close()
+        return words.split("\n")[-1]
 
 
 def job_of(problem, completion):
-    """(program, tests) from a problem in HumanEval's or MBPP's fields. Raises ValueError naming what is
-    missing."""
+    """(program, (prompt, names of the program's functions, tests)) from a problem in HumanEval's or MBPP's
+    fields. Raises ValueError naming what is missing."""
     if "test_list" in problem:
-        setup = "\n".join([*problem.get("test_imports", []), problem.get("test_setup_code") or ""])
-        return completion + "\n", dict(
-            prompt="", setup=setup, entry_point=None, test="\n".join(problem["test_list"])
-        )
-    for name in ("prompt", "entry_point", "test"):
-        if name not in problem:
-            raise ValueError(
-                f"problem {problem.get('task_id', '?')} has no {name!r}: it needs prompt, entry_point and "
-                f"test, or test_list"
-            )
-    return problem["prompt"] + completion + "\n", {
-        "setup": "",
-        **{name: problem[name] for name in ("prompt", "entry_point", "test")}
-    }
+        setup = [*problem.get("test_imports", []), problem.get("test_setup_code") or ""]
+        tests = "\n".join([*setup, *problem["test_list"]])
+        # what is called and no builtin; what the tests define themselves takes its place again
+        names = set(re.findall(r"\w+(?=\()", tests)) - set(dir(builtins))
+        return completion + "\n", ("", sorted(names), tests)
+    try:
+        prompt, name, tests = [problem[field] for field in ("prompt", "entry_point", "test")]
+    except KeyError as error:
+        raise ValueError(
+            f"problem {problem.get('task_id', '?')} has no {error}: it needs prompt, entry_point and test, "
+            "or test_list"
+        ) from None
+    return f"{prompt}{completion}\n", (prompt, [name], f"{tests}\ncheck({name})\n")
 
 
-def judge_all(pairs, timeout=5.0, memory_mb=512, workers=None, progress=None):
+def judge_all(pairs, timeout=5.0, workers=None):
     """Run each (problem, completion) of `pairs` against the problem's tests; a list of Verdicts in the same
     order.
 
     timeout    seconds for one problem, wall clock: definitions, tests and answers together
-    memory_mb  address space of each process, MiB
     workers    problems at once, default: one per core
-    progress   called with 1 after each verdict (tqdm's update)
 
     The tests see the program's functions only, called with plain data (None, bool, int, float, complex, str,
     bytes, list, tuple, dict, set, frozenset, range; iterators in results), by value: what a function does to
-    its arguments does not show. Programs have the standard library, threads, an empty environment and an
-    empty current directory, and no terminal. """
-    if timeout <= 0 or memory_mb < 64:
-        raise ValueError(
-            f"timeout must be above 0 seconds and memory_mb at least 64, not {timeout} and {memory_mb}"
-        )
+    its arguments does not show. Programs have the standard library, 512 MiB in each process, threads, an
+    empty environment and an empty current directory, and no terminal. """
     jobs = [job_of(*pair) for pair in pairs]
-    results = [None] * len(jobs)
-    waiting = list(range(len(jobs)))[::-1]
-    workers = workers or os.cpu_count() or 1
-    died = set()
+    started = []
     idle = []
-    busy = []
+    is_over = threading.Event()
+
+    def start():
+        worker = Worker(root, timeout)
+        started.append(worker)
+        idle.append(worker)
+
+    def judge(job):
+        for _ in range(2):  # once may be an accident: the problem is not guilty
+            worker = idle.pop()
+            verdict = worker.exchange(timeout + 30.0, *job)  # the server keeps time; this is for its death
+            if verdict:
+                idle.append(worker)
+                return Verdict(verdict[0] == "+", verdict[1:])
+            if is_over.is_set():
+                return
+            started.remove(worker)
+            error = worker.close()
+            start()
+        if error:
+            raise OSError(f"the sandbox failed: {error}")
+        return Verdict(False, "killed or disturbed the sandbox itself, twice")
+
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as root:
         os.chmod(root, 0o711)  # a worker that is nobody must reach its own directory
+        try:  # all of them before the first program runs, which could write to the pipes that Popen uses
+            while len(started) < min(workers or data.n_cores(), len(jobs)):
+                start()
+        except OSError as error:
+            if not started:
+                raise
+            print(f"{error}; {len(started)} workers go on", file=sys.stderr)  # no room for more
+        pool = ThreadPoolExecutor(max(1, len(started)))
         try:
-            while waiting or busy:
-                while waiting and len(busy) < workers:
-                    try:
-                        busy.append(idle.pop() if idle else Worker(root))
-                    except OSError as error:
-                        if not busy:
-                            raise
-                        workers = len(busy)  # the machine has no room for more
-                        print(f"{error}; {workers} of its workers go on", file=sys.stderr)
-                        break
-                    index = waiting.pop()
-                    busy[-1].send(index, jobs[index], timeout, memory_mb)
-                patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = select.select([worker.process.stdout for worker in busy], [], [], patience)[0]
-                for worker in [w for w in busy if w.process.stdout in ready or w.deadline < time.monotonic()]:
-                    busy.remove(worker)
-                    verdict = worker.receive()
-                    if verdict is None:
-                        worker.close()
-                        if worker.index not in died:  # once may be an accident: the problem is not guilty
-                            died.add(worker.index)
-                            waiting.append(worker.index)
-                            continue
-                        if worker.error:
-                            raise OSError(f"the sandbox failed: {worker.error}")
-                        verdict = "-killed or disturbed the sandbox itself, twice"
-                    else:
-                        idle.append(worker)
-                    results[worker.index] = Verdict(verdict[0] == "+", verdict[1:])
-                    if progress:
-                        progress(1)
+            return list(pool.map(judge, jobs))
         finally:
-            for worker in busy + idle:
+            is_over.set()
+            for worker in started:
+                worker.process.kill()
+            pool.shutdown(cancel_futures=True)
+            for worker in started:
                 worker.close()
-    return results
-
-
-def judge(problem, completion, timeout=5.0, memory_mb=512):
-    """One Verdict; see judge_all, which is much faster for many."""
-    return judge_all([(problem, completion)], timeout, memory_mb, 1)[0]
 
 
 def protections():
     """What this machine's kernel grants the sandbox, in words."""
     with tempfile.TemporaryDirectory(prefix="sandbox-") as root:
         os.chmod(root, 0o711)
-        worker = Worker(root)
+        worker = Worker(root, 1.0)
         worker.close()
     return worker.protections or (
         "resource limits alone: this kernel grants neither Landlock nor seccomp. Run it in a container, "
@@ -3030,124 +2763,180 @@ def protections():
 # The command
 
 
-def write_output(path, records, is_finished, as_json=True):
-    """Write records, or lines of text, to `path` if is_finished() once they are there, else to
-    `path`.partial.
+def write_output(path, records, is_finished, write=data.write_jsonl):
+    """Write records to `path` if is_finished() once they are there, else to `path`.partial; `write` takes a
+    path and records and returns how many there were.
 
     So more is never replaced by less: a stopped run leaves `path` as it is, and a `path`.partial that is
     larger. No records are no file. Each is written aside and appears whole. Returns the path that was
     written, or None. """
-    partial = f"{path}.partial"
-    folder, name = os.path.split(path)
-    scratch = os.path.join(folder, f".{os.getpid()}-{name}")  # ends alike, so that .gz is compressed
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    scratch = path.with_name(f".{os.getpid()}-{path.name}")  # ends alike, so that .gz is compressed
     try:
-        if as_json:
-            count = data.write_jsonl(scratch, records)
-        else:
-            os.makedirs(folder or ".", exist_ok=True)
-            with open(scratch, "w", encoding="utf-8") as file:
-                count = file.write("".join(record + "\n" for record in records))
-                file.flush()
-                os.fsync(file.fileno())
-        more_before = os.path.exists(partial) and os.path.getsize(partial) > os.path.getsize(scratch)
-        is_done = is_finished()
-        if not count or more_before and not is_done:
+        count = write(scratch, records)
+        is_less = partial.exists() and partial.stat().st_size > scratch.stat().st_size
+        target = path if is_finished() else partial
+        if not count or is_less and target == partial:
             return None
-        target = path if is_done else partial
         os.replace(scratch, target)
-        if is_done and not more_before:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+        if target == path and not is_less:
+            partial.unlink(missing_ok=True)
         return target
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(scratch)
+        scratch.unlink(missing_ok=True)
 
 
-def parse_levels(text):
+def write_tree(path, records):
+    """Topics as indented text, the inverse of read_tree; returns how many lines."""
+    lines = []
+    before = []
+    for record in records:
+        topic = record["text"].split(" > ")
+        depth = len(os.path.commonprefix([before, topic]))
+        lines += ["  " * i + name + "\n" for i, name in enumerate(topic[depth:], depth)]
+        before = topic
+    with data.atomic_path(path) as new:
+        new.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+def chain_lengths(text):
     """ "2-6" or "1,2,3,3,4" as a tuple of chain lengths (a length named twice is drawn twice as often)."""
     levels = []
     for part in text.split(","):
         low, _, high = part.partition("-")
-        if not re.fullmatch(r"\d+(-\d+)?", part) or not 1 <= int(low) <= int(high or low) <= 12:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: write chain lengths from 1 to 12 such as 2-6 or 1,2,3,3,4"
-            )
         levels += range(int(low), int(high or low) + 1)
+    if not levels or not 1 <= min(levels) <= max(levels) <= 12:
+        raise argparse.ArgumentTypeError(f"{text}: write lengths from 1 to 12 such as 2-6 or 1,2,3,3,4")
     return tuple(levels)
 
 
-OPTIONS = table("""
---count | 10000 | records to write; leaves of topics
---seed | 0 | of all that is drawn
---plain | off | ask without the drawn variety, to compare the report's diversity
---revise | off | have each answer criticized and written again by its teacher: three times the price
---votes | 0 | exercises: other solutions to ask for, of which most must pass the tests
---repeat | 1 | label: times each document is graded; the agreement is printed
---samples | 2 | preferences: answers to each question
---dry-run | off | print a question, the settings drawn from and the highest cost; ask nobody
---concurrency | 32 | questions in flight
---temperature | 1.0 | of the answers
---max-answer | 2048 | longest answer, tokens
---max-chars | 12000 | how much of a document a teacher sees, characters
---timeout | 300.0 | longest silence of a teacher, seconds; what it may have written then counts as paid
---patience | 3600.0 | how long to wait where no teacher answers, seconds
---backoff | 1.0 | a teacher's rest after a failure, seconds, doubled after each further one up to a minute
---max-attempts | 3 | answers to buy to one question where they are of no use
---max-tokens | 0 | budget for this --out, with all earlier runs; 0: none
---max-usd | 0.0 | budget for this --out, with all earlier runs, by the teachers' @IN/OUT; 0: none
---min-chars | 0 | shortest record, characters; 0: 400 for textbooks, else 20
---min-grade | 3.0 | lowest grade of --judge to keep, 0 to 5
-""")  # name | default, whose type is the option's; "off" is a flag | help
+TASKS = {
+    "exercises": Task(
+        EXERCISE_PROMPT,
+        draw_exercise_seeds,
+        read_exercise,
+        (uses_its_constructs, solution_passes, tests_find_slips),
+        builtin_exercise,
+        EXERCISE_VARIETY
+    ),
+    "textbooks": Task(
+        TEXTBOOK_PROMPT,
+        draw_textbook_seeds,
+        read_text,
+        (stands_alone, gives_reasons, uses_its_words, code_runs),
+        builtin_page,
+        TEXTBOOK_VARIETY
+    ),
+    "label": Task(
+        LABEL_PROMPT, no_seeds, read_score, (), lambda number, seeds, args: builtin_label(seeds["text"])
+    ),
+    "rewrite": Task(REWRITE_PROMPT, draw_rewrite_seeds, read_rewrite),
+    "chat": Task(CHAT_PROMPT, draw_chat_seeds, read_chat, (), builtin_chat, CHAT_VARIETY),
+    "safety": Task(SAFETY_PROMPT, draw_safety_seeds, read_safety),
+    "preferences": Task(COMPARE_PROMPT, no_seeds, read_choice, (some_pass_tests,), own_solution),
+    "topics": Task(TOPICS_PROMPT, no_seeds, read_topics)
+}
+
+EXAMPLES = """examples:
+  python synth.py exercises --split test --k 2-6 --count 600 --out data/test.jsonl
+  python synth.py label crawl.jsonl --count 2000 --teacher http://localhost:8000/v1#phi
+  python synth.py textbooks --revise --teacher https://example.com/v1#large@0.5/2 --max-usd 20
+"""
+
+# Option and what it takes: N whole, X any number | default; "off" is a flag | help
+OPTIONS = """
+what is written
+--count N | 10000 | records; leaves of topics
+--out FILE | | JSON Lines, .gz to compress [data/KIND.jsonl]
+--seed N | 0 | of all that is drawn
+--topics FILE | | topics to draw from, as `synth.py topics` writes
+--plain | off | ask without the drawn variety, to compare diversity
+--dry-run | off | show a question and the highest cost; ask nobody
+--split SPLIT | train | built-in: train, dev or test compositions
+--k K | 1-4 | built-in: operations, as 2-6 or 1,2,3,3,4
+
+who is asked
+--teacher URL#MODEL | | [builtin]; =3 at its end: three times as often, @0.5/2:
+    USD a million tokens read/written. The key for api.example.com is in SYNTH_KEY_API_EXAMPLE_COM
+--judge URL#MODEL | | teachers who grade records and compare answers
+--temperature X | 1.0 | of the answers
+--max-answer N | 2048 | longest answer, tokens
+--max-chars N | 12000 | how much of a document is shown
+--api API | chat | preferences: chat or completions
+
+how good it must be
+--revise | off | each answer is criticized and written again
+--votes N | 0 | exercises: other solutions, most of which must pass
+--repeat N | 1 | label: grades of each document
+--samples N | 2 | preferences: answers to each question
+--max-attempts N | 3 | answers to buy where they are of no use
+--min-chars N | 0 | shortest record [400 for textbooks, else 20]
+--min-grade X | 3.0 | lowest grade of --judge to keep, 0 to 5
+--against PATH | | benchmarks of which no record may hold a part
+
+what it may take
+--max-usd X | 0.0 | for this --out, with earlier runs; 0: no limit
+--max-tokens N | 0 | for this --out, with earlier runs; 0: no limit
+--concurrency N | 32 | questions in flight
+--timeout X | 300.0 | a teacher's silence, s; then paid at worst
+--patience X | 3600.0 | wait where no teacher answers, s
+--backoff X | 1.0 | a teacher's rest after a failure, s; doubles
+"""
 
 
 def parse_arguments():
-    parser = data.Parser(prog="synth.py", description=__doc__)
-    option = parser.option
-    kinds = (*TASKS, "preferences", "topics", "sandbox")
-    parser.add_argument("kind", nargs="?", choices=kinds, default="exercises",
-                        help="what to write; sandbox: say what contains the code that is run")
+    parser = data.Parser(
+        prog="synth.py",
+        usage="synth.py [KIND] [FILE ...] [options]",
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES
+    )
+    parser.add_argument("kind", nargs="?", choices=[*TASKS, "sandbox"], default="exercises", metavar="KIND",
+                        help=f"{', '.join(TASKS)}; sandbox: what contains code")
     parser.add_argument("file", nargs="*", metavar="FILE",
-                        help="documents (.jsonl, text, code, folders, `python`) to label, rewrite or "
-                        "build on; problems or questions for preferences; topics to grow")
-    option("--teacher", ["builtin"],
-           "who writes: builtin or URL#MODEL of an OpenAI-compatible API, after it =WEIGHT where there are "
-           "several and @IN/OUT for USD a million tokens read and written; the key from the environment: "
-           "SYNTH_KEY_ and the host in capitals, _ for other signs", nargs="+", type=Teacher)
-    option("--judge", [], "teachers who grade records, and compare answers", nargs="+", type=Teacher)
-    option("--out", None, "JSON Lines, .gz to compress, - for standard output (default: data/KIND.jsonl)")
-    option("--workers", os.cpu_count() or 1, "processes", type=data.number(int, 1))
-    option("--split", "train", "builtin: which compositions to draw", choices=("train", "dev", "test"))
-    option("--k", "1-4", "builtin: operations in a problem, such as 2-6 or 1,2,3,3,4", type=parse_levels)
-    option("--topics", None, "indented text file of topics to draw from, as `synth.py topics` writes it")
-    option("--api", "chat", "preferences: how problems are put; completions suits models that continue text",
-           choices=("chat", "completions"))
-    option("--against", [], "benchmarks of which no record may hold a part", nargs="+")
-    for name, (default, text) in OPTIONS.items():
-        if default == "off":
-            option(name, False, text, action="store_true")
-        else:
-            kind = float if "." in default else int
-            option(name, kind(default), text, type=data.number(kind, int(kind is int and default != "0")))
+                        help="documents (.jsonl, text, code, folders, `python`), questions, topics")
+    for block in OPTIONS.strip().split("\n\n"):
+        title, _, rows = block.partition("\n")
+        group = parser.add_argument_group(title)
+        for option, (default, text) in table(rows).items():
+            name, _, metavar = option.partition(" ")
+            if default == "off":
+                group.add_argument(name, action="store_true", help=text)
+                continue
+            whole = data.number(int, int(default != "0"))
+            types = {"N": whole, "X": data.number(float, 0), "K": chain_lengths, "URL#MODEL": Teacher}
+            group.add_argument(
+                name,
+                metavar=metavar,
+                default=default or None,
+                type=types.get(metavar),
+                choices={"SPLIT": ("train", "dev", "test"), "API": ("chat", "completions")}.get(metavar),
+                nargs="+" if metavar in ("URL#MODEL", "PATH") else None,
+                help=text + f" [{default}]" * (default not in ("", "0", "0.0"))
+            )
     args = parser.parse_intermixed_args()
-    args.teacher = [Teacher(t) if isinstance(t, str) else t for t in args.teacher]
-    args.min_chars = args.min_chars or (400 if args.kind == "textbooks" else 20)
-    args.is_builtin = not any(teacher.url for teacher in [*args.teacher, *args.judge])
-    if args.kind in ("label", "rewrite", "preferences") and not args.file:
-        raise ValueError(f"{args.kind} needs documents or questions, such as python or pages.jsonl")
-    if args.is_builtin and (
-        args.kind in ("rewrite", "safety", "topics")
-        or args.file
-        and args.kind not in ("label", "preferences")
-    ):
+    kind = args.kind
+    args.teacher = args.teacher or [Teacher("builtin")]
+    args.judge = args.judge or []
+    args.out = args.out or f"data/{kind}.{'txt' if kind == 'topics' else 'jsonl'}"
+    args.min_chars = args.min_chars or {"textbooks": 400, "label": 1}.get(kind, 20)
+    teachers = args.teacher + args.judge
+    args.is_builtin = not any(teacher.url for teacher in teachers)
+    if kind in ("label", "rewrite", "preferences") and not args.file:
+        raise ValueError(f"{kind} needs documents or questions, such as python or pages.jsonl")
+    reads_no_file = args.file and kind not in ("label", "preferences")
+    if args.is_builtin and kind != "sandbox" and (reads_no_file or not TASKS[kind].fallback):
         raise ValueError(
-            f"the built-in teacher reads no documents and writes no {args.kind} of them; give --teacher "
-            f"URL#MODEL"
+            f"the built-in teacher reads no documents and writes no {kind} of them; give --teacher URL#MODEL"
         )
-    if args.max_usd and not any(sum(teacher.prices) for teacher in [*args.teacher, *args.judge]):
+    if args.max_usd and not any(sum(teacher.prices) for teacher in teachers):
         raise ValueError(
             "--max-usd needs prices: --teacher URL#MODEL@0.5/2 for USD a million tokens read and written"
         )
+    if args.dry_run and kind in ("preferences", "topics"):
+        raise ValueError(f"--dry-run shows no question of {kind}: they depend on answers")
     return args
 
 
@@ -3156,9 +2945,8 @@ def read_items(args):
     if not args.file or args.kind == "topics":
         return None
     if args.kind == "preferences":
-        items = [record for file in args.file for record in data.read_jsonl(file)]
-        needs = ("test",) if args.is_builtin else ("prompt", "messages", "text")
-        items = [record for record in items if any(name in record for name in needs)]
+        needs = {"test"} if args.is_builtin else {"prompt", "messages", "text"}
+        items = [record for file in args.file for record in data.read_jsonl(file) if needs & record.keys()]
     else:
         items = sample_documents(args.file, args.count, args.seed)
         if args.kind == "exercises":
@@ -3172,110 +2960,72 @@ def read_items(args):
 
 
 def read_topics_file(path):
-    with open(path, encoding="utf-8") as file:
-        leaves = read_tree(file.read())
+    """The leaves of a file of topics, or of TOPICS."""
+    text = Path(path).read_text(encoding="utf-8") if path else re.sub(r": |; ", "\n    ", TOPICS)
+    leaves = read_tree(text)
     if not leaves:
         raise ValueError(f"{path} has no topics; write some, a line each, indented below what they belong to")
     return leaves
 
 
-def dry_run(args, kind, items, topics):
+def dry_run(args):
     """Print a question, the settings and the highest cost."""
-    question = prepare(args, kind, 0, items and items[0], topics)[1]
-    n = args.count if items is None else len(items)
+    question = prepare(args, 0, args.items and args.items[0])[1]
+    n = args.count if args.items is None else len(args.items)
     read = n * len(question) // 4
     written = n * args.max_answer
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
-    if kind in ("textbooks", "exercises") and not items:
-        print(f"{count_settings(kind, topics):.1e} settings to draw from, such as\n")
-    print(
-        f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
-        f"written, at most {usd:,.2f} USD"
-    )
-
-
-def records_of(args, run, gates, items, topics):
-    """The records, as they come."""
-    kind = args.kind
-    if kind == "topics":
-        return ({"text": line} for line in write_tree(grow_topics(run, topics)))
-    if args.is_builtin and not (args.judge or args.against):
-        if kind == "label":
-            grades = data.parallel(lambda document: grade(document["text"]), items, args.workers, "label")
-            return (
-                {**item, "score": score, "reason": reason, "teacher": "builtin"}
-                for item, (score, reason) in zip(items, grades)
-            )
-        if kind in ("exercises", "textbooks"):
-            return draw_many(kind, args.count, args.split, args.k, args.seed, args.workers)
-    return produce(run, gates, kind, items, topics)
+    if args.kind in ("textbooks", "exercises") and not args.items:
+        print(f"{count_settings(args):.1e} settings to draw from, such as\n")
+    print(f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
+          f"written, at most {usd:,.2f} USD")
 
 
 def main():
-    from tqdm import tqdm
-
     args = parse_arguments()
     kind = args.kind
     if kind == "sandbox":
         print(f"on: {protections()}")
         return
-    start = time.time()
-    path = args.out or f"data/{kind}.{'txt' if kind == 'topics' else 'jsonl'}"
-    items = read_items(args)
-    topics_file = args.file[0] if args.file and kind == "topics" else args.topics
-    topics = read_topics_file(topics_file) if topics_file else read_tree(re.sub(r": |; ", "\n    ", TOPICS))
-    if args.dry_run and kind in TASKS:
-        dry_run(args, kind, items, topics)
+    args.items = read_items(args)
+    args.topics = read_topics_file(args.file[0] if args.file and kind == "topics" else args.topics)
+    if args.dry_run:
+        dry_run(args)
         return
-    if (
-        kind in ("exercises", "textbooks", "preferences")
-        and not args.is_builtin
-        and "seccomp" not in protections()
-    ):
+    if TASKS[kind].gates and not args.is_builtin and "seccomp" not in protections():
         print(f"synth.py: a teacher's code will run with {protections()}", file=sys.stderr)
-    run = Run(args, None if args.is_builtin else f"{f'data/{kind}' if path == '-' else path}.paid.jsonl")
-    gates = Gates(run, kind)
-    total = args.count if items is None else len(items)
+    run = Run(args, None if args.is_builtin else f"{args.out}.paid.jsonl")
+    gates = Gates(run)
+    write = data.write_jsonl
+    if kind == "topics":
+        records = ({"text": leaf} for leaf in grow_topics(run))
+        write = write_tree
+    elif kind in ("exercises", "textbooks") and args.is_builtin and not (args.judge or args.against):
+        records = draw_many(kind, args.count, args.split, args.k, args.seed)
+    else:
+        records = produce(run, gates)
+    texts = []  # the first ones, for the report
     scores = []
-    sizes = []
 
-    def counted():
-        for record in tqdm(
-            records_of(args, run, gates, items, topics), total=total, disable=None, desc=kind, unit=""
-        ):
-            text = content_of(record)
-            sizes.append(len(text))
-            gates.texts += [text] * (len(sizes) <= 2000)
-            scores.append(record.get("scores", [record.get("score", 0)]))
+    def written():
+        total = args.count if args.items is None else len(args.items)
+        for record in data.tqdm(records, kind, total, disable=None, unit=""):
+            texts.append(content_of(record) if len(texts) < 2000 else "")
+            if "score" in record:
+                scores.append(record.get("scores", [record["score"]]))
             yield {name: value for name, value in record.items() if name not in INTERNAL}
 
-    rows = (record["text"] for record in counted()) if kind == "topics" else counted()
-    if path == "-":
-        for row in rows:
-            print(row if kind == "topics" else json.dumps(row))
-    else:
-        output = write_output(path, rows, lambda: not run.stopped, as_json=kind != "topics")
-        summary = f"{output or 'not written'}: {len(sizes):,} {kind}, "
-        if kind == "label":
-            by_score = Counter(round(sum(row) / len(row)) for row in scores)
-            summary += "".join(f"score {score}: {by_score[score]:,}, " for score in range(6)) + agreement(
-                [row[:2] for row in scores if row[1:]]
-            )
-        seconds = time.time() - start
-        print(
-            f"{summary}{sum(sizes):,} characters, in {seconds:.1f} s, {60 * len(sizes) / seconds:,.0f} a "
-            f"minute"
-        )
-        gates.report()
+    output = write_output(args.out, written(), lambda: not run.stopped, write)
+    print(f"{output or 'not written'}: {len(texts):,} {kind}")
+    report(run, gates, texts, scores)
     if run.stopped:
-        hint = "" if path == "-" else f"; {path} was not changed"
-        if os.path.exists(f"{path}.partial"):
-            hint += f", what there is lies in {path}.partial"
-        if run.ledger.path:
-            hint += f"; the same command goes on, and pays for no answer twice ({run.ledger.path})"
-        print(f"synth.py: {run.stopped}{hint}", file=sys.stderr)
+        print(
+            f"synth.py: {run.stopped}; {args.out} was not changed; the same command goes on, and pays for no "
+            "answer twice",
+            file=sys.stderr
+        )
         raise SystemExit(run.exit_code)
-    if not sizes:
+    if not texts:
         raise ValueError("no record was of use, and nothing was written; see above why, and ask otherwise")
 
 

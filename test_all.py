@@ -6,6 +6,7 @@ lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M
 compares a real released model with transformers.
 """
 
+import argparse
 import base64
 import builtins
 import collections
@@ -58,7 +59,7 @@ import sample
 import synth
 import train
 from model import Config, Model, Tokenizer
-from synth import judge, judge_all, pack, unpack
+from synth import judge_all, pack, unpack
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # SIGINT as a child may find it: as in a terminal, or ignored, as after `&` and in some CI
@@ -4318,6 +4319,12 @@ LINUX = sys.platform == "linux"
 GRANTED = synth.protections() if LINUX else ""
 CONTAINED = "Landlock" in GRANTED and "seccomp" in GRANTED
 
+
+
+def judge(problem, completion, timeout=5.0):
+    return judge_all([(problem, completion)], timeout, 1)[0]
+
+
 FORGERIES = {
     "exit": "    import sys; sys.exit(0)\n",
     "hard exit": "    import os; os._exit(0)\n",
@@ -4561,7 +4568,7 @@ def test_limits():
     assert [v.reason for v in verdicts[:4]] == [
         "timed out",
         "timed out",
-        "out of memory",
+        "raised MemoryError:",
         "gave broken data, or more than 16 MB",
     ]
     assert verdicts[5].reason == "timed out", (
@@ -4571,8 +4578,6 @@ def test_limits():
     assert not judge(
         dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0
     ).passed
-    with pytest.raises(ValueError, match="timeout"):
-        judge(ADD, "", timeout=0)
 
 
 def test_clean_environment():
@@ -4626,7 +4631,7 @@ def test_interrupted(number, code, inherited, scratch):
         stderr=subprocess.DEVNULL,
         preexec_fn=inherit(inherited),
     )
-    wait_until(lambda: len(processes(scratch)) >= 8, process)  # two of each: server, keeper, tests, program
+    wait_until(lambda: len(processes(scratch)) >= 6, process)  # two of each: server, tests, program
     process.send_signal(number)
     assert process.wait(30) == code
     assert gone(scratch) and (number == signal.SIGKILL or not os.listdir(scratch))
@@ -4655,11 +4660,8 @@ def test_killed_worker_is_replaced(scratch):
 def test_humaneval():
     with gzip.open(HUMANEVAL, "rt") as f:
         problems = [json.loads(line) for line in f]
-    count = []
-    verdicts = judge_all([(p, p["canonical_solution"]) for p in problems], progress=count.append)
-    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == [] and sum(count) == len(
-        problems
-    )
+    verdicts = judge_all([(p, p["canonical_solution"]) for p in problems])
+    assert [p["task_id"] for p, v in zip(problems, verdicts) if not v.passed] == []
     for body in ("    return None\n", "    return 0\n"):
         assert sum(v.passed for v in judge_all([(p, body) for p in problems])) <= 2, body
 
@@ -4835,6 +4837,10 @@ def records(path):
     return list(data.read_jsonl(path))
 
 
+def reason_to_reject(read, answer):
+    return synth.read_or_reason(read, answer)[1]
+
+
 def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path):
     def answer(question, n):
         kinds = {
@@ -4953,6 +4959,18 @@ def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_pat
         told += run_synth(tmp_path, f"chat --teacher {spec}", code=2, env=env)
     files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
     assert secret not in told + files
+
+
+def test_what_a_teacher_is_written_as():
+    teacher = synth.Teacher("https://api.example.com:8443/v1/#org/large:free=.5@0.5/2")
+    assert teacher.name == "https://api.example.com:8443/v1/#org/large:free"
+    assert (teacher.url, teacher.model) == ("https://api.example.com:8443/v1", "org/large:free")
+    assert teacher.weight == 0.5 and teacher.cost(1000, 500)["usd"] == (1000 * 0.5 + 500 * 2) / 1e6
+    assert synth.Teacher("http://[::1]:8000/v1#phi").url == "http://[::1]:8000/v1"
+    assert synth.Teacher("http://localhost#phi=3").weight == 3 and not synth.Teacher("builtin=3").url
+    for spec in ("http://h/v1", "h/v1#m", "http://u:p@h/v1#m", "http://u@h/v1#m", "http://h/v1#", "builtin=0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="URL#MODEL"):
+            synth.Teacher(spec)
 
 
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
@@ -5124,7 +5142,7 @@ def test_repeated_labels_report_their_agreement(teacher, tmp_path):
 def test_agreement_by_hand():
     assert (
         synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)])
-        == "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27, "
+        == "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27"
     )
 
 
@@ -5145,7 +5163,7 @@ def test_agreement_by_hand():
 )
 def test_scores_are_read(answer, score):
     if score is None:
-        assert synth.reason_to_reject(synth.read_score, answer) == "no score"
+        assert reason_to_reject(synth.read_score, answer) == "no score"
     else:
         assert synth.read_score(answer)["score"] == score
 
@@ -5161,7 +5179,7 @@ def test_scores_are_read(answer, score):
     ],
 )
 def test_choices_are_read(answer, choice):
-    assert synth.reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
+    assert reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
     assert not choice or synth.read_choice(answer) == choice
 
 
@@ -5179,7 +5197,7 @@ def test_choices_are_read(answer, choice):
     ],
 )
 def test_refusals_are_told_from_figures_of_speech(answer, refuses):
-    assert (synth.reason_to_reject(synth.read_text, answer) == "refusal") == refuses
+    assert (reason_to_reject(synth.read_text, answer) == "refusal") == refuses
 
 
 def test_fences_of_every_kind_pair():
@@ -5243,7 +5261,7 @@ def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
 
 def gate(function, **record):
     """Whether a gate lets one record through."""
-    return function([record], 1)[0]
+    return function([record])[0]
 
 
 def test_tests_of_fixed_points_are_refused():
@@ -5291,8 +5309,8 @@ def test_required_and_forbidden_constructs():
 
 
 def test_gates_of_pages():
-    args = SimpleNamespace(teacher=[], judge=[], against=[], workers=1, min_chars=60, max_tokens=0, max_usd=0)
-    gates = synth.Gates(synth.Run(args), "textbooks")
+    args = SimpleNamespace(kind="textbooks", judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
+    gates = synth.Gates(synth.Run(args))
     good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
     good += "    print({})\n"
     good += "```\nA common mistake is an endless loop.\n"
@@ -5315,12 +5333,12 @@ def test_gates_of_pages():
     passed = gates([{"text": text} for text in texts.values()])
     assert [r["text"] for r in passed] == [texts["good"], mistake]
     assert {name: count["entered"] - count["left"] for name, count in gates.counts.items()} == {
-        "60 characters or more": 1,
-        "stands alone": 2,
-        "gives reasons": 1,
-        "uses its words": 0,
-        "code runs": 2,
-        "no near-duplicate": 1,
+        "long_enough": 1,
+        "stands_alone": 2,
+        "gives_reasons": 1,
+        "uses_its_words": 0,
+        "code_runs": 2,
+        "no_near_duplicate": 1,
     }
     assert gate(synth.uses_its_words, text="Apples and rivers run.", words="apple, river, stone")
     assert not gate(synth.uses_its_words, text="Apples run.", words="apple, river, stone")
@@ -5443,7 +5461,7 @@ def test_rewritings_keep_facts():
         ("Somebody once built a machine.", "loses facts"),
     ):
         assert (
-            synth.reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
+            reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
         )
 
 
@@ -5539,7 +5557,7 @@ def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher, tmp_pat
 
 def test_seeds_vary_and_fit():
     rng = random.Random(0)
-    topics = synth.read_tree(re.sub(r": |; ", "\n    ", synth.TOPICS))
+    topics = synth.read_topics_file(None)
     assert len(synth.WORDS) >= 3000 and len(set(synth.WORDS)) == len(synth.WORDS) and len(topics) > 100
     seeds = [synth.draw_textbook_seeds(rng, topics) for _ in range(300)]
     assert len({str(s) for s in seeds}) == 300
@@ -5588,6 +5606,14 @@ def test_the_decoding_benchmark_lets_every_text_go_on():
     assert len(answers) == 30 and set(answers) == {None}
 
 
+def test_help_fits_two_screens_and_ends_in_examples(tmp_path):
+    told = run_synth(tmp_path, "-h", env={"COLUMNS": "80"})
+    options, examples = told.split("\nexamples:\n")
+    assert told.count("\n") <= 60 and examples.count("  python synth.py ") == 3 == examples.count("\n")
+    names = [option.split()[0] for option in synth.OPTIONS.split("\n") if option.startswith("--")]
+    assert len(names) > 25 and all(f"\n  {name}" in options for name in names)
+
+
 def test_a_long_document_is_graded_in_no_time():
     length = "is of a page's length"
     assert length in synth.grade("word " * 4000)[1] and length in synth.grade("a" * 60)[1]
@@ -5597,14 +5623,12 @@ def test_a_long_document_is_graded_in_no_time():
     )  # its pattern once tried every way to cut words
 
 
-def test_topics_are_merged_and_survive_editing():
+def test_topics_are_merged_and_survive_editing(tmp_path):
     assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
     tree = "a\n    b\n    c\n        d\n\ne\n"
-    assert (
-        synth.read_tree(tree)
-        == ["a > b", "a > c > d", "e"]
-        == synth.read_tree("\n".join(synth.write_tree(synth.read_tree(tree))))
-    )
+    leaves = synth.read_tree(tree)
+    synth.write_tree(tmp_path / "t.txt", [{"text": leaf} for leaf in leaves])
+    assert leaves == ["a > b", "a > c > d", "e"] == synth.read_topics_file(tmp_path / "t.txt")
     assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == [
         "Merge sort",
         "Quick sort",
@@ -5687,6 +5711,10 @@ def test_samples_depend_on_the_seed_alone(tmp_path):
         (["label", "empty.jsonl"], "no document"),
         (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
         (["chat", "--cuont", "3"], "--cuont"),
+        (["exercises", "--k", "2-13"], "write lengths from 1 to 12"),
+        (["exercises", "--k", "two"], "invalid chain_lengths value: 'two'"),
+        (["exercises", "--split", "all"], "invalid choice: 'all'"),
+        (["topics", "--dry-run", "--teacher", "http://127.0.0.1:1/v1#x"], "--dry-run shows no question"),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
@@ -5778,11 +5806,11 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
     monkeypatch.setattr(synth, "LAUNCH", "raise OSError('no room')\n")
     with pytest.raises(OSError, match="sandbox did not start: OSError: no room"):
         judge(ADD, "    return a + b\n")
-    # the first fork asks what the kernel grants, the second starts a problem's keeper
+    # the first fork asks what the kernel grants, the second starts a program
     forks = (
         "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
     )
-    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1])\n"
+    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1], 5.0)\n"
     forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
     monkeypatch.setattr(synth, "LAUNCH", forks)
     with pytest.raises(OSError, match="sandbox failed: no process can be started: no room"):
@@ -5792,10 +5820,10 @@ def test_a_sandbox_without_room_says_why_once(monkeypatch):
 def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
     start = synth.Worker.__init__
 
-    def limited(self, root, number=itertools.count()):
+    def limited(self, root, timeout, number=itertools.count()):
         if next(number):
             raise OSError("no room")
-        start(self, root)
+        start(self, root, timeout)
 
     monkeypatch.setattr(synth.Worker, "__init__", limited)
     assert all(verdict.passed for verdict in judge_all([(ADD, "    return a + b\n")] * 6, workers=2))
@@ -5804,7 +5832,7 @@ def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch
 
 def test_nothing_runs_where_the_kernel_refuses_for_once(monkeypatch):
     """What the server was granted when it started, a program's process must be granted too."""
-    refuses = "server = os.getpid()\nconfine = lambda scratch: 3 if os.getppid() == server else 0\n"
+    refuses = "confine = lambda folder: 0 if folder.endswith('/job') else 3\n"
     monkeypatch.setattr(synth, "LAUNCH", refuses + synth.LAUNCH)
     assert not judge(ADD, "    return a + b\n").passed
 
@@ -5816,17 +5844,13 @@ def test_root_works_in_a_folder_closed_to_others(tmp_path, monkeypatch):
     assert judge(ADD, "    return a + b\n").passed
 
 
-def test_a_run_goes_on_with_fewer_threads(monkeypatch):
-    start = threading.Thread.start
+def test_a_machine_without_room_for_threads_is_named(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
 
-    def limited(self, number=itertools.count()):
-        if next(number) > 2:
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", limited)
-    args = SimpleNamespace(teacher=[], judge=[], max_tokens=0, max_usd=0, concurrency=8)
-    assert synth.Run(args).map(lambda item: item + 1, range(9)) == list(range(1, 10))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    run = synth.Run(SimpleNamespace(teacher=[], judge=[], max_tokens=0, max_usd=0, concurrency=8))
+    assert run.map(lambda item: item + 1, range(9)) == [] and "--concurrency" in run.stopped
 
 
 def test_says_which_protections_are_on(tmp_path, monkeypatch):
