@@ -543,50 +543,46 @@ KINDS = {
     "dpo": (finetune, "learn from preferences"),
     "grpo": (grpo, "learn from rewards"),
     "pivotal": (pivotal, "write preferences between the single tokens that decide")}
-# Where train.py's loop has other defaults
-LOOP = {"--optimizer": "adamw", "--weight-decay": 0.0, "--warmup": 0.1, "--warmdown-frac": 0.9,
-        "--final-lr": 0.0, "--val-every": 100, "--save-every": 100, "--log-every": 1}
 
 
 def parse_options(arguments=None):
     parser = data.Parser(prog="align.py", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
     for kind, (_, about) in KINDS.items():
-        sub = kinds.add_parser(kind, help=about, description=f"{about}; see align.py -h")
+        sub = kinds.add_parser(kind, help=about, usage=f"align.py {kind} --data FILE --out DIR [options]",
+                               description=f"{about}; see align.py -h")
         option = sub.option
-        _, count, number, share = train.kinds_of(option)
         is_finetuning = kind in ("sft", "dpo")
-        option("--init", "runs/phi", "run directory, Hugging Face directory or hub name to start from")
+        option("--init", "runs/phi", "run, directory or hub name to start from", metavar="DIR")
         option("--data", None, "chats, preferences or problems, .jsonl or .jsonl.gz", nargs="+",
                metavar="FILE", required=True)
-        option("--out", None, "what to write", required=True)
-        count("--context", 2048, "tokens of a prompt with its answer; at most those of --init")
+        option("--out", None, "what to write", required=True, metavar="DIR")
+        option("--context", 2048, "tokens of a prompt with its answer, at most --init's", **train.COUNT)
         if is_finetuning:
-            number("--epochs", 3.0 if kind == "sft" else 1.0, "passes over the data, without --steps")
-            count("--batch", 32, "chats or pairs a step, over all processes")
-            share("--held-out", 0.05, "share of the data to validate on")
+            option("--epochs", 3.0 if kind == "sft" else 1.0, "passes over the data, without --steps",
+                   **train.NUMBER)
+            option("--batch", 32, "chats or pairs a step, over all processes", **train.COUNT)
+            option("--held-out", 0.05, "share of the data to validate on", **train.SHARE)
+            option("--val-every", 100, "steps between validations", **train.COUNT)
         else:
-            count("--max-tokens", 256, "tokens of an answer at most")
-            count("--batch-size", 64, "answers generated at once")
+            option("--max-tokens", 256, "tokens of an answer at most", **train.COUNT)
+            option("--batch-size", 64, "answers generated at once", **train.COUNT)
         if kind == "dpo":
-            number("--beta", 0.1, "how strongly --init is held on to")
+            option("--beta", 0.1, "how strongly --init is held on to", **train.NUMBER)
         if kind == "grpo":
-            count("--prompts", 16, "problems sampled for a step")
-            option("--num-generations", 8, "answers to each problem", type=data.number(int, 2))
+            option("--prompts", 16, "problems sampled for a step", **train.COUNT)
+            option("--num-generations", 8, "answers to each problem", **train.SEVERAL)
         if kind == "pivotal":
-            count("--samples", 16, "answers that a chance of success is estimated from")
-            share("--gap", 0.2, "by how much a pivotal token moves it")
+            option("--samples", 16, "answers that a chance of success is estimated from", **train.COUNT)
+            option("--gap", 0.2, "by how much a pivotal token moves it", **train.SHARE)
             option("--seed", 0, "of the sampling", type=int)
         else:
-            count("--steps", 100 if kind == "grpo" else None, "optimizer steps")
-            defaults = {**LOOP, "--lr": 2e-5 if kind == "sft" else 1e-6}
-
-            def loop_option(name, default, text, **more):
-                if is_finetuning or name != "--val-every":      # grpo does not validate
-                    option(name, defaults.get(name, default), text, **more)
-
-            train.loop_options(loop_option)
-            sub.set_defaults(continue_from=None, val_every=100)
+            option("--steps", 100 if kind == "grpo" else None, "optimizer steps", **train.COUNT)
+            train.loop_options(sub)
+            sub.set_defaults(
+                optimizer="adamw", lr=2e-5 if kind == "sft" else 1e-6, weight_decay=0.0, warmup=0.1,
+                warmdown_frac=0.9, final_lr=0.0, save_every=100, log_every=1, continue_from=None,
+                val_every=100)
     return parser.parse_args(arguments)
 
 

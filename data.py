@@ -1705,8 +1705,8 @@ class Parser(argparse.ArgumentParser):
 
     def option(self, name, default, text, **more):
         """An option whose help tells its default."""
-        shown = " ".join(default) if isinstance(default, list) else default
-        more["help"] = text + ("" if shown in (None, False, "") else f" (default: {shown})")
+        has_default = default not in (None, False, "") and not isinstance(default, list)
+        more["help"] = text + " [%(default)s]" * has_default
         self.group.add_argument(name, default=default, **more)
 
 
@@ -1763,7 +1763,7 @@ def main(arguments=None):
     whole = {"type": number(int, 0), "metavar": "N"}
     parser.title("from where to where")
     option("--input", ["python"], "folders, text, code, .jsonl, .wet, .parquet, .gz of these, datasets, "
-           "URLs; `python`: this machine's own source", nargs="+", metavar="PATH")
+           "URLs; [python]: this machine's own source", nargs="+", metavar="PATH")
     option("--max-bytes", 0, "read a sample of about so many bytes; 0: everything", **whole)
     option("--name", "web", "name of the dataset", type=folder_name)
     option("--out", "data", "folder of the datasets", metavar="FOLDER")

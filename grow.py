@@ -362,7 +362,8 @@ def search(model, max_seq_len, documents, population=64, iterations=40, seed=0):
 # ---------------------------------------------------------------- the command
 
 def parse_args(arguments=None):
-    parser = data.Parser(prog="grow.py", description=__doc__)
+    about, rest = __doc__.split("\n\n", 1)
+    parser = data.Parser(prog="grow.py", usage="grow.py SRC DST [options]", description=about, epilog=rest)
     option = parser.option
     parser.add_argument("source", metavar="SRC", help="run directory, Hugging Face directory or hub name")
     parser.add_argument("target", metavar="DST", help="directory to write")
@@ -374,15 +375,16 @@ def parse_args(arguments=None):
         iterations=(40, "generations of the search"))
     for name, (default, text) in numbers.items():
         option("--" + name.replace("_", "-"), default, text, type=data.number(int, 1), metavar="N")
-    option("--seed", 0, "of noise, new weights and search", type=int)
+    option("--seed", 0, "of noise, new weights and search", type=int, metavar="N")
     option("--method", "exact", "exact: the same function; tile: weights repeated as they are (phi-1's way); "
            "wr: weights reused in the corner, the rest is new", choices=METHODS)
     option("--noise", 10.0, "signal-to-noise ratio in decibels of what tells copies apart; inf: none",
            type=float, metavar="DB")
-    option("--rope", None, "how rotary positions reach the new --context (default: searched)",
-           choices=("searched", "pi", "ntk", "yarn", "none"))
+    option("--rope", None, "to the new --context: [searched], pi, ntk, yarn or none",
+           choices=("searched", "pi", "ntk", "yarn", "none"), metavar="NAME")
     option("--data", None, "dataset (directory, or name under data/) or text file: factors are searched on "
-           "half of its long documents, and all methods compared on the other half; also for the check")
+           "half of its long documents, and all methods compared on the other half; also for the check",
+           metavar="DATA")
     option("--device", "cpu", "where to grow, check and search", choices={"cpu", models.default_device()})
     args = parser.parse_args(arguments)
     if args.rope and not args.context:

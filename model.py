@@ -1567,8 +1567,9 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
     missing = sorted(set().union(*sources.values()) - stored.keys())
     surplus = sorted(stored.keys() - set().union(*sources.values()))
     if missing or surplus:
-        raise ValueError(f"{path} does not hold the model that its config.json describes: {len(missing)} "
-                         f"tensors are missing {missing[:3]}, {len(surplus)} are not part of it {surplus[:3]}")
+        raise ValueError(f"{path} does not hold the model that its config.json describes: "
+                         f"{len(missing)} tensors are missing {missing[:3]}, "
+                         f"{len(surplus)} are not part of it {surplus[:3]}")
     dtype = dtype or stored[sources["model.norm.weight"][0]].dtype
     weights = {}
     for name, like in expected.items():     # one by one: no two copies of all in memory

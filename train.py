@@ -591,7 +591,7 @@ def validate(run, datasets):
 
 
 def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
-    """The curves of log.jsonl's records, of the loss or another `key`, over tokens, as a small SVG picture."""
+    """The curves of log.jsonl's records, of the loss or another `key`, over tokens, as a small picture."""
     curves = {}
     for record in records:
         values = {f"{name} validation": value for name, (value, _) in record.get("val", {}).items()}
@@ -1360,78 +1360,78 @@ def one_line_errors():
         raise
 
 
-def kinds_of(option):
-    """The ways in which `option` is used: a flag, a whole number from 1, a number from 0, and one up to 1."""
-    flag = functools.partial(option, default=False, action="store_true")
-    count, number, share = (functools.partial(option, type=data.number(*bounds))
-                            for bounds in ((int, 1), (float, 0), (float, 0, 1)))
-    return flag, count, number, share
+SHARE = {"type": data.number(float, 0, 1), "metavar": "X"}
+NUMBER = {"type": data.number(float, 0), "metavar": "X"}
+COUNT = {"type": data.number(int, 1), "metavar": "N"}
+SEVERAL = {"type": data.number(int, 2), "metavar": "N"}
+FLAG = {"action": "store_true"}
 
 
-def loop_options(option):
+def loop_options(parser):
     """The options of the loop itself, which align.py has too."""
-    flag, count, number, share = kinds_of(option)
-    count("--micro-tokens", None, "most tokens in one forward pass of a process; lower it when memory runs "
-                                  "out (default: what a GPU's memory holds by our estimate; 4096 on a CPU)")
-    option("--optimizer", "muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all",
-           choices=("muon", "adamw"))
-    number("--lr", 0.003, "peak learning rate of AdamW")
-    number("--muon-lr", 0.01, "peak learning rate of Muon")
-    number("--weight-decay", 0.1, "decoupled weight decay of matrices")
-    share("--beta2", 0.95, "AdamW's second moment decay")
-    number("--adam-eps", 1e-10, "AdamW's epsilon")
-    option("--schedule", "linear", "form in which the learning rate falls",
-           choices=("linear", "cosine", "constant"))
-    share("--warmup", 0.02, "share of the steps with rising learning rate")
-    share("--warmdown-frac", 0.5, "share of the steps with falling learning rate, at the end")
-    share("--final-lr", 0.05, "learning rate at the end, as a share of the peak")
-    number("--clip", 1.0, "largest norm of the gradient; 0: any")
-    count("--val-every", 500, "steps between validations; one always comes last")
-    count("--save-every", 250, "steps between checkpoints")
-    count("--log-every", 10, "steps between records in log.jsonl")
-    option("--device", "auto", "cuda, mps, cpu, or the best there is", choices=("auto", "cuda", "mps", "cpu"))
-    option("--dtype", "auto", "compute dtype; auto measures", choices=("auto", "fp32", "bf16"))
-    option("--compile", "auto", "compile the blocks where a compiler is found", choices=("auto", "no"))
-    flag("--fsdp", text="spread weights, gradients and optimizer state over the processes of torchrun")
-    flag("--activation-checkpointing", text="keep only what enters each block and run it again in the "
-                                            "backward pass: less memory, a third more work")
-    option("--seed", 0, "random seed of weights and of the order of documents", type=data.number(int, 0))
+    option = parser.option
+    parser.title("optimizer and schedule")
+    option("--optimizer", "muon", "for matrices muon (AdamW for the rest) or adamw",
+           choices=("muon", "adamw"), metavar="NAME")
+    option("--lr", 0.003, "peak learning rate of AdamW", **NUMBER)
+    option("--muon-lr", 0.01, "peak learning rate of Muon", **NUMBER)
+    option("--weight-decay", 0.1, "of matrices, decoupled", **NUMBER)
+    option("--beta2", 0.95, "decay of AdamW's second moment", **SHARE)
+    option("--adam-eps", 1e-10, "AdamW's epsilon", **NUMBER)
+    option("--schedule", "linear", "linear, cosine or constant",
+           choices=("linear", "cosine", "constant"), metavar="NAME")
+    option("--warmup", 0.02, "share of the steps in which rates rise", **SHARE)
+    option("--warmdown-frac", 0.5, "share of the steps in which they fall", **SHARE)
+    option("--final-lr", 0.05, "share of the peak at the end", **SHARE)
+    option("--clip", 1.0, "largest norm of the gradient; 0: any", **NUMBER)
+    option("--seed", 0, "of weights and of the documents' order", type=data.number(int, 0), metavar="N")
+    parser.title("machine and files")
+    option("--micro-tokens", None, "most tokens in a forward pass [as many as fit]", **COUNT)
+    option("--device", "auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"),
+           metavar="NAME")
+    option("--dtype", "auto", "of products: auto (measures), fp32 or bf16", choices=("auto", "fp32", "bf16"),
+           metavar="NAME")
+    option("--compile", "auto", "auto (where a compiler is found) or no", choices=("auto", "no"),
+           metavar="NAME")
+    option("--fsdp", False, "spread weights and optimizer state over processes", **FLAG)
+    option("--activation-checkpointing", False, "run blocks again going back: less memory, more work",
+           **FLAG)
+    option("--save-every", 250, "steps between checkpoints", **COUNT)
+    option("--log-every", 10, "steps between records in log.jsonl", **COUNT)
 
 
 def make_parser():
+    about, rest = __doc__.split("\n\n", 1)
     by_hand = f"Faster on CPUs, align.py as well, and set by the recipe for its stages:\n    {EXPORT}"
-    parser = data.Parser(prog="train.py", description=__doc__, epilog=by_hand)
+    parser = data.Parser(prog="train.py", usage="train.py [options]", description=about,
+                         epilog=f"{rest}\n{by_hand}")
     option = parser.option
-    flag, count, number, share = kinds_of(option)
-    several = functools.partial(option, type=data.number(int, 2))
-    option("--data", None, "dataset directories (or names under data/) and their shares; without this "
-                           "option the whole recipe runs", nargs="+", metavar="NAME[:WEIGHT]")
-    flag("--quick", text="the recipe on chains of one and two operations, in a third of the time, with a "
-                         "model that has learned little")
-    option("--out", "runs/base", "run directory to write, and to go on from")
-    option("--init", None, "run directory, Hugging Face directory or hub name whose weights to start from")
-    option("--continue-from", None, "run whose weights and optimizer state to start from: its next phase, "
-                                    "with data, context, rates and steps of its own (give another --seed "
-                                    "for another order of the same data)")
-    option("--preset", None, "shape of a new model (default: laptop), and its paper's hyperparameters for "
-                             "the options not given", choices=models.PRESETS)
+    parser.title("data and run")
+    option("--data", None, "datasets and shares; without it the recipe runs", nargs="+", metavar="NAME[:X]")
+    option("--quick", False, "a recipe with easier problems, in a third of the time", **FLAG)
+    option("--out", "runs/base", "run to write, and to go on from", metavar="DIR")
+    option("--init", None, "run, directory or hub name whose weights to start from", metavar="DIR")
+    option("--continue-from", None, "run whose next phase this is, optimizer state and all", metavar="DIR")
+    option("--steps", None, "optimizer steps [1000, or the tokens of the preset's paper]", **COUNT)
+    option("--batch-tokens", 4096, "tokens a step, over all processes", **SEVERAL)
+    option("--context", None, "tokens a row [512, or the context of --init]", **SEVERAL)
+    option("--prompt-weight", 0.05, "of prompt tokens, where data marks them", **SHARE)
+    option("--val-tokens", 65536, "validation tokens of each dataset", **SEVERAL)
+    option("--val-every", 500, "steps between validations, besides the last", **COUNT)
+    parser.title("a new model")
+    option("--preset", None, "shape and its paper's rates, see python model.py [laptop]",
+           choices=models.PRESETS, metavar="NAME")
     for name in SHAPE:
-        count("--" + name.replace("_", "-"), None, f"{name} of a new model, instead of the preset's")
-    option("--rope-theta", None, "base of the rotary positions, instead of the preset's or the run's",
-           type=data.number(float, 1))
-    several("--context", None, "tokens a row (default: 512, or the context of --init)")
-    several("--batch-tokens", 4096, "tokens a step, over all processes")
-    count("--steps", None, "optimizer steps (default: 1000, or the tokens of the preset's paper)")
-    share("--prompt-weight", 0.05, "weight of prompt tokens in data that marks prompts")
-    option("--skip", None, "SkipDecode (arXiv 2307.02628): learn to run MAX layers for the first token of "
-                           "an answer, falling to MIN at the TOKENS-th and "
-                           "later", type=models.parse_skip, metavar="MAX:MIN:TOKENS")
-    several("--val-tokens", 65536, "validation tokens of each dataset")
-    loop_options(option)
-    flag("--dry-run", text="print what training would take in memory and time, and stop")
-    count("--gpus", None, "of --dry-run (default: those here)")
-    number("--gpu-gb", None, "memory of each for --dry-run (default: as here, or 80)")
-    number("--peak-tflops", None, "matrix product rate of each for --dry-run (default: measured here)")
+        option("--" + name.replace("_", "-"), None, f"another {name} than the preset's", **COUNT)
+    option("--rope-theta", None, "base of the rotary positions", type=data.number(float, 1), metavar="X")
+    option("--skip", None, "SkipDecode's layers: of an answer's first token, of its last",
+           type=models.parse_skip, metavar="MAX:MIN:TOKENS")
+    loop_options(parser)
+    parser.title("what training would take")
+    option("--dry-run", False, "print memory and time, and stop", **FLAG)
+    option("--gpus", None, "so many [those here]", **COUNT)
+    option("--gpu-gb", None, "memory of each [as here, or 80]", **NUMBER)
+    option("--peak-tflops", None, "rate of products of each [measured here]", **NUMBER)
     return parser
 
 
