@@ -994,9 +994,7 @@ class Run:
         }
         identity = json.dumps([body, sample_id])
         rng = random.Random(identity)  # teachers in a random order by weight, the same in every run
-        order = sorted(
-            teachers or args.teacher, key=lambda teacher: -rng.random() ** (1 / teacher.weight)
-        )
+        order = sorted(teachers or args.teacher, key=lambda teacher: -rng.random() ** (1 / teacher.weight))
         for attempt in range(args.max_attempts):
             keys = {
                 t.name: hashlib.blake2b(f"{t.name} {attempt} {identity}".encode(), digest_size=12).hexdigest()
@@ -1867,9 +1865,7 @@ def step_function(name, constant, style="plain"):
     """The operation as a Python function of one value."""
     code = OPS[name].code[style].format(x="value", y="answer", v="item", c=constant)
     scope = {}
-    exec(
-        f"def step(value):\n{indent(code)}\n    return answer", scope
-    )  # our own template, not a model's code
+    exec(f"def step(value):\n{indent(code)}\n    return answer", scope)  # our own template, no model's code
     return scope["step"]
 
 
@@ -2893,10 +2889,20 @@ def parse_arguments():
         description=__doc__.split("\n\n")[0],
         epilog=EXAMPLES
     )
-    parser.add_argument("kind", nargs="?", choices=[*TASKS, "sandbox"], default="exercises", metavar="KIND",
-                        help=f"{', '.join(TASKS)}; sandbox: what contains code")
-    parser.add_argument("file", nargs="*", metavar="FILE",
-                        help="documents (.jsonl, text, code, folders, `python`), questions, topics")
+    parser.add_argument(
+        "kind",
+        nargs="?",
+        choices=[*TASKS, "sandbox"],
+        default="exercises",
+        metavar="KIND",
+        help=f"{', '.join(TASKS)}; sandbox: what contains code"
+    )
+    parser.add_argument(
+        "file",
+        nargs="*",
+        metavar="FILE",
+        help="documents (.jsonl, text, code, folders, `python`), questions, topics"
+    )
     for block in OPTIONS.strip().split("\n\n"):
         title, _, rows = block.partition("\n")
         group = parser.add_argument_group(title)
@@ -2977,8 +2983,10 @@ def dry_run(args):
     usd = max(teacher.cost(read, written)["usd"] for teacher in args.teacher)
     if args.kind in ("textbooks", "exercises") and not args.items:
         print(f"{count_settings(args):.1e} settings to draw from, such as\n")
-    print(f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
-          f"written, at most {usd:,.2f} USD")
+    print(
+        f"{question}\n\n{n:,} questions, each asked once: {read:,} tokens read, at most {written:,} "
+        f"written, at most {usd:,.2f} USD"
+    )
 
 
 def main():
