@@ -983,7 +983,6 @@ class Log:
         self.path = os.path.join(run.args.out, "log.jsonl")
         self.records = read_log(self.path, step)
         self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
-        self.saved_step = step if run.checkpoint else None
         self.peak = run.world * measure_peak(run.device, run.dtype)
         self.window = []    # of each step: (loss, norm of the gradient, sums of loss_fn), tokens, seconds
         self.first_step = step
@@ -1028,7 +1027,9 @@ class Log:
         rows = rows.tolist()
         for bad_step, (loss, norm, *_) in enumerate(rows, step - len(rows)):
             if not math.isfinite(loss + norm):
-                self.fail(bad_step, loss, norm)
+                data.fail(f"at step {bad_step:,} the loss is {loss} and the norm of its gradient {norm}; "
+                          f"the last checkpoint in {args.out}, if there is one, is whole; lower --lr and "
+                          "--muon-lr", 1)
         loss, _, *sums = map(sum, zip(*rows))
         entry = {"loss": loss / len(rows), **(log_entry(sums) if log_entry else {})}
         seconds = sum(seconds) + time.perf_counter() - start
@@ -1039,13 +1040,6 @@ class Log:
         self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr, **speed})
         words = [f"{name} {value:.3f}" for name, value in entry.items()]
         self.progress.set_postfix_str(", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"]))
-
-    def fail(self, step, loss, norm):
-        saved = "nothing was saved yet"
-        if self.saved_step is not None:
-            saved = f"the last checkpoint in {self.run.args.out} is that of step {self.saved_step}"
-        data.fail(f"at step {step:,} the loss is {loss} and the norm of its gradient {norm}; {saved}; "
-                  "lower --lr and --muon-lr", 1)
 
 
 def micro_steps(run, module, loss_fn, micro_batches, weight):
@@ -1070,7 +1064,6 @@ def save(run, log, loader, step):
     state = {**run.identity, "step": step, "tokens": log.tokens, "loader": loader.state_dict()}
     write_checkpoint(run.args.out, state, training_state(run.model, run.optimizers))
     write_model(run.args.out, run.model, run.tokenizer)
-    log.saved_step = step
 
 
 def report(run, log, chart_options):
@@ -1171,7 +1164,6 @@ class Stage(NamedTuple):
     why: str
     command: str
     product: str
-    seconds: float | None = None    # expected on two 2020s laptop cores
 
 
 def recipe_stages(quick):
@@ -1188,24 +1180,24 @@ def recipe_stages(quick):
     return [
         Stage("textbooks", "a template teacher writes pages; every example on them is executed",
               f"synth.py textbooks --count {pages} --k {page_k} --out {root}/textbooks.jsonl",
-              f"{root}/textbooks.jsonl", pages / 1000),
+              f"{root}/textbooks.jsonl"),
         Stage("exercises", f"problems with solutions and tests: chains of {train_k} operations",
               f"synth.py exercises --count {problems} --k {train_k} --out {root}/exercises.jsonl",
-              f"{root}/exercises.jsonl", problems / 1400),
+              f"{root}/exercises.jsonl"),
         Stage("held-out problems", f"of no page's and no exercise's composition, chains of {test_k} "
                                    "operations",
               f"synth.py exercises --split test --k {test_k} --count {held_out} --out {root}/test.jsonl",
-              f"{root}/test.jsonl", held_out / 100),
+              f"{root}/test.jsonl"),
         Stage("tokenize textbooks", "a byte-level BPE of 1,024 tokens is trained on them",
               f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 {plain} --out "
               f"{root}",
-              f"{root}/textbooks", 4),
+              f"{root}/textbooks"),
         Stage("tokenize exercises", "prompts are marked, so that finetuning can leave them out",
               f"data.py --input {root}/exercises.jsonl --name exercises {plain} {bpe}",
-              f"{root}/exercises", 4),
+              f"{root}/exercises"),
         Stage("filter the web", "this machine's own Python source, cleaned and deduplicated",
               f"data.py --input python --name web --max-bytes {web} {bpe}",
-              f"{root}/web", 7),
+              f"{root}/web"),
         Stage("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
               f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens "
               f"3072 --steps {pretrain} --out {runs}/base",
@@ -1213,7 +1205,7 @@ def recipe_stages(quick):
         Stage("evaluate the base", "solves the held-out problems by running their tests",
               f"sample.py --run {runs}/base --eval {root}/test.jsonl --json {runs}/base/eval.json "
               "--max-tokens 400 --show 0",
-              f"{runs}/base/eval.json", held_out / 50),
+              f"{runs}/base/eval.json"),
         Stage("finetune", "the exercises (phi-1's CodeExercises)",
               f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 {rows} "
               f"--steps {finetune} --out {runs}/phi",
@@ -1221,7 +1213,7 @@ def recipe_stages(quick):
         Stage("evaluate", "the same held-out problems",
               f"sample.py --run {runs}/phi --eval {root}/test.jsonl --json {runs}/phi/eval.json "
               "--max-tokens 400 --show 1",
-              f"{runs}/phi/eval.json", held_out / 50)]
+              f"{runs}/phi/eval.json")]
 
 
 # What makes training on a CPU faster, to be set before a process starts. libgomp's threads spin while they
@@ -1270,13 +1262,9 @@ def recipe(quick):
     for number, stage in enumerate(stages, 1):
         before = book.get(stage.product, {"command": None, "seconds": 0})
         is_done = before["command"] == stage.command and os.path.exists(stage.product)
-        when = "its first steps tell how long"
-        if stage.seconds:
-            when = f"about {stage.seconds:.0f} s on two free cores"
-        if is_done:
-            when = "done already, reused"
-        print(f"[{number}/{len(stages)}] {stage.title}: {stage.why} ({when})\n    python "
-              f"{stage.command}", flush=True)
+        when = " (done already, reused)" if is_done else ""
+        print(f"[{number}/{len(stages)}] {stage.title}: {stage.why}{when}\n    python {stage.command}",
+              flush=True)
         if is_done:
             continue
         start = time.time()
@@ -1445,12 +1433,9 @@ def read_options(parser):
         tokens = models.TRAINING_TOKENS.get(args.preset) if paper else None
         args.steps = round(tokens / args.batch_tokens) if tokens else 1000
     if paper and os.environ.get("RANK", "0") == "0":
-        words = {True: [], False: ["given   "]}
-        for name, value in paper.items():
-            used = getattr(args, name)
-            words[used == value].append(f"--{name.replace('_', '-')} {used}")
-        print(f"paper    {args.preset}'s:", *words[True])
-        print(*words[False], "instead; the rest are our defaults")
+        used = [f"--{name.replace('_', '-')} {value}" for name, value in paper.items()
+                if getattr(args, name) == value]
+        print(f"paper    {args.preset}'s, where you gave no other:", *used)
     return args
 
 
