@@ -538,8 +538,8 @@ def repeated_phrases(words, n_chars):
     """Gopher's shares of characters in repeated n-grams: in the most frequent one (2 to 4 words), in any (5
     to 10)."""
     n = len(words)
-    hashes = np.fromiter(map(hash, words), np.int64, n).view(np.uint64)
-    lengths = np.fromiter(map(len, words), np.int64, n)
+    hashes = np.fromiter(map(hash, words), int, n).view(np.uint64)
+    lengths = np.fromiter(map(len, words), int, n)
     grams = hashes
     for size in range(2, 11):  # grams[i] stands for the words i ... i + size - 1
         grams = splitmix64(grams[:-1] + hashes[size - 1:] * (2 * size + 1))
@@ -1062,8 +1062,7 @@ class RandomForest:
         return total / len(self.roots)
 
     def save(self, path):
-        with open(path, "wb") as file:
-            np.savez_compressed(file, **{name: getattr(self, name) for name in self.ARRAYS})
+        np.savez_compressed(path, **{name: getattr(self, name) for name in self.ARRAYS})
 
     @classmethod
     def load(cls, path, n_features):
@@ -1133,7 +1132,7 @@ def learn_merges(counts, n_merges):
     words = [b"\xff" + word.encode() for word in counts]  # (255 is in no UTF-8)
     symbol = np.frombuffer(b"".join([*words, b"\xff"]), np.uint8).astype(np.int32)
     symbol[symbol == 255] = end
-    weight = np.repeat(np.fromiter(counts.values(), np.int64, len(words)), list(map(len, words)))
+    weight = np.repeat(np.fromiter(counts.values(), int, len(words)), list(map(len, words)))
     begin = np.arange(len(symbol), dtype=np.int32)  # of the symbol whose last byte is here
     size = np.ones(256 + n_merges, np.int32)        # of each token, in bytes
     heap = []                                       # (-count, a << 20 | b, positions)
@@ -1142,7 +1141,7 @@ def learn_merges(counts, n_merges):
     def count_pairs(at):
         """Puts the pairs at these positions on the heap."""
         at = at[symbol[at + size[symbol[at]]] != end]
-        pairs = symbol[at].astype(np.int64) << 20 | symbol[at + size[symbol[at]]]
+        pairs = symbol[at].astype(int) << 20 | symbol[at + size[symbol[at]]]
         order = pairs.argsort()
         pairs = pairs[order]
         at = at[order]
@@ -1248,7 +1247,7 @@ def encode(documents, tokenizer, dtype):
         answer = tokenizer.encode(text[document["prompt_chars"]:]) + [tokenizer.eot]
         ids.append(np.array(prompt + answer, dtype))
         mask.append(np.repeat(np.uint8([0, 1]), [len(prompt), len(answer)]))
-    return np.concatenate(ids), np.concatenate(mask), np.array(list(map(len, ids[1:])), np.int64)
+    return np.concatenate(ids), np.concatenate(mask), np.array(list(map(len, ids[1:])), int)
 
 
 def keep_larger(path, n_bytes):
@@ -1258,7 +1257,7 @@ def keep_larger(path, n_bytes):
     except ValueError:  # none there, or damaged
         return
     size = meta["train"]["bytes"] + meta["val"]["bytes"]
-    old = path.with_name(f"{path.name}.old-{meta.get('fingerprint', 'none')[:8]}")
+    old = path.with_name(f"{path.name}.old-{meta['fingerprint'][:8]}")
     if size > n_bytes:
         if not old.exists():  # its name tells its contents: once is enough
             os.replace(path, old)
@@ -1287,16 +1286,17 @@ def split_files(files):
     return list(batches(spans, part_size, size_of))
 
 
-def make_part(files, rules, options):
+def make_part(files, options):
     """One part: all documents of these files, with the first rule's reason to drop each; of those that go no
     more than a beginning is kept."""
     skipped = Counter()
     redacted = Counter()
     documents = []
     for document in read_documents(files, skipped):
-        document["reason"] = next(filter(None, (rule(document) for rule in rules)), "")
+        reason = language_rule(document, options.language) or quality_rule(document, options.rules)
+        document["reason"] = reason or ""
         redact = options.redact_pii == "all" or options.redact_pii == "web" and document.get("web")
-        if document["reason"]:
+        if reason:
             document["text"] = document["text"][:300]
         elif redact and not document["prompt_chars"]:
             document["text"], counts = redact_pii(document["text"])
@@ -1304,9 +1304,9 @@ def make_part(files, rules, options):
         documents.append(document)
     raws = [document["text"].encode() for document in documents]
     columns = {name: np.array([document[name] for document in documents], kind) for name, kind in
-               (("bytes", np.int64), ("prompt_chars", np.int64), ("reason", bytes))}
+               (("bytes", int), ("prompt_chars", int), ("reason", bytes))}
     return {"skipped": skipped, "redacted": redacted, "ids": [str(document["id"]) for document in documents],
-            "text": np.frombuffer(b"".join(raws), np.uint8), "size": np.array(list(map(len, raws)), np.int64),
+            "text": np.frombuffer(b"".join(raws), np.uint8), "size": np.array(list(map(len, raws)), int),
             "hash": sha64(raws), **columns}
 
 
@@ -1535,8 +1535,8 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
         write_json(str(new / "meta.json"), meta)
         keep_larger(path, sum(counts["bytes"] for counts in splits.values()))
     for split, counts in splits.items():
-        print("{}.bin: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(
-            path / split, **counts))
+        print(f"{path / split}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+              f"{counts['bytes']:,} bytes")
 
 
 def report_page(title, funnel, tables):
@@ -1620,8 +1620,8 @@ def show_rows(rows):
     print(f"{'stage':<18}{'documents in':>13}{'out':>9}{'MB in':>9}{'MB out':>9}  dropped")
     for row in rows:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in row["dropped"].items()) or "-"
-        print("{stage:<18}{documents_in:>13,}{documents_out:>9,}".format(**row),
-              f"{row['bytes_in'] / 1e6:>8.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
+        print(f"{row['stage']:<18}{row['documents_in']:>13,}{row['documents_out']:>9,}"
+              f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
 
 
 def build(options):
@@ -1639,14 +1639,12 @@ def build(options):
         raise ValueError(f"--input {' '.join(options.input)}: nothing to read ({dict(unread)})")
     contamination = Contamination(options.decontaminate) if options.decontaminate else None
     forest, classifier = load_classifier(options, workers)
-    rules = [functools.partial(language_rule, languages=options.language),
-             functools.partial(quality_rule, rules=options.rules)]
     # other options' parts wait for their own command
     work = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}")
     run = functools.partial(run_parts, work / digest(json.dumps(made_by)).hex()[:16], workers)
 
     tasks = split_files(files)
-    parts = run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
+    parts = run("documents", len(tasks), lambda i: make_part(tasks[i], options))
     funnel = Funnel(run, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
     funnel.count("read", len(funnel.alive) + skipped.total(), bytes_in, skipped)
