@@ -432,7 +432,7 @@ def document_of(record, key, source, skipped, max_bytes):
         skipped[reason] += 1
         return None
     if not is_problem:  # there every character has its place
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = re.sub("\r\n?", "\n", text)
     defaults = {"id": record.get("task_id") or record.get("path") or key, "source": source}
     return defaults | record | {"text": text, "bytes": len(text.encode()),
                                 "prompt_chars": len(prompt.rstrip()) if is_problem else 0}
@@ -1043,7 +1043,7 @@ class RandomForest:
                 score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
                 score[np.minimum(left, right) < self.min_leaf] = 0
                 at = score.argmax(1)
-                gain = score.max(1) - n_one[unsplit] ** 2 / n_all[unsplit]
+                gain = score.max(1) - (n_one ** 2 / n_all)[unsplit]
                 candidates = gain, feature[unsplit], at
                 best[:, unsplit] = np.where(gain > best[0, unsplit], candidates, best[:, unsplit])
         return best[0], *best[1:].astype(int)
@@ -1080,7 +1080,7 @@ def area_under_curve(y, p):
     """ROC AUC: how often a row of y = 1 has the larger p than one of y = 0, ties counting half."""
     zeros = np.sort(p[y == 0])
     ones = p[y == 1]
-    below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
+    below = sum(np.searchsorted(zeros, ones, side) for side in ("left", "right"))
     return float(below.mean() / 2 / len(zeros))
 
 
@@ -1274,7 +1274,7 @@ def split_files(files):
     part_size = min(max(sum(sizes) // 32, 1 << 18), 1 << 27)
     spans = []
     for (path, name, begin, end), size in zip(files, sizes):
-        can_cut = suffix_of(path) in RECORDS and not path.endswith(".gz")
+        can_cut = path.lower().endswith(tuple(RECORDS))
         while can_cut and size - begin > part_size:
             spans.append((path, name, begin, begin + part_size))
             begin += part_size
