@@ -488,17 +488,9 @@ def quietly(parse, text):
         return parse(text, "<document>", "exec")
 
 
-def first_reason(checks):
-    """Makes of a generator of (reason, whether it holds) a function that returns the first reason that
-    holds."""
-    def rule(*args):
-        return next((reason for reason, holds in checks(*args) if holds), None)
-    return rule
-
-
-@first_reason
 def code_rule(text, name):
-    """The Stack's and StarCoder's rules for source files, then phi-1's wish for explained code."""
+    """Yields (reason, whether it holds): The Stack's and StarCoder's rules for source files, then phi-1's
+    wish for explained code."""
     lines = text.splitlines()
     raw = text.encode()
     yield "too short", len(raw) < 100
@@ -513,7 +505,6 @@ def code_rule(text, name):
         yield "does not parse", not quietly(symtable.symtable, text)
 
 
-@first_reason
 def gopher_rule(text):
     """Gopher's quality and repetition rules (arXiv 2112.11446, table A1), words split at whitespace."""
     words = text.split()
@@ -561,12 +552,10 @@ def repeated_phrases(words, n_chars):
             yield "repeated phrases", lengths[covered].sum() > (0.2 - 0.01 * size) * n_chars
 
 
-@first_reason
 def prose_rule(text):
     """Gopher's rules, then those of C4 (arXiv 1910.10683) and FineWeb (2406.17557) on lines."""
-    reason = gopher_rule(text)
+    yield from gopher_rule(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    yield reason, reason
     yield "filler", FILLER.search(text)
     yield "few finished lines", share_of(lines, lambda line: line.endswith(FINISHED)) < 0.12
     yield "short lines", share_of(lines, lambda line: len(line) < 30) > 0.67
@@ -578,8 +567,10 @@ def quality_rule(document, rules):
     if rules == "none" or rules == "auto" and document["prompt_chars"]:
         return None
     if rules == "prose" or rules == "auto" and not is_code(document):
-        return prose_rule(document["text"])
-    return code_rule(document["text"], str(document["id"]))
+        checks = prose_rule(document["text"])
+    else:
+        checks = code_rule(document["text"], str(document["id"]))
+    return next((reason for reason, holds in checks if holds), None)
 
 
 def language_rule(document, languages):
@@ -797,6 +788,19 @@ def text_grams(raws):
     return {7: grams, 13: splitmix64(grams + 3 * np.roll(grams, -6))}, bounds
 
 
+# The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
+# are public pages, of which a corpus may well have a copy.
+QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
+            "problem_statement sentence input turns text").split()
+ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution "
+          "completion answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 "
+          "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
+          "mc2_targets target solution solutions code").split()
+MIN_COMMON = 3  # 7-grams in common that tell anything
+OVERLAP = 0.6
+MATCH_RATE = 0.9
+
+
 class Contamination:
     """Finds documents that contain benchmark problems, or parts of them.
 
@@ -805,17 +809,6 @@ class Contamination:
     count, nor those of more than two problems of one file (what a benchmark says everywhere); a problem may
     stand in any number of files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section
     5): functions whose trees have difflib's ratio >= MATCH_RATE; trees below MIN_NODES do not count."""
-    # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
-    # are public pages, of which a corpus may well have a copy.
-    QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
-                "problem_statement sentence input turns text").split()
-    ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution "
-              "completion answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 "
-              "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
-              "mc2_targets target solution solutions code").split()
-    MIN_COMMON = 3  # 7-grams in common that tell anything
-    OVERLAP = 0.6
-    MATCH_RATE = 0.9
 
     def __init__(self, paths):
         self.problems = list(self.read(paths))  # (name, text, (file, question))
@@ -843,7 +836,7 @@ class Contamination:
             self.table[np.array(list(owners), np.uint64) >> 40] = True
         self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
 
-        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON}
+        protected = {i for i, n in self.n_grams.items() if n >= MIN_COMMON}
         protected.update(*self.owners[13].values(), [i for i, _ in self.trees])
         self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
         if self.unprotected and RANK == 0:
@@ -868,7 +861,7 @@ class Contamination:
             for n_problems, record in enumerate(records, n_problems + 1):
                 fields = {str(key).lower().replace(" ", "_"): value for key, value in record.items()}
                 question, answer = ("\n".join(text for key in keys for text in strings_in(fields.get(key)))
-                                    for keys in (self.QUESTION, self.ANSWER))
+                                    for keys in (QUESTION, ANSWER))
                 text = f"{question}\n{answer}"
                 place = ("" if is_text else path, b" ".join(words_of(question or text)))
                 yield str(record.get("task_id", f"{name}:{n_problems}")), text, place
@@ -893,7 +886,7 @@ class Contamination:
                         common.setdefault((k, i), set()).add(gram)
                 for (k, i), both in sorted(common.items(), key=lambda item: len(item[1])):
                     shorter = min(self.n_grams[i], bounds[k + 1] - bounds[k] - 6)
-                    if n == 13 or len(both) >= max(self.MIN_COMMON, self.OVERLAP * shorter):
+                    if n == 13 or len(both) >= max(MIN_COMMON, OVERLAP * shorter):
                         found[done + k] = f"{n}-gram", i, f"{len(both)} in common"
             done += len(raws)
         return found
@@ -904,13 +897,13 @@ class Contamination:
         for source, _ in FUNCTION.findall(text + "\n"):
             signs = count_signs(source)
             longer = np.maximum(self.signs.sum(1), signs.sum())
-            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.MATCH_RATE - 0.2) * longer)
+            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (MATCH_RATE - 0.2) * longer)
             labels = syntax_tree(source) if len(similar) else []
             matcher = difflib.SequenceMatcher(None, (), labels, autojunk=False)
             for i, other in [self.trees[k] for k in similar]:
                 matcher.set_seq1(other)
                 bounds = matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio  # the cheapest first
-                if all(bound() >= self.MATCH_RATE for bound in bounds):
+                if all(bound() >= MATCH_RATE for bound in bounds):
                     return "syntax tree", i, f"match rate {matcher.ratio():.3f}: {source.strip()[:60]}"
 
 
@@ -956,6 +949,11 @@ shares of characters, words and lines."""
     return np.array(row, np.float32)
 
 
+N_BINS = 128
+MAX_DEPTH = 16
+FOREST_ARRAYS = "edges feature threshold child value roots".split()
+
+
 @dataclass
 class RandomForest:
     """Bagged classification trees (Breiman 2001) on features cut into 128 bins at their quantiles, over all
@@ -965,17 +963,14 @@ class RandomForest:
     row's leaves. Each tree sees half of the rows (as good as a bootstrap: Friedman and Hall 2007) and takes
     the best Gini impurity among sqrt(features) features drawn for each node, or more until one can split it.
     It grows by levels: a histogram over (node, bin, class) gives all nodes' splits at once."""
-    BINS = 128
-    ARRAYS = "edges feature threshold child value roots".split()
     n_trees: int = 100
     seed: int = 0
-    max_depth: int = 16
     min_leaf: int = 2
     workers: int = 1
 
     def fit(self, X, y):
         # bin b holds the values up to edges[:, b]
-        self.edges = np.quantile(X, np.arange(1, self.BINS) / self.BINS, axis=0, method="nearest").T
+        self.edges = np.quantile(X, np.arange(1, N_BINS) / N_BINS, axis=0, method="nearest").T
         bins = self.bin(X)
         y = y.astype(int)
         trees = parallel(lambda tree: self.grow(bins, y, np.random.default_rng([self.seed, tree])),
@@ -999,12 +994,12 @@ class RandomForest:
         begin = 0
         m = 1
         levels = []
-        for depth in range(self.max_depth + 1):
+        for depth in range(MAX_DEPTH + 1):
             n_all = np.bincount(node, minlength=m)
             n_one = np.bincount(node, y[rows], m)
             drawn = rng.random((m, n_features)).argsort(1)
             gain, feature, threshold = self.best_splits(bins, y, rows, node, n_all, n_one, drawn)
-            is_split = (gain > 1e-4) & (depth < self.max_depth)
+            is_split = (gain > 1e-4) & (depth < MAX_DEPTH)
             # a leaf leads to itself
             child = np.where(is_split, begin + m + 2 * (np.cumsum(is_split) - 1), begin + np.arange(m))
             levels.append((feature * is_split, np.where(is_split, threshold, 255), child, n_one / n_all))
@@ -1033,10 +1028,10 @@ class RandomForest:
             some_rows = rows[inside]
             some_nodes = node[inside]
             m = unsplit.sum()
-            key = (y[some_rows] * m + (np.cumsum(unsplit) - 1)[some_nodes]) * self.BINS
+            key = (y[some_rows] * m + (np.cumsum(unsplit) - 1)[some_nodes]) * N_BINS
             for feature in several:
                 bin_of = bins.take(feature[some_nodes] * n + some_rows)
-                counts = np.bincount(key + bin_of, minlength=2 * m * self.BINS).reshape(2, m, self.BINS)
+                counts = np.bincount(key + bin_of, minlength=2 * m * N_BINS).reshape(2, m, N_BINS)
                 zero, one = counts.cumsum(2, dtype=np.float32)  # (nodes, threshold)
                 left = zero + one
                 right = left[:, -1:] - left
@@ -1055,14 +1050,14 @@ class RandomForest:
         total = np.zeros(len(X))
         for root in self.roots:
             node = np.full(len(X), root)
-            for _ in range(self.max_depth):
+            for _ in range(MAX_DEPTH):
                 entry = table.take(node)
                 node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
             total += self.value.take(node)
         return total / len(self.roots)
 
     def save(self, path):
-        np.savez_compressed(path, **{name: getattr(self, name) for name in self.ARRAYS})
+        np.savez_compressed(path, **{name: getattr(self, name) for name in FOREST_ARRAYS})
 
     @classmethod
     def load(cls, path, n_features):
