@@ -66,8 +66,8 @@ def parallel(function, items, workers, description):
     bar = functools.partial(tqdm, total=len(items), desc=description, disable=None, leave=False)
     if min(workers, len(items)) <= 1:
         return list(bar(map(function, items)))
-    fork = multiprocessing.get_context("fork")
     try:
+        fork = multiprocessing.get_context("fork")
         with concurrent.futures.ProcessPoolExecutor(workers, fork, _inherit, (function, items)) as pool:
             return list(bar(pool.map(_call, range(len(items)))))
     except concurrent.futures.BrokenExecutor:
@@ -456,9 +456,8 @@ ENGLISH = set("the and to of that with this you your which from are been be by i
               "there their they what when who how can than these those".split())
 
 
-def language(text, threshold=0.08):
-    """The language of prose: by its script, or English if so large a share of its words is frequent there, or
-    "?"."""
+def language(text):
+    """The language of prose: by its script, or English if enough of its words are frequent there, or "?"."""
     text = text[:5000].lower()
     n_letters = sum(map(str.isalpha, text))
     for name, script in {} if text.isascii() else SCRIPTS.items():
@@ -466,7 +465,7 @@ def language(text, threshold=0.08):
         if len(re.findall(script, text)) > least * n_letters:
             return name
     words = re.findall(r"[^\W\d_]+", text)
-    return "en" if sum(word in ENGLISH for word in words) > threshold * len(words) else "?"
+    return "en" if sum(word in ENGLISH for word in words) > 0.08 * len(words) else "?"
 
 
 def is_code(document):
@@ -684,12 +683,12 @@ def lsh_band_hashes(signatures, threshold):
     return hashes
 
 
-def candidate_pairs(keys, reach=4):
-    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones, so a bucket of n gives 4n
-    pairs and not n^2."""
+def candidate_pairs(keys):
+    """Pairs (m, 2) of indices with equal keys: each with the next four, so a bucket of n gives 4n pairs and
+    not n^2."""
     order = keys.argsort(kind="stable")
     pairs = []
-    for step in range(1, reach + 1):
+    for step in range(1, 5):
         left = np.flatnonzero(keys[order[step:]] == keys[order[:-step]])
         pairs.append(np.stack([order[left], order[left + step]], 1))
     return np.concatenate(pairs)
@@ -938,15 +937,14 @@ shares of characters, words and lines."""
     n_words = max(1, counts.total())
     n_lines = max(1, len(full))
     n_sentences = 1 + sum(map(head.count, (". ", ".\n", "? ", "! ")))
-    row = [
+    return np.array([
         *map(math.log1p, (len(text), len(lines), max(map(len, lines)), n_words)),
         len(full) / len(lines), sum(map(len, full)) / n, n / n_words, len(counts) / n_words ** 0.75,
         n_words / n_sentences, n_words / (1 + head.count("\n\n")),
         *(len(raw.translate(None, letters)) / n for letters in CLASSES),
         *(sum(counts[word] for word in words) / n_words for words in WORDS),
         *(sum(starts[word] for word in words) / n_lines for words in STARTS),
-        *(head.count(mark) / n_lines for mark in MARKS)]
-    return np.array(row, np.float32)
+        *(head.count(mark) / n_lines for mark in MARKS)], np.float32)
 
 
 N_BINS = 128
@@ -1082,8 +1080,7 @@ def area_under_curve(y, p):
 def train_quality_classifier(path, seed, workers):
     """(forest, report) from labels: JSON Lines with `text` and `score` from 0 to 5, good from 3 on."""
     labels = [record for record in read_jsonl(path) if "text" in record and "score" in record]
-    texts = [str(record["text"]) for record in labels]
-    X = np.array(parallel(features, texts, workers, "reading labels"))
+    X = np.array(parallel(lambda record: features(str(record["text"])), labels, workers, "labels"))
     y = np.array([record["score"] >= 3 for record in labels], int)
     if not 5 <= y.sum() <= len(y) - 5 or len(y) < 20:
         raise ValueError(f"--labels {path}: {y.sum()} of {len(y)} labels have a score of 3 or more; "
@@ -1630,15 +1627,13 @@ def build(options):
     if is_reusable(path, made_by):
         print0(f"{path}: already made, reused (delete it to make it anew)")
         return path
-    if not files:
-        raise ValueError(f"--input {' '.join(options.input)}: nothing to read ({dict(unread)})")
     contamination = Contamination(options.decontaminate) if options.decontaminate else None
     forest, classifier = load_classifier(options, workers)
     # other options' parts wait for their own command
     work = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}")
     run = functools.partial(run_parts, work / digest(json.dumps(made_by)).hex()[:16], workers)
 
-    tasks = split_files(files)
+    tasks = split_files(files) or [[]]
     parts = run("documents", len(tasks), lambda i: make_part(tasks[i], options))
     funnel = Funnel(run, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
