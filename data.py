@@ -446,7 +446,7 @@ CODE_LINE = re.compile(r"\s*(?:(?:def|class|import|from|return|if|for|while|else
                        r"|let|int|void|fn|#include)\b|[\w.\[\]]+ [-+*/]?= |//|[{}@])|.*[;{})]\s*$")
 ALNUM = bytes(i for i in range(256) if i >= 128 or chr(i).isalnum())
 PUNCTUATION = string.punctuation + "’“”‘–—…•«»¿¡"
-STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+STOP_WORDS = set("the be to of and that have with".split())
 FILLER = re.compile("lorem ipsum|javascript (?:is|must be|to be) (?:en|dis)abled|enable javascript", re.I)
 FINISHED = tuple(".!?\"':;)”")
 SCRIPTS = {"ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7af]", "zh": "[\u4e00-\u9fff]", "hi": "[\u0900-\u097f]",
@@ -573,10 +573,9 @@ def quality_rule(document, rules):
 
 
 def language_rule(document, languages):
-    if not languages or document["prompt_chars"] or is_code(document):
-        return None
-    spoken = language(document["text"])
-    return None if spoken in languages else f"language {spoken}"
+    if languages and not document["prompt_chars"] and not is_code(document):
+        spoken = language(document["text"])
+        return None if spoken in languages else f"language {spoken}"
 
 
 # Each begins where no character before could belong to it and ends within bounds, so all take linear time.
@@ -1109,8 +1108,7 @@ def count_pretokens(texts, workers=1):
     def count(batch):
         return sum_counts(findall[text.isascii()](text) for text in batch)
 
-    size = sum(map(len, texts)) // (4 * workers) + 1
-    return sum_counts(parallel(count, batches(texts, size), workers, "counting words"))
+    return sum_counts(parallel(count, batches(texts, 1 << 22), workers, "counting words"))
 
 
 def learn_merges(counts, n_merges):
@@ -1271,11 +1269,8 @@ def split_files(files):
             spans.append((path, name, begin, begin + part_size))
             begin += part_size
         spans.append((path, name, begin, end))
-
-    def size_of(span):
-        return min(span[3], os.path.getsize(span[0])) - span[2] + 1000
-
-    return list(batches(spans, part_size, size_of))
+    return list(batches(spans, part_size,
+                        lambda span: min(span[3], os.path.getsize(span[0])) - span[2] + 1000))
 
 
 def make_part(files, options):
