@@ -66,8 +66,8 @@ def parallel(function, items, workers, description):
     bar = functools.partial(tqdm, total=len(items), desc=description, disable=None, leave=False)
     if min(workers, len(items)) <= 1:
         return list(bar(map(function, items)))
-    fork = multiprocessing.get_context("fork")
     try:
+        fork = multiprocessing.get_context("fork")
         with concurrent.futures.ProcessPoolExecutor(workers, fork, _inherit, (function, items)) as pool:
             return list(bar(pool.map(_call, range(len(items)))))
     except concurrent.futures.BrokenExecutor:
@@ -432,7 +432,7 @@ def document_of(record, key, source, skipped, max_bytes):
         skipped[reason] += 1
         return None
     if not is_problem:  # there every character has its place
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = re.sub("\r\n?", "\n", text)
     defaults = {"id": record.get("task_id") or record.get("path") or key, "source": source}
     return defaults | record | {"text": text, "bytes": len(text.encode()),
                                 "prompt_chars": len(prompt.rstrip()) if is_problem else 0}
@@ -446,7 +446,7 @@ CODE_LINE = re.compile(r"\s*(?:(?:def|class|import|from|return|if|for|while|else
                        r"|let|int|void|fn|#include)\b|[\w.\[\]]+ [-+*/]?= |//|[{}@])|.*[;{})]\s*$")
 ALNUM = bytes(i for i in range(256) if i >= 128 or chr(i).isalnum())
 PUNCTUATION = string.punctuation + "’“”‘–—…•«»¿¡"
-STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+STOP_WORDS = set("the be to of and that have with".split())
 FILLER = re.compile("lorem ipsum|javascript (?:is|must be|to be) (?:en|dis)abled|enable javascript", re.I)
 FINISHED = tuple(".!?\"':;)”")
 SCRIPTS = {"ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7af]", "zh": "[\u4e00-\u9fff]", "hi": "[\u0900-\u097f]",
@@ -456,9 +456,8 @@ ENGLISH = set("the and to of that with this you your which from are been be by i
               "there their they what when who how can than these those".split())
 
 
-def language(text, threshold=0.08):
-    """The language of prose: by its script, or English if so large a share of its words is frequent there, or
-    "?"."""
+def language(text):
+    """The language of prose: by its script, or English if enough of its words are frequent there, or "?"."""
     text = text[:5000].lower()
     n_letters = sum(map(str.isalpha, text))
     for name, script in {} if text.isascii() else SCRIPTS.items():
@@ -466,7 +465,7 @@ def language(text, threshold=0.08):
         if len(re.findall(script, text)) > least * n_letters:
             return name
     words = re.findall(r"[^\W\d_]+", text)
-    return "en" if sum(word in ENGLISH for word in words) > threshold * len(words) else "?"
+    return "en" if sum(word in ENGLISH for word in words) > 0.08 * len(words) else "?"
 
 
 def is_code(document):
@@ -488,17 +487,9 @@ def quietly(parse, text):
         return parse(text, "<document>", "exec")
 
 
-def first_reason(checks):
-    """Makes of a generator of (reason, whether it holds) a function that returns the first reason that
-    holds."""
-    def rule(*args):
-        return next((reason for reason, holds in checks(*args) if holds), None)
-    return rule
-
-
-@first_reason
 def code_rule(text, name):
-    """The Stack's and StarCoder's rules for source files, then phi-1's wish for explained code."""
+    """Yields (reason, whether it holds): The Stack's and StarCoder's rules for source files, then phi-1's
+    wish for explained code."""
     lines = text.splitlines()
     raw = text.encode()
     yield "too short", len(raw) < 100
@@ -513,7 +504,6 @@ def code_rule(text, name):
         yield "does not parse", not quietly(symtable.symtable, text)
 
 
-@first_reason
 def gopher_rule(text):
     """Gopher's quality and repetition rules (arXiv 2112.11446, table A1), words split at whitespace."""
     words = text.split()
@@ -538,8 +528,8 @@ def repeated_phrases(words, n_chars):
     """Gopher's shares of characters in repeated n-grams: in the most frequent one (2 to 4 words), in any (5
     to 10)."""
     n = len(words)
-    hashes = np.fromiter(map(hash, words), np.int64, n).view(np.uint64)
-    lengths = np.fromiter(map(len, words), np.int64, n)
+    hashes = np.fromiter(map(hash, words), int, n).view(np.uint64)
+    lengths = np.fromiter(map(len, words), int, n)
     grams = hashes
     for size in range(2, 11):  # grams[i] stands for the words i ... i + size - 1
         grams = splitmix64(grams[:-1] + hashes[size - 1:] * (2 * size + 1))
@@ -561,12 +551,10 @@ def repeated_phrases(words, n_chars):
             yield "repeated phrases", lengths[covered].sum() > (0.2 - 0.01 * size) * n_chars
 
 
-@first_reason
 def prose_rule(text):
     """Gopher's rules, then those of C4 (arXiv 1910.10683) and FineWeb (2406.17557) on lines."""
-    reason = gopher_rule(text)
+    yield from gopher_rule(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    yield reason, reason
     yield "filler", FILLER.search(text)
     yield "few finished lines", share_of(lines, lambda line: line.endswith(FINISHED)) < 0.12
     yield "short lines", share_of(lines, lambda line: len(line) < 30) > 0.67
@@ -578,15 +566,16 @@ def quality_rule(document, rules):
     if rules == "none" or rules == "auto" and document["prompt_chars"]:
         return None
     if rules == "prose" or rules == "auto" and not is_code(document):
-        return prose_rule(document["text"])
-    return code_rule(document["text"], str(document["id"]))
+        checks = prose_rule(document["text"])
+    else:
+        checks = code_rule(document["text"], str(document["id"]))
+    return next((reason for reason, holds in checks if holds), None)
 
 
 def language_rule(document, languages):
-    if not languages or document["prompt_chars"] or is_code(document):
-        return None
-    spoken = language(document["text"])
-    return None if spoken in languages else f"language {spoken}"
+    if languages and not document["prompt_chars"] and not is_code(document):
+        spoken = language(document["text"])
+        return None if spoken in languages else f"language {spoken}"
 
 
 # Each begins where no character before could belong to it and ends within bounds, so all take linear time.
@@ -693,12 +682,12 @@ def lsh_band_hashes(signatures, threshold):
     return hashes
 
 
-def candidate_pairs(keys, reach=4):
-    """Pairs (m, 2) of indices with equal keys: each with the next `reach` ones, so a bucket of n gives 4n
-    pairs and not n^2."""
+def candidate_pairs(keys):
+    """Pairs (m, 2) of indices with equal keys: each with the next four, so a bucket of n gives 4n pairs and
+    not n^2."""
     order = keys.argsort(kind="stable")
     pairs = []
-    for step in range(1, reach + 1):
+    for step in range(1, 5):
         left = np.flatnonzero(keys[order[step:]] == keys[order[:-step]])
         pairs.append(np.stack([order[left], order[left + step]], 1))
     return np.concatenate(pairs)
@@ -797,6 +786,19 @@ def text_grams(raws):
     return {7: grams, 13: splitmix64(grams + 3 * np.roll(grams, -6))}, bounds
 
 
+# The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
+# are public pages, of which a corpus may well have a copy.
+QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
+            "problem_statement sentence input turns text").split()
+ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution "
+          "completion answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 "
+          "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
+          "mc2_targets target solution solutions code").split()
+MIN_COMMON = 3  # 7-grams in common that tell anything
+OVERLAP = 0.6
+MATCH_RATE = 0.9
+
+
 class Contamination:
     """Finds documents that contain benchmark problems, or parts of them.
 
@@ -805,17 +807,6 @@ class Contamination:
     count, nor those of more than two problems of one file (what a benchmark says everywhere); a problem may
     stand in any number of files, and with any number of answers. By syntax (phi-1, arXiv 2306.11644, section
     5): functions whose trees have difflib's ratio >= MATCH_RATE; trees below MIN_NODES do not count."""
-    # The usual benchmarks' fields, in any case, `_` for a space. No `context`, `passage` or `article`: these
-    # are public pages, of which a corpus may well have a copy.
-    QUESTION = ("instruction goal ctx prompt premise question question_stem question_content problem "
-                "problem_statement sentence input turns text").split()
-    ANSWER = ("choices options endings sol1 sol2 option1 option2 choice1 choice2 canonical_solution "
-              "completion answer answers best_answer correct_answer incorrect_answers incorrect_answer_1 "
-              "incorrect_answer_2 incorrect_answer_3 distractor1 distractor2 distractor3 mc1_targets "
-              "mc2_targets target solution solutions code").split()
-    MIN_COMMON = 3  # 7-grams in common that tell anything
-    OVERLAP = 0.6
-    MATCH_RATE = 0.9
 
     def __init__(self, paths):
         self.problems = list(self.read(paths))  # (name, text, (file, question))
@@ -843,7 +834,7 @@ class Contamination:
             self.table[np.array(list(owners), np.uint64) >> 40] = True
         self.n_grams = Counter(itertools.chain(*self.owners[7].values()))
 
-        protected = {i for i, n in self.n_grams.items() if n >= self.MIN_COMMON}
+        protected = {i for i, n in self.n_grams.items() if n >= MIN_COMMON}
         protected.update(*self.owners[13].values(), [i for i, _ in self.trees])
         self.unprotected = [name for i, (name, *_) in enumerate(self.problems) if i not in protected]
         if self.unprotected and RANK == 0:
@@ -868,7 +859,7 @@ class Contamination:
             for n_problems, record in enumerate(records, n_problems + 1):
                 fields = {str(key).lower().replace(" ", "_"): value for key, value in record.items()}
                 question, answer = ("\n".join(text for key in keys for text in strings_in(fields.get(key)))
-                                    for keys in (self.QUESTION, self.ANSWER))
+                                    for keys in (QUESTION, ANSWER))
                 text = f"{question}\n{answer}"
                 place = ("" if is_text else path, b" ".join(words_of(question or text)))
                 yield str(record.get("task_id", f"{name}:{n_problems}")), text, place
@@ -893,7 +884,7 @@ class Contamination:
                         common.setdefault((k, i), set()).add(gram)
                 for (k, i), both in sorted(common.items(), key=lambda item: len(item[1])):
                     shorter = min(self.n_grams[i], bounds[k + 1] - bounds[k] - 6)
-                    if n == 13 or len(both) >= max(self.MIN_COMMON, self.OVERLAP * shorter):
+                    if n == 13 or len(both) >= max(MIN_COMMON, OVERLAP * shorter):
                         found[done + k] = f"{n}-gram", i, f"{len(both)} in common"
             done += len(raws)
         return found
@@ -904,13 +895,13 @@ class Contamination:
         for source, _ in FUNCTION.findall(text + "\n"):
             signs = count_signs(source)
             longer = np.maximum(self.signs.sum(1), signs.sum())
-            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (self.MATCH_RATE - 0.2) * longer)
+            similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (MATCH_RATE - 0.2) * longer)
             labels = syntax_tree(source) if len(similar) else []
             matcher = difflib.SequenceMatcher(None, (), labels, autojunk=False)
             for i, other in [self.trees[k] for k in similar]:
                 matcher.set_seq1(other)
                 bounds = matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio  # the cheapest first
-                if all(bound() >= self.MATCH_RATE for bound in bounds):
+                if all(bound() >= MATCH_RATE for bound in bounds):
                     return "syntax tree", i, f"match rate {matcher.ratio():.3f}: {source.strip()[:60]}"
 
 
@@ -945,15 +936,19 @@ shares of characters, words and lines."""
     n_words = max(1, counts.total())
     n_lines = max(1, len(full))
     n_sentences = 1 + sum(map(head.count, (". ", ".\n", "? ", "! ")))
-    row = [
+    return np.array([
         *map(math.log1p, (len(text), len(lines), max(map(len, lines)), n_words)),
         len(full) / len(lines), sum(map(len, full)) / n, n / n_words, len(counts) / n_words ** 0.75,
         n_words / n_sentences, n_words / (1 + head.count("\n\n")),
         *(len(raw.translate(None, letters)) / n for letters in CLASSES),
         *(sum(counts[word] for word in words) / n_words for words in WORDS),
         *(sum(starts[word] for word in words) / n_lines for words in STARTS),
-        *(head.count(mark) / n_lines for mark in MARKS)]
-    return np.array(row, np.float32)
+        *(head.count(mark) / n_lines for mark in MARKS)], np.float32)
+
+
+N_BINS = 128
+MAX_DEPTH = 16
+FOREST_ARRAYS = "edges feature threshold child value roots".split()
 
 
 @dataclass
@@ -965,17 +960,14 @@ class RandomForest:
     row's leaves. Each tree sees half of the rows (as good as a bootstrap: Friedman and Hall 2007) and takes
     the best Gini impurity among sqrt(features) features drawn for each node, or more until one can split it.
     It grows by levels: a histogram over (node, bin, class) gives all nodes' splits at once."""
-    BINS = 128
-    ARRAYS = "edges feature threshold child value roots".split()
     n_trees: int = 100
     seed: int = 0
-    max_depth: int = 16
     min_leaf: int = 2
     workers: int = 1
 
     def fit(self, X, y):
         # bin b holds the values up to edges[:, b]
-        self.edges = np.quantile(X, np.arange(1, self.BINS) / self.BINS, axis=0, method="nearest").T
+        self.edges = np.quantile(X, np.arange(1, N_BINS) / N_BINS, axis=0, method="nearest").T
         bins = self.bin(X)
         y = y.astype(int)
         trees = parallel(lambda tree: self.grow(bins, y, np.random.default_rng([self.seed, tree])),
@@ -999,12 +991,12 @@ class RandomForest:
         begin = 0
         m = 1
         levels = []
-        for depth in range(self.max_depth + 1):
+        for depth in range(MAX_DEPTH + 1):
             n_all = np.bincount(node, minlength=m)
             n_one = np.bincount(node, y[rows], m)
             drawn = rng.random((m, n_features)).argsort(1)
             gain, feature, threshold = self.best_splits(bins, y, rows, node, n_all, n_one, drawn)
-            is_split = (gain > 1e-4) & (depth < self.max_depth)
+            is_split = (gain > 1e-4) & (depth < MAX_DEPTH)
             # a leaf leads to itself
             child = np.where(is_split, begin + m + 2 * (np.cumsum(is_split) - 1), begin + np.arange(m))
             levels.append((feature * is_split, np.where(is_split, threshold, 255), child, n_one / n_all))
@@ -1033,17 +1025,17 @@ class RandomForest:
             some_rows = rows[inside]
             some_nodes = node[inside]
             m = unsplit.sum()
-            key = (y[some_rows] * m + (np.cumsum(unsplit) - 1)[some_nodes]) * self.BINS
+            key = (y[some_rows] * m + (np.cumsum(unsplit) - 1)[some_nodes]) * N_BINS
             for feature in several:
                 bin_of = bins.take(feature[some_nodes] * n + some_rows)
-                counts = np.bincount(key + bin_of, minlength=2 * m * self.BINS).reshape(2, m, self.BINS)
+                counts = np.bincount(key + bin_of, minlength=2 * m * N_BINS).reshape(2, m, N_BINS)
                 zero, one = counts.cumsum(2, dtype=np.float32)  # (nodes, threshold)
                 left = zero + one
                 right = left[:, -1:] - left
                 score = one ** 2 / np.maximum(left, 1) + (one[:, -1:] - one) ** 2 / np.maximum(right, 1)
                 score[np.minimum(left, right) < self.min_leaf] = 0
                 at = score.argmax(1)
-                gain = score.max(1) - n_one[unsplit] ** 2 / n_all[unsplit]
+                gain = score.max(1) - (n_one ** 2 / n_all)[unsplit]
                 candidates = gain, feature[unsplit], at
                 best[:, unsplit] = np.where(gain > best[0, unsplit], candidates, best[:, unsplit])
         return best[0], *best[1:].astype(int)
@@ -1055,15 +1047,14 @@ class RandomForest:
         total = np.zeros(len(X))
         for root in self.roots:
             node = np.full(len(X), root)
-            for _ in range(self.max_depth):
+            for _ in range(MAX_DEPTH):
                 entry = table.take(node)
                 node = (entry >> 24) + (bins.take(base + (entry >> 8 & 65535)) > (entry & 255))
             total += self.value.take(node)
         return total / len(self.roots)
 
     def save(self, path):
-        with open(path, "wb") as file:
-            np.savez_compressed(file, **{name: getattr(self, name) for name in self.ARRAYS})
+        np.savez_compressed(path, **{name: getattr(self, name) for name in FOREST_ARRAYS})
 
     @classmethod
     def load(cls, path, n_features):
@@ -1081,15 +1072,14 @@ def area_under_curve(y, p):
     """ROC AUC: how often a row of y = 1 has the larger p than one of y = 0, ties counting half."""
     zeros = np.sort(p[y == 0])
     ones = p[y == 1]
-    below = np.searchsorted(zeros, ones, "left") + np.searchsorted(zeros, ones, "right")
+    below = sum(np.searchsorted(zeros, ones, side) for side in ("left", "right"))
     return float(below.mean() / 2 / len(zeros))
 
 
 def train_quality_classifier(path, seed, workers):
     """(forest, report) from labels: JSON Lines with `text` and `score` from 0 to 5, good from 3 on."""
     labels = [record for record in read_jsonl(path) if "text" in record and "score" in record]
-    texts = [str(record["text"]) for record in labels]
-    X = np.array(parallel(features, texts, workers, "reading labels"))
+    X = np.array(parallel(lambda record: features(str(record["text"])), labels, workers, "labels"))
     y = np.array([record["score"] >= 3 for record in labels], int)
     if not 5 <= y.sum() <= len(y) - 5 or len(y) < 20:
         raise ValueError(f"--labels {path}: {y.sum()} of {len(y)} labels have a score of 3 or more; "
@@ -1118,8 +1108,7 @@ def count_pretokens(texts, workers=1):
     def count(batch):
         return sum_counts(findall[text.isascii()](text) for text in batch)
 
-    size = sum(map(len, texts)) // (4 * workers) + 1
-    return sum_counts(parallel(count, batches(texts, size), workers, "counting words"))
+    return sum_counts(parallel(count, batches(texts, 1 << 22), workers, "counting words"))
 
 
 def learn_merges(counts, n_merges):
@@ -1133,7 +1122,7 @@ def learn_merges(counts, n_merges):
     words = [b"\xff" + word.encode() for word in counts]  # (255 is in no UTF-8)
     symbol = np.frombuffer(b"".join([*words, b"\xff"]), np.uint8).astype(np.int32)
     symbol[symbol == 255] = end
-    weight = np.repeat(np.fromiter(counts.values(), np.int64, len(words)), list(map(len, words)))
+    weight = np.repeat(np.fromiter(counts.values(), int, len(words)), list(map(len, words)))
     begin = np.arange(len(symbol), dtype=np.int32)  # of the symbol whose last byte is here
     size = np.ones(256 + n_merges, np.int32)        # of each token, in bytes
     heap = []                                       # (-count, a << 20 | b, positions)
@@ -1142,7 +1131,7 @@ def learn_merges(counts, n_merges):
     def count_pairs(at):
         """Puts the pairs at these positions on the heap."""
         at = at[symbol[at + size[symbol[at]]] != end]
-        pairs = symbol[at].astype(np.int64) << 20 | symbol[at + size[symbol[at]]]
+        pairs = symbol[at].astype(int) << 20 | symbol[at + size[symbol[at]]]
         order = pairs.argsort()
         pairs = pairs[order]
         at = at[order]
@@ -1248,7 +1237,7 @@ def encode(documents, tokenizer, dtype):
         answer = tokenizer.encode(text[document["prompt_chars"]:]) + [tokenizer.eot]
         ids.append(np.array(prompt + answer, dtype))
         mask.append(np.repeat(np.uint8([0, 1]), [len(prompt), len(answer)]))
-    return np.concatenate(ids), np.concatenate(mask), np.array(list(map(len, ids[1:])), np.int64)
+    return np.concatenate(ids), np.concatenate(mask), np.array(list(map(len, ids[1:])), int)
 
 
 def keep_larger(path, n_bytes):
@@ -1258,7 +1247,7 @@ def keep_larger(path, n_bytes):
     except ValueError:  # none there, or damaged
         return
     size = meta["train"]["bytes"] + meta["val"]["bytes"]
-    old = path.with_name(f"{path.name}.old-{meta.get('fingerprint', 'none')[:8]}")
+    old = path.with_name(f"{path.name}.old-{meta['fingerprint'][:8]}")
     if size > n_bytes:
         if not old.exists():  # its name tells its contents: once is enough
             os.replace(path, old)
@@ -1275,28 +1264,26 @@ def split_files(files):
     part_size = min(max(sum(sizes) // 32, 1 << 18), 1 << 27)
     spans = []
     for (path, name, begin, end), size in zip(files, sizes):
-        can_cut = suffix_of(path) in RECORDS and not path.endswith(".gz")
+        can_cut = path.lower().endswith(tuple(RECORDS))
         while can_cut and size - begin > part_size:
             spans.append((path, name, begin, begin + part_size))
             begin += part_size
         spans.append((path, name, begin, end))
-
-    def size_of(span):
-        return min(span[3], os.path.getsize(span[0])) - span[2] + 1000
-
-    return list(batches(spans, part_size, size_of))
+    return list(batches(spans, part_size,
+                        lambda span: min(span[3], os.path.getsize(span[0])) - span[2] + 1000))
 
 
-def make_part(files, rules, options):
+def make_part(files, options):
     """One part: all documents of these files, with the first rule's reason to drop each; of those that go no
     more than a beginning is kept."""
     skipped = Counter()
     redacted = Counter()
     documents = []
     for document in read_documents(files, skipped):
-        document["reason"] = next(filter(None, (rule(document) for rule in rules)), "")
+        reason = language_rule(document, options.language) or quality_rule(document, options.rules)
+        document["reason"] = reason or ""
         redact = options.redact_pii == "all" or options.redact_pii == "web" and document.get("web")
-        if document["reason"]:
+        if reason:
             document["text"] = document["text"][:300]
         elif redact and not document["prompt_chars"]:
             document["text"], counts = redact_pii(document["text"])
@@ -1304,9 +1291,9 @@ def make_part(files, rules, options):
         documents.append(document)
     raws = [document["text"].encode() for document in documents]
     columns = {name: np.array([document[name] for document in documents], kind) for name, kind in
-               (("bytes", np.int64), ("prompt_chars", np.int64), ("reason", bytes))}
+               (("bytes", int), ("prompt_chars", int), ("reason", bytes))}
     return {"skipped": skipped, "redacted": redacted, "ids": [str(document["id"]) for document in documents],
-            "text": np.frombuffer(b"".join(raws), np.uint8), "size": np.array(list(map(len, raws)), np.int64),
+            "text": np.frombuffer(b"".join(raws), np.uint8), "size": np.array(list(map(len, raws)), int),
             "hash": sha64(raws), **columns}
 
 
@@ -1535,8 +1522,8 @@ def write_dataset(path, meta, tokenizer, encoded, extra_files):
         write_json(str(new / "meta.json"), meta)
         keep_larger(path, sum(counts["bytes"] for counts in splits.values()))
     for split, counts in splits.items():
-        print("{}.bin: {documents:,} documents, {tokens:,} tokens, {bytes:,} bytes".format(
-            path / split, **counts))
+        print(f"{path / split}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+              f"{counts['bytes']:,} bytes")
 
 
 def report_page(title, funnel, tables):
@@ -1620,8 +1607,8 @@ def show_rows(rows):
     print(f"{'stage':<18}{'documents in':>13}{'out':>9}{'MB in':>9}{'MB out':>9}  dropped")
     for row in rows:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in row["dropped"].items()) or "-"
-        print("{stage:<18}{documents_in:>13,}{documents_out:>9,}".format(**row),
-              f"{row['bytes_in'] / 1e6:>8.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
+        print(f"{row['stage']:<18}{row['documents_in']:>13,}{row['documents_out']:>9,}"
+              f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}  {reasons}")
 
 
 def build(options):
@@ -1635,18 +1622,14 @@ def build(options):
     if is_reusable(path, made_by):
         print0(f"{path}: already made, reused (delete it to make it anew)")
         return path
-    if not files:
-        raise ValueError(f"--input {' '.join(options.input)}: nothing to read ({dict(unread)})")
     contamination = Contamination(options.decontaminate) if options.decontaminate else None
     forest, classifier = load_classifier(options, workers)
-    rules = [functools.partial(language_rule, languages=options.language),
-             functools.partial(quality_rule, rules=options.rules)]
     # other options' parts wait for their own command
     work = path.with_name(f".{path.name}.work-{digest(json.dumps(made_by['options'])).hex()[:16]}")
     run = functools.partial(run_parts, work / digest(json.dumps(made_by)).hex()[:16], workers)
 
-    tasks = split_files(files)
-    parts = run("documents", len(tasks), lambda i: make_part(tasks[i], rules, options))
+    tasks = split_files(files) or [[]]
+    parts = run("documents", len(tasks), lambda i: make_part(tasks[i], options))
     funnel = Funnel(run, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
     funnel.count("read", len(funnel.alive) + skipped.total(), bytes_in, skipped)
