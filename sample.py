@@ -105,9 +105,9 @@ def open_model(args):
 
 
 def encode_prompt(tokenizer, text):
-    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one
+    """A prompt's tokens. Drop whitespace at its end first: a line break and the indentation after it are one
     token, so a prompt that ends between them would have to be continued by a token never seen there."""
-    return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
+    return tokenizer.bos + tokenizer.encode(text) or [tokenizer.eot]
 
 
 def chat_stops(tokenizer) -> tuple:
@@ -257,7 +257,7 @@ def complete(args) -> None:
     if args.prompt == "-" and sys.stdin.isatty():
         print("Type a prompt and end it with Ctrl-D.", file=sys.stderr)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    print_answer(args, model, tokenizer, encode_prompt(tokenizer, text))
+    print_answer(args, model, tokenizer, encode_prompt(tokenizer, text.rstrip()))
 
 
 def fit_chat(tokenizer, messages, room):
@@ -548,7 +548,8 @@ def score_tokens(logits, tokens, num_top: int) -> list[Score]:
     total = logits.logsumexp(-1, keepdim=True)
     logprobs = logits.gather(1, tokens[:, None]) - total                        # (n, 1)
     top = logits.topk(min(num_top, logits.shape[-1]))
-    columns = tokens, logprobs[:, 0], top.indices, top.values - total
+    lowest = -9999.0    # JSON has no infinity
+    columns = tokens, logprobs[:, 0].clamp(lowest), top.indices, (top.values - total).clamp(lowest)
     return [Score(token, logprob, list(zip(others, values)))
             for token, logprob, others, values in zip(*(column.tolist() for column in columns))]
 
@@ -571,19 +572,18 @@ def sample_batch(logits, requests: list[Request]):
 MAX_BODY = 16_000_000
 READ_SECONDS = 30       # for headers and body together
 MAX_READING = 512       # connections whose request has not arrived
-NUMBER = (int, float)
-FIELDS = {              # of a request: type, smallest, largest
-    "temperature": (NUMBER, 0, 2),
-    "top_p": (NUMBER, 1e-9, 1),
-    "top_k": (int, 0, 1e9),
-    "seed": (int, -1e19, 1e19),
-    "n": (int, 1, 128),
-    "stream": (bool, 0, 1),
-    "echo": (bool, 0, 1),
-    "logprobs": (int, 0, 20),
-    "top_logprobs": (int, 0, 20),
-    "max_tokens": (int, 0, 1e9),
-    "max_completion_tokens": (int, 0, 1e9),
+FIELDS = {              # of a request: smallest and largest; a whole number unless the bounds are none
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (0, 10 ** 9),
+    "seed": (-10 ** 19, 10 ** 19),
+    "n": (1, 128),
+    "stream": (False, True),
+    "echo": (False, True),
+    "logprobs": (0, 20),
+    "top_logprobs": (0, 20),
+    "max_tokens": (0, 10 ** 9),
+    "max_completion_tokens": (0, 10 ** 9),
 }
 UNSUPPORTED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty", "suffix")
 LOCAL = ("127.0.0.1", "localhost", "")
@@ -802,31 +802,33 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
     """The texts that a request's body asks for: `n` answers to each prompt."""
     if body.get("model", server.name) not in (server.name, server.args.run):
         raise APIError(404, f"that model is not here; {server.name!r} is", "model", "model_not_found")
-    for name, (kind, low, high) in FIELDS.items():
-        if name in body and not (isinstance(body[name], kind) and low <= body[name] <= high):
-            raise APIError(400, f"{name} must be of type {kind} and from {low} to {high}", name)
+    for name, (low, high) in FIELDS.items():
+        value = body.get(name, low)
+        if not isinstance(value, (int, type(low))) or not low <= value <= high:
+            raise APIError(400, f"{name} must be a number from {low} to {high}", name)
     for name in UNSUPPORTED:
         if body.get(name):
             raise APIError(400, f"{name} is not supported", name)
+    settings = {name: body[name] for name in ("top_p", "top_k", "echo", "stream", "logprobs") if name in body}
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise APIError(400, "stop must be a text or a list of them", "stop")
-    settings = {name: body[name] for name in ("top_p", "top_k", "echo", "stream", "logprobs") if name in body}
-    settings["temperature"] = body.get("temperature", 1.0)
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens", server.args.max_tokens))
+    name = "stop"       # what is being read
     try:
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError("it must be a text or a list of them")
         if is_chat:
+            name = "messages"
             settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
-            stop += chat_stops(server.tokenizer)
+            stop = [*stop, *chat_stops(server.tokenizer)]
             # some formats make an answer begin with a space
             prompts = [(server.tokenizer.render(plain_messages(body["messages"])), " ")]
         else:
+            name = "prompt"
             prompt = body["prompt"]
-            is_one = not isinstance(prompt, list) or isinstance(prompt[0], int)
+            is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
             prompts = [read_prompt(server, one, body.get("echo")) for one in ([prompt] if is_one else prompt)]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        name = "messages" if is_chat else "prompt"
         raise APIError(400, f"{name}: {type(error).__name__} {error}", name) from None
     requests = []
     events = queue.SimpleQueue()
@@ -837,31 +839,27 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
                            code="context_length_exceeded")
         for n in range(body.get("n", 1)):
             seed = f"{body['seed']}, {n}" if "seed" in body else None
-            requests.append(Request(list(ids), min(max_tokens, room), seed=seed, stop=tuple(stop), skip=skip,
-                                    index=len(requests), events=events, **settings))
+            requests.append(Request(list(ids), min(max_tokens, room), body.get("temperature", 1.0), seed=seed,
+                                    stop=tuple(stop), skip=skip, index=len(requests), events=events,
+                                    **settings))
     return requests
 
 
 def plain_messages(messages: list[dict]) -> list[dict]:
     """Contents may be lists of parts."""
-    plain = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content)
-        plain.append({"role": message["role"], "content": content})
-    if not plain:
+    if not messages:
         raise ValueError("no message is there")
-    return plain
+    for message in messages:
+        if isinstance(message["content"], list):
+            message["content"] = "".join(part["text"] for part in message["content"])
+    return messages
 
 
 def read_prompt(server: Server, prompt, echo: bool) -> tuple[list[int], str]:
     """A text or tokens -> tokens, and the whitespace at a text's end, which the client has already."""
-    tokenizer = server.tokenizer
-    if isinstance(prompt, str) and echo:
-        return tokenizer.bos + tokenizer.encode(prompt) or [tokenizer.eot], ""
     if isinstance(prompt, str):
-        return encode_prompt(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+        text = prompt if echo else prompt.rstrip()
+        return encode_prompt(server.tokenizer, text), prompt[len(text):]
     vocab_size = server.config.vocab_size
     if not prompt or not all(type(token) is int and 0 <= token < vocab_size for token in prompt):
         raise ValueError("it must be a text, a list of the model's tokens, or a list of either")
@@ -872,7 +870,6 @@ def format_logprobs(scores: list[Score], tokenizer, is_chat: bool) -> dict:
     """OpenAI has one form for chats and an older one for completions."""
     def entry(token, logprob):
         raw = tokenizer.decode_bytes([token])
-        logprob = None if logprob is None else max(logprob, -9999.0)
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
     entries = [entry(score.token, score.logprob) for score in scores]
     tops = [[entry(*other) for other in score.top] for score in scores]
@@ -1058,7 +1055,7 @@ def write_answers(args, model, tokenizer, kind, problems, end: re.Pattern) -> li
     room = max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
     requests = []
     for problem in problems:
-        ids = encode_prompt(tokenizer, problem["prompt"])
+        ids = encode_prompt(tokenizer, problem["prompt"].rstrip())
         if args.chat:
             question = CHAT_PROMPT.format(problem["prompt"]) if kind == "code" else problem["prompt"]
             ids = tokenizer.render([{"role": "user", "content": question}])
