@@ -24,6 +24,7 @@ import re
 import select
 import socket
 import socketserver
+import statistics
 import sys
 import threading
 import time
@@ -1015,9 +1016,6 @@ def cut(completion: str) -> str:
 
 def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
     """-> the kind, and the records of a benchmark's file, of documents, or any text."""
-    path = data.fetch(path) if path.startswith(("http://", "https://")) else path
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--eval {path}: no such file; make problems with python synth.py exercises")
     if path.endswith(".json"):
         records = models.read_json(path)
     elif path.endswith((".jsonl", ".jsonl.gz")):
@@ -1039,32 +1037,32 @@ def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
 
 def mbpp_problems(records: list[dict], num_shots: int, is_chat: bool) -> list[dict]:
     """The test part, problems 11 to 510 (arXiv 2108.07732), with its prompts; 2, 3 and 4 are the examples."""
-    end = "" if is_chat else "[BEGIN]\n"
     for record in records:
         task = record.get("text") or record["prompt"]
-        record["prompt"] = MBPP_PROMPT.format(task, "\n".join(record["test_list"])) + end
-    shots = [record for record in records if record["task_id"] in (2, 3, 4)][:0 if is_chat else num_shots]
-    intro = "".join(f"{shot['prompt']}{shot['code']}\n[DONE]\n\n" for shot in shots)
-    tests = [record for record in records if record["task_id"] in range(11, 511)] or records
-    return [{**record, "prompt": intro + record["prompt"]} for record in tests]
+        record["prompt"] = MBPP_PROMPT.format(task, "\n".join(record["test_list"]))
+    if not is_chat:
+        shots = [record for record in records if record["task_id"] in (2, 3, 4)][:num_shots]
+        intro = "".join(f"{shot['prompt']}[BEGIN]\n{shot['code']}\n[DONE]\n\n" for shot in shots)
+        records = [{**record, "prompt": f"{intro}{record['prompt']}[BEGIN]\n"} for record in records]
+    return [record for record in records if record["task_id"] in range(11, 511)] or records
 
 
-def write_answers(args, model, tokenizer, kind, problems, end: re.Pattern) -> list[Request]:
-    """--samples answers to each problem, up to `end`. Of a prompt that is too long the beginning is left out.
+def write_answers(args, model, tokenizer, problems, end: re.Pattern, chat_prompt: str) -> list[Request]:
+    """An answer to each problem, up to `end`. Of a prompt that is too long the beginning is left out.
     A text depends on --seed, its prompt and its number, not on its batch."""
     room = max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
     requests = []
-    for problem in problems:
-        ids = encode_prompt(tokenizer, problem["prompt"].rstrip())
+    for n, problem in enumerate(problems):
         if args.chat:
-            question = CHAT_PROMPT.format(problem["prompt"]) if kind == "code" else problem["prompt"]
+            question = chat_prompt.format(problem["prompt"])
             ids = tokenizer.render([{"role": "user", "content": question}])
-        for n in range(args.samples):
-            seed = hashlib.sha256(json.dumps([args.seed, ids, n]).encode()).digest()[:8]
-            request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed))
-            if not args.chat:
-                request.pattern = end
-            requests.append(request)
+        else:
+            ids = encode_prompt(tokenizer, problem["prompt"].rstrip())
+        seed = hashlib.sha256(json.dumps([args.seed, ids, n % args.samples]).encode()).digest()[:8]
+        request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed))
+        if not args.chat:
+            request.pattern = end
+        requests.append(request)
     # texts of one length together waste least; with the longest first, a lack of memory shows at once
     order = sorted(requests, key=lambda request: -len(request.ids))
     for begin in tqdm(range(0, len(order), args.batch_size), desc="solving", unit="batch", disable=None):
@@ -1073,28 +1071,35 @@ def write_answers(args, model, tokenizer, kind, problems, end: re.Pattern) -> li
 
 
 def solve(args, model, tokenizer, kind, records) -> list[dict]:
-    """A row for each sample of each problem: question, answer, verdict."""
-    end = re.compile(r"\[DONE\]") if kind == "MBPP" else LINE_AT_MARGIN
+    """-> a row for each sample of each problem: question, answer, verdict."""
+    end = LINE_AT_MARGIN
+    chat_prompt = CHAT_PROMPT
     if kind == "MBPP":
+        end = re.compile(r"\[DONE\]")
+        chat_prompt = "{}"
         records = mbpp_problems(records, args.shots, args.chat)
-    if args.solutions == "canonical":
-        answers = [Request([], 0) for _ in records]
-        for record, answer in zip(records, answers):
-            answer.text = record.get("code") or record["canonical_solution"]
-    else:
-        answers = write_answers(args, model, tokenizer, kind, records, end)
     problems = [dict(record) for record in records for _ in range(args.samples)]
-    for problem, answer in zip(problems, answers):
-        if args.chat:       # the answer repeats the function; imports and helpers stand before it
-            answer.text = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
-            function = rf"^def {problem.get('entry_point', '')}\b"
-            problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
-        elif args.solutions == "model":
+    if args.solutions == "model":
+        answers = write_answers(args, model, tokenizer, problems, end, chat_prompt)
+        for problem, answer in zip(problems, answers):
+            problem["completion"] = answer.text
+            problem["truncated"] = answer.finish_reason == "length"
             problem["prompt"] = problem["prompt"].rstrip()
-    verdicts = synth.judge_all([(problem, answer.text) for problem, answer in zip(problems, answers)])
-    return [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],
-             "completion": answer.text, "truncated": answer.finish_reason == "length", **verdict._asdict()}
-            for problem, answer, verdict in zip(problems, answers, verdicts)]
+            if args.chat:       # the answer repeats the function; imports and helpers stand before it
+                problem["completion"] = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
+                function = rf"^def {problem.get('entry_point', '')}\b"
+                problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
+    else:
+        for problem in problems:
+            problem["completion"] = problem.get("code") or problem["canonical_solution"]
+    verdicts = synth.judge_all([(problem, problem["completion"]) for problem in problems])
+    rows = [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],
+             "completion": problem["completion"], "truncated": problem.get("truncated", False),
+             **verdict._asdict()} for problem, verdict in zip(problems, verdicts)]
+    for passed in (True, False):
+        for row in [row for row in rows[::args.samples] if row["passed"] == passed][:args.show]:
+            print(f"\n--- {row['task_id']}: {row['reason']}\n{row['prompt']}{row['completion']}")
+    return rows
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -1103,15 +1108,8 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def ratio(values, weights) -> tuple[float, float]:
-    """sum(values) / sum(weights), and its standard error over what the pairs were drawn from."""
-    mean = sum(values) / sum(weights)
-    spread = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights))
-    return mean, math.sqrt(spread * len(values) / max(1, len(values) - 1)) / sum(weights)
-
-
 def score(rows: list[dict], samples: int) -> dict:
-    """The summary of the rows of some problems, `samples` each."""
+    """The summary of the rows of some problems, `samples` each; the standard error of pass@1 is over them."""
     passed = [sum(row["passed"] for row in rows[begin:begin + samples])
               for begin in range(0, len(rows), samples)]
     result = {"problems": len(passed), "passed": sum(passed), "total": len(rows),
@@ -1119,7 +1117,8 @@ def score(rows: list[dict], samples: int) -> dict:
     for k in (100, 10, 1):
         if k <= samples:
             values = [pass_at_k(samples, n, k) for n in passed]
-            result[f"pass@{k}"], result["se"] = ratio(values, [1] * len(values))    # at last of pass@1
+            result[f"pass@{k}"] = statistics.fmean(values)
+    result["se"] = math.sqrt(statistics.pvariance(values) / max(1, len(values) - 1))
     return result
 
 
@@ -1135,20 +1134,16 @@ def count_bits(model, tokenizer, text: str) -> dict:
         targets = window[:, 1:].clone()
         targets[:, :begin - end] = -1
         nats += model(window[:, :-1], targets=targets)[0].item()
-    return {"bits": nats / math.log(2), "bytes": len(text.encode()), "words": len(text.split()),
-            "tokens": len(ids) - 1}
+    return {"bits": nats / math.log(2), "bytes": len(text.encode()), "tokens": len(ids) - 1}
 
 
-def evaluate_texts(model, tokenizer, records) -> tuple[list[dict], dict]:
-    """-> rows, and bits per byte and perplexities of all together."""
-    progress = tqdm(records, desc="reading", unit="text", disable=None)
+def read_texts(model, tokenizer, records) -> tuple[list[dict], dict]:
+    """-> a row for each text, and bits per byte and perplexity of all together."""
     rows = [{"task_id": record["task_id"], **count_bits(model, tokenizer, record["text"])}
-            for record in progress]
-    result = {name: sum(row[name] for row in rows) for name in ("bits", "bytes", "words", "tokens")}
-    bits, sizes = zip(*((row["bits"], row["bytes"]) for row in rows))
-    result["bits per byte"], result["se"] = ratio(bits, sizes)
-    for unit in ("word", "token"):
-        result[f"{unit} perplexity"] = 2 ** (result["bits"] / max(1, result[f"{unit}s"]))
+            for record in tqdm(records, desc="reading", unit="text", disable=None)]
+    result = {name: sum(row[name] for row in rows) for name in ("bits", "bytes", "tokens")}
+    result["bits per byte"] = result["bits"] / result["bytes"]
+    result["token perplexity"] = 2 ** (result["bits"] / max(1, result["tokens"]))
     return rows, result
 
 
@@ -1160,15 +1155,12 @@ def evaluate(args) -> None:
         kind, records = read_problems(path, args.limit)
         levels = {}
         if kind == "text":
-            rows, result = evaluate_texts(model, tokenizer, records)
+            rows, result = read_texts(model, tokenizer, records)
         else:
             rows = solve(args, model, tokenizer, kind, records)
             result = score(rows, args.samples)
             for level in dict.fromkeys(row["level"] for row in rows if row["level"]):
                 levels[level] = score([row for row in rows if row["level"] == level], args.samples)
-            for verdict in (True, False):
-                for row in [row for row in rows[::args.samples] if row["passed"] == verdict][:args.show]:
-                    print(f"\n--- {row['task_id']}: {row['reason']}\n{row['prompt']}{row['completion']}")
         for level, figures in {"": result, **levels}.items():
             words = [f"{name} {value:,.4g}" for name, value in figures.items()]
             print(path, level and f"k = {level}", *words, sep="  ")

@@ -3035,7 +3035,7 @@ def test_bits_per_byte_counts_each_token_once(tmp_path):
         scores = m(torch.tensor([window[:-1]]))[0].log_softmax(-1)
         nats -= sum(scores[t - 1, window[t]].item() for t in range(len(window) - (end - begin), len(window)))
     assert summary["bits per byte"] == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-5)
-    assert summary["tokens"] == len(ids) - 1 and summary["words"] == 40 * 4
+    assert summary["tokens"] == len(ids) - 1
     assert summary["token perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
 
 
