@@ -910,78 +910,76 @@ def serve(args) -> None:
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
           "frame-ancestors 'none'")
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
 <style>
-:root { color-scheme: light dark }
-body { max-width: 46rem; height: 95dvh; margin: auto; display: flex; flex-flow: column; font: 16px system-ui }
-main { flex: 1; overflow-y: auto }
-article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
-.user { margin-left: 20%; font-weight: bold }
+body { max-width: 46rem; margin: auto; font: 16px system-ui; color-scheme: light dark }
+p { white-space: pre-wrap; overflow-wrap: anywhere }
+.user { font-weight: bold }
 textarea { width: 100% }
 </style>
-<p><b>MODEL</b> temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7">
-key <input id="key" type="password"></p>
+<b>MODEL</b> key <input type="password">
 <main></main>
-<form><textarea rows="2" placeholder="Message" autofocus></textarea>
-<button>Send</button> <button type="button" id="retry">Retry</button></form>
+<form><textarea autofocus></textarea><button>Send</button><button type="button">Retry</button></form>
 <script>
-const $ = selector => document.querySelector(selector)
-let messages = [], running = null
+const $ = name => document.querySelector(name)
+const main = $("main"), form = $("form"), text = $("textarea")
+const [send, retry] = form.querySelectorAll("button")
+const messages = []
+let running = null
 
-function show(text, name) {
-  const article = $("main").appendChild(document.createElement("article"))
-  article.textContent = text
-  article.className = name
-  article.scrollIntoView()
-  return article
+function show(role) {
+  const message = {role, content: ""}, place = document.createElement("p")
+  place.className = role
+  messages.push(message)
+  main.append(place)
+  return more => {
+    place.textContent = message.content += more
+    form.scrollIntoView()
+  }
 }
 
 async function answer() {
-  const place = show("…", ""), message = {role: "assistant", content: ""}
-  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("#key").value}
-  const body = JSON.stringify({messages, stream: true, temperature: +$("#temperature").value})
+  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("input").value}
+  const body = JSON.stringify({messages, stream: true, temperature: 0.7})
+  const add = show("assistant")
   running = new AbortController()
-  $("button").textContent = "Stop"
+  send.textContent = "Stop"
   try {
     const reply = await fetch("/v1/chat/completions", {method: "POST", headers, body, signal: running.signal})
     if (!reply.ok) throw Error((await reply.json()).error.message)
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
-    let rest = ""
-    for (let part; !(part = await reader.read()).done;) {
-      const lines = (rest + part.value).split("\\n\\n")
-      rest = lines.pop()
-      for (const line of lines.filter(line => line != "data: [DONE]")) {
-        const event = JSON.parse(line.slice(6))
-        if (event.error) throw Error(event.error.message)
-        message.content += event.choices[0].delta.content
+    let part, rest = ""
+    while (!(part = await reader.read()).done) {
+      const events = (rest + part.value).split("\\n\\n")
+      rest = events.pop()
+      for (const event of events.filter(event => event != "data: [DONE]")) {
+        const {error, choices} = JSON.parse(event.slice(6))
+        if (error) throw Error(error.message)
+        add(choices[0].delta.content)
       }
-      place.textContent = message.content
     }
   } catch (error) {
-    if (error.name != "AbortError") place.textContent += " [" + error.message + "]"
+    if (error.name != "AbortError") main.lastChild.textContent += " [" + error.message + "]"
   }
-  messages.push(message)
   running = null
-  $("button").textContent = "Send"
+  send.textContent = "Send"
 }
 
-$("form").onsubmit = event => {
+form.onsubmit = event => {
   event.preventDefault()
-  const text = $("textarea").value
   if (running) return running.abort()
-  if (!text.trim()) return
-  $("textarea").value = ""
-  messages.push({role: "user", content: show(text, "user").textContent})
+  if (!text.value.trim()) return
+  show("user")(text.value)
+  text.value = ""
   answer()
 }
-$("#retry").onclick = () => {
+retry.onclick = () => {
   if (running || !messages.length) return
   messages.pop()
-  $("main").lastChild.remove()
+  main.lastChild.remove()
   answer()
 }
 </script>
-</html>
 """
 
 
