@@ -312,7 +312,7 @@ MIN_SHARED = 8          # tokens that two texts begin with for one to wait for t
 class APIError(Exception):
     """What a client gets instead of an answer: an HTTP status, and OpenAI's object."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(self, status: int, message: str, param=None, code=None):
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -638,7 +638,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request, address):
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # those are clients that have gone
+        if not isinstance(error, OSError):  # those are clients that have gone or do not read
             print(f"sample.py: {type(error).__name__}: {error}", file=sys.stderr)
 
 
@@ -660,20 +660,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, body: bytes, content_type: str, status=200) -> None:
+    def send(self, text: str, content_type="application/json", status=200) -> None:
+        body = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("Connection", "close")
         if body:
             self.send_header("Content-Length", len(body))
-        if status in (429, 503):
+        if status == 429:
             self.send_header("Retry-After", 2)
         self.end_headers()
         self.wfile.write(body)
 
     def send_json(self, value, status=200) -> None:
-        self.send(json.dumps(value).encode(), "application/json", status)
+        self.send(json.dumps(value), status=status)
 
     def send_event(self, text: str) -> None:
         self.wfile.write(f"data: {text}\n\n".encode())
@@ -683,17 +684,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(APIError(code, message).body, code)
 
     def do_GET(self):
-        """Answer any request, or say why not. OSErrors are clients that have gone or do not read."""
-        with contextlib.suppress(OSError):
-            try:
-                self.route(self.path.partition("?")[0])
-            except APIError as error:
-                self.send_json(error.body, error.status)
-                # a client that is still sending listens when it may finish
-                if self.connection in self.server.reading:
-                    self.connection.shutdown(socket.SHUT_WR)
-                    while self.connection.recv(1 << 16):
-                        pass
+        """Answer any request, or say why not."""
+        try:
+            self.route(self.path.partition("?")[0])
+        except APIError as error:
+            self.send_json(error.body, error.status)
+            # a client that is still sending listens when it may finish
+            if self.connection in self.server.reading:
+                self.connection.shutdown(socket.SHUT_WR)
+                while self.connection.recv(1 << 16):
+                    pass
 
     do_POST = do_GET
 
@@ -709,15 +709,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         model = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
         documents = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]},
                      f"/v1/models/{server.name}": model}
-        endpoints = {"/v1/completions": False, "/v1/chat/completions": True}
-        if self.command != ("POST" if path in endpoints else "GET"):
+        is_answer = path in ("/v1/completions", "/v1/chat/completions")
+        if self.command != ("POST" if is_answer else "GET"):
             raise APIError(405, f"{path[:100]} does not answer {self.command}")
-        if path in endpoints:
-            self.answer(endpoints[path])
+        if is_answer:
+            self.answer(is_chat="chat" in path)
         elif path in documents:
             self.send_json(documents[path])
         elif path == "/":
-            self.send(PAGE.replace("MODEL", html.escape(server.name)).encode(), "text/html; charset=utf-8")
+            self.send(PAGE.replace("MODEL", html.escape(server.name)), "text/html")
         else:
             raise APIError(404, f"nothing answers {path[:100]} here")
 
@@ -749,17 +749,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.server.engine.submit(requests)
             for event in self.events(requests):
-                content = {"text": event.text}
+                choice = {"index": event.index, "text": event.text, "logprobs": None,
+                          "finish_reason": event.finish_reason}
                 if is_chat:
                     role = {} if is_stream and choices else {"role": "assistant"}
-                    content = {"delta" if is_stream else "message": {**role, "content": event.text}}
-                logprobs = None
+                    choice["delta" if is_stream else "message"] = {**role, "content": choice.pop("text")}
                 if requests[0].logprobs is not None:
-                    logprobs = format_logprobs(event.scores, self.server.tokenizer, is_chat)
-                choice = {"index": event.index, **content, "logprobs": logprobs,
-                          "finish_reason": event.finish_reason}
+                    choice["logprobs"] = format_logprobs(event.scores, self.server.tokenizer, is_chat)
                 if is_stream and not choices:
-                    self.send(b"", "text/event-stream")
+                    self.send("", "text/event-stream")
                 choices.append(choice)
                 if is_stream:
                     self.send_event(json.dumps({**reply, "choices": [choice]}))
