@@ -28,7 +28,7 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -134,7 +134,7 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A text to go on with. `events`, which several may share, receives Events, or an APIError."""
+    """A text to go on with. `emit` is called with Events, or an APIError."""
     ids: list                       # the prompt's tokens, then the new ones too
     max_new_tokens: int
     temperature: float = 0.0
@@ -142,12 +142,12 @@ class Request:
     top_k: int = 0
     seed: object = None
     stop: tuple = ()                # texts that end the answer, and are not part of it
-    logprobs: int | None = None     # how many alternatives to give for each token
+    logprobs: int = -1              # how many alternatives to give for each token, -1: not even its own
     echo: bool = False              # the answer begins with the prompt
     stream: bool = False            # send each token at once
     skip: str = ""                  # what the answer is expected to begin with and the client already has
     index: int = 0
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    emit: object = lambda event: None
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.ids)
@@ -170,36 +170,35 @@ class Request:
         return len(self.ids) - self.num_cached
 
     @property
+    def num_new_tokens(self) -> int:
+        return len(self.ids) - self.num_prompt_tokens
+
+    @property
     def is_over(self) -> bool:
         return self.cancelled or self.finish_reason is not None
 
-    def add_text(self, token: int, score: Score | None, tokenizer) -> None:
+    def add_text(self, raw: bytes, score: Score | None) -> None:
         if score:
             self.scores.append((len(self.text), score))
-        for character in self.decoder.decode(tokenizer.decode_bytes([token])):
-            is_skipped = self.skip.startswith(character)
-            self.skip = self.skip[1:] if is_skipped else ""
-            self.text += "" if is_skipped else character
+        self.text += self.decoder.decode(raw, self.finish_reason is not None)
 
     def add_prompt(self, tokenizer) -> None:
-        first = Score(self.ids[0], None, [])
-        scores = [first, *self.prompt_scores] if self.logprobs is not None else [None] * len(self.ids)
-        for token, score in zip(self.ids, scores):
-            self.add_text(token, score and score._replace(top=score.top[:self.logprobs]), tokenizer)
+        scores = [Score(self.ids[0], None, []), *self.prompt_scores] if self.logprobs >= 0 else []
+        for token, score in itertools.zip_longest(self.ids, scores):
+            self.add_text(tokenizer.decode_bytes([token]), score)
         self.answer_begin = len(self.text)
 
     def append_token(self, token: int, score: Score | None, tokenizer) -> None:
         self.ids.append(token)
-        if token not in tokenizer.stops:
-            self.add_text(token, score, tokenizer)
+        if token in tokenizer.stops:
+            self.finish_reason = "stop"
+            # as vLLM's, log-probabilities after an echo end with this token's
+            self.add_text(b"", score if self.echo else None)
+        else:
             if len(self.ids) >= self.max_length:
                 self.finish_reason = "length"
-        else:
-            self.finish_reason = "stop"
-            if self.echo and score:     # as vLLM's, the log-probabilities then end with this one
-                self.scores.append((len(self.text), score))
-        if self.finish_reason:
-            self.text += self.decoder.decode(b"", final=True)
+            self.add_text(tokenizer.decode_bytes([token]), score)
+        self.num_sent = max(self.num_sent, len(os.path.commonprefix([self.skip, self.text])))
         end = self.pattern.search(self.text, max(self.num_sent, self.answer_begin))
         if end:
             self.finish_reason = "stop"
@@ -211,7 +210,7 @@ class Request:
 
     def send(self) -> None:
         scores = [score for _, score in self.scores]
-        self.events.put(Event(self.index, self.text[self.num_sent:], scores, self.finish_reason))
+        self.emit(Event(self.index, self.text[self.num_sent:], scores, self.finish_reason))
         self.num_sent = len(self.text)
         self.scores = []
 
@@ -229,26 +228,20 @@ def generate(args, model, tokenizer, requests: list[Request]) -> None:
 
 # ---------------------------------------------------------------- complete and chat
 
-class Printer:
-    """Where a Request's events go in a terminal."""
-
-    def put(self, event):
-        print(event.text, end="", flush=True)
-
-
 def print_answer(args, model, tokenizer, ids, stop=()) -> str:
     """Print the answer as it comes, tokens a second on stderr -> the answer, which Ctrl-C ends in a chat."""
     max_new_tokens = min(args.max_tokens, model.config.max_seq_len - len(ids))
-    request = Request(ids, max_new_tokens, seed=args.seed, stop=stop, stream=True, events=Printer())
+    request = Request(ids, max_new_tokens, seed=args.seed, stop=stop, stream=True,
+                      emit=lambda event: print(event.text, end="", flush=True))
     start = time.perf_counter()
     try:
         generate(args, model, tokenizer, [request])
     except KeyboardInterrupt:
         if not args.chat:
             raise
-    count = len(request.ids) - request.num_prompt_tokens
+    rate = request.num_new_tokens / (time.perf_counter() - start)
     print(flush=True)
-    print(f"{count} tokens, {count / (time.perf_counter() - start):,.0f} a second", file=sys.stderr)
+    print(f"{request.num_new_tokens} tokens, {rate:,.0f} a second", file=sys.stderr)
     return request.text
 
 
@@ -362,7 +355,7 @@ class Engine(threading.Thread):
                 message = f"decoding failed ({type(error).__name__}: {str(error)[:200]})"
                 print(f"sample.py: {message}", file=sys.stderr)
                 for request in self.running:
-                    request.events.put(APIError(500, message))
+                    request.emit(APIError(500, message))
                 self.running = []
                 self.cache = None
 
@@ -371,8 +364,8 @@ class Engine(threading.Thread):
         prefilling = [row for row, request in enumerate(self.running) if request.num_uncached > 1]
         if prefilling:
             self.prefill(prefilling)
-        rows = [row for row, request in enumerate(self.running) if request.num_uncached == 1]
-        decoding = [row for row in rows if not self.running[row].is_over]
+        decoding = [row for row, request in enumerate(self.running)
+                    if request.num_uncached == 1 and not request.is_over]
         if decoding:
             self.decode(decoding)
 
@@ -423,11 +416,12 @@ class Engine(threading.Thread):
         donor_ids = donor.ids
         if request.echo:
             donor_ids = donor.ids[:donor.num_prompt_tokens]     # what was answered has no scores
-            if not donor.echo or (donor.logprobs or 0) < (request.logprobs or 0):
+            if not donor.echo or donor.logprobs < request.logprobs:
                 return 0
-        if donor_ids[:MIN_SHARED] != request.ids[:MIN_SHARED] or self.is_long(donor) != self.is_long(request):
+        num_common = len(os.path.commonprefix([donor_ids, request.ids]))
+        if num_common < MIN_SHARED or self.is_long(donor) != self.is_long(request):
             return 0
-        return len(os.path.commonprefix([donor_ids, request.ids])) - 1
+        return num_common - 1
 
     def grow_cache(self) -> None:
         """A row for each text, long enough for its last token."""
@@ -441,7 +435,7 @@ class Engine(threading.Thread):
         self.cache = models.KVCache(model.config, num_rows, capacity, model.device, model.dtype)
         self.decoders = {}
         if old:
-            kept = slice(None), slice(min(num_rows, len(old.lengths))), slice(min(capacity, old.capacity))
+            kept = slice(None), slice(len(self.running) - 1), slice(min(capacity, old.capacity))
             self.cache.keys[kept] = old.keys[kept]
             self.cache.values[kept] = old.values[kept]
 
@@ -454,8 +448,8 @@ class Engine(threading.Thread):
     def set_lengths(self) -> None:
         """The cache's lengths, from the texts'; rows of nobody are empty."""
         lengths = [request.num_cached for request in self.running]
-        lengths += [0] * (len(self.cache.lengths) - len(lengths))
-        self.cache.lengths.copy_(torch.tensor(lengths))
+        self.cache.lengths.zero_()
+        self.cache.lengths[:len(lengths)] = torch.tensor(lengths)
 
     def prefill(self, rows: list[int]) -> None:
         """The next chunk of the text of the first of these rows, and of its neighbours as far as they fit."""
@@ -463,21 +457,19 @@ class Engine(threading.Thread):
         batch = []
         chunks = []
         for request in self.running[rows[0]:]:
-            count = None if self.is_long(request) else limit
-            chunk = request.ids[request.num_cached:][:count]
-            longest = max(map(len, [*chunks, chunk]))
-            end = longest + max(other.num_cached for other in (*batch, request))
-            num_padded = longest * (len(batch) + 1)
-            is_wasteful = num_padded > 1.5 * sum(map(len, [*chunks, chunk]))
-            if batch and (len(chunk) < 2 or is_wasteful or num_padded > limit or end > self.cache.capacity):
+            chunk = request.ids[request.num_cached:][:None if self.is_long(request) else limit]
+            sizes = [len(other) for other in (*chunks, chunk)]
+            end = max(sizes) + max(other.num_cached for other in (*batch, request))
+            num_padded = max(sizes) * len(sizes)    # two thirds of it must be tokens
+            is_too_large = num_padded > min(limit, 1.5 * sum(sizes)) or end > self.cache.capacity
+            if batch and (len(chunk) < 2 or is_too_large):
                 break
             batch.append(request)
             chunks.append(chunk)
 
-        device = self.model.device
-        longest = max(map(len, chunks))
-        tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
-        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        rectangle = zip(*itertools.zip_longest(*chunks, fillvalue=0))
+        tokens = torch.tensor(list(rectangle), device=self.model.device)
+        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=self.model.device)
         self.set_lengths()
         cache = self.cache.rows(slice(rows[0], rows[0] + len(batch)))
         x = self.model.hidden(tokens, cache=cache, num_tokens=num_tokens)       # (B, T, d_model)
@@ -491,24 +483,20 @@ class Engine(threading.Thread):
 
     def score_prompts(self, batch: list[Request], chunks, x) -> None:
         """Each state scores the token after its own. Logits in parts: those of all at once would not fit."""
-        owners = []
-        targets = []
-        states = []
-        for request, chunk, row_states in zip(batch, chunks, x):
-            is_prompt = len(request.ids) == request.num_prompt_tokens
-            if request.echo and request.logprobs is not None and is_prompt:
-                following = request.ids[request.num_cached + 1:][:len(chunk)]
-                owners += [request] * len(following)
-                targets += following
-                states.append(row_states[:len(following)])
-        if not targets:
+        targets = []    # of each text
+        for request, chunk in zip(batch, chunks):
+            is_scored = request.echo and request.logprobs >= 0 and not request.num_new_tokens
+            targets.append(request.ids[request.num_cached + 1:][:is_scored * len(chunk)])
+        if not any(targets):
             return
-        num_top = max(request.logprobs for request in owners)
-        targets = torch.tensor(targets, device=x.device)
-        owners = iter(owners)
-        for part, tokens in zip(torch.cat(states).split(256), targets.split(256)):
-            for score in score_tokens(self.model.logits(part), tokens, num_top):
-                next(owners).prompt_scores.append(score)
+        states = torch.cat([row_states[:len(tokens)] for row_states, tokens in zip(x, targets)])
+        tokens = torch.tensor(sum(targets, []), device=x.device)
+        num_top = max(request.logprobs for request in batch)
+        parts = [score_tokens(self.model.logits(part), following, num_top)
+                 for part, following in zip(states.split(256), tokens.split(256))]
+        scores = itertools.chain(*parts)
+        for request, row_targets in zip(batch, targets):
+            request.prompt_scores += itertools.islice(scores, len(row_targets))
 
     def decode(self, rows: list[int]) -> None:
         """One more token for the texts of these rows; the other rows run along."""
@@ -537,7 +525,7 @@ class Engine(threading.Thread):
                 request.send()
                 continue
             score = None
-            if request.logprobs is not None:
+            if request.logprobs >= 0:
                 (score,) = score_tokens(row_logits[None], token[None], request.logprobs)
             request.append_token(token.item(), score, self.tokenizer)
             if self.model.outgrows(len(request.ids)):
@@ -746,23 +734,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time()),
                  "model": self.server.name}
         choices = []
+        events = queue.SimpleQueue()
+        for request in requests:
+            request.emit = events.put
         try:
             self.server.engine.submit(requests)
-            for event in self.events(requests):
+            for event in self.events(events, len(requests)):
                 choice = {"index": event.index, "text": event.text, "logprobs": None,
                           "finish_reason": event.finish_reason}
                 if is_chat:
                     role = {} if is_stream and choices else {"role": "assistant"}
                     choice["delta" if is_stream else "message"] = {**role, "content": choice.pop("text")}
-                if requests[0].logprobs is not None:
-                    choice["logprobs"] = format_logprobs(event.scores, self.server.tokenizer, is_chat)
+                if requests[0].logprobs >= 0:
+                    choice["logprobs"] = format_logprobs(event.scores, requests[0].logprobs,
+                                                         self.server.tokenizer, is_chat)
                 if is_stream and not choices:
                     self.send("", "text/event-stream")
                 choices.append(choice)
                 if is_stream:
                     self.send_event(json.dumps({**reply, "choices": [choice]}))
             prompt = sum(request.num_prompt_tokens for request in requests[::body.get("n", 1)])
-            new = sum(len(request.ids) - request.num_prompt_tokens for request in requests)
+            new = sum(request.num_new_tokens for request in requests)
             usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
             if not is_stream:
                 choices.sort(key=lambda choice: choice["index"])
@@ -779,14 +771,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for request in requests:
                 request.cancelled = True
 
-    def events(self, requests):
+    def events(self, events, num_running: int):
         """What comes until all have ended. OSError when the client has gone."""
-        num_running = len(requests)
         readable = select.poll()
         readable.register(self.connection, select.POLLIN)
         while num_running:
             try:
-                event = requests[0].events.get(timeout=0.5)
+                event = events.get(timeout=0.5)
             except queue.Empty:
                 if readable.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionAbortedError from None
@@ -818,7 +809,7 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
             raise ValueError("it must be a text or a list of them")
         if is_chat:
             name = "messages"
-            settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
+            settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else -1
             stop = [*stop, *chat_stops(server.tokenizer)]
             # some formats make an answer begin with a space
             prompts = [(server.tokenizer.render(plain_messages(body["messages"])), " ")]
@@ -830,7 +821,6 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise APIError(400, f"{name}: {type(error).__name__} {error}", name) from None
     requests = []
-    events = queue.SimpleQueue()
     for ids, skip in prompts:
         room = server.config.max_seq_len - len(ids)
         if room < min(max_tokens, 1):
@@ -839,8 +829,7 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
         for n in range(body.get("n", 1)):
             seed = f"{body['seed']}, {n}" if "seed" in body else None
             requests.append(Request(list(ids), min(max_tokens, room), body.get("temperature", 1.0), seed=seed,
-                                    stop=tuple(stop), skip=skip, index=len(requests), events=events,
-                                    **settings))
+                                    stop=tuple(stop), skip=skip, index=len(requests), **settings))
     return requests
 
 
@@ -865,13 +854,13 @@ def read_prompt(server: Server, prompt, echo: bool) -> tuple[list[int], str]:
     return prompt, ""
 
 
-def format_logprobs(scores: list[Score], tokenizer, is_chat: bool) -> dict:
+def format_logprobs(scores: list[Score], num_top: int, tokenizer, is_chat: bool) -> dict:
     """OpenAI has one form for chats and an older one for completions."""
     def entry(token, logprob):
         raw = tokenizer.decode_bytes([token])
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
     entries = [entry(score.token, score.logprob) for score in scores]
-    tops = [[entry(*other) for other in score.top] for score in scores]
+    tops = [[entry(*other) for other in score.top[:num_top]] for score in scores]
     if is_chat:
         return {"content": [{**chosen, "top_logprobs": top} for chosen, top in zip(entries, tops)]}
     tokens = [chosen["token"] for chosen in entries]

@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import shutil
@@ -2456,8 +2457,14 @@ def answered(request):
             return text, scores, event.finish_reason
 
 
+def listen(request):
+    request.events = queue.SimpleQueue()
+    request.emit = request.events.put
+    return request
+
+
 def ask(engine, *prompts, **settings):
-    asked = [sample.Request(list(prompt), **settings) for prompt in prompts]
+    asked = [listen(sample.Request(list(prompt), **settings)) for prompt in prompts]
     engine.submit(asked)
     return asked
 
@@ -2579,7 +2586,7 @@ def test_choosing_follows_each_rows_distribution():
 )
 def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_reason):
     tokenizer = Tokenizer.load("bytes")
-    request = sample.Request([0], **{"max_new_tokens": 100, "logprobs": 0, **settings})
+    request = listen(sample.Request([0], **{"max_new_tokens": 100, "logprobs": 0, **settings}))
     for token in tokens.encode():
         if not request.is_over:
             request.append_token(token, sample.Score(token, -1.0, []), tokenizer)
@@ -2598,7 +2605,7 @@ def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_
     echoed.add_prompt(tokenizer)
     echoed.append_token(ord("c"), None, tokenizer)
     assert not echoed.is_over, "a stop text in the echoed prompt ends nothing"
-    request = sample.Request([0], 9)
+    request = listen(sample.Request([0], 9))
     request.append_token(tokenizer.eot, None, tokenizer)
     assert request.events.get() == (0, "", [], "stop")
 
