@@ -12,7 +12,6 @@ import codecs
 import collections
 import contextlib
 import hashlib
-import html
 import http.server
 import itertools
 import json
@@ -276,14 +275,14 @@ def chat(args) -> None:
             text = input("\n> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if text == "/retry" and messages:
-            messages.pop()
-            args.seed += 1
-        elif text == "/new":
+        if text == "/new":
             messages = []
+        elif text == "/retry":
+            messages = messages[:-1]
+            args.seed += 1
         elif text:
             messages.append({"role": "user", "content": text})
-        if not messages or not text or text == "/new":
+        if len(messages) % 2 == 0:      # nothing is asked
             continue
         try:
             ids = fit_chat(tokenizer, messages, context - min(args.max_tokens, context // 2))
@@ -691,8 +690,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("Origin", f"http://{host}").partition("://")[2]
         if origin != host or server.args.host in LOCAL and host.partition(":")[0] not in LOCAL:
             raise APIError(403, "other web sites may not use this server")  # nor reach it by a name of theirs
-        is_open = path in ("/", "/health") or not server.key
-        if not is_open and self.headers.get("Authorization") != f"Bearer {server.key}":
+        is_locked = server.key and path not in ("/", "/health")
+        if is_locked and self.headers.get("Authorization") != f"Bearer {server.key}":
             raise APIError(401, "send MINPHI_API_KEY as Authorization: Bearer ...", code="invalid_api_key")
         model = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
         documents = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]},
@@ -705,7 +704,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path in documents:
             self.send_json(documents[path])
         elif path == "/":
-            self.send(PAGE.replace("MODEL", html.escape(server.name)), "text/html")
+            self.send(PAGE.replace("MODEL", server.name), "text/html")
         else:
             raise APIError(404, f"nothing answers {path[:100]} here")
 
@@ -734,12 +733,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reply = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time()),
                  "model": self.server.name}
         choices = []
-        events = queue.SimpleQueue()
-        for request in requests:
-            request.emit = events.put
         try:
-            self.server.engine.submit(requests)
-            for event in self.events(events, len(requests)):
+            for event in self.events(requests):
                 choice = {"index": event.index, "text": event.text, "logprobs": None,
                           "finish_reason": event.finish_reason}
                 if is_chat:
@@ -771,10 +766,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for request in requests:
                 request.cancelled = True
 
-    def events(self, events, num_running: int):
-        """What comes until all have ended. OSError when the client has gone."""
+    def events(self, requests):
+        """What is emitted until all have ended. OSError when the client has gone."""
+        events = queue.SimpleQueue()
+        for request in requests:
+            request.emit = events.put
+        self.server.engine.submit(requests)
         readable = select.poll()
         readable.register(self.connection, select.POLLIN)
+        num_running = len(requests)
         while num_running:
             try:
                 event = events.get(timeout=0.5)
@@ -799,10 +799,12 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
     for name in UNSUPPORTED:
         if body.get(name):
             raise APIError(400, f"{name} is not supported", name)
-    settings = {name: body[name] for name in ("top_p", "top_k", "echo", "stream", "logprobs") if name in body}
+    body = {"n": 1, "max_tokens": server.args.max_tokens, "temperature": 1.0, **body}
+    names = "temperature", "top_p", "top_k", "echo", "stream", "logprobs"
+    settings = {name: body[name] for name in names if name in body}
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", server.args.max_tokens))
+    max_tokens = body.get("max_completion_tokens", body["max_tokens"])
     name = "stop"       # what is being read
     try:
         if not all(isinstance(text, str) and text for text in stop):
@@ -826,10 +828,10 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
         if room < min(max_tokens, 1):
             raise APIError(400, f"{len(ids):,} tokens and an answer do not fit {server.config.max_seq_len:,}",
                            code="context_length_exceeded")
-        for n in range(body.get("n", 1)):
+        for n in range(body["n"]):
             seed = f"{body['seed']}, {n}" if "seed" in body else None
-            requests.append(Request(list(ids), min(max_tokens, room), body.get("temperature", 1.0), seed=seed,
-                                    stop=tuple(stop), skip=skip, index=len(requests), **settings))
+            requests.append(Request(list(ids), min(max_tokens, room), seed=seed, stop=tuple(stop), skip=skip,
+                                    index=len(requests), **settings))
     return requests
 
 
@@ -874,8 +876,7 @@ def serve(args) -> None:
     try:
         server = Server(args, model, tokenizer)
     except OSError as error:
-        reason = f"cannot listen at {args.host} port {args.port} ({error.strerror})"
-        raise OSError(f"{reason}; choose another --port") from None
+        raise OSError(f"{args.host} port {args.port}: {error.strerror}; choose another --port") from None
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_address[1]}"
@@ -900,7 +901,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
 <style>
 body { max-width: 46rem; margin: auto; font: 16px system-ui; color-scheme: light dark }
-p { white-space: pre-wrap; overflow-wrap: anywhere }
+p { white-space: pre-wrap }
 .user { font-weight: bold }
 textarea { width: 100% }
 </style>
@@ -990,13 +991,12 @@ def check(candidate):
     for inputs in {base_input} + {plus_input}:
         assert same(candidate(*copy.deepcopy(inputs)), {entry_point}(*copy.deepcopy(inputs)))
 """
-# by the fields of their records
-KINDS = {"MBPP": {"code", "test_list"}, "code": {"prompt", "entry_point"}, "text": {"text"}}
-
-
-def cut(completion: str) -> str:
-    """The completion up to its first later line at column 0. Example: cut("  x = 1\\ny") == "  x = 1" """
-    return LINE_AT_MARGIN.split(completion, maxsplit=1)[0]
+# by the fields of their records: what ends an answer, and what a chat model is asked
+KINDS = {
+    "MBPP": ({"code", "test_list"}, re.compile(r"\[DONE\]"), "{}"),
+    "code": ({"prompt", "entry_point"}, LINE_AT_MARGIN, CHAT_PROMPT),
+    "text": ({"text"}, None, None),
+}
 
 
 def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
@@ -1009,10 +1009,10 @@ def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
         with open(path, encoding="utf-8", errors="replace") as file:
             records = [{"text": file.read()}]
     fields = set.intersection(*map(set, records)) if records else set()
-    kind = next((kind for kind in KINDS if KINDS[kind] <= fields), None)
+    kind = next((kind for kind, (needed, *_) in KINDS.items() if needed <= fields), None)
     if kind is None:
-        raise ValueError(f"{path}: its records must all have the fields of one of {KINDS}, not "
-                         f"{fields or 'none'}; other benchmarks are lm-evaluation-harness's, see the README")
+        raise ValueError(f"{path}: its records must all have code and test_list, prompt and entry_point, or "
+                         f"text, not {fields or 'none'}; others are lm-evaluation-harness's, see the README")
     for n, record in enumerate(records):
         record.setdefault("task_id", f"record {n + 1}")
         if "plus_input" in record:      # HumanEval+: what the reference answers is expected
@@ -1032,10 +1032,11 @@ def mbpp_problems(records: list[dict], num_shots: int, is_chat: bool) -> list[di
     return [record for record in records if record["task_id"] in range(11, 511)] or records
 
 
-def write_answers(args, model, tokenizer, problems, end: re.Pattern, chat_prompt: str) -> list[Request]:
-    """An answer to each problem, up to `end`. Of a prompt that is too long the beginning is left out.
+def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> list[Request]:
+    """An answer to each problem. Of a prompt that is too long the beginning is left out.
     A text depends on --seed, its prompt and its number, not on its batch."""
     room = max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
+    _, end, chat_prompt = KINDS[kind]
     requests = []
     for n, problem in enumerate(problems):
         if args.chat:
@@ -1057,15 +1058,11 @@ def write_answers(args, model, tokenizer, problems, end: re.Pattern, chat_prompt
 
 def solve(args, model, tokenizer, kind, records) -> list[dict]:
     """-> a row for each sample of each problem: question, answer, verdict."""
-    end = LINE_AT_MARGIN
-    chat_prompt = CHAT_PROMPT
     if kind == "MBPP":
-        end = re.compile(r"\[DONE\]")
-        chat_prompt = "{}"
         records = mbpp_problems(records, args.shots, args.chat)
     problems = [dict(record) for record in records for _ in range(args.samples)]
     if args.solutions == "model":
-        answers = write_answers(args, model, tokenizer, problems, end, chat_prompt)
+        answers = write_answers(args, model, tokenizer, kind, problems)
         for problem, answer in zip(problems, answers):
             problem["completion"] = answer.text
             problem["truncated"] = answer.finish_reason == "length"

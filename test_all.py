@@ -2232,21 +2232,21 @@ def test_a_long_context_costs_nothing_before_it_is_used():
 
 
 def test_pass_at_k_and_cut():
-    import sample
     import itertools
 
+    cut = lambda text: sample.LINE_AT_MARGIN.split(text, maxsplit=1)[0]
     for n, c, k in ((5, 2, 1), (5, 2, 3), (10, 0, 10), (10, 1, 10), (4, 3, 2)):
         draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert abs(sample.pass_at_k(n, c, k) - sum(map(any, draws)) / len(draws)) < 1e-12
     assert (
-        sample.cut("\n    return 1\n\nprint(2)") == "\n    return 1\n"
-        and sample.cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
+        cut("\n    return 1\n\nprint(2)") == "\n    return 1\n"
+        and cut("\n    x\n\n    y\n") == "\n    x\n\n    y\n"
     )
     assert [
-        sample.cut("\n    x" + end)
+        cut("\n    x" + end)
         for end in ("\ndef f", "\nclass A", "\nif __name__", "\n@d", "\n# c", "\n```")
     ] == ["\n    x"] * 6
-    assert sample.cut("  # comment\n    x") == "  # comment\n    x"
+    assert cut("  # comment\n    x") == "  # comment\n    x"
     rows = [{"passed": i < n, "truncated": i == n} for n in (3, 0, 1, 4) for i in range(4)]
     result = sample.score(rows, 4)
     assert (result["passed"], result["total"], result["truncated"]) == (8, 16, 3)
