@@ -607,26 +607,20 @@ class Server(socketserver.ThreadingTCPServer):
         self.engine = Engine(model, tokenizer, args.batch_size, cache_tokens)
         super().__init__((args.host, args.port), Handler)
 
-    def verify_request(self, request, address):
-        """Who sends no request makes room for those who do."""
-        if len(self.reading) >= MAX_READING:
-            self.hang_up(next(iter(self.reading)))
-        return True
+    def finish_request(self, request, address):
+        self.reading[request] = time.monotonic() + READ_SECONDS
+        with contextlib.suppress(OSError):      # clients that have gone or do not read
+            super().finish_request(request, address)
+        self.reading.pop(request, None)
 
     def service_actions(self):
-        for connection, deadline in list(self.reading.items()):
-            if time.monotonic() > deadline:
-                self.hang_up(connection)
-
-    def hang_up(self, connection):
-        self.reading.pop(connection, None)
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)
-
-    def handle_error(self, request, address):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # those are clients that have gone or do not read
-            print(f"sample.py: {type(error).__name__}: {error}", file=sys.stderr)
+        """Who sends no request makes room for those who do."""
+        connections = list(self.reading.items())
+        for number, (connection, deadline) in enumerate(connections):
+            if time.monotonic() > deadline or number < len(connections) - MAX_READING:
+                self.reading.pop(connection, None)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -635,14 +629,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.0"
     timeout = 2 * READ_SECONDS
     disable_nagle_algorithm = True
-
-    def setup(self):
-        super().setup()
-        self.server.reading[self.connection] = time.monotonic() + READ_SECONDS
-
-    def finish(self):
-        self.server.reading.pop(self.connection, None)
-        super().finish()
 
     def log_message(self, *_):
         pass
