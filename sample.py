@@ -93,8 +93,7 @@ def open_model(args):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu") from None
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; try --device cpu") from None
     dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     model, tokenizer = models.load(args.run, args.device, DTYPES[dtype])
     if tokenizer is None:
@@ -268,6 +267,7 @@ def chat(args) -> None:
         import readline  # noqa: F401, gives input() its history and editing
     model, tokenizer = open_model(args)
     context = model.config.max_seq_len
+    room = context - min(args.max_tokens, context // 2)
     messages = []
     print("/retry answers anew, /new forgets all, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     while True:
@@ -285,7 +285,7 @@ def chat(args) -> None:
         if len(messages) % 2 == 0:      # nothing is asked
             continue
         try:
-            ids = fit_chat(tokenizer, messages, context - min(args.max_tokens, context // 2))
+            ids = fit_chat(tokenizer, messages, room)
             answer = print_answer(args, model, tokenizer, ids, chat_stops(tokenizer))
             messages.append({"role": "assistant", "content": answer.strip()})
         except ValueError as error:
@@ -485,7 +485,8 @@ class Engine(threading.Thread):
         targets = []    # of each text
         for request, chunk in zip(batch, chunks):
             is_scored = request.echo and request.logprobs >= 0 and not request.num_new_tokens
-            targets.append(request.ids[request.num_cached + 1:][:is_scored * len(chunk)])
+            following = request.ids[request.num_cached + 1:][:len(chunk)]
+            targets.append(following if is_scored else [])
         if not any(targets):
             return
         states = torch.cat([row_states[:len(tokens)] for row_states, tokens in zip(x, targets)])
@@ -680,8 +681,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if is_locked and self.headers.get("Authorization") != f"Bearer {server.key}":
             raise APIError(401, "send MINPHI_API_KEY as Authorization: Bearer ...", code="invalid_api_key")
         model = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
-        documents = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]},
-                     f"/v1/models/{server.name}": model}
+        documents = {
+            "/health": {"status": "ok"},
+            "/v1/models": {"object": "list", "data": [model]},
+            f"/v1/models/{server.name}": model,
+        }
         is_answer = path in ("/v1/completions", "/v1/chat/completions")
         if self.command != ("POST" if is_answer else "GET"):
             raise APIError(405, f"{path[:100]} does not answer {self.command}")
@@ -879,6 +883,8 @@ def serve(args) -> None:
         while server.engine.is_busy() and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(0.5)     # the last of them are being sent
+
+
 # ---------------------------------------------------------------- the page at /
 
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
