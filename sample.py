@@ -1058,11 +1058,12 @@ def solve(args, model, tokenizer, kind, records) -> list[dict]:
         for problem, answer in zip(problems, answers):
             problem["completion"] = answer.text
             problem["truncated"] = answer.finish_reason == "length"
-            problem["prompt"] = problem["prompt"].rstrip()
             if args.chat:       # the answer repeats the function; imports and helpers stand before it
                 problem["completion"] = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
                 function = rf"^def {problem.get('entry_point', '')}\b"
                 problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
+            else:
+                problem["prompt"] = problem["prompt"].rstrip()
     else:
         for problem in problems:
             problem["completion"] = problem.get("code") or problem["canonical_solution"]
