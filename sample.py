@@ -12,7 +12,6 @@ import codecs
 import collections
 import contextlib
 import hashlib
-import html
 import http.server
 import itertools
 import json
@@ -24,10 +23,11 @@ import re
 import select
 import socket
 import socketserver
+import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -93,8 +93,7 @@ def open_model(args):
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here ({reason}); try --device cpu") from None
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; try --device cpu") from None
     dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     model, tokenizer = models.load(args.run, args.device, DTYPES[dtype])
     if tokenizer is None:
@@ -105,9 +104,9 @@ def open_model(args):
 
 
 def encode_prompt(tokenizer, text):
-    """A prompt's tokens. Trailing whitespace is dropped: a line break and the indentation after it are one
+    """A prompt's tokens. Drop whitespace at its end first: a line break and the indentation after it are one
     token, so a prompt that ends between them would have to be continued by a token never seen there."""
-    return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
+    return tokenizer.bos + tokenizer.encode(text) or [tokenizer.eot]
 
 
 def chat_stops(tokenizer) -> tuple:
@@ -133,7 +132,7 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A text to go on with. `events`, which several may share, receives Events, or an APIError."""
+    """A text to go on with. `emit` is called with Events, or an APIError."""
     ids: list                       # the prompt's tokens, then the new ones too
     max_new_tokens: int
     temperature: float = 0.0
@@ -141,12 +140,12 @@ class Request:
     top_k: int = 0
     seed: object = None
     stop: tuple = ()                # texts that end the answer, and are not part of it
-    logprobs: int | None = None     # how many alternatives to give for each token
+    logprobs: int = -1              # how many alternatives to give for each token, -1: not even its own
     echo: bool = False              # the answer begins with the prompt
     stream: bool = False            # send each token at once
     skip: str = ""                  # what the answer is expected to begin with and the client already has
     index: int = 0
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    emit: object = lambda event: None
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.ids)
@@ -169,36 +168,35 @@ class Request:
         return len(self.ids) - self.num_cached
 
     @property
+    def num_new_tokens(self) -> int:
+        return len(self.ids) - self.num_prompt_tokens
+
+    @property
     def is_over(self) -> bool:
         return self.cancelled or self.finish_reason is not None
 
-    def add_text(self, token: int, score: Score | None, tokenizer) -> None:
+    def add_text(self, raw: bytes, score: Score | None) -> None:
         if score:
             self.scores.append((len(self.text), score))
-        for character in self.decoder.decode(tokenizer.decode_bytes([token])):
-            is_skipped = self.skip.startswith(character)
-            self.skip = self.skip[1:] if is_skipped else ""
-            self.text += "" if is_skipped else character
+        self.text += self.decoder.decode(raw, self.finish_reason is not None)
 
     def add_prompt(self, tokenizer) -> None:
-        first = Score(self.ids[0], None, [])
-        scores = [first, *self.prompt_scores] if self.logprobs is not None else [None] * len(self.ids)
-        for token, score in zip(self.ids, scores):
-            self.add_text(token, score and score._replace(top=score.top[:self.logprobs]), tokenizer)
+        scores = [Score(self.ids[0], None, []), *self.prompt_scores] if self.logprobs >= 0 else []
+        for token, score in itertools.zip_longest(self.ids, scores):
+            self.add_text(tokenizer.decode_bytes([token]), score)
         self.answer_begin = len(self.text)
 
     def append_token(self, token: int, score: Score | None, tokenizer) -> None:
         self.ids.append(token)
-        if token not in tokenizer.stops:
-            self.add_text(token, score, tokenizer)
+        if token in tokenizer.stops:
+            self.finish_reason = "stop"
+            # as vLLM's, log-probabilities after an echo end with this token's
+            self.add_text(b"", score if self.echo else None)
+        else:
             if len(self.ids) >= self.max_length:
                 self.finish_reason = "length"
-        else:
-            self.finish_reason = "stop"
-            if self.echo and score:     # as vLLM's, the log-probabilities then end with this one
-                self.scores.append((len(self.text), score))
-        if self.finish_reason:
-            self.text += self.decoder.decode(b"", final=True)
+            self.add_text(tokenizer.decode_bytes([token]), score)
+        self.num_sent = max(self.num_sent, len(os.path.commonprefix([self.skip, self.text])))
         end = self.pattern.search(self.text, max(self.num_sent, self.answer_begin))
         if end:
             self.finish_reason = "stop"
@@ -210,7 +208,7 @@ class Request:
 
     def send(self) -> None:
         scores = [score for _, score in self.scores]
-        self.events.put(Event(self.index, self.text[self.num_sent:], scores, self.finish_reason))
+        self.emit(Event(self.index, self.text[self.num_sent:], scores, self.finish_reason))
         self.num_sent = len(self.text)
         self.scores = []
 
@@ -228,26 +226,20 @@ def generate(args, model, tokenizer, requests: list[Request]) -> None:
 
 # ---------------------------------------------------------------- complete and chat
 
-class Printer:
-    """Where a Request's events go in a terminal."""
-
-    def put(self, event):
-        print(event.text, end="", flush=True)
-
-
 def print_answer(args, model, tokenizer, ids, stop=()) -> str:
     """Print the answer as it comes, tokens a second on stderr -> the answer, which Ctrl-C ends in a chat."""
     max_new_tokens = min(args.max_tokens, model.config.max_seq_len - len(ids))
-    request = Request(ids, max_new_tokens, seed=args.seed, stop=stop, stream=True, events=Printer())
+    request = Request(ids, max_new_tokens, seed=args.seed, stop=stop, stream=True,
+                      emit=lambda event: print(event.text, end="", flush=True))
     start = time.perf_counter()
     try:
         generate(args, model, tokenizer, [request])
     except KeyboardInterrupt:
         if not args.chat:
             raise
-    count = len(request.ids) - request.num_prompt_tokens
+    rate = request.num_new_tokens / (time.perf_counter() - start)
     print(flush=True)
-    print(f"{count} tokens, {count / (time.perf_counter() - start):,.0f} a second", file=sys.stderr)
+    print(f"{request.num_new_tokens} tokens, {rate:,.0f} a second", file=sys.stderr)
     return request.text
 
 
@@ -257,7 +249,7 @@ def complete(args) -> None:
     if args.prompt == "-" and sys.stdin.isatty():
         print("Type a prompt and end it with Ctrl-D.", file=sys.stderr)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    print_answer(args, model, tokenizer, encode_prompt(tokenizer, text))
+    print_answer(args, model, tokenizer, encode_prompt(tokenizer, text.rstrip()))
 
 
 def fit_chat(tokenizer, messages, room):
@@ -275,6 +267,7 @@ def chat(args) -> None:
         import readline  # noqa: F401, gives input() its history and editing
     model, tokenizer = open_model(args)
     context = model.config.max_seq_len
+    room = context - min(args.max_tokens, context // 2)
     messages = []
     print("/retry answers anew, /new forgets all, Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     while True:
@@ -282,17 +275,17 @@ def chat(args) -> None:
             text = input("\n> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if text == "/retry" and messages:
-            messages.pop()
-            args.seed += 1
-        elif text == "/new":
+        if text == "/new":
             messages = []
+        elif text == "/retry":
+            messages = messages[:-1]
+            args.seed += 1
         elif text:
             messages.append({"role": "user", "content": text})
-        if not messages or not text or text == "/new":
+        if len(messages) % 2 == 0:      # nothing is asked
             continue
         try:
-            ids = fit_chat(tokenizer, messages, context - min(args.max_tokens, context // 2))
+            ids = fit_chat(tokenizer, messages, room)
             answer = print_answer(args, model, tokenizer, ids, chat_stops(tokenizer))
             messages.append({"role": "assistant", "content": answer.strip()})
         except ValueError as error:
@@ -311,7 +304,7 @@ MIN_SHARED = 8          # tokens that two texts begin with for one to wait for t
 class APIError(Exception):
     """What a client gets instead of an answer: an HTTP status, and OpenAI's object."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(self, status: int, message: str, param=None, code=None):
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -361,7 +354,7 @@ class Engine(threading.Thread):
                 message = f"decoding failed ({type(error).__name__}: {str(error)[:200]})"
                 print(f"sample.py: {message}", file=sys.stderr)
                 for request in self.running:
-                    request.events.put(APIError(500, message))
+                    request.emit(APIError(500, message))
                 self.running = []
                 self.cache = None
 
@@ -370,8 +363,8 @@ class Engine(threading.Thread):
         prefilling = [row for row, request in enumerate(self.running) if request.num_uncached > 1]
         if prefilling:
             self.prefill(prefilling)
-        rows = [row for row, request in enumerate(self.running) if request.num_uncached == 1]
-        decoding = [row for row in rows if not self.running[row].is_over]
+        decoding = [row for row, request in enumerate(self.running)
+                    if request.num_uncached == 1 and not request.is_over]
         if decoding:
             self.decode(decoding)
 
@@ -422,11 +415,12 @@ class Engine(threading.Thread):
         donor_ids = donor.ids
         if request.echo:
             donor_ids = donor.ids[:donor.num_prompt_tokens]     # what was answered has no scores
-            if not donor.echo or (donor.logprobs or 0) < (request.logprobs or 0):
+            if not donor.echo or donor.logprobs < request.logprobs:
                 return 0
-        if donor_ids[:MIN_SHARED] != request.ids[:MIN_SHARED] or self.is_long(donor) != self.is_long(request):
+        num_common = len(os.path.commonprefix([donor_ids, request.ids]))
+        if num_common < MIN_SHARED or self.is_long(donor) != self.is_long(request):
             return 0
-        return len(os.path.commonprefix([donor_ids, request.ids])) - 1
+        return num_common - 1
 
     def grow_cache(self) -> None:
         """A row for each text, long enough for its last token."""
@@ -440,7 +434,7 @@ class Engine(threading.Thread):
         self.cache = models.KVCache(model.config, num_rows, capacity, model.device, model.dtype)
         self.decoders = {}
         if old:
-            kept = slice(None), slice(min(num_rows, len(old.lengths))), slice(min(capacity, old.capacity))
+            kept = slice(None), slice(len(self.running) - 1), slice(min(capacity, old.capacity))
             self.cache.keys[kept] = old.keys[kept]
             self.cache.values[kept] = old.values[kept]
 
@@ -453,8 +447,8 @@ class Engine(threading.Thread):
     def set_lengths(self) -> None:
         """The cache's lengths, from the texts'; rows of nobody are empty."""
         lengths = [request.num_cached for request in self.running]
-        lengths += [0] * (len(self.cache.lengths) - len(lengths))
-        self.cache.lengths.copy_(torch.tensor(lengths))
+        self.cache.lengths.zero_()
+        self.cache.lengths[:len(lengths)] = torch.tensor(lengths)
 
     def prefill(self, rows: list[int]) -> None:
         """The next chunk of the text of the first of these rows, and of its neighbours as far as they fit."""
@@ -462,21 +456,19 @@ class Engine(threading.Thread):
         batch = []
         chunks = []
         for request in self.running[rows[0]:]:
-            count = None if self.is_long(request) else limit
-            chunk = request.ids[request.num_cached:][:count]
-            longest = max(map(len, [*chunks, chunk]))
-            end = longest + max(other.num_cached for other in (*batch, request))
-            num_padded = longest * (len(batch) + 1)
-            is_wasteful = num_padded > 1.5 * sum(map(len, [*chunks, chunk]))
-            if batch and (len(chunk) < 2 or is_wasteful or num_padded > limit or end > self.cache.capacity):
+            chunk = request.ids[request.num_cached:][:None if self.is_long(request) else limit]
+            sizes = [len(other) for other in (*chunks, chunk)]
+            end = max(sizes) + max(other.num_cached for other in (*batch, request))
+            num_padded = max(sizes) * len(sizes)    # two thirds of it must be tokens
+            is_too_large = num_padded > min(limit, 1.5 * sum(sizes)) or end > self.cache.capacity
+            if batch and (len(chunk) < 2 or is_too_large):
                 break
             batch.append(request)
             chunks.append(chunk)
 
-        device = self.model.device
-        longest = max(map(len, chunks))
-        tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
-        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=device)
+        rectangle = zip(*itertools.zip_longest(*chunks, fillvalue=0))
+        tokens = torch.tensor(list(rectangle), device=self.model.device)
+        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=self.model.device)
         self.set_lengths()
         cache = self.cache.rows(slice(rows[0], rows[0] + len(batch)))
         x = self.model.hidden(tokens, cache=cache, num_tokens=num_tokens)       # (B, T, d_model)
@@ -490,24 +482,21 @@ class Engine(threading.Thread):
 
     def score_prompts(self, batch: list[Request], chunks, x) -> None:
         """Each state scores the token after its own. Logits in parts: those of all at once would not fit."""
-        owners = []
-        targets = []
-        states = []
-        for request, chunk, row_states in zip(batch, chunks, x):
-            is_prompt = len(request.ids) == request.num_prompt_tokens
-            if request.echo and request.logprobs is not None and is_prompt:
-                following = request.ids[request.num_cached + 1:][:len(chunk)]
-                owners += [request] * len(following)
-                targets += following
-                states.append(row_states[:len(following)])
-        if not targets:
+        targets = []    # of each text
+        for request, chunk in zip(batch, chunks):
+            is_scored = request.echo and request.logprobs >= 0 and not request.num_new_tokens
+            following = request.ids[request.num_cached + 1:][:len(chunk)]
+            targets.append(following if is_scored else [])
+        if not any(targets):
             return
-        num_top = max(request.logprobs for request in owners)
-        targets = torch.tensor(targets, device=x.device)
-        owners = iter(owners)
-        for part, tokens in zip(torch.cat(states).split(256), targets.split(256)):
-            for score in score_tokens(self.model.logits(part), tokens, num_top):
-                next(owners).prompt_scores.append(score)
+        states = torch.cat([row_states[:len(tokens)] for row_states, tokens in zip(x, targets)])
+        tokens = torch.tensor(sum(targets, []), device=x.device)
+        num_top = max(request.logprobs for request in batch)
+        parts = [score_tokens(self.model.logits(part), following, num_top)
+                 for part, following in zip(states.split(256), tokens.split(256))]
+        scores = itertools.chain(*parts)
+        for request, row_targets in zip(batch, targets):
+            request.prompt_scores += itertools.islice(scores, len(row_targets))
 
     def decode(self, rows: list[int]) -> None:
         """One more token for the texts of these rows; the other rows run along."""
@@ -536,7 +525,7 @@ class Engine(threading.Thread):
                 request.send()
                 continue
             score = None
-            if request.logprobs is not None:
+            if request.logprobs >= 0:
                 (score,) = score_tokens(row_logits[None], token[None], request.logprobs)
             request.append_token(token.item(), score, self.tokenizer)
             if self.model.outgrows(len(request.ids)):
@@ -548,7 +537,8 @@ def score_tokens(logits, tokens, num_top: int) -> list[Score]:
     total = logits.logsumexp(-1, keepdim=True)
     logprobs = logits.gather(1, tokens[:, None]) - total                        # (n, 1)
     top = logits.topk(min(num_top, logits.shape[-1]))
-    columns = tokens, logprobs[:, 0], top.indices, top.values - total
+    lowest = -9999.0    # JSON has no infinity
+    columns = tokens, logprobs[:, 0].clamp(lowest), top.indices, (top.values - total).clamp(lowest)
     return [Score(token, logprob, list(zip(others, values)))
             for token, logprob, others, values in zip(*(column.tolist() for column in columns))]
 
@@ -571,19 +561,18 @@ def sample_batch(logits, requests: list[Request]):
 MAX_BODY = 16_000_000
 READ_SECONDS = 30       # for headers and body together
 MAX_READING = 512       # connections whose request has not arrived
-NUMBER = (int, float)
-FIELDS = {              # of a request: type, smallest, largest
-    "temperature": (NUMBER, 0, 2),
-    "top_p": (NUMBER, 1e-9, 1),
-    "top_k": (int, 0, 1e9),
-    "seed": (int, -1e19, 1e19),
-    "n": (int, 1, 128),
-    "stream": (bool, 0, 1),
-    "echo": (bool, 0, 1),
-    "logprobs": (int, 0, 20),
-    "top_logprobs": (int, 0, 20),
-    "max_tokens": (int, 0, 1e9),
-    "max_completion_tokens": (int, 0, 1e9),
+FIELDS = {              # of a request: smallest and largest; a whole number unless the bounds are none
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (0, 10 ** 9),
+    "seed": (-10 ** 19, 10 ** 19),
+    "n": (1, 128),
+    "stream": (False, True),
+    "echo": (False, True),
+    "logprobs": (0, 20),
+    "top_logprobs": (0, 20),
+    "max_tokens": (0, 10 ** 9),
+    "max_completion_tokens": (0, 10 ** 9),
 }
 UNSUPPORTED = ("tools", "functions", "logit_bias", "presence_penalty", "frequency_penalty", "suffix")
 LOCAL = ("127.0.0.1", "localhost", "")
@@ -619,26 +608,20 @@ class Server(socketserver.ThreadingTCPServer):
         self.engine = Engine(model, tokenizer, args.batch_size, cache_tokens)
         super().__init__((args.host, args.port), Handler)
 
-    def verify_request(self, request, address):
-        """Who sends no request makes room for those who do."""
-        if len(self.reading) >= MAX_READING:
-            self.hang_up(next(iter(self.reading)))
-        return True
+    def finish_request(self, request, address):
+        self.reading[request] = time.monotonic() + READ_SECONDS
+        with contextlib.suppress(OSError):      # clients that have gone or do not read
+            super().finish_request(request, address)
+        self.reading.pop(request, None)
 
     def service_actions(self):
-        for connection, deadline in list(self.reading.items()):
-            if time.monotonic() > deadline:
-                self.hang_up(connection)
-
-    def hang_up(self, connection):
-        self.reading.pop(connection, None)
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)
-
-    def handle_error(self, request, address):
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # those are clients that have gone
-            print(f"sample.py: {type(error).__name__}: {error}", file=sys.stderr)
+        """Who sends no request makes room for those who do."""
+        connections = list(self.reading.items())
+        for number, (connection, deadline) in enumerate(connections):
+            if time.monotonic() > deadline or number < len(connections) - MAX_READING:
+                self.reading.pop(connection, None)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -648,31 +631,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 2 * READ_SECONDS
     disable_nagle_algorithm = True
 
-    def setup(self):
-        super().setup()
-        self.server.reading[self.connection] = time.monotonic() + READ_SECONDS
-
-    def finish(self):
-        self.server.reading.pop(self.connection, None)
-        super().finish()
-
     def log_message(self, *_):
         pass
 
-    def send(self, body: bytes, content_type: str, status=200) -> None:
+    def send(self, text: str, content_type="application/json", status=200) -> None:
+        body = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("Connection", "close")
         if body:
             self.send_header("Content-Length", len(body))
-        if status in (429, 503):
+        if status == 429:
             self.send_header("Retry-After", 2)
         self.end_headers()
         self.wfile.write(body)
 
     def send_json(self, value, status=200) -> None:
-        self.send(json.dumps(value).encode(), "application/json", status)
+        self.send(json.dumps(value), status=status)
 
     def send_event(self, text: str) -> None:
         self.wfile.write(f"data: {text}\n\n".encode())
@@ -682,17 +658,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_json(APIError(code, message).body, code)
 
     def do_GET(self):
-        """Answer any request, or say why not. OSErrors are clients that have gone or do not read."""
-        with contextlib.suppress(OSError):
-            try:
-                self.route(self.path.partition("?")[0])
-            except APIError as error:
-                self.send_json(error.body, error.status)
-                # a client that is still sending listens when it may finish
-                if self.connection in self.server.reading:
-                    self.connection.shutdown(socket.SHUT_WR)
-                    while self.connection.recv(1 << 16):
-                        pass
+        """Answer any request, or say why not."""
+        try:
+            self.route(self.path.partition("?")[0])
+        except APIError as error:
+            self.send_json(error.body, error.status)
+            # a client that is still sending listens when it may finish
+            if self.connection in self.server.reading:
+                self.connection.shutdown(socket.SHUT_WR)
+                while self.connection.recv(1 << 16):
+                    pass
 
     do_POST = do_GET
 
@@ -702,21 +677,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("Origin", f"http://{host}").partition("://")[2]
         if origin != host or server.args.host in LOCAL and host.partition(":")[0] not in LOCAL:
             raise APIError(403, "other web sites may not use this server")  # nor reach it by a name of theirs
-        is_open = path in ("/", "/health") or not server.key
-        if not is_open and self.headers.get("Authorization") != f"Bearer {server.key}":
+        is_locked = server.key and path not in ("/", "/health")
+        if is_locked and self.headers.get("Authorization") != f"Bearer {server.key}":
             raise APIError(401, "send MINPHI_API_KEY as Authorization: Bearer ...", code="invalid_api_key")
         model = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
-        documents = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]},
-                     f"/v1/models/{server.name}": model}
-        endpoints = {"/v1/completions": False, "/v1/chat/completions": True}
-        if self.command != ("POST" if path in endpoints else "GET"):
+        documents = {
+            "/health": {"status": "ok"},
+            "/v1/models": {"object": "list", "data": [model]},
+            f"/v1/models/{server.name}": model,
+        }
+        is_answer = path in ("/v1/completions", "/v1/chat/completions")
+        if self.command != ("POST" if is_answer else "GET"):
             raise APIError(405, f"{path[:100]} does not answer {self.command}")
-        if path in endpoints:
-            self.answer(endpoints[path])
+        if is_answer:
+            self.answer(is_chat="chat" in path)
         elif path in documents:
             self.send_json(documents[path])
         elif path == "/":
-            self.send(PAGE.replace("MODEL", html.escape(server.name)).encode(), "text/html; charset=utf-8")
+            self.send(PAGE.replace("MODEL", server.name), "text/html")
         else:
             raise APIError(404, f"nothing answers {path[:100]} here")
 
@@ -746,24 +724,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
                  "model": self.server.name}
         choices = []
         try:
-            self.server.engine.submit(requests)
             for event in self.events(requests):
-                content = {"text": event.text}
+                choice = {"index": event.index, "text": event.text, "logprobs": None,
+                          "finish_reason": event.finish_reason}
                 if is_chat:
                     role = {} if is_stream and choices else {"role": "assistant"}
-                    content = {"delta" if is_stream else "message": {**role, "content": event.text}}
-                logprobs = None
-                if requests[0].logprobs is not None:
-                    logprobs = format_logprobs(event.scores, self.server.tokenizer, is_chat)
-                choice = {"index": event.index, **content, "logprobs": logprobs,
-                          "finish_reason": event.finish_reason}
+                    choice["delta" if is_stream else "message"] = {**role, "content": choice.pop("text")}
+                if requests[0].logprobs >= 0:
+                    choice["logprobs"] = format_logprobs(event.scores, requests[0].logprobs,
+                                                         self.server.tokenizer, is_chat)
                 if is_stream and not choices:
-                    self.send(b"", "text/event-stream")
+                    self.send("", "text/event-stream")
                 choices.append(choice)
                 if is_stream:
                     self.send_event(json.dumps({**reply, "choices": [choice]}))
             prompt = sum(request.num_prompt_tokens for request in requests[::body.get("n", 1)])
-            new = sum(len(request.ids) - request.num_prompt_tokens for request in requests)
+            new = sum(request.num_new_tokens for request in requests)
             usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
             if not is_stream:
                 choices.sort(key=lambda choice: choice["index"])
@@ -781,13 +757,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 request.cancelled = True
 
     def events(self, requests):
-        """What comes until all have ended. OSError when the client has gone."""
-        num_running = len(requests)
+        """What is emitted until all have ended. OSError when the client has gone."""
+        events = queue.SimpleQueue()
+        for request in requests:
+            request.emit = events.put
+        self.server.engine.submit(requests)
         readable = select.poll()
         readable.register(self.connection, select.POLLIN)
+        num_running = len(requests)
         while num_running:
             try:
-                event = requests[0].events.get(timeout=0.5)
+                event = events.get(timeout=0.5)
             except queue.Empty:
                 if readable.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionAbortedError from None
@@ -802,80 +782,77 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
     """The texts that a request's body asks for: `n` answers to each prompt."""
     if body.get("model", server.name) not in (server.name, server.args.run):
         raise APIError(404, f"that model is not here; {server.name!r} is", "model", "model_not_found")
-    for name, (kind, low, high) in FIELDS.items():
-        if name in body and not (isinstance(body[name], kind) and low <= body[name] <= high):
-            raise APIError(400, f"{name} must be of type {kind} and from {low} to {high}", name)
+    for name, (low, high) in FIELDS.items():
+        value = body.get(name, low)
+        if not isinstance(value, (int, type(low))) or not low <= value <= high:
+            raise APIError(400, f"{name} must be a number from {low} to {high}", name)
     for name in UNSUPPORTED:
         if body.get(name):
             raise APIError(400, f"{name} is not supported", name)
+    body = {"n": 1, "max_tokens": server.args.max_tokens, "temperature": 1.0, **body}
+    names = "temperature", "top_p", "top_k", "echo", "stream", "logprobs"
+    settings = {name: body[name] for name in names if name in body}
     stop = body.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise APIError(400, "stop must be a text or a list of them", "stop")
-    settings = {name: body[name] for name in ("top_p", "top_k", "echo", "stream", "logprobs") if name in body}
-    settings["temperature"] = body.get("temperature", 1.0)
-    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", server.args.max_tokens))
+    max_tokens = body.get("max_completion_tokens", body["max_tokens"])
+    name = "stop"       # what is being read
     try:
+        if not all(isinstance(text, str) and text for text in stop):
+            raise ValueError("it must be a text or a list of them")
         if is_chat:
-            settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
-            stop += chat_stops(server.tokenizer)
+            name = "messages"
+            settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else -1
+            stop = [*stop, *chat_stops(server.tokenizer)]
             # some formats make an answer begin with a space
             prompts = [(server.tokenizer.render(plain_messages(body["messages"])), " ")]
         else:
+            name = "prompt"
             prompt = body["prompt"]
-            is_one = not isinstance(prompt, list) or isinstance(prompt[0], int)
+            is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
             prompts = [read_prompt(server, one, body.get("echo")) for one in ([prompt] if is_one else prompt)]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        name = "messages" if is_chat else "prompt"
         raise APIError(400, f"{name}: {type(error).__name__} {error}", name) from None
     requests = []
-    events = queue.SimpleQueue()
     for ids, skip in prompts:
         room = server.config.max_seq_len - len(ids)
         if room < min(max_tokens, 1):
             raise APIError(400, f"{len(ids):,} tokens and an answer do not fit {server.config.max_seq_len:,}",
                            code="context_length_exceeded")
-        for n in range(body.get("n", 1)):
+        for n in range(body["n"]):
             seed = f"{body['seed']}, {n}" if "seed" in body else None
             requests.append(Request(list(ids), min(max_tokens, room), seed=seed, stop=tuple(stop), skip=skip,
-                                    index=len(requests), events=events, **settings))
+                                    index=len(requests), **settings))
     return requests
 
 
 def plain_messages(messages: list[dict]) -> list[dict]:
     """Contents may be lists of parts."""
-    plain = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content)
-        plain.append({"role": message["role"], "content": content})
-    if not plain:
+    if not messages:
         raise ValueError("no message is there")
-    return plain
+    for message in messages:
+        if isinstance(message["content"], list):
+            message["content"] = "".join(part["text"] for part in message["content"])
+    return messages
 
 
 def read_prompt(server: Server, prompt, echo: bool) -> tuple[list[int], str]:
     """A text or tokens -> tokens, and the whitespace at a text's end, which the client has already."""
-    tokenizer = server.tokenizer
-    if isinstance(prompt, str) and echo:
-        return tokenizer.bos + tokenizer.encode(prompt) or [tokenizer.eot], ""
     if isinstance(prompt, str):
-        return encode_prompt(tokenizer, prompt), prompt[len(prompt.rstrip()):]
+        text = prompt if echo else prompt.rstrip()
+        return encode_prompt(server.tokenizer, text), prompt[len(text):]
     vocab_size = server.config.vocab_size
     if not prompt or not all(type(token) is int and 0 <= token < vocab_size for token in prompt):
         raise ValueError("it must be a text, a list of the model's tokens, or a list of either")
     return prompt, ""
 
 
-def format_logprobs(scores: list[Score], tokenizer, is_chat: bool) -> dict:
+def format_logprobs(scores: list[Score], num_top: int, tokenizer, is_chat: bool) -> dict:
     """OpenAI has one form for chats and an older one for completions."""
     def entry(token, logprob):
         raw = tokenizer.decode_bytes([token])
-        logprob = None if logprob is None else max(logprob, -9999.0)
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
     entries = [entry(score.token, score.logprob) for score in scores]
-    tops = [[entry(*other) for other in score.top] for score in scores]
+    tops = [[entry(*other) for other in score.top[:num_top]] for score in scores]
     if is_chat:
         return {"content": [{**chosen, "top_logprobs": top} for chosen, top in zip(entries, tops)]}
     tokens = [chosen["token"] for chosen in entries]
@@ -889,8 +866,7 @@ def serve(args) -> None:
     try:
         server = Server(args, model, tokenizer)
     except OSError as error:
-        reason = f"cannot listen at {args.host} port {args.port} ({error.strerror})"
-        raise OSError(f"{reason}; choose another --port") from None
+        raise OSError(f"{args.host} port {args.port}: {error.strerror}; choose another --port") from None
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_address[1]}"
@@ -907,83 +883,83 @@ def serve(args) -> None:
         while server.engine.is_busy() and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(0.5)     # the last of them are being sent
+
+
 # ---------------------------------------------------------------- the page at /
 
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
           "frame-ancestors 'none'")
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
 <style>
-:root { color-scheme: light dark }
-body { max-width: 46rem; height: 95dvh; margin: auto; display: flex; flex-flow: column; font: 16px system-ui }
-main { flex: 1; overflow-y: auto }
-article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
-.user { margin-left: 20%; font-weight: bold }
+body { max-width: 46rem; margin: auto; font: 16px system-ui; color-scheme: light dark }
+p { white-space: pre-wrap }
+.user { font-weight: bold }
 textarea { width: 100% }
 </style>
-<p><b>MODEL</b> temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7">
-key <input id="key" type="password"></p>
+<b>MODEL</b> key <input type="password">
 <main></main>
-<form><textarea rows="2" placeholder="Message" autofocus></textarea>
-<button>Send</button> <button type="button" id="retry">Retry</button></form>
+<form><textarea autofocus></textarea><button>Send</button><button type="button">Retry</button></form>
 <script>
-const $ = selector => document.querySelector(selector)
-let messages = [], running = null
+const $ = name => document.querySelector(name)
+const main = $("main"), form = $("form"), text = $("textarea")
+const [send, retry] = form.querySelectorAll("button")
+const messages = []
+let running = null
 
-function show(text, name) {
-  const article = $("main").appendChild(document.createElement("article"))
-  article.textContent = text
-  article.className = name
-  article.scrollIntoView()
-  return article
+function show(role) {
+  const message = {role, content: ""}, place = document.createElement("p")
+  place.className = role
+  messages.push(message)
+  main.append(place)
+  return more => {
+    place.textContent = message.content += more
+    form.scrollIntoView()
+  }
 }
 
 async function answer() {
-  const place = show("…", ""), message = {role: "assistant", content: ""}
-  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("#key").value}
-  const body = JSON.stringify({messages, stream: true, temperature: +$("#temperature").value})
+  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("input").value}
+  const body = JSON.stringify({messages, stream: true, temperature: 0.7})
+  const add = show("assistant")
   running = new AbortController()
-  $("button").textContent = "Stop"
+  send.textContent = "Stop"
   try {
     const reply = await fetch("/v1/chat/completions", {method: "POST", headers, body, signal: running.signal})
     if (!reply.ok) throw Error((await reply.json()).error.message)
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader()
-    let rest = ""
-    for (let part; !(part = await reader.read()).done;) {
-      const lines = (rest + part.value).split("\\n\\n")
-      rest = lines.pop()
-      for (const line of lines.filter(line => line != "data: [DONE]")) {
-        const event = JSON.parse(line.slice(6))
-        if (event.error) throw Error(event.error.message)
-        message.content += event.choices[0].delta.content
+    let part, rest = ""
+    while (!(part = await reader.read()).done) {
+      const events = (rest + part.value).split("\\n\\n")
+      rest = events.pop()
+      for (const event of events.filter(event => event != "data: [DONE]")) {
+        const {error, choices} = JSON.parse(event.slice(6))
+        if (error) throw Error(error.message)
+        add(choices[0].delta.content)
       }
-      place.textContent = message.content
     }
   } catch (error) {
-    if (error.name != "AbortError") place.textContent += " [" + error.message + "]"
+    if (error.name != "AbortError") main.lastChild.textContent += " [" + error.message + "]"
   }
-  messages.push(message)
   running = null
-  $("button").textContent = "Send"
+  send.textContent = "Send"
 }
 
-$("form").onsubmit = event => {
+form.onsubmit = event => {
   event.preventDefault()
-  const text = $("textarea").value
   if (running) return running.abort()
-  if (!text.trim()) return
-  $("textarea").value = ""
-  messages.push({role: "user", content: show(text, "user").textContent})
+  if (!text.value.trim()) return
+  show("user")(text.value)
+  text.value = ""
   answer()
 }
-$("#retry").onclick = () => {
+retry.onclick = () => {
   if (running || !messages.length) return
   messages.pop()
-  $("main").lastChild.remove()
+  main.lastChild.remove()
   answer()
 }
 </script>
-</html>
 """
 
 
@@ -1007,20 +983,16 @@ def check(candidate):
     for inputs in {base_input} + {plus_input}:
         assert same(candidate(*copy.deepcopy(inputs)), {entry_point}(*copy.deepcopy(inputs)))
 """
-# by the fields of their records
-KINDS = {"MBPP": {"code", "test_list"}, "code": {"prompt", "entry_point"}, "text": {"text"}}
-
-
-def cut(completion: str) -> str:
-    """The completion up to its first later line at column 0. Example: cut("  x = 1\\ny") == "  x = 1" """
-    return LINE_AT_MARGIN.split(completion, maxsplit=1)[0]
+# by the fields of their records: what ends an answer, and what a chat model is asked
+KINDS = {
+    "MBPP": ({"code", "test_list"}, re.compile(r"\[DONE\]"), "{}"),
+    "code": ({"prompt", "entry_point"}, LINE_AT_MARGIN, CHAT_PROMPT),
+    "text": ({"text"}, None, None),
+}
 
 
 def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
     """-> the kind, and the records of a benchmark's file, of documents, or any text."""
-    path = data.fetch(path) if path.startswith(("http://", "https://")) else path
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--eval {path}: no such file; make problems with python synth.py exercises")
     if path.endswith(".json"):
         records = models.read_json(path)
     elif path.endswith((".jsonl", ".jsonl.gz")):
@@ -1029,10 +1001,10 @@ def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
         with open(path, encoding="utf-8", errors="replace") as file:
             records = [{"text": file.read()}]
     fields = set.intersection(*map(set, records)) if records else set()
-    kind = next((kind for kind in KINDS if KINDS[kind] <= fields), None)
+    kind = next((kind for kind, (needed, *_) in KINDS.items() if needed <= fields), None)
     if kind is None:
-        raise ValueError(f"{path}: its records must all have the fields of one of {KINDS}, not "
-                         f"{fields or 'none'}; other benchmarks are lm-evaluation-harness's, see the README")
+        raise ValueError(f"{path}: its records must all have code and test_list, prompt and entry_point, or "
+                         f"text, not {fields or 'none'}; others are lm-evaluation-harness's, see the README")
     for n, record in enumerate(records):
         record.setdefault("task_id", f"record {n + 1}")
         if "plus_input" in record:      # HumanEval+: what the reference answers is expected
@@ -1042,32 +1014,33 @@ def read_problems(path: str, limit: int | None) -> tuple[str, list[dict]]:
 
 def mbpp_problems(records: list[dict], num_shots: int, is_chat: bool) -> list[dict]:
     """The test part, problems 11 to 510 (arXiv 2108.07732), with its prompts; 2, 3 and 4 are the examples."""
-    end = "" if is_chat else "[BEGIN]\n"
     for record in records:
         task = record.get("text") or record["prompt"]
-        record["prompt"] = MBPP_PROMPT.format(task, "\n".join(record["test_list"])) + end
-    shots = [record for record in records if record["task_id"] in (2, 3, 4)][:0 if is_chat else num_shots]
-    intro = "".join(f"{shot['prompt']}{shot['code']}\n[DONE]\n\n" for shot in shots)
-    tests = [record for record in records if record["task_id"] in range(11, 511)] or records
-    return [{**record, "prompt": intro + record["prompt"]} for record in tests]
+        record["prompt"] = MBPP_PROMPT.format(task, "\n".join(record["test_list"]))
+    if not is_chat:
+        shots = [record for record in records if record["task_id"] in (2, 3, 4)][:num_shots]
+        intro = "".join(f"{shot['prompt']}[BEGIN]\n{shot['code']}\n[DONE]\n\n" for shot in shots)
+        records = [{**record, "prompt": f"{intro}{record['prompt']}[BEGIN]\n"} for record in records]
+    return [record for record in records if record["task_id"] in range(11, 511)] or records
 
 
-def write_answers(args, model, tokenizer, kind, problems, end: re.Pattern) -> list[Request]:
-    """--samples answers to each problem, up to `end`. Of a prompt that is too long the beginning is left out.
+def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> list[Request]:
+    """An answer to each problem. Of a prompt that is too long the beginning is left out.
     A text depends on --seed, its prompt and its number, not on its batch."""
     room = max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
+    _, end, chat_prompt = KINDS[kind]
     requests = []
-    for problem in problems:
-        ids = encode_prompt(tokenizer, problem["prompt"])
+    for n, problem in enumerate(problems):
         if args.chat:
-            question = CHAT_PROMPT.format(problem["prompt"]) if kind == "code" else problem["prompt"]
+            question = chat_prompt.format(problem["prompt"])
             ids = tokenizer.render([{"role": "user", "content": question}])
-        for n in range(args.samples):
-            seed = hashlib.sha256(json.dumps([args.seed, ids, n]).encode()).digest()[:8]
-            request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed))
-            if not args.chat:
-                request.pattern = end
-            requests.append(request)
+        else:
+            ids = encode_prompt(tokenizer, problem["prompt"].rstrip())
+        seed = hashlib.sha256(json.dumps([args.seed, ids, n % args.samples]).encode()).digest()[:8]
+        request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed))
+        if not args.chat:
+            request.pattern = end
+        requests.append(request)
     # texts of one length together waste least; with the longest first, a lack of memory shows at once
     order = sorted(requests, key=lambda request: -len(request.ids))
     for begin in tqdm(range(0, len(order), args.batch_size), desc="solving", unit="batch", disable=None):
@@ -1076,28 +1049,32 @@ def write_answers(args, model, tokenizer, kind, problems, end: re.Pattern) -> li
 
 
 def solve(args, model, tokenizer, kind, records) -> list[dict]:
-    """A row for each sample of each problem: question, answer, verdict."""
-    end = re.compile(r"\[DONE\]") if kind == "MBPP" else LINE_AT_MARGIN
+    """-> a row for each sample of each problem: question, answer, verdict."""
     if kind == "MBPP":
         records = mbpp_problems(records, args.shots, args.chat)
-    if args.solutions == "canonical":
-        answers = [Request([], 0) for _ in records]
-        for record, answer in zip(records, answers):
-            answer.text = record.get("code") or record["canonical_solution"]
-    else:
-        answers = write_answers(args, model, tokenizer, kind, records, end)
     problems = [dict(record) for record in records for _ in range(args.samples)]
-    for problem, answer in zip(problems, answers):
-        if args.chat:       # the answer repeats the function; imports and helpers stand before it
-            answer.text = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
-            function = rf"^def {problem.get('entry_point', '')}\b"
-            problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
-        elif args.solutions == "model":
-            problem["prompt"] = problem["prompt"].rstrip()
-    verdicts = synth.judge_all([(problem, answer.text) for problem, answer in zip(problems, answers)])
-    return [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],
-             "completion": answer.text, "truncated": answer.finish_reason == "length", **verdict._asdict()}
-            for problem, answer, verdict in zip(problems, answers, verdicts)]
+    if args.solutions == "model":
+        answers = write_answers(args, model, tokenizer, kind, problems)
+        for problem, answer in zip(problems, answers):
+            problem["completion"] = answer.text
+            problem["truncated"] = answer.finish_reason == "length"
+            if args.chat:       # the answer repeats the function; imports and helpers stand before it
+                problem["completion"] = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
+                function = rf"^def {problem.get('entry_point', '')}\b"
+                problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
+            else:
+                problem["prompt"] = problem["prompt"].rstrip()
+    else:
+        for problem in problems:
+            problem["completion"] = problem.get("code") or problem["canonical_solution"]
+    verdicts = synth.judge_all([(problem, problem["completion"]) for problem in problems])
+    rows = [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],
+             "completion": problem["completion"], "truncated": problem.get("truncated", False),
+             **verdict._asdict()} for problem, verdict in zip(problems, verdicts)]
+    for passed in (True, False):
+        for row in [row for row in rows[::args.samples] if row["passed"] == passed][:args.show]:
+            print(f"\n--- {row['task_id']}: {row['reason']}\n{row['prompt']}{row['completion']}")
+    return rows
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -1106,15 +1083,8 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def ratio(values, weights) -> tuple[float, float]:
-    """sum(values) / sum(weights), and its standard error over what the pairs were drawn from."""
-    mean = sum(values) / sum(weights)
-    spread = sum((value - mean * weight) ** 2 for value, weight in zip(values, weights))
-    return mean, math.sqrt(spread * len(values) / max(1, len(values) - 1)) / sum(weights)
-
-
 def score(rows: list[dict], samples: int) -> dict:
-    """The summary of the rows of some problems, `samples` each."""
+    """The summary of the rows of some problems, `samples` each; the standard error of pass@1 is over them."""
     passed = [sum(row["passed"] for row in rows[begin:begin + samples])
               for begin in range(0, len(rows), samples)]
     result = {"problems": len(passed), "passed": sum(passed), "total": len(rows),
@@ -1122,7 +1092,8 @@ def score(rows: list[dict], samples: int) -> dict:
     for k in (100, 10, 1):
         if k <= samples:
             values = [pass_at_k(samples, n, k) for n in passed]
-            result[f"pass@{k}"], result["se"] = ratio(values, [1] * len(values))    # at last of pass@1
+            result[f"pass@{k}"] = statistics.fmean(values)
+    result["se"] = math.sqrt(statistics.pvariance(values) / max(1, len(values) - 1))
     return result
 
 
@@ -1138,20 +1109,16 @@ def count_bits(model, tokenizer, text: str) -> dict:
         targets = window[:, 1:].clone()
         targets[:, :begin - end] = -1
         nats += model(window[:, :-1], targets=targets)[0].item()
-    return {"bits": nats / math.log(2), "bytes": len(text.encode()), "words": len(text.split()),
-            "tokens": len(ids) - 1}
+    return {"bits": nats / math.log(2), "bytes": len(text.encode()), "tokens": len(ids) - 1}
 
 
-def evaluate_texts(model, tokenizer, records) -> tuple[list[dict], dict]:
-    """-> rows, and bits per byte and perplexities of all together."""
-    progress = tqdm(records, desc="reading", unit="text", disable=None)
+def read_texts(model, tokenizer, records) -> tuple[list[dict], dict]:
+    """-> a row for each text, and bits per byte and perplexity of all together."""
     rows = [{"task_id": record["task_id"], **count_bits(model, tokenizer, record["text"])}
-            for record in progress]
-    result = {name: sum(row[name] for row in rows) for name in ("bits", "bytes", "words", "tokens")}
-    bits, sizes = zip(*((row["bits"], row["bytes"]) for row in rows))
-    result["bits per byte"], result["se"] = ratio(bits, sizes)
-    for unit in ("word", "token"):
-        result[f"{unit} perplexity"] = 2 ** (result["bits"] / max(1, result[f"{unit}s"]))
+            for record in tqdm(records, desc="reading", unit="text", disable=None)]
+    result = {name: sum(row[name] for row in rows) for name in ("bits", "bytes", "tokens")}
+    result["bits per byte"] = result["bits"] / result["bytes"]
+    result["token perplexity"] = 2 ** (result["bits"] / max(1, result["tokens"]))
     return rows, result
 
 
@@ -1163,15 +1130,12 @@ def evaluate(args) -> None:
         kind, records = read_problems(path, args.limit)
         levels = {}
         if kind == "text":
-            rows, result = evaluate_texts(model, tokenizer, records)
+            rows, result = read_texts(model, tokenizer, records)
         else:
             rows = solve(args, model, tokenizer, kind, records)
             result = score(rows, args.samples)
             for level in dict.fromkeys(row["level"] for row in rows if row["level"]):
                 levels[level] = score([row for row in rows if row["level"] == level], args.samples)
-            for verdict in (True, False):
-                for row in [row for row in rows[::args.samples] if row["passed"] == verdict][:args.show]:
-                    print(f"\n--- {row['task_id']}: {row['reason']}\n{row['prompt']}{row['completion']}")
         for level, figures in {"": result, **levels}.items():
             words = [f"{name} {value:,.4g}" for name, value in figures.items()]
             print(path, level and f"k = {level}", *words, sep="  ")
