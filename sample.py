@@ -12,6 +12,7 @@ import codecs
 import collections
 import contextlib
 import hashlib
+import html
 import http.server
 import itertools
 import json
@@ -694,7 +695,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path in documents:
             self.send_json(documents[path])
         elif path == "/":
-            self.send(PAGE.replace("MODEL", server.name), "text/html")
+            self.send(PAGE.replace("MODEL", html.escape(server.name)), "text/html")
         else:
             raise APIError(404, f"nothing answers {path[:100]} here")
 
