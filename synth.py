@@ -2681,7 +2681,9 @@ def job_of(problem, completion):
             f"problem {problem.get('task_id', '?')} has no {error}: it needs prompt, entry_point and test, "
             "or test_list"
         ) from None
-    return f"{prompt}{completion}\n", (prompt, [name], f"{tests}\ncheck({name})\n")
+    # the tests of HumanEval+ define a function of this name, the reference
+    tests = f"_candidate = {name}\n{tests}\ncheck(_candidate)\n"
+    return f"{prompt}{completion}\n", (prompt, [name], tests)
 
 
 def judge_all(pairs, timeout=5.0, workers=None):
