@@ -1172,7 +1172,7 @@ def recipe_stages(quick):
     if quick:
         pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000)
     page_k, train_k, test_k = ("1-2", "1-2", "2-3") if quick else ("1,1,1,2,2,3", "1-4", "2-6")
-    pretrain, finetune = (40, 1200) if quick else (300, 1900)
+    pretrain, finetune = (53, 1200) if quick else (400, 1900)
     rows = "--context 192 --batch-tokens 1536" if quick else "--context 384 --batch-tokens 2304"
     bpe = f"--tokenizer {root}/textbooks --out {root}"
     rates = "--lr 0.02 --muon-lr 0.008"
@@ -1200,7 +1200,7 @@ def recipe_stages(quick):
               f"{root}/web"),
         Stage("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
               f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens "
-              f"3072 --steps {pretrain} --out {runs}/base",
+              f"2304 --steps {pretrain} --out {runs}/base",
               f"{runs}/base"),
         Stage("evaluate the base", "solves the held-out problems by running their tests",
               f"sample.py --run {runs}/base --eval {root}/test.jsonl --json {runs}/base/eval.json "
