@@ -893,7 +893,7 @@ POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 PAGE = """<!doctype html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>MODEL</title>
 <style>
-body { max-width: 46rem; margin: auto; font: 16px system-ui; color-scheme: light dark }
+body { max-width: 46rem; margin: 1rem auto; padding: 0 1rem; font: 16px system-ui; color-scheme: light dark }
 p { white-space: pre-wrap }
 .user { font-weight: bold }
 textarea { width: 100% }
