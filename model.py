@@ -128,7 +128,7 @@ class Config:
 
 
 def _check_field(field: dataclasses.Field, value) -> None:
-    """ValueError unless the value has the type of the field; numbers, those in lists too, are positive."""
+    """ValueError unless the value has the type of the field; numbers are positive, token ids 0 or more."""
     kind = (typing.get_args(field.type) or [field.type])[0]     # of int | None: int
     numbers = value if kind is list else [value]
     if kind in (bool, str):
@@ -136,9 +136,13 @@ def _check_field(field: dataclasses.Field, value) -> None:
     else:
         types = (int,) if kind is int else (int, float)
         valid = isinstance(numbers, (list, tuple))
-        valid = valid and all(type(number) in types and 0 < number < math.inf for number in numbers)
+        valid = valid and all(type(number) in types and 0 <= number < math.inf for number in numbers)
+        may_be_zero = field.type is list        # token ids
+        valid = valid and (may_be_zero or all(numbers))
     if not valid:
-        raise ValueError(f"{field.name} must be a positive {kind.__name__}, not {value!r}")
+        wanted = {bool: "True or False", str: "a text", list: "a list of positive numbers",
+                  int: "a positive whole number", float: "a positive number"}
+        raise ValueError(f"{field.name} must be {wanted[kind]}, not {value!r}")
 
 
 # ---------------------------------------------------------------- families
@@ -1594,14 +1598,15 @@ def load(path_or_name: str, device=None, dtype: torch.dtype | None = None):
 
 # ---------------------------------------------------------------- table of presets
 
-# what the papers trained on; the table that this script prints
+# how much the papers trained on: the steps of train.py --preset
 TRAINING_TOKENS = {"phi-1": 50e9, "phi-1.5": 150e9, "phi-2": 1.4e12, "phi-3-mini": 3.3e12,
                    "phi-3-small": 4.8e12, "phi-3-medium": 4.8e12, "phi-4": 10e12, "phi-4-mini": 5e12,
                    "llama-3-8b": 15e12}
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Show the presets: size and cost.").parse_args()
+    parser = argparse.ArgumentParser(description="Show the presets: size and cost.", allow_abbrev=False)
+    parser.parse_args()
     print("                                   GFLOPs/token       KV bytes      GB     GB     GB\n"
           "preset                 parameters  + full context     /token    bf16   int8   int4")
     for name, config in PRESETS.items():

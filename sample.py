@@ -1038,7 +1038,7 @@ def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> li
         else:
             ids = encode_prompt(tokenizer, problem["prompt"].rstrip())
         seed = hashlib.sha256(json.dumps([args.seed, ids, n % args.samples]).encode()).digest()[:8]
-        request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed))
+        request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed, "big"))
         if not args.chat:
             request.pattern = end
         requests.append(request)

@@ -2225,6 +2225,13 @@ print((max(seen) - before) / os.path.getsize(sys.argv[1] + "/model.safetensors")
     assert 1 <= float(out.stdout) < 1.1
 
 
+def test_bounds_of_numbers_in_a_config():
+    assert Config(**{**TINY, "dummy_tokens": [0, 5], "norm_eps": 1e-12}).dummy_tokens == [0, 5]
+    for name, value in (("dummy_tokens", [-1]), ("norm_eps", 0.0), ("n_head", 0), ("tie_embeddings", 1)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            Config(**{**TINY, name: value})
+
+
 def test_a_long_context_costs_nothing_before_it_is_used():
     m = Model(
         Config(

@@ -1396,7 +1396,7 @@ def make_parser():
     option = parser.option
     parser.title("data and run")
     option("--data", None, "datasets and shares; without it the recipe runs", nargs="+", metavar="NAME[:X]")
-    option("--quick", False, "a recipe with easier problems, in a third of the time", **FLAG)
+    option("--quick", False, "a recipe with easier problems, in half the time", **FLAG)
     option("--out", "runs/base", "run to write, and to go on from", metavar="DIR")
     option("--init", None, "run, directory or hub name whose weights to start from", metavar="DIR")
     option("--continue-from", None, "run whose next phase this is, optimizer state and all", metavar="DIR")
