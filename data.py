@@ -274,11 +274,11 @@ def find_files(paths, skipped, seed=0, max_bytes=0):
     """The files to read as (path, name, begin, end), for records that begin in these bytes: sorted by name,
     or about max_bytes of them in the order of a hash. Links to folders are not followed. `skipped` counts, by
     reason, what cannot be read."""
-    found = {}  # path -> name
+    name_of = {}  # path -> name
 
     def add(path, name):
         if os.path.isfile(path):  # reading a pipe or a device could wait for ever
-            found.setdefault(path, printable(name))
+            name_of.setdefault(path, printable(name))
         else:
             skipped["not a regular file" if os.path.exists(path) else "unreadable"] += 1
 
@@ -298,7 +298,7 @@ def find_files(paths, skipped, seed=0, max_bytes=0):
                 add_folder(top, {".py"} if path == "python" else READABLE)
             else:
                 add(top, os.path.basename(top))
-    files = sorted((name, path, os.path.getsize(path)) for path, name in found.items())
+    files = sorted((name, path, os.path.getsize(path)) for path, name in name_of.items())
     if max_bytes:
         files.sort(key=lambda file: digest(f"{seed} {file[0]}"))
     room = max_bytes or math.inf

@@ -221,10 +221,10 @@ def count_settings(args):
     """How many different sets of seeds there are."""
     readers = sum(personas.count(" / ") + 1 for *_, personas in LEVELS.values())
     if args.kind == "textbooks":
-        own = len(FORMS) * len(LENGTHS) * math.perm(len(SECTIONS), 4) * math.comb(len(WORDS), 3)
+        num_forms = len(FORMS) * len(LENGTHS) * math.perm(len(SECTIONS), 4) * math.comb(len(WORDS), 3)
     else:
-        own = len(VERBS) * len(OBJECTS) * math.perm(len(CONSTRUCTS), 3) * math.comb(len(WORDS), 2)
-    return len(args.topics) * readers * own
+        num_forms = len(VERBS) * len(OBJECTS) * math.perm(len(CONSTRUCTS), 3) * math.comb(len(WORDS), 2)
+    return len(args.topics) * readers * num_forms
 
 
 # ------------------------------------------------------------------------------------------------------------
