@@ -545,44 +545,62 @@ KINDS = {
     "pivotal": (pivotal, "write preferences between the single tokens that decide")}
 
 
+# In whose -h a block stands, its title and its options
+OPTIONS = {
+    "sft dpo grpo pivotal": """
+data and run
+--init DIR  runs/phi  run, directory or hub name to start from
+--context N  2048  tokens of a prompt with its answer, at most --init's
+""",
+    "sft dpo": """
+steps
+--batch N  32  chats or pairs a step, over all processes
+--epochs X  1.0  passes over the data, without --steps
+--steps N  -  optimizer steps
+--held-out SHARE  0.05  of the data, to validate on
+--val-every N  100  steps between validations
+""",
+    "dpo": """
+preferences
+--beta X  0.1  how strongly --init is held on to
+""",
+    "grpo pivotal": """
+answers
+--max-tokens N  256  of an answer at most
+--batch-size N  64  answers generated at once
+""",
+    "grpo": """
+steps
+--steps N  100  optimizer steps
+--prompts N  16  problems sampled for a step
+--num-generations ANSWERS  8  answers to each problem
+""",
+    "pivotal": """
+search
+--samples N  16  answers that a chance of success is estimated from
+--gap SHARE  0.2  by how much a pivotal token moves it
+--seed N  0  of the sampling
+""",
+    "sft dpo grpo": train.LOOP_OPTIONS}
+
+
 def parse_options(arguments=None):
     parser = data.Parser(prog="align.py", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
     for kind, (_, about) in KINDS.items():
         sub = kinds.add_parser(kind, help=about, usage=f"align.py {kind} --data FILE --out DIR [options]",
                                description=f"{about}; see align.py -h")
-        option = sub.option
-        is_finetuning = kind in ("sft", "dpo")
-        option("--init", "runs/phi", "run, directory or hub name to start from", metavar="DIR")
-        option("--data", None, "chats, preferences or problems, .jsonl or .jsonl.gz", nargs="+",
-               metavar="FILE", required=True)
-        option("--out", None, "what to write", required=True, metavar="DIR")
-        option("--context", 2048, "tokens of a prompt with its answer, at most --init's", **train.COUNT)
-        if is_finetuning:
-            option("--epochs", 3.0 if kind == "sft" else 1.0, "passes over the data, without --steps",
-                   **train.NUMBER)
-            option("--batch", 32, "chats or pairs a step, over all processes", **train.COUNT)
-            option("--held-out", 0.05, "share of the data to validate on", **train.SHARE)
-            option("--val-every", 100, "steps between validations", **train.COUNT)
-        else:
-            option("--max-tokens", 256, "tokens of an answer at most", **train.COUNT)
-            option("--batch-size", 64, "answers generated at once", **train.COUNT)
-        if kind == "dpo":
-            option("--beta", 0.1, "how strongly --init is held on to", **train.NUMBER)
-        if kind == "grpo":
-            option("--prompts", 16, "problems sampled for a step", **train.COUNT)
-            option("--num-generations", 8, "answers to each problem", **train.SEVERAL)
-        if kind == "pivotal":
-            option("--samples", 16, "answers that a chance of success is estimated from", **train.COUNT)
-            option("--gap", 0.2, "by how much a pivotal token moves it", **train.SHARE)
-            option("--seed", 0, "of the sampling", type=int)
-        else:
-            option("--steps", 100 if kind == "grpo" else None, "optimizer steps", **train.COUNT)
-            train.loop_options(sub)
-            sub.set_defaults(
-                optimizer="adamw", lr=2e-5 if kind == "sft" else 1e-6, weight_decay=0.0, warmup=0.1,
-                warmdown_frac=0.9, final_lr=0.0, save_every=100, log_every=1, continue_from=None,
-                val_every=100)
+        sub.add_argument("--data", nargs="+", metavar="FILE", required=True,
+                         help="chats, preferences or problems, .jsonl or .jsonl.gz")
+        sub.add_argument("--out", required=True, metavar="DIR", help="what to write")
+        for wanted, table in OPTIONS.items():
+            if kind in wanted.split():
+                sub.table(table, ANSWERS=data.number(int, 2))
+        sub.set_defaults(
+            optimizer="adamw", lr="2e-5" if kind == "sft" else "1e-6", weight_decay=0.0, warmup=0.1,
+            warmdown_frac=0.9, final_lr=0.0, save_every=100, log_every=1, continue_from=None)
+    kinds.choices["sft"].set_defaults(epochs=3.0)
+    kinds.choices["grpo"].set_defaults(val_every=100)
     return parser.parse_args(arguments)
 
 

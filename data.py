@@ -1692,11 +1692,41 @@ def fail(message, code=2):
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **more)
         self.group = self
 
     def error(self, message):
         fail(f"{message}; `python {self.prog} -h` explains the options")
+
+    def table(self, text, **types):
+        """Options from a table: blocks of a title and rows `--name METAVAR  default  help`, 2 spaces apart.
+
+        Without METAVAR it is a flag. N is a whole number of at least 1 (0, if that is the default), X a
+        number of at least 0, SHARE one up to 1; A|B is a choice, what ends in "..." takes several, and
+        `types` has the types, or choices, of other metavars. The default "-" is None.
+        """
+        types = {"X": number(float, 0), "SHARE": number(float, 0, 1), **types}
+        for block in text.strip().split("\n\n"):
+            title, *rows = re.split(r"\n(?=--)", block)
+            group = self.add_argument_group(title)
+            for row in rows:
+                option, about = re.split(" {2,}", row, maxsplit=1)
+                name, _, metavar = option.partition(" ")
+                if not metavar:
+                    group.add_argument(name, action="store_true", help=about)
+                    continue
+                default, about = re.split(" {2,}", about, maxsplit=1)
+                more = {"metavar": metavar.removesuffix("..."), "help": about}
+                if default != "-":
+                    more.update(default=default, help=f"{about} [%(default)s]")
+                if metavar.endswith("..."):
+                    more["nargs"] = "+"
+                kind = number(int, int(default != "0")) if metavar == "N" else types.get(metavar)
+                if "|" in metavar:
+                    kind = metavar.split("|")
+                more["type" if callable(kind) else "choices"] = kind
+                group.add_argument(name, **more)
 
     def title(self, text):
         """The options that follow stand under this title."""

@@ -5881,39 +5881,44 @@ def test_says_which_protections_are_on(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train.py: what leaves the loader, the optimizer, runs
-
-
-def stream(lengths, eot=99):
-    return np.concatenate([np.append(np.arange(n - 1) % 90, eot) for n in lengths]).astype(np.uint16)
+# train.py: what leaves the loader, the optimizer
 
 
 def streamed(lengths, mask=None):
-    """A dataset of documents of these lengths, the same for training and validation."""
-    tokens, ends = stream(lengths), np.cumsum(lengths)
+    """A dataset of documents of these lengths, the same for training and validation; each ends in a 99."""
+    tokens = np.concatenate([np.append(np.arange(n - 1) % 90, 99) for n in lengths]).astype(np.uint16)
+    ends = np.cumsum(lengths)
     return SimpleNamespace(train=tokens, train_mask=mask, val=tokens, ends=lambda split: ends)
 
 
-def test_packer_predicts_each_token_once_and_keeps_documents_whole():
-    lengths = [5, 1, 40, 17, 33, 2, 8, 100, 31]
-    tokens = stream(lengths)
+def test_rows_predict_each_token_once_and_keep_documents_whole():
+    lengths = [5, 1, 40, 17, 33, 2, 8, 100, 31] * 150
     starts = np.cumsum([0] + lengths)
     documents = train.documents_of(streamed(lengths), "train")
-    predicted = Counter(
-        t for spans in train.Packer(documents, 32) for start, end in spans for t in range(start + 1, end)
-    )
-    assert predicted == Counter(t for t in range(len(tokens)) if t not in set(starts))
-    packer = train.Packer(documents, 32, seed=[1])
-    for _ in range(200):
-        spans = next(packer)
-        assert sum(end - start - 1 for start, end in spans) <= 32
-        for start, end in spans:  # a document that fits is never cut
-            first = starts[np.searchsorted(starts, start, "right") - 1]
-            length = lengths[list(starts).index(first)]
-            assert length > 33 or (start, end) == (first, first + length)
-    other = train.Packer(documents, 32, seed=[1])
-    other.load_state_dict(packer.state_dict())
-    assert [next(packer) for _ in range(50)] == [next(other) for _ in range(50)]
+    for first in (None, 1, 7, 32):
+        pieces = [piece for start, end in documents.tolist() for piece in train.cut(start, end, 32, first)]
+        rows = train.pack(pieces, 32)
+        predicted = Counter(t for row in rows for start, end in row for t in range(start + 1, end))
+        assert predicted == Counter(set(range(sum(lengths))) - set(starts.tolist()))
+    endless = train.packed_rows(documents, 32, [1], (0, 0, 0))
+    cuts = set()
+    positions = []
+    for _ in range(3 * len(rows)):
+        row, position = next(endless)
+        positions.append(position)
+        assert 0 < sum(end - start - 1 for start, end in row) <= 32
+        for start, end in row:  # a document that fits is never cut
+            document = np.searchsorted(starts, start, "right") - 1
+            if lengths[document] <= 33:
+                assert (start, end) == (starts[document], starts[document + 1])
+            elif lengths[document] == 100:
+                cuts.add(start - starts[document])
+    assert len(cuts) > 50 and positions[-1][0] >= 2 and len({block for _, block, _ in positions}) == 2
+    for position in (positions[0], positions[len(rows)], positions[-1]):
+        again = train.packed_rows(documents, 32, [1], (0, 0, 0))
+        ahead = next(row for row, here in again if here == position)
+        other = train.packed_rows(documents, 32, [1], position)
+        assert ahead and [next(again) for _ in range(50)] == [next(other) for _ in range(50)]
 
 
 def loader_args(**changes):
@@ -5924,27 +5929,30 @@ def loader_args(**changes):
 def test_batches_hold_the_right_targets_and_weights():
     mask = np.array([0, 0, 1, 1, 1, 1] + [0] * 4 + [1] * 5 + [1] * 4, np.uint8)
     batch = next(train.PackedLoader(loader_args(), [streamed([6, 9, 4], mask)], [1.0]))
-    inputs, documents, targets, weights = batch.micro_batches[0]
-    assert inputs.shape == documents.shape == targets.shape == weights.shape == (4, 16)
-    for x, doc, y, w in zip(inputs.tolist(), documents.tolist(), targets.tolist(), weights.tolist()):
+    tensors = batch.micro_batches[0]
+    assert all(tensor.shape == (4, 16) for tensor in tensors)
+    for x, documents, y, w in zip(*(tensor.tolist() for tensor in tensors)):
         for t in range(16):
-            if doc[t] == -1:
+            if documents[t] == -1:
                 assert w[t] == 0  # padding trains nothing
-            else:
-                assert x[t] != 99  # the end token is a target and never an input
-                assert y[t] == (x[t + 1] if t < 15 and doc[t + 1] == doc[t] else 99)
-                if y[t] == 99:
-                    assert w[t] == 1  # stopping is learned
+                continue
+            assert x[t] != 99  # the end token is a target and never an input
+            goes_on = t < 15 and documents[t + 1] == documents[t]
+            assert y[t] == (x[t + 1] if goes_on else 99)
+            assert w[t] == 1 or y[t] != 99  # stopping is learned
         assert set(w) <= {0.0, 0.25, 1.0}
 
 
-def test_the_loader_counts_tokens_without_padding():
+def test_the_loader_counts_tokens_without_padding_and_mixes_by_weight():
     dataset = streamed([11] * 40)
     batch = next(train.PackedLoader(loader_args(), [dataset], [1.0]))
     assert batch.num_tokens == batch.weight == 4 * 10  # rows of 16 hold one document of 10 inputs each
     assert train.documents_of(dataset, "val", limit=25).tolist() == [[0, 11], [11, 22], [22, 25]]
     with pytest.raises(ValueError, match="no document"):
         train.PackedLoader(loader_args(), [streamed([1, 1])], [1.0])
+    loader = train.PackedLoader(loader_args(), [dataset, streamed([7] * 40)], [1.0, 3.0])
+    rows = [(row >= 0).sum().item() for _ in range(10) for row in next(loader).micro_batches[0][1]]
+    assert Counter(rows) == {10: 10, 12: 30}
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
@@ -5960,13 +5968,10 @@ def test_ranks_pack_their_own_rows_and_go_on_from_one_anothers_state(world):
 
     alone = rows_of_steps([train.PackedLoader(args, [dataset], [1.0])], 6)
     ranks = [train.PackedLoader(args, [dataset], [1.0], rank, world) for rank in range(world)]
-    assert sum(len(loader.streams) for loader in ranks) == max(
-        4, world
-    )  # four streams, and none packed in vain
+    # four streams, and none packed in vain
+    assert sum(len(loader.streams) for loader in ranks) == max(4, world)
     together = rows_of_steps(ranks, 3)
-    states = {}
-    for loader in ranks:
-        states |= loader.state_dict()
+    states = {i: state for loader in ranks for i, state in loader.state_dict().items()}
     resumed = train.PackedLoader(args, [dataset], [1.0])
     resumed.load_state_dict(states)
     assert all(torch.equal(a, b) for a, b in zip(alone, together + rows_of_steps([resumed], 3)))
@@ -5978,9 +5983,7 @@ def test_documents_in_a_row_do_not_see_each_other(double):
     a, b = torch.randint(0, 60, (1, 9)), torch.randint(0, 60, (1, 7))
     packed = model(torch.cat([a, b], 1), torch.tensor([[0] * 9 + [1] * 7]))
     torch.testing.assert_close(packed[:, :9], model(a), rtol=0, atol=1e-9)
-    torch.testing.assert_close(
-        packed[:, 9:], model(b), rtol=0, atol=1e-6
-    )  # at other positions, by tables in fp32
+    torch.testing.assert_close(packed[:, 9:], model(b), rtol=0, atol=1e-6)  # other positions, tables in fp32
 
 
 def test_muon_orthogonalizes_matrices_of_any_shape():
@@ -5989,61 +5992,117 @@ def test_muon_orthogonalizes_matrices_of_any_shape():
         values = torch.linalg.svdvals(train.newton_schulz(torch.randn(shape)))
         assert values.min() > 0.3 and values.max() < 1.3
     # one step on W moves it by lr x 0.2 sqrt(max(rows, columns)) along the gradient's orthogonal factor
-    w = torch.nn.Parameter(torch.zeros(6, 4))
-    w.grad = torch.randn(6, 4)
-    u, _, v = torch.linalg.svd(w.grad, full_matrices=False)
-    train.Muon([{"params": [w], "splits": [6]}], lr=0.1).step()
-    step = -w.detach() / (0.1 * 0.2 * 6**0.5)
+    w = torch.nn.Parameter(torch.ones(6, 4))
+    u, _, v = torch.linalg.svd(torch.randn(6, 4), full_matrices=False)
+    w.grad = u @ torch.diag(torch.tensor([2.0, 1.5, 1.0, 0.7])) @ v
+    train.Muon([{"params": [w], "splits": [6]}], lr=0.1, weight_decay=0.5).step()
+    step = (0.95 - w.detach()) / (0.1 * 0.2 * 6**0.5)
     assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
-
-
-OPTIMIZER = SimpleNamespace(
-    optimizer="muon", lr=0.01, muon_lr=0.01, weight_decay=0.0, beta2=0.95, adam_eps=1e-7
-)
+    assert 0.7 < step.norm() / 2 < 1.2
 
 
 def test_matrices_fused_in_one_are_orthogonalized_each_by_itself():
+    args = dict(optimizer="muon", lr=0.01, muon_lr=0.01, weight_decay=0.0, beta2=0.95, adam_eps=1e-7)
     model = tiny(d_model=64, n_head=8, n_kv_head=4, d_ff=96)
     layer = model.model.layers[0]
     fused = {layer.self_attn.qkv_proj.weight: [64, 32, 32], layer.mlp.gate_up_proj.weight: [96, 96]}
-    adamw, muon = train.make_optimizers(model, OPTIMIZER, torch.float32)
+    adamw, muon = train.make_optimizers(model, SimpleNamespace(**args), torch.float32)
     assert adamw.param_groups[0]["eps"] == 1e-7
     for weight, rows in fused.items():
         before = weight.detach().clone()
         scales = torch.tensor([1.0, 0.05, 0.3])[: len(rows)]
         weight.grad = torch.randn_like(weight) * scales.repeat_interleave(torch.tensor(rows))[:, None]
         muon.step()
-        updates = (weight.detach() - before).split(rows)
-        for update in updates:
+        for update in (weight.detach() - before).split(rows):
             # of RMS lr x 0.2 where all singular values are 1, whatever the gradient's scale
-            size = update.square().sum().sqrt() / (
-                0.01 * 0.2 * max(update.shape) ** 0.5 * min(update.shape) ** 0.5
-            )
-            assert 0.75 < size < 1.2, (rows, size)
+            of_ones = 0.01 * 0.2 * max(update.shape) ** 0.5 * min(update.shape) ** 0.5
+            assert 0.75 < update.norm() / of_ones < 1.2, rows
 
 
-def train_command(*options, launcher=()):
-    return [
-        sys.executable,
-        *launcher,
-        os.path.join(HERE, "train.py"),
-        *(
-            "--data mini --n-layer 2 --d-model 32 --n-head 4 --n-kv-head 2 --d-ff 64 "
-            "--context 64 --batch-tokens 512 --steps 12 --compile no --dtype fp32 --device "
-            "cpu --log-every 1 --val-tokens 1000"
-        ).split(),
-        *options,
-    ]
+def test_rates_rise_to_the_peak_and_fall_after_the_warmup():
+    def rates(schedule, warmup, steps=100):
+        args = SimpleNamespace(schedule=schedule, warmup=warmup, warmdown_frac=1.0, final_lr=0.1, steps=steps)
+        return [train.lr_multiplier(step, args) for step in range(steps)]
+
+    for schedule in ("linear", "cosine"):
+        found = rates(schedule, 0.1)
+        assert [found[i] for i in (0, 9, 10)] == [0.1, 1.0, 1.0]
+        assert abs(found[55] - 0.55) < 1e-9 and 0.1 <= found[99] < 0.111
+        assert max(rates(schedule, train.PHI_1["warmup"], 36_000)) == 1.0
+    assert set(rates("constant", 0)) == {1.0}
 
 
-def run_train(folder, *options, launcher=(), timeout=180):
-    return subprocess.run(
-        train_command(*options, launcher=launcher),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+def test_memory_falls_with_shards_and_recomputing():
+    config = models.PRESETS["phi-4"]
+    args = SimpleNamespace(
+        context=4096, optimizer="adamw", activation_checkpointing=False, fsdp=False, micro_tokens=None
     )
+    plain = train.memory(config, args, 1, 64)
+    assert plain["optimizer"] == 8 * config.num_parameters()
+    args.activation_checkpointing = True
+    assert train.memory(config, args, 1, 64)["activations"] < plain["activations"] / 4
+    args.fsdp = True
+    assert sum(train.memory(config, args, 1, 64).values()) < 80e9 < sum(plain.values())
+    # rows at a time: as many as fit, a divisor of a rank's; by --micro-tokens where given; 4096 tokens on a CPU
+    rows = [train.micro_batch_rows(args, config, 90, 64, gigabytes) for gigabytes in (20, 80, 200)]
+    assert rows[0] == 1 < rows[1] < rows[2] and all(90 % n == 0 for n in rows)
+    assert train.micro_batch_rows(args, config, 90, 64) == 1
+    args.micro_tokens = 3 * 4096
+    assert train.micro_batch_rows(args, config, 90, 64, 20) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: runs. Each in data/mini's folder, compared by its log and its weights
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+SMALL = (
+    "--data mini --n-layer 2 --d-model 32 --n-head 4 --n-kv-head 2 --d-ff 64 --context 64 --batch-tokens 512 "
+    "--steps 12 --compile no --dtype fp32 --device cpu --log-every 1 --val-tokens 1000"
+)
+
+
+def train_command(options, launcher=(), script=train.__file__):
+    return [sys.executable, *launcher, str(script), *SMALL.split(), *options.split()]
+
+
+def run_train(folder, options, launcher=(), script=train.__file__):
+    command = train_command(options, launcher, script)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+
+
+def trained(*args, **more):
+    """The output of a run that ends well."""
+    done = run_train(*args, **more)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout
+
+
+def refused(folder, options, words):
+    """Whether the command ends in one line with these words, and with code 2."""
+    done = run_train(folder, options)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and words in lines[-1] and len(lines) == 1, (options, done.stderr)
+
+
+def interrupted(folder, run, options, how, lines=1, launcher=(), checkpoint=True):
+    """Run until the log has so many more lines and there is a checkpoint, call how(process) -> its exit code
+    and output."""
+    log = folder / run / "log.jsonl"
+    command = train_command(f"--out {run} {options}", launcher)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while not (log.exists() and log.read_text().count('"loss"') >= lines) or (
+            checkpoint and not list((folder / run).glob("state-*"))
+        ):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.002)
+        how(process)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -6051,28 +6110,29 @@ def mini(tmp_path_factory):
     """A folder with data/mini: a small dataset of exercises."""
     folder = tmp_path_factory.mktemp("mini")
     data.write_jsonl(folder / "mini.jsonl", synth.draw_many("exercises", 300, ks=(1, 2), workers=1))
-    done = subprocess.run(
-        [
-            sys.executable,
-            os.path.join(HERE, "data.py"),
-            *(
-                "--input mini.jsonl --name mini --tokenizer train:400 --rules none --dedup-threshold 1"
-            ).split(),
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    make_dataset(folder, "mini", "train:400")
     return folder
+
+
+def make_dataset(folder, name, tokenizer):
+    options = f"--input {name}.jsonl --name {name} --tokenizer {tokenizer} --rules none --dedup-threshold 1"
+    command = [sys.executable, data.__file__, *options.split()]
+    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(mini):
+    """runs/uncut: 40 uninterrupted steps on one rank."""
+    trained(mini, "--out runs/uncut --steps 40")
+    return mini
 
 
 def tensors_of(folder, run):
     """{name: tensor} of the newest checkpoint, optimizers' state among them."""
-    whole = folder / run / "whole.pt"
+    file = folder / "whole.pt"
     checkpoint = train.read_checkpoint(str(folder / run))
-    torch.distributed.checkpoint.format_utils.dcp_to_torch_save(checkpoint["folder"], whole)
-    return torch.load(whole, weights_only=True)
+    torch.distributed.checkpoint.format_utils.dcp_to_torch_save(checkpoint["folder"], file)
+    return torch.load(file, weights_only=True)
 
 
 def weights_of(folder, run):
@@ -6083,170 +6143,250 @@ def losses(folder, run):
     return [json.loads(line)["loss"] for line in open(folder / run / "log.jsonl") if '"loss"' in line]
 
 
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(mini):
-    assert run_train(mini, "--out", "runs/whole", "--save-every", "5").returncode == 0
-    command = ["--out", "runs/cut", "--save-every", "5"]
-    process = subprocess.Popen(
-        train_command(*command), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not list((mini / "runs/cut").glob("state-*")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    done = run_train(mini, *command)
-    assert done.returncode == 0 and "going on from step" in done.stdout, done.stdout + done.stderr
-    whole, cut = weights_of(mini, "runs/whole"), weights_of(mini, "runs/cut")
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert losses(mini, "runs/whole") == losses(mini, "runs/cut")
-    again = run_train(mini, *command)
-    assert again.returncode == 0 and "trained already" in again.stdout
-    changed = run_train(mini, *command, "--lr", "0.1")
-    assert (
-        changed.returncode == 2 and "--lr" in changed.stderr and len(changed.stderr.strip().splitlines()) == 1
-    )
+def same_run(folder, one, other, exactly=False):
+    assert len(losses(folder, one)) == len(losses(folder, other))
+    np.testing.assert_allclose(losses(folder, one), losses(folder, other), rtol=0 if exactly else 2e-4)
+    a, b = weights_of(folder, one), weights_of(folder, other)
+    assert a.keys() == b.keys()
+    assert all((a[name] - b[name]).abs().max() <= (0 if exactly else 1e-4) for name in a)
+
+
+@pytest.mark.parametrize("form", ["", "--n-layer 4 --skip 4:2:20"], ids=["plain", "skip"])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(mini, form, request):
+    name = request.node.callspec.id
+    options = f"--save-every 2 {form}"
+    trained(mini, f"--out runs/{name} {options}")
+    interrupted(mini, f"runs/{name}-cut", options, lambda process: process.kill())
+    assert "going on from step" in trained(mini, f"--out runs/{name}-cut {options}")
+    same_run(mini, f"runs/{name}", f"runs/{name}-cut", exactly=True)
+    assert losses(mini, f"runs/{name}")[-1] < losses(mini, f"runs/{name}")[0]
+    assert "trained already" in trained(mini, f"--out runs/{name} {options}")
+    refused(mini, f"--out runs/{name} {options} --lr 0.1", "--lr")
+
+
+def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini, whole):
+    run = mini / "runs/killed"
+    rng = random.Random(0)
+    options = "--steps 40 --save-every 1"
+    for _ in range(4):
+        logged = len(losses(mini, run)) if run.exists() else 0
+
+        def kill(process):
+            time.sleep(rng.uniform(0.01, 0.4))  # nearly all of the time goes into writing checkpoints
+            process.kill()
+
+        interrupted(mini, "runs/killed", options, kill, min(logged + 1, 40), checkpoint=False)
+        if (run / "config.json").exists() and (run / "model.safetensors").exists():
+            models.load(run, device="cpu")
+        assert len(losses(mini, run)) >= logged - 1
+        if len(losses(mini, run)) > 36:
+            break
+    trained(mini, f"--out runs/killed {options}")
+    same_run(mini, "runs/uncut", "runs/killed", exactly=True)
+    assert not list(run.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("preset", ["phi-1", "phi-3-small", "gemma-2b"])
 def test_every_form_of_block_trains(mini, preset):
-    done = run_train(mini, "--preset", preset, "--lr", "0.03", "--out", f"runs/{preset}")
-    assert done.returncode == 0, done.stderr
+    trained(mini, f"--preset {preset} --lr 0.03 --out runs/{preset}")
     assert losses(mini, f"runs/{preset}")[-1] < 0.9 * losses(mini, f"runs/{preset}")[0]
     m, tokenizer = models.load(mini / "runs" / preset, device="cpu")
-    assert (
-        m.config.family == models.PRESETS[preset].family
-        and len(m.generate([tokenizer.encode("def f(")], 5)[0]) == 5
-    )
+    assert m.config.family == models.PRESETS[preset].family
+    assert len(m.generate([tokenizer.encode("def f(")], 5)[0]) == 5
 
 
-def test_skipping_layers_is_trained_and_goes_on_exactly(mini):
-    options = [*"--n-layer 4 --skip 4:2:20 --save-every 2".split()]
-    assert run_train(mini, "--out", "runs/skip", *options).returncode == 0
-    process = subprocess.Popen(
-        train_command("--out", "runs/skip-cut", *options),
-        cwd=mini,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not list((mini / "runs/skip-cut").glob("state-*")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    done = run_train(mini, "--out", "runs/skip-cut", *options)
-    assert done.returncode == 0 and "going on from step" in done.stdout, done.stdout + done.stderr
-    found = losses(mini, "runs/skip")
-    assert found == losses(mini, "runs/skip-cut") and all(map(math.isfinite, found)) and found[-1] < found[0]
-    a, b = weights_of(mini, "runs/skip"), weights_of(mini, "runs/skip-cut")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for wrong in ("4:2:21", "5:2:20", "4:2", "4-2-20"):  # the first is another run's
-        done = run_train(
-            mini, "--out", "runs/skip" if wrong == "4:2:21" else "runs/bad", "--n-layer", "4", "--skip", wrong
-        )
-        assert (
-            done.returncode == 2 and "--skip" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        ), done.stderr
+@pytest.mark.parametrize(
+    "options, launcher",
+    [
+        ("--micro-tokens 128", ()),
+        ("", TWO),
+        ("--fsdp --activation-checkpointing --micro-tokens 128", TWO),
+        ("--clip 1e30", ()),
+    ],
+    ids=["parts", "two", "sharded", "unclipped"],
+)
+def test_however_a_step_is_done_it_is_the_same(mini, whole, options, launcher, request):
+    run = f"runs/{request.node.callspec.id}"
+    one = "runs/uncut"
+    if "clip" in options:
+        one = "runs/clip-0"
+        trained(mini, f"--out {one} --clip 0 --steps 40")
+    trained(mini, f"--out {run} --steps 40 {options}", launcher)
+    same_run(mini, one, run)
 
 
-def test_two_ranks_and_accumulation_equal_one_rank(mini):
-    assert run_train(mini, "--out", "runs/one").returncode == 0
-    assert run_train(mini, "--out", "runs/parts", "--micro-tokens", "128").returncode == 0
-    done = run_train(
-        mini,
-        "--out",
-        "runs/two",
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-    )
-    assert done.returncode == 0, done.stderr
-    for other in ("runs/parts", "runs/two"):
-        np.testing.assert_allclose(losses(mini, "runs/one"), losses(mini, other), rtol=2e-4)
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the ranks in /proc")
+def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
+    def kill_a_rank(process):
+        ranks = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+
+    run, options = "runs/cut-often", "--steps 40 --save-every 2"
+    code, output = interrupted(mini, run, options + " --fsdp", kill_a_rank, 5, TWO)
+    assert code not in (0, None) and "Signal 9" in output, output
+    # two ranks, sharded -> one -> two -> two, sharded -> one
+    for lines, launcher, more in ((12, (), ""), (20, TWO, ""), (28, TWO, " --fsdp")):
+        code, output = interrupted(mini, run, options + more, lambda p: p.terminate(), lines, launcher)
+        assert code == (1 if launcher else 143), output
+        assert "going on from step" in output and "stopped; saved" in output, output
+        assert len(list((mini / run).glob("state-*"))) == 1
+    assert "going on from step" in trained(mini, f"--out {run} {options}")
+    same_run(mini, "runs/uncut", run)
 
 
 def test_sigterm_saves_and_says_where(mini):
-    process = subprocess.Popen(
-        train_command("--out", "runs/term", "--steps", "100000"),
-        cwd=mini,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+    code, output = interrupted(
+        mini, "runs/term", "--steps 100000", lambda p: p.terminate(), checkpoint=False
     )
-    while not (mini / "runs/term/log.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "runs/term" in output
+    assert code == 143 and "saved at step" in output and "in runs/term" in output
     model, tokenizer = models.load(str(mini / "runs/term"))
     assert model.config.vocab_size >= tokenizer.vocab_size
 
 
 def test_training_refuses_bad_input_in_one_line(mini):
     meta = json.loads((mini / "data/mini/meta.json").read_text())
-    shutil.copytree(mini / "data/mini", mini / "data/other", dirs_exist_ok=True)
+    for name in ("other", "short"):
+        shutil.copytree(mini / "data/mini", mini / "data" / name, dirs_exist_ok=True)
     (mini / "data/other/meta.json").write_text(json.dumps(meta | {"tokenizer": "another"}))
-    shutil.copytree(mini / "data/mini", mini / "data/short", dirs_exist_ok=True)
-    with open(mini / "data/short/train.bin", "r+b") as file:
-        file.truncate(100)
+    os.truncate(mini / "data/short/train.bin", 100)
     for options, words in (
-        (["--data", "nothing"], "not a dataset"),
-        (["--data", "mini", "other"], "another tokenizer"),
-        (["--data", "mini:-1"], "weight"),
-        (["--data", "short"], "promises"),
-        (["--steps", "0"], "--steps"),
-        (["--batch-tokens", "63"], "--batch-tokens"),
-        (["--lr", "nan"], "--lr"),
-        (["--n-head", "5"], "n_head"),
-        (["--init", "runs/none"], "runs/none"),
-        (["--sped", "3"], "--sped"),
+        ("--data nothing", "not a dataset"),
+        ("--data mini other", "another tokenizer"),
+        ("--data mini:-1", "weight"),
+        ("--data short", "promises"),
+        ("--steps 0", "--steps"),
+        ("--batch-tokens 63", "--batch-tokens"),
+        ("--lr nan", "--lr"),
+        ("--schedule steep", "--schedule"),
+        ("--n-head 5", "n_head"),
+        ("--init runs/none", "runs/none"),
+        ("--sped 3", "--sped"),
+        ("--skip 5:2:20", "--skip"),
+        ("--skip 2:1", "--skip"),
+        ("--skip 4-2-20", "--skip"),
     ):
-        done = run_train(mini, "--out", "runs/bad", *options)
-        line = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 2 and words in line and "Traceback" not in done.stderr, (
-            options,
-            done.stderr,
-        )
+        refused(mini, f"--out runs/bad {options}", words)
         assert not (mini / "runs/bad").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(mini):
-    done = run_train(mini, *"--out runs/nan --lr 1e30 --muon-lr 1e30 --clip 1e30 --warmup 0".split())
-    assert (
-        done.returncode == 1
-        and "loss is" in done.stderr
-        and "step" in done.stderr
-        and "Traceback" not in done.stderr
+def test_the_next_phase_carries_the_optimizer_on(mini, whole, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules[__name__],
+        "SMALL",
+        "--data mini --continue-from runs/uncut --batch-tokens 512 --compile no --dtype fp32 --device cpu "
+        "--log-every 1 --val-tokens 1000",
     )
-    assert "if there is one, is whole" in done.stderr
+    phase = "--steps 6 --warmup 0 --context 640 --batch-tokens 1280 --rope-theta 40000 --seed 1"
+    assert "optimizer state of step 40 of runs/uncut" in trained(mini, f"--out runs/phase2 {phase}")
+    config = models.load(mini / "runs/phase2", device="cpu")[0].config
+    assert config.max_seq_len == 640 and config.rope_theta == 40000
+    assert losses(mini, "runs/phase2")[0] < 0.75 * losses(mini, "runs/uncut")[0]
+    before, after = (tensors_of(mini, f"runs/{run}") for run in ("uncut", "phase2"))
+    assert before.keys() == after.keys() and any(name.endswith("/momentum") for name in before)
+    count = "model.embed_tokens.weight/step"
+    assert after[count] == before[count] + 6
+    for options, words in (
+        ("--context 640", "--rope-theta"),
+        ("--optimizer adamw", "--optimizer muon"),
+        ("--init runs/uncut", "--continue-from"),
+        ("--continue-from runs/none", "runs/none"),
+    ):
+        refused(mini, f"--out runs/refused {options}", words)
 
 
-def test_clip_0_means_no_clipping(mini):
-    for clip in ("0", "1e30"):
-        assert run_train(mini, "--out", f"runs/clip-{clip}", "--clip", clip).returncode == 0
-    assert losses(mini, "runs/clip-0") == losses(mini, "runs/clip-1e30")
+SPOILED = f"""import os, sys; sys.path.insert(0, {HERE!r})
+import torch, model, train
+
+class Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+forward, step = model.Model.forward, 0
+last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+def spoiled(self, *inputs):
+    global step
+    loss, sums = forward(self, *inputs)
+    step += self.training
+    return (Spoil.apply(loss) if last_rank and self.training and step == 8 else loss), sums
+
+model.Model.forward = spoiled
+train.main()
+"""
 
 
-def train_here(folder, monkeypatch, *options):
+@pytest.mark.parametrize(
+    "launcher, options", [((), ""), (TWO, ""), (TWO, "--fsdp")], ids=["alone", "two", "sharded"]
+)
+def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
+    """At the 8th step the last rank's loss is finite and its gradient is not."""
+    (mini / "spoiled.py").write_text(SPOILED)
+    out = f"runs/spoiled-{request.node.callspec.id}"
+    done = run_train(mini, f"--save-every 4 --out {out} {options}", launcher, mini / "spoiled.py")
+    assert done.returncode == 1, done.stdout + done.stderr
+    for words in (
+        "at step 7 the loss is",
+        "the norm of its gradient nan",
+        f"the last checkpoint in {out}, if there is one, is whole",
+    ):
+        assert words in done.stderr
+    assert train.read_checkpoint(str(mini / out))["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in tensors_of(mini, out).values())
+    assert all(tensor.isfinite().all() for tensor in weights_of(mini, out).values())
+
+
+def test_a_run_notices_that_its_dataset_was_made_anew(mini):
+    records = list(data.read_jsonl(mini / "mini.jsonl"))
+
+    def make(some):
+        shutil.rmtree(mini / "data/anew", ignore_errors=True)
+        data.write_jsonl(mini / "anew.jsonl", some)
+        make_dataset(mini, "anew", "data/mini")
+
+    options = "--data mini anew --out runs/anew --save-every 4"
+    words = "--data anew was made anew"
+    make(records[:200])
+    (mini / "spoiled.py").write_text(SPOILED)
+    assert run_train(mini, options, script=mini / "spoiled.py").returncode == 1
+    make(records[50:250])
+    refused(mini, options, words)
+    assert train.read_checkpoint(str(mini / "runs/anew"))["step"] == 4
+    make(records[:200])  # the same tokens again: nothing has changed but the file's time
+    assert "going on from step 4" in trained(mini, options)
+    make(records[50:250])
+    refused(mini, options, words)  # and a run that has ended is not said to be trained on this
+
+
+def train_here(folder, monkeypatch, options):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", train_command(*options)[1:])
+    monkeypatch.setattr(sys, "argv", train_command(options)[1:])
     train.main()
 
 
 def test_the_dtype_measured_first_belongs_to_the_checkpoint(mini, monkeypatch, capsys):
     def measured(fastest):
-        monkeypatch.setattr(
-            train, "measure_peak", lambda device, dtype, size=None: 3e9 if dtype == fastest else 1e9
-        )
+        def rate(device, dtype, size=None):
+            return 3e9 if dtype == fastest else 1e9
 
-    options = [*"--out runs/dtype --dtype auto --steps 40 --save-every 4".split()]
+        monkeypatch.setattr(train, "measure_peak", rate)
+
+    def cut_short(*_):
+        raise KeyboardInterrupt
+
+    options = "--out runs/dtype --dtype auto --steps 40 --save-every 4"
     measured(torch.bfloat16)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        train_here(mini, patch, *options)
+        patch.setattr(train, "write_model", cut_short)
+        train_here(mini, patch, options)
     measured(torch.float32)
     capsys.readouterr()
-    train_here(mini, monkeypatch, *options)
-    said = capsys.readouterr().out
-    assert "going on from step 4" in said and "compute dtype bf16" in said, said
+    train_here(mini, monkeypatch, options)
+    output = capsys.readouterr().out
+    assert "going on from step 4" in output and "compute dtype bf16" in output, output
 
 
 def test_the_host_waits_for_the_device_once_a_record(mini, monkeypatch):
@@ -6259,11 +6399,154 @@ def test_the_host_waits_for_the_device_once_a_record(mini, monkeypatch):
             return whole(tensor)
 
         monkeypatch.setattr(torch.Tensor, name, waiting)
-    monkeypatch.setattr(train, "validate", lambda *_: None)
+    monkeypatch.setattr(train, "validate", lambda *_: ({}, ""))
     monkeypatch.setattr(train, "save", lambda *_: None)
     monkeypatch.setattr(train, "measure_peak", lambda *_: 1e9)
-    train_here(mini, monkeypatch, "--out", "runs/waits", "--log-every", "4")
+    train_here(mini, monkeypatch, "--out runs/waits --log-every 4")
     assert waits == ["summarize"] * 3, waits
+
+
+def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, monkeypatch):
+    tensors = {"a": torch.arange(12.0).view(4, 3), "a/step": torch.tensor(3.0)}
+    later = {name: tensor + 1 for name, tensor in tensors.items()}
+    run = tmp_path / "run"
+    operations = [(os, "replace"), (os, "rename"), (os, "remove"), (os, "makedirs"), (shutil, "rmtree")]
+    for operation in range(1, 100):
+        shutil.rmtree(run, ignore_errors=True)
+        train.write_checkpoint(str(run), {"step": 8}, tensors)
+        left = [operation]
+
+        def cut_short(*args, whole, **more):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise KeyboardInterrupt
+            return whole(*args, **more)
+
+        with monkeypatch.context() as patch:
+            for module, name in operations:
+                patch.setattr(module, name, functools.partial(cut_short, whole=getattr(module, name)))
+            with contextlib.suppress(KeyboardInterrupt, torch.distributed.checkpoint.CheckpointException):
+                train.write_checkpoint(str(run), {"step": 9}, later)
+        step = train.read_checkpoint(str(run))["step"]
+        assert step in (8, 9) and torch.equal(tensors_of(tmp_path, "run")["a"], tensors["a"] + step - 8)
+        if left[0] > 0:
+            break
+    assert step == 9 and operation > 1 and len(os.listdir(run)) == 1
+
+
+def on_two_ranks(folder, program, options=""):
+    """A program that begins with these imports ends well on two ranks -> its output."""
+    file = folder / "program.py"
+    file.write_text(
+        f"import sys; sys.path.insert(0, {HERE!r})\n"
+        "import gc, torch, train, torch.distributed as dist\n" + program
+    )
+    return trained(folder, options, TWO, file)
+
+
+def test_muon_does_each_matrix_once_whether_sharded_or_not(tmp_path):
+    output = on_two_ranks(
+        tmp_path,
+        """
+dist.init_process_group("gloo")
+rank, done = dist.get_rank(), 0
+
+def counted(x):
+    global done
+    done += len(x)
+    return train.newton_schulz(x)
+
+class Sharded:                      # as much of a DTensor as is asked for
+    def __init__(self, whole):
+        rows = train.shard_range(len(whole), rank, 2)
+        self.shape, self.rows = whole.shape, whole[rows.start:rows.stop]
+    def to_local(self):
+        return self.rows
+    def __len__(self):
+        return self.shape[0]
+
+for n, rows, columns, splits in ((2, 5, 3, [5]), (1, 1, 4, [1]), (2, 8, 6, [4, 2, 2])):
+    muon = train.Muon([{"params": [torch.zeros(1)], "splits": splits}])
+    x = torch.randn((n, rows, columns), generator=torch.Generator().manual_seed(0))
+    expected = muon.orthogonalize(x, splits)
+    muon.newton_schulz, done = counted, 0
+    torch.testing.assert_close(muon.distributed_newton_schulz(x, x[0], splits), expected)
+    here = [Sharded(matrix) for matrix in x]
+    ours = muon.distributed_newton_schulz(torch.stack([matrix.rows for matrix in here]), here[0], splits)
+    torch.testing.assert_close(ours, torch.stack([Sharded(matrix).rows for matrix in expected]))
+    total = torch.tensor(done)
+    dist.all_reduce(total)
+    assert total == 2 * n * len(splits), total
+print("equal")
+train.leave()
+""",
+    )
+    assert output.count("equal") == 2
+
+
+def test_sharded_ranks_hold_their_part_of_the_gradient_between_micro_steps(mini):
+    """Bytes of all tensors as the second micro-step begins, less those as the first began: half a gradient."""
+    on_two_ranks(
+        mini,
+        """
+loss_fn, held = train.next_token_loss, []
+
+def measured(model, *tensors):
+    gc.collect()
+    here = (train.to_local(t).untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    storages = {storage.data_ptr(): storage.nbytes() for storage in here}
+    held.append(sum(storages.values()))
+    return loss_fn(model, *tensors)
+
+train.next_token_loss = measured
+train.validate = lambda *_: ({}, "")
+whole = train.setup
+
+def setup(*args):
+    global gradient
+    run = whole(*args)
+    gradient = 4 * sum(p.numel() for p in run.model.parameters())
+    return run
+
+train.setup = setup
+leave = train.leave
+
+def leave_a_note():
+    with open(f"share-{dist.get_rank()}", "w") as file:
+        file.write(str((held[1] - held[0]) / gradient))
+    leave()
+
+train.leave = leave_a_note
+train.main()
+""",
+        "--out runs/held --fsdp --micro-tokens 128 --steps 1",
+    )
+    shares = [float((mini / f"share-{rank}").read_text()) for rank in range(2)]
+    assert all(0.4 < share < 0.6 for share in shares), shares
+
+
+def test_dry_run_and_the_papers_hyperparameters(capsys, monkeypatch):
+    for options, words in (
+        (
+            "phi-4 --gpus 64 --fsdp --activation-checkpointing --peak-tflops 990 --lr 1e-4",
+            (
+                "14,659,507,200 parameters",
+                "5,760 rows",
+                "GPU-hours",
+                "--micro-tokens",
+                "phi-4's, where you gave no other: --optimizer adamw --schedule linear",
+                "10,000.0 B tokens",
+            ),
+        ),
+        ("phi-3-medium --gpus 8 --peak-tflops 990", ("add --activation-checkpointing",)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--preset", *options.split()])
+        train.main()
+        output = capsys.readouterr().out
+        assert all(word in output for word in words), output
+    for paper in train.PAPERS.values():
+        assert paper["batch_tokens"] % paper["context"] == 0
+    assert train.PAPERS["phi-1.5"]["adam_eps"] == 1e-7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6322,7 +6605,7 @@ def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
     assert environment["MINE"] == "kept" and environment.items() >= train.ENVIRONMENT.items()
     shell = subprocess.run(["sh", "-c", f"{train.EXPORT}; env"], env={}, capture_output=True, text=True)
     assert {f"{name}={value}" for name, value in train.ENVIRONMENT.items()} <= set(shell.stdout.splitlines())
-    assert train.EXPORT in run_train(".", "-h").stdout
+    assert train.EXPORT in trained(".", "-h")
     # what the user has set wins, a policy too, to which libgomp prefers its count
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert "GOMP_SPINCOUNT" not in train.stage_environment()
@@ -6351,426 +6634,6 @@ def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, ca
     assert stopped.value.code == 3
     assert started == [train.stage_environment()] and started[0]["MINE"] == "kept"
     assert train.EXPORT in capsys.readouterr().out
-
-
-# training at scale
-
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-def same_run(folder, one, other):
-    assert len(losses(folder, one)) == len(losses(folder, other))
-    np.testing.assert_allclose(losses(folder, one), losses(folder, other), rtol=2e-4)
-    a, b = (models.load(folder / run, device="cpu")[0].state_dict() for run in (one, other))
-    assert all((a[name] - b[name]).abs().max() < 1e-4 for name in a)
-
-
-@pytest.fixture(scope="module")
-def whole(mini):
-    """An uninterrupted run of 40 steps on one rank."""
-    done = run_train(mini, "--out", "runs/uncut", "--steps", "40")
-    assert done.returncode == 0 and "for the 30 steps left, by the first ten" in done.stdout, done.stderr
-    return mini
-
-
-def test_two_sharded_ranks_with_recomputed_blocks_equal_one_rank(mini, whole):
-    done = run_train(
-        mini,
-        *("--out runs/sharded --steps 40 --fsdp --activation-checkpointing --micro-tokens 128").split(),
-        launcher=TWO,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    same_run(mini, "runs/uncut", "runs/sharded")
-
-
-def run_spoiled(folder, *options, launcher=()):
-    """train.py with --save-every 4; at its 8th step the last rank's loss is finite and its gradient is not."""
-    program = folder / "spoiled.py"
-    program.write_text(f"""import os, sys; sys.path.insert(0, {HERE!r})
-import torch, model, train
-
-class Spoil(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("nan")
-
-forward, step = model.Model.forward, 0
-last_rank = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-
-def spoiled(self, *inputs):
-    global step
-    loss, sums = forward(self, *inputs)
-    step += self.training
-    return (Spoil.apply(loss) if last_rank and self.training and step == 8 else loss), sums
-
-model.Model.forward = spoiled
-train.main()
-""")
-    command = train_command("--save-every", "4", *options, launcher=launcher)
-    command[command.index(os.path.join(HERE, "train.py"))] = str(program)
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
-
-
-@pytest.mark.parametrize(
-    "launcher, options", [((), ()), (TWO, ()), (TWO, ("--fsdp",))], ids=["alone", "two", "sharded"]
-)
-def test_a_gradient_that_is_not_finite_leaves_the_last_good_checkpoint(mini, request, launcher, options):
-    out = f"runs/spoiled-{request.node.callspec.id}"
-    done = run_spoiled(mini, "--out", out, *options, launcher=launcher)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "at step 7 the loss is" in done.stderr, done.stderr
-    assert "the norm of its gradient nan" in done.stderr, done.stderr
-    assert f"the last checkpoint in {out}, if there is one, is whole" in done.stderr
-    assert train.read_checkpoint(str(mini / out))["step"] == 4
-    assert all(tensor.isfinite().all() for tensor in tensors_of(mini, out).values())
-    assert all(p.isfinite().all() for p in models.load(mini / out, device="cpu")[0].parameters())
-
-
-def test_a_run_notices_that_its_dataset_was_made_anew(mini):
-    records = list(data.read_jsonl(mini / "mini.jsonl"))
-
-    def make(some):
-        shutil.rmtree(mini / "data/anew", ignore_errors=True)
-        data.write_jsonl(mini / "anew.jsonl", some)
-        command = [
-            sys.executable,
-            data.__file__,
-            *(
-                "--input anew.jsonl --name anew --tokenizer data/mini --rules none --dedup-threshold 1"
-            ).split(),
-        ]
-        done = subprocess.run(command, cwd=mini, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    def refused():
-        done = run_train(mini, *options)
-        one_line = len(done.stderr.strip().splitlines()) == 1
-        return done.returncode == 2 and "--data anew was made anew" in done.stderr and one_line
-
-    options = ["--data", "mini", "anew", "--out", "runs/anew"]
-    make(records[:200])
-    assert run_spoiled(mini, *options).returncode == 1
-    make(records[50:250])
-    assert refused() and train.read_checkpoint(str(mini / "runs/anew"))["step"] == 4
-    make(records[:200])  # the same tokens again: nothing has changed but the file's time
-    done = run_train(mini, *options)
-    assert done.returncode == 0 and "going on from step 4" in done.stdout, done.stderr
-    make(records[50:250])
-    assert refused()  # and a run that has ended is not said to be trained on this
-
-
-def children(pid):
-    return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
-
-
-def cut(folder, options, launcher, lines, how):
-    """Run until the log has so many more lines, stop it with how(process), -> (exit status, all output)."""
-    log = folder / "runs/cut-often/log.jsonl"
-    process = subprocess.Popen(
-        train_command(*options, launcher=launcher),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        while not (log.exists() and log.read_text().count('"loss"') >= lines):
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.002)
-        how(process)
-        return process.wait(timeout=60), process.communicate()[0]
-    finally:
-        process.kill()
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the ranks in /proc")
-def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
-    options = [*"--out runs/cut-often --steps 40 --save-every 2".split()]
-    status, output = cut(
-        mini, [*options, "--fsdp"], TWO, 5, lambda p: os.kill(children(p.pid)[1], signal.SIGKILL)
-    )
-    assert status not in (0, None) and "Signal 9" in output, output
-    assert list((mini / "runs/cut-often").glob("state-*"))
-    status, output = cut(mini, options, (), 12, lambda p: p.terminate())  # two ranks, sharded -> one
-    assert status == 143 and "going on from step" in output and "stopped; saved" in output, output
-    assert len(list((mini / "runs/cut-often").glob("state-*"))) == 1
-    status, output = cut(mini, options, TWO, 20, lambda p: p.terminate())  # one rank -> two
-    assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
-    status, output = cut(
-        mini, [*options, "--fsdp"], TWO, 28, lambda p: p.terminate()
-    )  # replicated -> sharded
-    assert status != 0 and "going on from step" in output and "stopped; saved" in output, output
-    done = run_train(mini, *options)
-    assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
-    same_run(mini, "runs/uncut", "runs/cut-often")
-
-
-def test_many_kills_lose_nothing_but_the_steps_since_the_last_save(mini):
-    options = [*"--out runs/killed --steps 60 --save-every 1".split()]
-    rng, log = random.Random(0), mini / "runs/killed/log.jsonl"
-    for _ in range(4):
-        logged = log.read_text().count('"loss"') if log.exists() else 0
-        process = subprocess.Popen(
-            train_command(*options), cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        begun = time.time()
-        while not (log.exists() and log.stat().st_mtime >= begun) and time.time() < begun + 60:
-            assert process.poll() is None
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0.01, 0.4))  # nearly all of the time goes into writing checkpoints
-        process.kill()
-        process.wait()
-        if (mini / "runs/killed/config.json").exists() and (mini / "runs/killed/model.safetensors").exists():
-            models.load(mini / "runs/killed", device="cpu")
-        assert log.read_text().count('"loss"') >= logged - 1
-    assert run_train(mini, *options).returncode == 0
-    assert run_train(mini, "--out", "runs/unkilled", "--steps", "60").returncode == 0
-    assert losses(mini, "runs/killed") == losses(mini, "runs/unkilled")
-    a, b = weights_of(mini, "runs/killed"), weights_of(mini, "runs/unkilled")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not [
-        file for file in os.listdir(mini / "runs/killed") if file.endswith(".tmp")
-    ]  # nor leave anything behind
-
-
-def test_a_checkpoint_cut_at_any_file_operation_leaves_a_whole_one(tmp_path, monkeypatch):
-    tensors = {"a": torch.arange(12.0).view(4, 3), "a/step": torch.tensor(3.0)}
-    run = str(tmp_path)
-    operations = [(os, "replace"), (os, "rename"), (os, "remove"), (os, "makedirs"), (shutil, "rmtree")]
-    for operation in range(1, 100):
-        for folder in tmp_path.iterdir():
-            shutil.rmtree(folder)
-        train.write_checkpoint(run, {"step": 8}, tensors)
-        left = [operation]
-
-        def cut_short(*args, whole, **more):
-            left[0] -= 1
-            if left[0] <= 0:
-                raise KeyboardInterrupt
-            return whole(*args, **more)
-
-        with monkeypatch.context() as patch:
-            for module, name in operations:
-                patch.setattr(module, name, functools.partial(cut_short, whole=getattr(module, name)))
-            with contextlib.suppress(KeyboardInterrupt, torch.distributed.checkpoint.CheckpointException):
-                train.write_checkpoint(
-                    run, {"step": 9}, {name: tensor + 1 for name, tensor in tensors.items()}
-                )
-        step = train.read_checkpoint(run)["step"]
-        assert step in (8, 9) and torch.equal(tensors_of(tmp_path, ".")["a"], tensors["a"] + step - 8)
-        (tmp_path / "whole.pt").unlink()
-        if left[0] > 0:
-            break
-    assert step == 9 and operation > 1 and len(os.listdir(run)) == 1
-
-
-def run_on_two_ranks(folder, program, *options):
-    """A program that begins with these imports, on two ranks -> its process."""
-    file = folder / "program.py"
-    file.write_text(
-        f"import sys; sys.path.insert(0, {HERE!r})\n"
-        "import gc, torch, train, torch.distributed as dist\n" + program
-    )
-    return subprocess.run(
-        [sys.executable, *TWO, str(file), *options], cwd=folder, capture_output=True, text=True, timeout=180
-    )
-
-
-def test_muon_does_each_matrix_once_whether_sharded_or_not(tmp_path):
-    done = run_on_two_ranks(
-        tmp_path,
-        """
-dist.init_process_group("gloo")
-rank, done = dist.get_rank(), 0
-
-def counted(x):
-    global done
-    done += len(x)
-    return train.newton_schulz(x)
-
-class Sharded:                      # as much of a DTensor as is asked for
-    def __init__(self, whole):
-        rows = train.shard_range(len(whole), rank, 2)
-        self.shape, self.rows = whole.shape, whole[rows.start:rows.stop]
-    def to_local(self):
-        return self.rows
-    def __len__(self):
-        return self.shape[0]
-
-for n, rows, columns, splits in ((2, 5, 3, [5]), (1, 1, 4, [1]), (2, 8, 6, [4, 2, 2])):
-    muon = train.Muon([{"params": [torch.zeros(1)], "splits": splits}])
-    x = torch.randn((n, rows, columns), generator=torch.Generator().manual_seed(0))
-    expected = muon.orthogonalize(x, splits)
-    muon.newton_schulz, done = counted, 0
-    torch.testing.assert_close(muon.distributed_newton_schulz(x, x[0], splits), expected)
-    here = [Sharded(matrix) for matrix in x]
-    ours = muon.distributed_newton_schulz(torch.stack([matrix.rows for matrix in here]), here[0], splits)
-    torch.testing.assert_close(ours, torch.stack([Sharded(matrix).rows for matrix in expected]))
-    total = torch.tensor(done)
-    dist.all_reduce(total)
-    assert total == 2 * n * len(splits), total
-print("equal")
-train.leave()
-""",
-    )
-    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
-
-
-def test_sharded_ranks_hold_their_part_of_the_gradient_between_micro_steps(mini):
-    """Bytes of all tensors as the second micro-step begins, less those as the first began: half a gradient."""
-    done = run_on_two_ranks(
-        mini,
-        """
-loss_fn, held = train.next_token_loss, []
-
-def measured(model, *tensors):
-    gc.collect()
-    here = (train.to_local(t).untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
-    storages = {storage.data_ptr(): storage.nbytes() for storage in here}
-    held.append(sum(storages.values()))
-    return loss_fn(model, *tensors)
-
-train.next_token_loss = measured
-train.validate = lambda *_: None
-whole = train.setup
-
-def setup(*args):
-    global gradient
-    run = whole(*args)
-    gradient = 4 * sum(p.numel() for p in run.model.parameters())
-    return run
-
-train.setup = setup
-leave = train.leave
-
-def leave_a_note():
-    with open(f"share-{dist.get_rank()}", "w") as file:
-        file.write(str((held[1] - held[0]) / gradient))
-    leave()
-
-train.leave = leave_a_note
-train.main()
-""",
-        *train_command(*"--out runs/held --fsdp --micro-tokens 128 --steps 1".split())[2:],
-    )
-    assert done.returncode == 0, done.stderr
-    shares = [float((mini / f"share-{rank}").read_text()) for rank in range(2)]
-    assert all(0.4 < share < 0.6 for share in shares), shares
-
-
-def next_phase(folder, *options):
-    return subprocess.run(
-        [
-            sys.executable,
-            os.path.join(HERE, "train.py"),
-            *(
-                "--data mini --continue-from runs/uncut --batch-tokens 512 --compile no --dtype "
-                "fp32 --device cpu --log-every 1 --val-tokens 1000"
-            ).split(),
-            *options,
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_the_next_phase_carries_the_optimizer_on(mini, whole):
-    phase = [
-        *("--steps 6 --warmup 0 --context 640 --batch-tokens 1280 --rope-theta 40000 --seed 1").split(),
-    ]
-    done = next_phase(mini, "--out", "runs/phase2", *phase)
-    assert done.returncode == 0 and "optimizer state of step 40 of runs/uncut" in done.stdout, done.stderr
-    model, _ = models.load(mini / "runs/phase2", device="cpu")
-    assert model.config.max_seq_len == 640 and model.config.rope_theta == 40000
-    first = losses(mini, "runs/uncut")
-    assert losses(mini, "runs/phase2")[0] < 0.75 * first[0]
-    before, after = (tensors_of(mini, f"runs/{run}") for run in ("uncut", "phase2"))
-    assert before.keys() == after.keys() and any(name.endswith("/momentum") for name in before)
-    count = "model.embed_tokens.weight/step"
-    assert after[count] == before[count] + 6
-    for options, words in (
-        (["--context", "640"], "--rope-theta"),
-        (["--optimizer", "adamw"], "--optimizer muon"),
-        (["--init", "runs/uncut"], "--continue-from"),
-        (["--continue-from", "runs/none"], "runs/none"),
-    ):
-        done = next_phase(mini, "--out", "runs/refused", *options)
-        assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, (
-            done.stderr
-        )
-
-
-def dry(*options):
-    return subprocess.run(
-        [sys.executable, os.path.join(HERE, "train.py"), "--dry-run", *options],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_dry_run_and_the_papers_hyperparameters():
-    done = dry(
-        *("--preset phi-4 --gpus 64 --fsdp --activation-checkpointing --peak-tflops 990 --lr 1e-4").split(),
-    )
-    assert done.returncode == 0, done.stderr
-    for words in (
-        "14,659,507,200 parameters",
-        "5,760 rows",
-        "GPU-hours",
-        "--micro-tokens",
-        "phi-4's, where you gave no other: --optimizer adamw --schedule linear",
-        "--optimizer adamw",
-        "10,000.0 B tokens",
-    ):
-        assert words in done.stdout, done.stdout
-    done = dry(*"--preset phi-3-medium --gpus 8 --peak-tflops 990".split())
-    assert done.returncode == 0 and "add --activation-checkpointing" in done.stdout, done.stdout
-    for paper in train.PAPERS.values():
-        assert paper["batch_tokens"] % paper["context"] == 0
-    assert train.PAPERS["phi-1.5"]["adam_eps"] == 1e-7
-
-
-def test_rates_rise_to_the_peak_and_fall_after_the_warmup():
-    def rates(schedule, warmup, steps=100):
-        args = SimpleNamespace(schedule=schedule, warmup=warmup, warmdown_frac=1.0, final_lr=0.1, steps=steps)
-        return [train.lr_multiplier(step, args) for step in range(steps)]
-
-    for schedule in ("linear", "cosine"):
-        found = rates(schedule, 0.1)
-        assert (
-            found[0] == 0.1
-            and found[9:11] == [1.0, 1.0]
-            and abs(found[55] - 0.55) < 1e-9
-            and 0.1 <= found[99] < 0.111
-        )
-        assert max(rates(schedule, train.PHI_1["warmup"], 36_000)) == 1.0
-    assert set(rates("constant", 0)) == {1.0}
-
-
-def test_memory_falls_with_shards_and_recomputing():
-    config = models.PRESETS["phi-4"]
-    args = SimpleNamespace(
-        context=4096, optimizer="adamw", activation_checkpointing=False, fsdp=False, micro_tokens=None
-    )
-    plain = train.memory(config, args, 1, 64)
-    assert plain["optimizer"] == 8 * config.num_parameters()
-    args.activation_checkpointing = True
-    assert train.memory(config, args, 1, 64)["activations"] < plain["activations"] / 4
-    args.fsdp = True
-    assert sum(train.memory(config, args, 1, 64).values()) < 80e9 < sum(plain.values())
-    # rows at a time: as many as fit, a divisor of a rank's; by --micro-tokens where given; 4096 tokens on a CPU
-    rows = [train.micro_batch_rows(args, config, 90, 64, gigabytes) for gigabytes in (20, 80, 200)]
-    assert rows[0] == 1 < rows[1] < rows[2] and all(90 % n == 0 for n in rows)
-    assert train.micro_batch_rows(args, config, 90, 64) == 1
-    args.micro_tokens = 3 * 4096
-    assert train.micro_batch_rows(args, config, 90, 64, 20) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ torch.distributed.checkpoint pickles: go on only from runs of people you trust. 
 time a model that sample.py, transformers and others open.
 """
 import argparse
+import bisect
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -31,7 +33,6 @@ import subprocess
 import sys
 import time
 import warnings
-from operator import itemgetter
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -69,74 +70,70 @@ def documents_of(dataset, split, limit=None):
     return np.stack([starts, ends], 1)[ends - starts > 1]       # one token alone has nothing to predict
 
 
-class Packer:
-    """Rows of at most `length` + 1 tokens made of whole documents: with a seed (a list of numbers) endless
-    and shuffled anew each epoch, without one a single pass in order.
+def cut(start, end, length, first=None):
+    """Pieces (start, end) of a document, of at most `length` + 1 tokens. They overlap by one, so that each
+    token is predicted once. If there are several, the first one predicts `first` tokens."""
+    ends = [end]
+    if end - start - 1 > length:
+        ends = [*range(start + 1 + (first or length), end, length), end]
+    return list(zip([start, *(cut_end - 1 for cut_end in ends)], ends))
 
-    A document longer than a row is cut into pieces that overlap by one token (so each token is predicted
-    once), at an offset that moves from epoch to epoch. Pieces are placed best-fit into a few open rows, of
-    which the fullest leaves when none fits: a few percent of padding, and no problem that loses its
-    beginning.
-    """
-    OPEN = 48   # rows open at a time: more waste less and delay documents longer
 
-    def __init__(self, documents, length, seed=None):
-        self.documents = documents
-        self.length = length
-        self.seed = seed
-        self.load_state_dict({"epoch": 0, "next": 0, "rows": []})
+def pack(pieces, length):
+    """Rows (lists) of pieces that predict at most `length` tokens: the longest first, each into the fullest
+    row that has room for it."""
+    rows = []
+    rooms = []      # (tokens that a row has room for, its number), sorted
+    for start, end in sorted(pieces, key=lambda piece: piece[0] - piece[1]):
+        size = end - start - 1
+        place = bisect.bisect_left(rooms, (size,))
+        if place == len(rooms):
+            rooms.append((length, len(rows)))
+            rows.append([])
+        room, row = rooms.pop(place)
+        rows[row].append((start, end))
+        bisect.insort(rooms, (room - size, row))
+    return rows
 
-    def state_dict(self):
-        return {"epoch": self.epoch, "next": self.next, "rows": list(self.rows)}
 
-    def load_state_dict(self, state):
-        self.epoch = state["epoch"]
-        self.next = state["next"]
-        self.rows = list(state["rows"])     # of (number of inputs, spans)
-        self.pieces = self.cut_documents()
+BLOCK = 1024    # documents packed together: more fill rows better, and take longer to go on from
 
-    def cut_documents(self):
-        """(n, 2): the pieces of this epoch, in its order."""
-        starts, ends = self.documents.T
-        rng = np.random.default_rng([*(self.seed or ()), self.epoch])
-        first_ends = starts + 1 + self.length
-        if self.seed is not None:
-            first_ends = first_ends - rng.integers(self.length, size=len(starts))
-        first_ends = np.where(ends - starts - 1 <= self.length, ends, first_ends)
-        num_pieces = 1 - (first_ends - ends) // self.length
-        index = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-        starts, ends, first_ends = np.repeat([starts, ends, first_ends], num_pieces, axis=1)
-        piece_ends = first_ends + index * self.length
-        pieces = np.stack([np.maximum(starts, piece_ends - self.length - 1), np.minimum(ends, piece_ends)], 1)
-        return pieces if self.seed is None else rng.permutation(pieces)
 
-    def __iter__(self):
-        return self
+def packed_rows(documents, length, seed, position):
+    """Yields (row, the position to go on from) without end: documents shuffled anew each epoch, packed by
+    blocks, and a block's rows shuffled. Long documents are cut at other places in each epoch."""
+    epoch, first_block, num_given = position
+    while True:
+        order = np.random.default_rng([*seed, epoch]).permutation(documents)
+        for block in range(first_block, len(order), BLOCK):
+            rng = np.random.default_rng([*seed, epoch, block])
+            pieces = []
+            for start, end in order[block:block + BLOCK].tolist():
+                pieces += cut(start, end, length, int(rng.integers(length)) + 1)
+            rows = pack(pieces, length)
+            for number in rng.permutation(len(rows))[num_given:]:
+                num_given += 1
+                yield rows[number], (epoch, block, num_given)
+            num_given = 0
+        first_block = 0
+        epoch += 1
 
-    def __next__(self):
-        """The next row, as (start, end) in the token stream; end - start - 1 summed is at most `length`."""
-        while len(self.rows) <= self.OPEN:
-            if self.next == len(self.pieces):
-                if self.seed is None:
-                    break
-                self.load_state_dict({"epoch": self.epoch + 1, "next": 0, "rows": self.rows})
-            start, end = self.pieces[self.next].tolist()
-            self.next += 1
-            size = end - start - 1
-            fitting = [row for row in self.rows if row[0] + size <= self.length]
-            used, spans = max(fitting, key=itemgetter(0), default=(0, ()))
-            if fitting:
-                self.rows.remove((used, spans))
-            self.rows.append((used + size, (*spans, (start, end))))
-        if not self.rows:
-            raise StopIteration
-        fullest = max(self.rows, key=itemgetter(0))     # of equal ones the oldest
-        self.rows.remove(fullest)
-        return fullest[1]
+
+def mixed_rows(documents, weights, length, seed, state):
+    """Yields (number of a dataset, row) without end, from the dataset that is the furthest behind its share,
+    and notes in `state` where to go on."""
+    streams = [packed_rows(part, length, [*seed, i], position)
+               for i, (part, position) in enumerate(zip(documents, state["positions"]))]
+    while True:
+        counts = np.array(state["counts"])
+        chosen = int(np.argmax(weights * (counts.sum() + 1) - counts))
+        row, state["positions"][chosen] = next(streams[chosen])
+        state["counts"][chosen] += 1
+        yield chosen, row
 
 
 def collate(rows, length, prompt_weight=1.0):
-    """Rows [(stream, its mask or None, spans)] -> tokens, documents, targets (B, length) int64, weights (B,
+    """Rows [(stream, its mask or None, pieces)] -> tokens, documents, targets (B, length) int64, weights (B,
     length).
 
     Target t is the token after input t in the same document; padding has weight 0 and the document number -1.
@@ -145,9 +142,9 @@ def collate(rows, length, prompt_weight=1.0):
     tokens, documents, targets = np.zeros((3, len(rows), length), np.int64)
     documents -= 1
     weights = np.zeros((len(rows), length), np.float32)
-    for i, (stream, mask, spans) in enumerate(rows):
+    for i, (stream, mask, pieces) in enumerate(rows):
         begin = 0
-        for number, (start, end) in enumerate(spans):
+        for number, (start, end) in enumerate(pieces):
             place = i, slice(begin, begin + end - start - 1)
             tokens[place] = stream[start:end - 1]
             targets[place] = stream[start + 1:end]
@@ -155,30 +152,6 @@ def collate(rows, length, prompt_weight=1.0):
             weights[place] = 1 if mask is None else np.maximum(mask[start + 1:end], prompt_weight)
             begin = place[1].stop
     return tuple(map(torch.from_numpy, (tokens, documents, targets, weights)))
-
-
-class RowStream:
-    """Rows from several datasets, drawn by weight, of every `step`-th document."""
-
-    def __init__(self, documents, weights, length, seed, first=0, step=1):
-        self.weights = np.array(weights) / sum(weights)
-        self.rng = np.random.default_rng([seed, first])
-        parts = [part[first::step] for part in documents]
-        self.packers = [Packer(part, length, [seed, first, i]) for i, part in enumerate(parts)]
-
-    def state_dict(self):
-        packers = [packer.state_dict() for packer in self.packers]
-        return {"rng": self.rng.bit_generator.state, "packers": packers}
-
-    def load_state_dict(self, state):
-        self.rng.bit_generator.state = state["rng"]
-        for packer, packed in zip(self.packers, state["packers"]):
-            packer.load_state_dict(packed)
-
-    def __next__(self):
-        """-> (number of the dataset, spans)"""
-        chosen = int(self.rng.choice(len(self.weights), p=self.weights))
-        return chosen, next(self.packers[chosen])
 
 
 class PackedLoader:
@@ -192,41 +165,42 @@ class PackedLoader:
     def __init__(self, args, datasets, weights, rank=0, world=1):
         self.args = args
         self.datasets = datasets
-        documents = [documents_of(dataset, "train") for dataset in datasets]
-        fewest = min(map(len, documents))
+        self.weights = np.array(weights) / sum(weights)
+        self.documents = [documents_of(dataset, "train") for dataset in datasets]
+        fewest = min(map(len, self.documents))
         if not fewest:
             raise ValueError("a dataset has no document of two tokens to train on")
         num_rows = args.batch_tokens // args.context
         most = max(1, min(num_rows // 16, fewest // 1000))
-        num_streams = max(n for n in range(1, most + 1) if num_rows % n == 0)
-        self.stream_rows = num_rows // num_streams      # of each stream in a step
+        self.num_streams = max(n for n in range(1, most + 1) if num_rows % n == 0)
+        self.stream_rows = num_rows // self.num_streams     # of each stream in a step
         self.rows = shard_range(num_rows, rank, world)
-        self.streams = {}
-        for i in sorted({row // self.stream_rows for row in self.rows}):
-            self.streams[i] = RowStream(documents, weights, args.context, args.seed, i, num_streams)
-        self.states = self.stream_states()      # as after the batch that was given last
+        self.numbers = sorted({row // self.stream_rows for row in self.rows})
+        self.load_state_dict({i: {"counts": [0] * len(datasets), "positions": [(0, 0, 0)] * len(datasets)}
+                              for i in self.numbers})
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.upcoming = None
-
-    def stream_states(self):
-        return {i: stream.state_dict() for i, stream in self.streams.items()}
 
     def state_dict(self):
         return functools.reduce(dict.__or__, gather_objects(self.states))
 
-    def load_state_dict(self, state):
-        for i, stream in self.streams.items():
-            stream.load_state_dict(state[i])
-        self.states = self.stream_states()
+    def load_state_dict(self, states):
+        self.states = {i: states[i] for i in self.numbers}      # as after the batch that was given last
+        self.drawn = copy.deepcopy(self.states)                 # as after the one that is drawn
+        self.streams = {}
+        for i, state in self.drawn.items():
+            documents = [part[i::self.num_streams] for part in self.documents]
+            seed = [self.args.seed, i]
+            self.streams[i] = mixed_rows(documents, self.weights, self.args.context, seed, state)
 
     def draw(self):
         args = self.args
         rows = []
         for i, stream in self.streams.items():
-            for row in range(i * self.stream_rows, (i + 1) * self.stream_rows):
-                number, spans = next(stream)
+            first = i * self.stream_rows
+            for row, (number, pieces) in zip(range(first, first + self.stream_rows), stream):
                 if row in self.rows:
-                    rows.append((self.datasets[number].train, self.datasets[number].train_mask, spans))
+                    rows.append((self.datasets[number].train, self.datasets[number].train_mask, pieces))
         micro_batches = []
         weight = num_tokens = 0
         for i in range(0, len(rows), args.micro_batch):
@@ -239,7 +213,7 @@ class PackedLoader:
             micro_batches.append(batch)
             weight += weights.sum().item()
             num_tokens += (documents >= 0).sum().item()
-        return Batch(micro_batches, weight, num_tokens), self.stream_states()
+        return Batch(micro_batches, weight, num_tokens), copy.deepcopy(self.drawn)
 
     def __next__(self):
         upcoming = self.upcoming or self.thread.submit(self.draw)
@@ -325,20 +299,21 @@ class Muon(torch.optim.Optimizer):
                 self.update(params[begin:begin + size], group)
 
     def update(self, params, group):
+        momentum = group["momentum"]
+        directions = []
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        weights = [to_local(p) for p in params]
-        grads = [to_local(p.grad) for p in params]
-        buffers = [to_local(self.state[p]["momentum"]) for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).to(self.dtype)      # Nesterov
+            average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
+            directions.append(to_local(p.grad.lerp_(average, momentum)))    # Nesterov; the gradient is not
+        x = torch.stack(directions).to(self.dtype)                          # needed any more
         if dist.is_initialized():
             x = self.distributed_newton_schulz(x, params[0], group["splits"])
         else:
             x = self.orthogonalize(x, group["splits"])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, list(x.to(weights[0].dtype).unbind()), alpha=-group["lr"])
+        for p, update in zip(params, x.to(params[0].dtype)):
+            weight = to_local(p)
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
     def orthogonalize(self, x, splits):
         """x (n, rows, columns), n tensors of fused matrices -> their updates."""
@@ -566,8 +541,9 @@ def validate(run, datasets):
     results = {}
     run.model.eval()
     for dataset in datasets:
-        packer = Packer(documents_of(dataset, "val", args.val_tokens), args.context)
-        rows = [(dataset.val, dataset.val_mask, spans) for spans in packer]
+        documents = documents_of(dataset, "val", args.val_tokens).tolist()
+        pieces = [piece for start, end in documents for piece in cut(start, end, args.context)]
+        rows = [(dataset.val, dataset.val_mask, row) for row in pack(pieces, args.context)]
         count = size = 0.0
         losses = torch.zeros((), device=run.device)
         for begin in range(0, len(rows), run.world * args.micro_batch):
@@ -985,26 +961,18 @@ class Log:
         self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
         self.peak = run.world * measure_peak(run.device, run.dtype)
         self.window = []    # of each step: (loss, norm of the gradient, sums of loss_fn), tokens, seconds
-        self.first_step = step
-        is_hidden = None if run.rank == 0 else True     # None: where there is no terminal
-        self.progress = tqdm(total=run.args.steps, initial=step, unit="step", disable=is_hidden)
+        self.progress = tqdm(total=run.args.steps, initial=step, unit="step", disable=run.rank > 0,
+                             mininterval=0.1 if sys.stderr.isatty() else 60)
         if run.rank == 0:
             text = "".join(json.dumps(record) + "\n" for record in self.records)
             models.write_atomically(self.path, lambda file: file.write(text.encode()))
 
-    def add(self, step, losses, norm, num_tokens, seconds):
+    def add(self, losses, norm, num_tokens, seconds):
         """What a step gave: this rank's part of its loss and sums, the tokens of all ranks."""
         norm = norm.to(self.run.device).reshape(1) / self.run.world     # all ranks have the same
         self.window.append((torch.cat([losses[:1], norm, losses[1:]]), num_tokens, seconds))
         self.tokens += int(num_tokens)
         self.progress.update()
-        steps_left = self.run.args.steps - step
-        if step == self.first_step + 1:
-            self.warm = time.perf_counter()     # the first step compiled and took memory
-        elif step == self.first_step + 10 and steps_left:
-            seconds = round((time.perf_counter() - self.warm) / 9 * steps_left)
-            left = datetime.timedelta(seconds=seconds)
-            self.run.print0(f"time     about {left} for the {steps_left:,} steps left, by the first ten")
 
     def write(self, step, entry):
         record = {"step": step, "tokens": self.tokens, **entry}
@@ -1014,9 +982,8 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def summarize(self, step, log_entry):
-        """Wait for the device, and write a record of the steps since the last one. What is
-        not finite ends the run here: it came after the last record, so no checkpoint has weights that took
-        it."""
+        """Wait for the device, and write a record of the steps since the last one. What is not finite ends
+        the run here: it came after the last record, so no checkpoint has weights that took it."""
         start = time.perf_counter()
         args = self.run.args
         rows, tokens, seconds = zip(*self.window)
@@ -1035,11 +1002,11 @@ class Log:
         seconds = sum(seconds) + time.perf_counter() - start
         rate = sum(tokens) / seconds
         mfu = rate * flops_per_token(self.run.model.config, args.context) / self.peak
-        lr = lr_multiplier(step - 1, args) * args.lr
-        speed = {"tokens_per_second": round(rate), "seconds": round(seconds, 3), "mfu": round(mfu, 3)}
-        self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr, **speed})
-        words = [f"{name} {value:.3f}" for name, value in entry.items()]
-        self.progress.set_postfix_str(", ".join([*words, f"{rate:,.0f} tokens/s", f"{mfu:.0%} of peak"]))
+        self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr_multiplier(step - 1, args) * args.lr,
+                          "tokens_per_second": round(rate), "seconds": round(seconds, 3),
+                          "mfu": round(mfu, 3)})
+        words = ", ".join(f"{name} {value:.3f}" for name, value in entry.items())
+        self.progress.set_postfix_str(f"{words}, {rate:,.0f} tokens/s, {mfu:.0%} of peak")
 
 
 def micro_steps(run, module, loss_fn, micro_batches, weight):
@@ -1092,7 +1059,7 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
         is called under autocast with the micro-batch on the device.
     log_entry(sums: list of floats, or []) -> dict: what log.jsonl says besides the loss. Called once a record
         on every rank, so a loader may keep counts (passed, dropped, ...) of its own and give them here.
-    validate() -> (entry, words) or None: for log.jsonl ({"val": {name: (value, value2)}} is drawn in
+    validate() -> (entry, words): for log.jsonl ({"val": {name: (value, value2)}} is drawn in
         loss.svg) and for the screen. All ranks call it, the model in training mode; it switches to eval.
     chart_options: further arguments of loss_svg, such as {"key": "pass@1", "unit": "pass@1"}.
     """
@@ -1108,17 +1075,6 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     run.print0(f"data     {about}, {args.micro_batch} rows at a time on each of {run.world} process(es)")
     log = Log(run, first_step)
     stop = Stop()
-
-    def validate_now(step):
-        result = validate() if validate else None
-        if result:
-            entry, words = result
-            log.write(step, entry)
-            run.print0(f"step {step:6,}  validation {words}")
-
-    is_due = first_step and first_step % args.val_every == 0
-    if is_due and not any("val" in record for record in log.records if record["step"] == first_step):
-        validate_now(first_step)        # the run was cut between its checkpoint and its validation
     for step in range(first_step + 1, args.steps + 1):
         start = time.perf_counter()
         # set the rates
@@ -1137,20 +1093,23 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
             optimizer.step()
         run.model.zero_grad(set_to_none=True)
 
-        # log, save, validate
-        log.add(step, losses, full_tensor(norm), num_tokens, time.perf_counter() - start)
+        # log, validate, save: a checkpoint has all records of its steps
+        log.add(losses, full_tensor(norm), num_tokens, time.perf_counter() - start)
         is_last = step == args.steps
+        is_validated = validate and (is_last or step % args.val_every == 0)
         is_saved = asked or is_last or step % args.save_every == 0
-        if is_saved or step % args.log_every == 0:
+        if is_saved or is_validated or step % args.log_every == 0:
             log.summarize(step, log_entry)
+        if is_validated:
+            entry, words = validate()
+            log.write(step, entry)
+            run.print0(f"step {step:6,}  validation {words}")
         if is_saved:
             save(run, log, loader, step)
         if asked:
             log.progress.close()
             run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-        if is_last or step % args.val_every == 0:
-            validate_now(step)
     log.progress.close()
     report(run, log, chart_options or {})
 
@@ -1348,44 +1307,62 @@ def one_line_errors():
         raise
 
 
-SHARE = {"type": data.number(float, 0, 1), "metavar": "X"}
-NUMBER = {"type": data.number(float, 0), "metavar": "X"}
-COUNT = {"type": data.number(int, 1), "metavar": "N"}
-SEVERAL = {"type": data.number(int, 2), "metavar": "N"}
-FLAG = {"action": "store_true"}
+# Of the loop itself: align.py has them too.
+LOOP_OPTIONS = """
+optimizer and schedule
+--optimizer muon|adamw  muon  muon (for matrices, with AdamW for the rest) or adamw
+--lr X  0.003  peak learning rate of AdamW
+--muon-lr X  0.01  peak learning rate of Muon
+--weight-decay X  0.1  of matrices, decoupled
+--beta2 SHARE  0.95  decay of AdamW's second moment
+--adam-eps X  1e-10  AdamW's epsilon
+--schedule linear|cosine|constant  linear  how rates fall
+--warmup SHARE  0.02  of the steps, in which rates rise
+--warmdown-frac SHARE  0.5  of the steps, in which they fall
+--final-lr SHARE  0.05  of the peak, at the end
+--clip X  1.0  largest norm of the gradient; 0: any
+--seed N  0  of weights and of the documents' order
 
+machine and files
+--micro-tokens N  -  most tokens in a forward pass [as many as fit]
+--device auto|cuda|mps|cpu  auto  where to train
+--dtype auto|fp32|bf16  auto  of products; auto measures
+--compile auto|no  auto  auto: where a compiler is found
+--fsdp  spread weights and optimizer state over processes
+--activation-checkpointing  run blocks again going back: less memory, more work
+--save-every N  250  steps between checkpoints
+--log-every N  10  steps between records in log.jsonl
+"""
+OPTIONS = """
+data and run
+--data NAME[:X]...  -  datasets and shares; without it the recipe runs
+--quick  a recipe with easier problems, in half the time
+--out DIR  runs/base  run to write, and to go on from
+--init DIR  -  run, directory or hub name whose weights to start from
+--continue-from DIR  -  run whose next phase this is, optimizer state and all
+--steps N  -  optimizer steps [1000, or the tokens of the preset's paper]
+--batch-tokens TOKENS  4096  tokens a step, over all processes
+--context TOKENS  -  tokens a row [512, or the context of --init]
+--prompt-weight SHARE  0.05  of prompt tokens, where data marks them
+--val-tokens TOKENS  65536  of each dataset, to validate on
+--val-every N  500  steps between validations, besides the last
 
-def loop_options(parser):
-    """The options of the loop itself, which align.py has too."""
-    option = parser.option
-    parser.title("optimizer and schedule")
-    option("--optimizer", "muon", "for matrices muon (AdamW for the rest) or adamw",
-           choices=("muon", "adamw"), metavar="NAME")
-    option("--lr", 0.003, "peak learning rate of AdamW", **NUMBER)
-    option("--muon-lr", 0.01, "peak learning rate of Muon", **NUMBER)
-    option("--weight-decay", 0.1, "of matrices, decoupled", **NUMBER)
-    option("--beta2", 0.95, "decay of AdamW's second moment", **SHARE)
-    option("--adam-eps", 1e-10, "AdamW's epsilon", **NUMBER)
-    option("--schedule", "linear", "linear, cosine or constant",
-           choices=("linear", "cosine", "constant"), metavar="NAME")
-    option("--warmup", 0.02, "share of the steps in which rates rise", **SHARE)
-    option("--warmdown-frac", 0.5, "share of the steps in which they fall", **SHARE)
-    option("--final-lr", 0.05, "share of the peak at the end", **SHARE)
-    option("--clip", 1.0, "largest norm of the gradient; 0: any", **NUMBER)
-    option("--seed", 0, "of weights and of the documents' order", type=data.number(int, 0), metavar="N")
-    parser.title("machine and files")
-    option("--micro-tokens", None, "most tokens in a forward pass [as many as fit]", **COUNT)
-    option("--device", "auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"),
-           metavar="NAME")
-    option("--dtype", "auto", "of products: auto (measures), fp32 or bf16", choices=("auto", "fp32", "bf16"),
-           metavar="NAME")
-    option("--compile", "auto", "auto (where a compiler is found) or no", choices=("auto", "no"),
-           metavar="NAME")
-    option("--fsdp", False, "spread weights and optimizer state over processes", **FLAG)
-    option("--activation-checkpointing", False, "run blocks again going back: less memory, more work",
-           **FLAG)
-    option("--save-every", 250, "steps between checkpoints", **COUNT)
-    option("--log-every", 10, "steps between records in log.jsonl", **COUNT)
+a new model
+--preset NAME  -  shape and its paper's rates, see python model.py [laptop]
+--n-layer N  -  another n_layer than the preset's
+--d-model N  -  another d_model than the preset's
+--n-head N  -  another n_head than the preset's
+--n-kv-head N  -  another n_kv_head than the preset's
+--d-ff N  -  another d_ff than the preset's
+--rope-theta BASE  -  of the rotary positions
+--skip MAX:MIN:TOKENS  -  SkipDecode's layers: of an answer's first token, of its last
+""" + LOOP_OPTIONS + """
+what training would take
+--dry-run  print memory and time, and stop
+--gpus N  -  so many [those here]
+--gpu-gb X  -  memory of each [as here, or 80]
+--peak-tflops X  -  rate of products of each [measured here]
+"""
 
 
 def make_parser():
@@ -1393,33 +1370,9 @@ def make_parser():
     by_hand = f"Faster on CPUs, align.py as well, and set by the recipe for its stages:\n    {EXPORT}"
     parser = data.Parser(prog="train.py", usage="train.py [options]", description=about,
                          epilog=f"{rest}\n{by_hand}")
-    option = parser.option
-    parser.title("data and run")
-    option("--data", None, "datasets and shares; without it the recipe runs", nargs="+", metavar="NAME[:X]")
-    option("--quick", False, "a recipe with easier problems, in half the time", **FLAG)
-    option("--out", "runs/base", "run to write, and to go on from", metavar="DIR")
-    option("--init", None, "run, directory or hub name whose weights to start from", metavar="DIR")
-    option("--continue-from", None, "run whose next phase this is, optimizer state and all", metavar="DIR")
-    option("--steps", None, "optimizer steps [1000, or the tokens of the preset's paper]", **COUNT)
-    option("--batch-tokens", 4096, "tokens a step, over all processes", **SEVERAL)
-    option("--context", None, "tokens a row [512, or the context of --init]", **SEVERAL)
-    option("--prompt-weight", 0.05, "of prompt tokens, where data marks them", **SHARE)
-    option("--val-tokens", 65536, "validation tokens of each dataset", **SEVERAL)
-    option("--val-every", 500, "steps between validations, besides the last", **COUNT)
-    parser.title("a new model")
-    option("--preset", None, "shape and its paper's rates, see python model.py [laptop]",
-           choices=models.PRESETS, metavar="NAME")
-    for name in SHAPE:
-        option("--" + name.replace("_", "-"), None, f"another {name} than the preset's", **COUNT)
-    option("--rope-theta", None, "base of the rotary positions", type=data.number(float, 1), metavar="X")
-    option("--skip", None, "SkipDecode's layers: of an answer's first token, of its last",
-           type=models.parse_skip, metavar="MAX:MIN:TOKENS")
-    loop_options(parser)
-    parser.title("what training would take")
-    option("--dry-run", False, "print memory and time, and stop", **FLAG)
-    option("--gpus", None, "so many [those here]", **COUNT)
-    option("--gpu-gb", None, "memory of each [as here, or 80]", **NUMBER)
-    option("--peak-tflops", None, "rate of products of each [measured here]", **NUMBER)
+    types = {"TOKENS": data.number(int, 2), "NAME": models.PRESETS, "BASE": data.number(float, 1),
+             "MAX:MIN:TOKENS": models.parse_skip}
+    parser.table(OPTIONS, **types)
     return parser
 
 
