@@ -428,7 +428,7 @@ def grpo(args):
         numbers = [step * num_answers + i for i in mine]
         model = rollout_model(run.model, dtype)
         solved = rollout(model, tokenizer, [drawn[i] for i in mine], numbers, args)
-        answers, passed = (sum(parts, []) for parts in zip(*train.gather_objects(solved)))
+        answers, passed = (sum(parts, []) for parts in zip(*data.all_gather(solved)))
 
         advantages = group_advantages(torch.tensor(passed).view(args.prompts, -1)).flatten().tolist()
         metrics.update({"pass@1": mean(passed), "length": mean(map(len, answers)),

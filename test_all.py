@@ -5891,7 +5891,8 @@ def streamed(lengths, mask=None):
     return SimpleNamespace(train=tokens, train_mask=mask, val=tokens, ends=lambda split: ends)
 
 
-def test_rows_predict_each_token_once_and_keep_documents_whole():
+def test_rows_predict_each_token_once_and_keep_documents_whole(monkeypatch):
+    monkeypatch.setattr(train, "BLOCK_TOKENS", 20_000)
     lengths = [5, 1, 40, 17, 33, 2, 8, 100, 31] * 150
     starts = np.cumsum([0] + lengths)
     documents = train.documents_of(streamed(lengths), "train")
@@ -6235,10 +6236,17 @@ def test_a_run_goes_on_on_any_number_of_ranks_after_a_rank_died(mini, whole):
 
 
 def test_sigterm_saves_and_says_where(mini):
+    def twice(process):  # as a rank of torchrun may get it
+        process.terminate()
+        process.terminate()
+
+    (mini / "runs/term").mkdir(parents=True)
+    (mini / "runs/term/mine.tmp").touch()
     code, output = interrupted(
-        mini, "runs/term", "--steps 100000", lambda p: p.terminate(), checkpoint=False
+        mini, "runs/term", "--steps 100000", twice, checkpoint=False
     )
     assert code == 143 and "saved at step" in output and "in runs/term" in output
+    assert (mini / "runs/term/mine.tmp").exists()
     model, tokenizer = models.load(str(mini / "runs/term"))
     assert model.config.vocab_size >= tokenizer.vocab_size
 
@@ -6264,6 +6272,7 @@ def test_training_refuses_bad_input_in_one_line(mini):
         ("--skip 5:2:20", "--skip"),
         ("--skip 2:1", "--skip"),
         ("--skip 4-2-20", "--skip"),
+        *([] if ON_GPU else [("--device cuda", "--device cuda")]),
     ):
         refused(mini, f"--out runs/bad {options}", words)
         assert not (mini / "runs/bad").exists()
@@ -6511,7 +6520,7 @@ def setup(*args):
 train.setup = setup
 leave = train.leave
 
-def leave_a_note():
+def leave_a_note(code):
     with open(f"share-{dist.get_rank()}", "w") as file:
         file.write(str((held[1] - held[0]) / gradient))
     leave()
@@ -6612,6 +6621,30 @@ def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
     for name in train.ENVIRONMENT:
         monkeypatch.setenv(name, "own")
     assert {train.stage_environment()[name] for name in train.ENVIRONMENT} == {"own"}
+
+
+def test_a_stage_done_again_is_followed_by_all_after_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "print_report", lambda *_: None)
+    ran = []
+
+    def run_stage(command):
+        ran.append(command)
+        return 0
+
+    monkeypatch.setattr(train, "run_stage", run_stage)
+    stages = train.recipe_stages(quick=True)
+    for stage in stages:
+        os.makedirs(stage.product)
+    train.recipe(quick=True)
+    assert ran == [stage.command for stage in stages]
+    ran.clear()
+    train.recipe(quick=True)
+    assert not ran
+    stages[2] = stages[2]._replace(command="another")
+    monkeypatch.setattr(train, "recipe_stages", lambda quick: stages)
+    train.recipe(quick=True)
+    assert ran == [stage.command for stage in stages[2:]]
 
 
 def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, capsys):

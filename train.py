@@ -21,6 +21,7 @@ import dataclasses
 import datetime
 import functools
 import glob
+import html
 import importlib.util
 import itertools
 import json
@@ -55,8 +56,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said o
 
 class Batch(NamedTuple):
     """What a loader gives for one optimizer step: this rank's part of it."""
-    micro_batches: list     # of tuples of CPU tensors, the arguments of the loss function: equally many on
-    #                         all ranks, and none on all of them if there is nothing to learn
+    micro_batches: list     # of tuples of CPU tensors, the arguments of the loss function; equally many on
+    #                         all ranks, 0 if there is nothing to learn
     weight: float           # the step's loss is the sum of all ranks' losses over the sum of their weights
     num_tokens: int         # without padding
 
@@ -70,13 +71,13 @@ def documents_of(dataset, split, limit=None):
     return np.stack([starts, ends], 1)[ends - starts > 1]       # one token alone has nothing to predict
 
 
-def cut(start, end, length, first=None):
-    """Pieces (start, end) of a document, of at most `length` + 1 tokens. They overlap by one, so that each
-    token is predicted once. If there are several, the first one predicts `first` tokens."""
+def cut(start, end, length, first_size=None):
+    """Pieces (start, end) of a document. One of n + 1 tokens predicts n, at most `length`; the next begins
+    with its last token. Of several pieces the first one predicts `first_size`."""
     ends = [end]
     if end - start - 1 > length:
-        ends = [*range(start + 1 + (first or length), end, length), end]
-    return list(zip([start, *(cut_end - 1 for cut_end in ends)], ends))
+        ends = [*range(start + 1 + (first_size or length), end, length), end]
+    return list(zip([start, *(piece_end - 1 for piece_end in ends)], ends))
 
 
 def pack(pieces, length):
@@ -84,9 +85,9 @@ def pack(pieces, length):
     row that has room for it."""
     rows = []
     rooms = []      # (tokens that a row has room for, its number), sorted
-    for start, end in sorted(pieces, key=lambda piece: piece[0] - piece[1]):
+    for start, end in sorted(pieces, key=lambda piece: piece[1] - piece[0], reverse=True):
         size = end - start - 1
-        place = bisect.bisect_left(rooms, (size,))
+        place = bisect.bisect_left(rooms, (size,))      # before any (size, row)
         if place == len(rooms):
             rooms.append((length, len(rows)))
             rows.append([])
@@ -96,7 +97,7 @@ def pack(pieces, length):
     return rows
 
 
-BLOCK = 1024    # documents packed together: more fill rows better, and take longer to go on from
+BLOCK_TOKENS = 1 << 19      # documents packed together: more fill rows better, and take longer to go on from
 
 
 def packed_rows(documents, length, seed, position):
@@ -105,11 +106,12 @@ def packed_rows(documents, length, seed, position):
     epoch, first_block, num_given = position
     while True:
         order = np.random.default_rng([*seed, epoch]).permutation(documents)
-        for block in range(first_block, len(order), BLOCK):
+        blocks = np.diff(order)[:, 0].cumsum() // BLOCK_TOKENS      # of each document, from 0 and rising
+        for block in range(first_block, blocks[-1] + 1):
             rng = np.random.default_rng([*seed, epoch, block])
             pieces = []
-            for start, end in order[block:block + BLOCK].tolist():
-                pieces += cut(start, end, length, int(rng.integers(length)) + 1)
+            for start, end in order[blocks == block].tolist():
+                pieces += cut(start, end, length, int(rng.integers(1, length + 1)))
             rows = pack(pieces, length)
             for number in rng.permutation(len(rows))[num_given:]:
                 num_given += 1
@@ -140,7 +142,7 @@ def collate(rows, length, prompt_weight=1.0):
     A target that the mask does not mark is a prompt's.
     """
     tokens, documents, targets = np.zeros((3, len(rows), length), np.int64)
-    documents -= 1
+    documents[:] = -1
     weights = np.zeros((len(rows), length), np.float32)
     for i, (stream, mask, pieces) in enumerate(rows):
         begin = 0
@@ -175,23 +177,23 @@ class PackedLoader:
         self.num_streams = max(n for n in range(1, most + 1) if num_rows % n == 0)
         self.stream_rows = num_rows // self.num_streams     # of each stream in a step
         self.rows = shard_range(num_rows, rank, world)
-        self.numbers = sorted({row // self.stream_rows for row in self.rows})
-        self.load_state_dict({i: {"counts": [0] * len(datasets), "positions": [(0, 0, 0)] * len(datasets)}
-                              for i in self.numbers})
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.upcoming = None
+        self.my_streams = sorted({row // self.stream_rows for row in self.rows})
+        self.load_state_dict({i: {"counts": [0] * len(datasets), "positions": [(0, 0, 0)] * len(datasets)}
+                              for i in self.my_streams})
 
     def state_dict(self):
-        return functools.reduce(dict.__or__, gather_objects(self.states))
+        return functools.reduce(dict.__or__, data.all_gather(self.given))
 
     def load_state_dict(self, states):
-        self.states = {i: states[i] for i in self.numbers}      # as after the batch that was given last
-        self.drawn = copy.deepcopy(self.states)                 # as after the one that is drawn
+        self.given = {i: states[i] for i in self.my_streams}    # as after the batch that was given last
+        self.drawn = copy.deepcopy(self.given)                  # as after the one that is drawn
         self.streams = {}
         for i, state in self.drawn.items():
             documents = [part[i::self.num_streams] for part in self.documents]
             seed = [self.args.seed, i]
             self.streams[i] = mixed_rows(documents, self.weights, self.args.context, seed, state)
+        self.upcoming = None
 
     def draw(self):
         args = self.args
@@ -200,7 +202,8 @@ class PackedLoader:
             first = i * self.stream_rows
             for row, (number, pieces) in zip(range(first, first + self.stream_rows), stream):
                 if row in self.rows:
-                    rows.append((self.datasets[number].train, self.datasets[number].train_mask, pieces))
+                    dataset = self.datasets[number]
+                    rows.append((dataset.train, dataset.train_mask, pieces))
         micro_batches = []
         weight = num_tokens = 0
         for i in range(0, len(rows), args.micro_batch):
@@ -217,7 +220,7 @@ class PackedLoader:
 
     def __next__(self):
         upcoming = self.upcoming or self.thread.submit(self.draw)
-        batch, self.states = upcoming.result()
+        batch, self.given = upcoming.result()
         self.upcoming = self.thread.submit(self.draw)
         return batch
 
@@ -229,20 +232,6 @@ def shard_range(count, rank, world):
     """Which of `count` rows are a rank's: as torch.chunk, and so fully_shard, deals them out."""
     size = -(-count // world)
     return range(min(rank * size, count), min((rank + 1) * size, count))
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def gather_objects(value):
-    """[each rank's value]"""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def to_local(tensor):
@@ -292,9 +281,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            size = max(1, (1 << 28) // group["params"][0].numel())      # so many at a time bound the memory
             if dist.is_initialized():
-                size = dist.get_world_size()
+                size = dist.get_world_size()        # one for each rank
+            else:
+                size = max(1, (1 << 28) // group["params"][0].numel())      # so many bound the memory
             for begin in range(0, len(params), size):
                 self.update(params[begin:begin + size], group)
 
@@ -305,8 +295,9 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
-            directions.append(to_local(p.grad.lerp_(average, momentum)))    # Nesterov; the gradient is not
-        x = torch.stack(directions).to(self.dtype)                          # needed any more
+            # Nesterov; the gradient is free to be overwritten
+            directions.append(to_local(p.grad.lerp_(average, momentum)))
+        x = torch.stack(directions).to(self.dtype)
         if dist.is_initialized():
             x = self.distributed_newton_schulz(x, params[0], group["splits"])
         else:
@@ -326,7 +317,7 @@ class Muon(torch.optim.Optimizer):
         rank = dist.get_rank()
         world = dist.get_world_size()
         is_mine = rank < len(x)
-        if to_local(p) is p:
+        if to_local(p) is p:        # not sharded
             results = list(x.new_empty(world, *p.shape))
             mine = self.orthogonalize(x[rank:rank + 1], splits)[0] if is_mine else results[rank]
             dist.all_gather(results, mine)
@@ -346,6 +337,7 @@ def make_optimizers(model, args, dtype, compiled=False):
     """AdamW for embedding, head and norms, Muon for the matrices of the blocks (or AdamW for all)."""
     config = model.config
     heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    # what Tensor.split takes: sizes, or one size
     splits = {"self_attn.qkv_proj": heads, "mlp.gate_up_proj": config.d_ff, "self_attn.o_proj": None,
               "mlp.down_proj": None}
     groups = []
@@ -408,7 +400,7 @@ def choose_dtype(device, wanted):
     if wanted != "auto":
         return DTYPES[wanted], "asked for"
     if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability() >= (8, 0) or torch.version.hip
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return DTYPES["bf16" if has_bf16 else "fp32"], "what this GPU has units for"
     if device.type == "mps":
         return torch.float32, "on MPS bf16 brings little for small models"
@@ -458,7 +450,7 @@ def memory(config, args, micro_batch, world):
         "loss": kernels.CHUNK_BYTES + 6 * config.vocab_size * config.d_model}
     if args.activation_checkpointing:   # what enters each block, and all of the one block whose turn it is
         parts["activations"] = block + 2 * tokens * config.n_layer * config.d_model
-    if args.fsdp:
+    if args.fsdp and world > 1:
         for part in ("weights, fp32", "gradients", "optimizer"):
             parts[part] /= world
         # gathered: this block and the next, fp32 gradients of one; embedding and head with theirs
@@ -487,6 +479,7 @@ def rows_of_rank(args, world):
         nearest = max(1, round(num_rows / world)) * world * args.context
         data.fail(f"--batch-tokens {args.batch_tokens} makes {num_rows} rows of --context {args.context}; "
                   f"it must be a multiple of {args.context} x {world} processes, such as {nearest}")
+    args.batch_tokens = num_rows * args.context
     return num_rows // world
 
 
@@ -494,7 +487,6 @@ def dry_run(args, config):
     """Print what a run would take, in memory and in time, without taking it."""
     world = args.gpus or max(1, torch.cuda.device_count())
     gigabytes = args.gpu_gb or gpu_gigabytes() or 80
-    args.fsdp = args.fsdp and world > 1
     rows = rows_of_rank(args, world)
     micro_batch = micro_batch_rows(args, config, rows, world, gigabytes)
     parts = memory(config, args, micro_batch, world)
@@ -505,10 +497,9 @@ def dry_run(args, config):
         print(f"  {part:26} {size / 1e9:10.2f} GB")
     advice = "fits" if total <= USABLE * gigabytes else f"does not fit: {LESS_MEMORY}"
     print(f"memory   {total:.2f} of {gigabytes:.0f} GB {advice}")
-    peak = (args.peak_tflops or 0) * 1e12
-    if not peak:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        peak = measure_peak(device, choose_dtype(device, args.dtype)[0])
+    device = torch.device(models.default_device())
+    peak = (args.peak_tflops * 1e12 if args.peak_tflops
+            else measure_peak(device, choose_dtype(device, args.dtype)[0]))
     flops = flops_per_token(config, args.context) * (4 / 3 if args.activation_checkpointing else 1)
     rate = 0.4 * peak * world / flops
     tokens = args.steps * args.batch_tokens
@@ -577,18 +568,19 @@ def loss_svg(records, title, key="loss", unit="loss (nats a token)"):
             curves.setdefault(name, []).append((record["tokens"], value))
     if not curves:
         return ""
-    end, high = map(max, zip(*itertools.chain(*curves.values())))
-    _, low = map(min, zip(*itertools.chain(*curves.values())))
+    tokens, values = zip(*itertools.chain(*curves.values()))
+    end, low, high = max(tokens), min(values), max(values)
+    about = f"{html.escape(title)}: {unit} over {end / 1e6:.3g} M tokens"
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 380" font-family="sans-serif" '
-           f'font-size="12"><rect width="700" height="380" fill="white"/><text x="60" y="20">{title}: {unit} '
-           f'over {end / 1e6:.3g} M tokens</text><path d="M60 40v300h600" fill="none" stroke="#888"/>'
+           'font-size="12"><rect width="700" height="380" fill="white"/>'
+           f'<text x="60" y="20">{about}</text><path d="M60 40v300h600" fill="none" stroke="#888"/>'
            f'<text x="8" y="44">{high:.3g}</text><text x="8" y="344">{low:.3g}</text>']
     for i, (name, curve) in enumerate(curves.items()):
         color = f"hsl({i * 137 % 360},70%,45%)"     # the golden angle: neighbours differ
         points = [f"{60 + 600 * x / max(end, 1):.1f},{340 - 300 * (y - low) / (high - low or 1):.1f}"
                   for x, y in curve]
         svg.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{" ".join(points)}"/>'
-                   f'<text x="{60 + 200 * i}" y="365" fill="{color}">{name}</text>')
+                   f'<text x="{60 + 640 * i // len(curves)}" y="365" fill="{color}">{name}</text>')
     return "\n".join([*svg, "</svg>\n"])
 
 
@@ -617,7 +609,7 @@ def load_training_state(folder, model, optimizers):
         p = parameters[name]
         if key:
             states[p][p][key] = torch.zeros_like(p) if stored.size else torch.zeros((), device=p.device)
-    dcp.load(training_state(model, optimizers), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.load(training_state(model, optimizers), checkpoint_id=folder)
 
 
 def read_checkpoint(out):
@@ -638,12 +630,11 @@ def write_checkpoint(out, state, tensors):
     is whole, since it gets its name when all is in it."""
     import torch.distributed.checkpoint as dcp
     unfinished = os.path.join(out, "state.tmp")
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if is_first:
+    if data.RANK == 0:
         os.makedirs(unfinished, exist_ok=True)
-    barrier()
-    dcp.save(tensors, checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-    if is_first:
+    data.all_gather()
+    dcp.save(tensors, checkpoint_id=unfinished)
+    if data.RANK == 0:
         models.write_atomically(os.path.join(unfinished, "loop.pt"), lambda file: torch.save(state, file))
         folder = os.path.join(out, f"state-{state['step']:08d}")
         os.rename(unfinished, folder)
@@ -666,7 +657,7 @@ def write_model(out, model, tokenizer):
             yield from models.to_hf(part).values()
 
     tensors = stream()
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if data.RANK == 0:
         with torch.device("meta"):
             layout = models.to_hf(models.Model(model.config))
         models.save(model, tokenizer, out, layout, gather=lambda like: next(tensors))
@@ -681,7 +672,6 @@ RESUME_KEYS = (     # the options that a resumed run must share with its beginni
     "data", "init", "continue_from", "preset", *SHAPE, "rope_theta", "context", "batch_tokens", "steps",
     "optimizer", "lr", "muon_lr", "weight_decay", "beta2", "adam_eps", "schedule", "warmup", "warmdown_frac",
     "final_lr", "clip", "prompt_weight", "skip", "seed")
-TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def open_mixture(entries):
@@ -776,7 +766,7 @@ class Run:
 
     def print0(self, text):
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(text)
             sys.stdout.flush()
 
     def sum_over_ranks(self, *values):
@@ -795,12 +785,13 @@ def build_model(args, config, device, dtype, is_fresh, world):
     With --fsdp each rank holds its rows of every tensor in fp32. A block's are gathered in the type of the
     products when its turn comes. Rank 0 alone has the whole model to begin with.
     """
-    source = None
-    if is_fresh and (not args.fsdp or dist.get_rank() == 0):
-        source = models.load(args.init, "cpu", torch.float32)[0] if args.init else models.Model(config)
-        source.config = config      # which may have a longer context
-    if source is not None and not args.fsdp:
-        return Objective(source.to(device))
+    def fresh():
+        model = models.load(args.init, "cpu", torch.float32)[0] if args.init else models.Model(config)
+        model.config = config       # which may have a longer context
+        return model
+
+    if is_fresh and not args.fsdp:
+        return Objective(fresh().to(device))
     with torch.device("meta"):
         model = models.Model(config)
     objective = Objective(model)
@@ -816,7 +807,7 @@ def build_model(args, config, device, dtype, is_fresh, world):
     model.to_empty(device=device)
     model.tie_embeddings()
     if is_fresh and args.fsdp:
-        weights = {} if source is None else source.state_dict()
+        weights = fresh().state_dict() if data.RANK == 0 else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, weights, options=options)
     return objective
@@ -851,22 +842,22 @@ def find_source(args, identity):
             data.fail(f"--data {name} was made anew since {out} began, and has other tokens; make it as it "
                       "was, or give another --out")
     if source["step"] >= args.steps:
-        print(f"{out} is trained already ({args.steps:,} steps); to train again, delete it or give another "
-              "--out")
+        data.print0(f"{out} is trained already ({args.steps:,} steps); to train again, delete it or give "
+                    "another --out")
         leave()
     return source, source
 
 
-def leave():
-    """End the process with code 0."""
-    barrier()
+def leave(code=0):
+    """End the process, on all ranks together: when one is gone, torchrun kills those still at work."""
+    data.all_gather()
     sys.stdout.flush()
     if dist.is_initialized():
-        os._exit(0)     # in Python's shutdown a thread of the process group aborted once in some hundred runs
-    raise SystemExit(0)
+        os._exit(code)  # in Python's shutdown a thread of the process group aborts once in some hundred runs
+    raise SystemExit(code)
 
 
-def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
+def setup(args, config, tokenizer, resume_keys, fingerprints):
     """Process group, device, model and optimizers; weights drawn, of --init, of --continue-from, or of the
     checkpoint in --out. The order in a script is: read data -> settle args.steps and args.micro_batch -> run
     = setup(...) -> loader -> train(run, ...).
@@ -876,24 +867,27 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
     well. Bad or changed options end the process in a line with code 2; a run that has all its steps ends it
     with code 0.
     """
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in TORCHRUN.items())
+    rank, world = data.RANK, data.WORLD_SIZE
     device = torch.device(models.default_device() if args.device == "auto" else args.device)
+    if device.type not in ("cpu", models.default_device()):
+        data.fail(f"--device {device}: this machine has none that torch can use; leave the option out")
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     args.fsdp = args.fsdp and world > 1
     if world > 1:       # what hosts tell each other goes over gloo; the timeout is longer than rank 0 saves
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     if rank == 0:
-        remove(args.out, "*.tmp")       # what a killed process was writing
+        remove(args.out, "state.tmp")       # what a killed process was writing
+        remove(args.out, "*.[0-9]*.tmp")
     hparams = {key: getattr(args, key) for key in resume_keys}
-    identity = {"hparams": hparams, "fingerprints": fingerprints or {}}
+    identity = {"hparams": hparams, "fingerprints": fingerprints}
     checkpoint, source = find_source(args, identity)
 
     # near the threshold another time or another rank would measure otherwise: the first measurement counts
     wanted = checkpoint["dtype"] if checkpoint and args.dtype == "auto" else args.dtype
-    dtype, reason = gather_objects(choose_dtype(device, wanted))[0]
+    dtype, reason = data.all_gather(choose_dtype(device, wanted))[0]
     identity["dtype"] = "bf16" if dtype == torch.bfloat16 else "fp32"
     torch.manual_seed(args.seed)
     objective = build_model(args, config, device, dtype, not source, world).train()
@@ -927,8 +921,8 @@ def setup(args, config, tokenizer, resume_keys=RESUME_KEYS, fingerprints=None):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the loop to save and leave after the step at hand; a second one ends the
-    process."""
+    """Ctrl-C and SIGTERM ask the loop to save and leave after a step; a second Ctrl-C ends the process. (A
+    rank may get SIGTERM twice: from whoever stops all processes, and from torchrun.)"""
 
     def __init__(self):
         self.signal = 0
@@ -936,7 +930,7 @@ class Stop:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal = number
 
@@ -959,7 +953,8 @@ class Log:
         self.path = os.path.join(run.args.out, "log.jsonl")
         self.records = read_log(self.path, step)
         self.tokens = run.checkpoint["tokens"] if run.checkpoint else 0
-        self.peak = run.world * measure_peak(run.device, run.dtype)
+        flops = flops_per_token(run.model.config, run.args.context)
+        self.peak = run.world * measure_peak(run.device, run.dtype) / flops     # tokens a second
         self.window = []    # of each step: (loss, norm of the gradient, sums of loss_fn), tokens, seconds
         self.progress = tqdm(total=run.args.steps, initial=step, unit="step", disable=run.rank > 0,
                              mininterval=0.1 if sys.stderr.isatty() else 60)
@@ -995,13 +990,13 @@ class Log:
         for bad_step, (loss, norm, *_) in enumerate(rows, step - len(rows)):
             if not math.isfinite(loss + norm):
                 data.fail(f"at step {bad_step:,} the loss is {loss} and the norm of its gradient {norm}; "
-                          f"the last checkpoint in {args.out}, if there is one, is whole; lower --lr and "
-                          "--muon-lr", 1)
+                          f"the last checkpoint in {args.out}, if there is one, is whole; to go on from it "
+                          f"give --continue-from {args.out}, another --out, and lower --lr and --muon-lr", 1)
         loss, _, *sums = map(sum, zip(*rows))
-        entry = {"loss": loss / len(rows), **(log_entry(sums) if log_entry else {})}
+        entry = {"loss": loss / len(rows), **log_entry(sums)}
         seconds = sum(seconds) + time.perf_counter() - start
         rate = sum(tokens) / seconds
-        mfu = rate * flops_per_token(self.run.model.config, args.context) / self.peak
+        mfu = rate / self.peak
         self.write(step, {**entry, "grad_norm": rows[-1][1], "lr": lr_multiplier(step - 1, args) * args.lr,
                           "tokens_per_second": round(rate), "seconds": round(seconds, 3),
                           "mfu": round(mfu, 3)})
@@ -1034,7 +1029,7 @@ def save(run, log, loader, step):
 
 
 def report(run, log, chart_options):
-    """The picture and a line at the end of a run, and the end of its process if there are several."""
+    """The picture and a line at the end of a run."""
     out = run.args.out
     seconds = sum(record["seconds"] for record in log.records if "seconds" in record)
     if run.rank == 0:
@@ -1042,11 +1037,9 @@ def report(run, log, chart_options):
         models.write_atomically(os.path.join(out, "loss.svg"), lambda file: file.write(svg.encode()))
     run.print0(f"saved    {out}: {run.args.steps:,} steps, {log.tokens:,} tokens in {seconds:.1f} s of "
                f"stepping ({log.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
-    if run.world > 1:
-        leave()
 
 
-def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_options=None):
+def train(run, loader, loss_fn, validate=None, log_entry=lambda sums: {}, about="", chart_options={}):
     """The loop, from the checkpoint's step to args.steps.
 
     loader: an iterator of Batches with a state that depends on nothing but the options and the step:
@@ -1066,8 +1059,7 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
     args = run.args
     module = run.objective
     if run.world > 1 and not args.fsdp:
-        device_ids = [run.device.index] if run.device.type == "cuda" else None
-        module = DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+        module = DistributedDataParallel(module, gradient_as_bucket_view=True)
     first_step = 0
     if run.checkpoint:
         first_step = run.checkpoint["step"]
@@ -1109,9 +1101,11 @@ def train(run, loader, loss_fn, validate=None, log_entry=None, about="", chart_o
         if asked:
             log.progress.close()
             run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
-            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+            leave(128 + (stop.signal or signal.SIGTERM))
     log.progress.close()
-    report(run, log, chart_options or {})
+    report(run, log, chart_options)
+    if stop.signal or run.world > 1:        # a signal that came after the last step still ends a recipe
+        leave(stop.signal and 128 + stop.signal)
 
 
 # ---------------------------------------------------------------- the recipe
@@ -1196,12 +1190,8 @@ def stage_environment():
 def run_stage(command):
     """-> exit code of the command, in a process that is asked to stop once, whoever was asked."""
     script, *options = shlex.split(command)
-    gpus = torch.cuda.device_count()
-    torchrun = []
-    if script == "train.py" and gpus > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    words = [sys.executable, *torchrun, program, *options]
+    words = [sys.executable, program, *options]
     child = subprocess.Popen(words, start_new_session=True, env=stage_environment())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: child.send_signal(number))
@@ -1214,18 +1204,20 @@ def recipe(quick):
     book_file = "runs/quick/recipe.json" if quick else "runs/recipe.json"
     # product -> the command that made it (None: an attempt was cut short) and its seconds
     book = models.read_json(book_file) if os.path.exists(book_file) else {}
+    is_stale = False    # an earlier stage was done again
     print(f"The phi-1 recipe in {len(stages)} stages, each one command. Everything it makes lies under "
           "data/ and runs/; give the same command again to go on after an interruption. A stage by hand "
           "runs as here after\n"
           f"    {EXPORT}\n")
     for number, stage in enumerate(stages, 1):
         before = book.get(stage.product, {"command": None, "seconds": 0})
-        is_done = before["command"] == stage.command and os.path.exists(stage.product)
+        is_done = not is_stale and before["command"] == stage.command and os.path.exists(stage.product)
         when = " (done already, reused)" if is_done else ""
         print(f"[{number}/{len(stages)}] {stage.title}: {stage.why}{when}\n    python {stage.command}",
               flush=True)
         if is_done:
             continue
+        is_stale = True
         start = time.time()
         code = run_stage(stage.command)
         seconds = time.time() - start + (0 if before["command"] else before["seconds"])
@@ -1294,8 +1286,6 @@ def one_line_errors():
     to blame."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        data.fail(error)
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -1385,7 +1375,7 @@ def read_options(parser):
     if not args.steps:
         tokens = models.TRAINING_TOKENS.get(args.preset) if paper else None
         args.steps = round(tokens / args.batch_tokens) if tokens else 1000
-    if paper and os.environ.get("RANK", "0") == "0":
+    if paper and data.RANK == 0:
         used = [f"--{name.replace('_', '-')} {value}" for name, value in paper.items()
                 if getattr(args, name) == value]
         print(f"paper    {args.preset}'s, where you gave no other:", *used)
@@ -1398,7 +1388,7 @@ def pretrain(args):
     if args.skip and not (len(args.skip) == 3 and args.skip[0] <= config.n_layer):
         data.fail(f"--skip {':'.join(map(str, args.skip))} must be MAX:MIN:TOKENS with MAX at most the "
                   f"{config.n_layer} layers")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = data.WORLD_SIZE
     args.micro_batch = micro_batch_rows(args, config, rows_of_rank(args, world), world, gpu_gigabytes())
     fingerprints = {name: dataset.meta.get("fingerprint") for name, dataset in zip(args.data, datasets)}
     run = setup(args, config, tokenizer, RESUME_KEYS, fingerprints)
@@ -1411,22 +1401,22 @@ def pretrain(args):
 
 
 @data.command()
+@one_line_errors()
 def main():
     parser = make_parser()
     args = read_options(parser)
     given = [word for word in sys.argv[1:] if word != "--quick"]
-    with one_line_errors():
-        if args.dry_run:
-            dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
-        elif args.data:
-            pretrain(args)
-        elif given:
-            parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own "
-                         "settings (each stage prints its command)")
-        elif "RANK" in os.environ:
-            data.fail("the recipe starts torchrun itself where it helps; run python train.py")
-        else:
-            recipe(args.quick)
+    if args.dry_run:
+        dry_run(args, choose_config(args, open_mixture(args.data)[2] if args.data else None))
+    elif args.data:
+        pretrain(args)
+    elif given:
+        parser.error(f"{given[0]} needs --data; without --data the whole recipe runs, with its own "
+                     "settings (each stage prints its command)")
+    elif "RANK" in os.environ:
+        data.fail("the recipe runs in one process, python train.py: its model is too small for more")
+    else:
+        recipe(args.quick)
 
 
 if __name__ == "__main__":
