@@ -1124,7 +1124,7 @@ def recipe_stages(quick):
     pages, problems, held_out, web = (6000, 22_000, 600, 6_000_000)
     if quick:
         pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000)
-    page_k, train_k, test_k = ("1-2", "1-2", "2-3") if quick else ("1,1,1,2,2,3", "1-4", "2-6")
+    page_k, train_k, test_k = ("1-2", "1-2", "2-3") if quick else ("1,1,1,2,2,3", "2-5", "2-6")
     pretrain, finetune = (53, 1200) if quick else (400, 1900)
     rows = "--context 192 --batch-tokens 1536" if quick else "--context 384 --batch-tokens 2304"
     bpe = f"--tokenizer {root}/textbooks --out {root}"
