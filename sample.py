@@ -879,27 +879,23 @@ textarea { width: 100% }
 <main></main>
 <form><textarea autofocus></textarea><button>Send</button><button type="button">Retry</button></form>
 <script>
-const $ = name => document.querySelector(name)
-const main = $("main"), form = $("form"), text = $("textarea")
-const [send, retry] = form.querySelectorAll("button")
+const [key, main, form, text, send, retry] = document.querySelectorAll("input, main, form, textarea, button")
 const messages = []
 let running = null
 
-function show(role) {
-  const message = {role, content: ""}, place = document.createElement("p")
+function show(role, content) {
+  const place = document.createElement("p")
   place.className = role
-  messages.push(message)
+  place.textContent = content
+  messages.push({role, content})
   main.append(place)
-  return more => {
-    place.textContent = message.content += more
-    form.scrollIntoView()
-  }
 }
 
 async function answer() {
-  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("input").value}
+  const headers = {Authorization: "Bearer " + key.value}
   const body = JSON.stringify({messages, stream: true, temperature: 0.7})
-  const add = show("assistant")
+  show("assistant", "")
+  const place = main.lastChild, message = messages.at(-1)
   running = new AbortController()
   send.textContent = "Stop"
   try {
@@ -913,11 +909,12 @@ async function answer() {
       for (const event of events.filter(event => event != "data: [DONE]")) {
         const {error, choices} = JSON.parse(event.slice(6))
         if (error) throw Error(error.message)
-        add(choices[0].delta.content)
+        place.textContent = message.content += choices[0].delta.content
+        form.scrollIntoView()
       }
     }
   } catch (error) {
-    if (error.name != "AbortError") main.lastChild.textContent += " [" + error.message + "]"
+    if (error.name != "AbortError") place.textContent += " [" + error.message + "]"
   }
   running = null
   send.textContent = "Send"
@@ -927,7 +924,7 @@ form.onsubmit = event => {
   event.preventDefault()
   if (running) return running.abort()
   if (!text.value.trim()) return
-  show("user")(text.value)
+  show("user", text.value)
   text.value = ""
   answer()
 }
@@ -1104,18 +1101,17 @@ def evaluate(args) -> None:
     written = []
     for path in args.eval:
         kind, records = read_problems(path, args.limit)
-        levels = {}
+        results = {}        # of each level; "" is all of them
         if kind == "text":
-            rows, result = read_texts(model, tokenizer, records)
+            rows, results[""] = read_texts(model, tokenizer, records)
         else:
             rows = solve(args, model, tokenizer, kind, records)
-            result = score(rows, args.samples)
-            for level in dict.fromkeys(row["level"] for row in rows if row["level"]):
-                levels[level] = score([row for row in rows if row["level"] == level], args.samples)
-        for level, figures in {"": result, **levels}.items():
-            words = [f"{name} {value:,.4g}" for name, value in figures.items()]
+            for level in dict.fromkeys(["", *(row["level"] for row in rows)]):
+                results[level] = score([row for row in rows if level in ("", row["level"])], args.samples)
+        for level, result in results.items():
+            words = [f"{name} {value:,.4g}" for name, value in result.items()]
             print(path, level and f"k = {level}", *words, sep="  ")
-        summaries.append({"file": path, "kind": kind, "run": args.run, **result, "levels": levels})
+        summaries.append({"file": path, "kind": kind, "run": args.run, **results.pop(""), "levels": results})
         written += [{"file": path, **row} for row in rows]
     if args.out:
         data.write_jsonl(args.out, written)
