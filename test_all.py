@@ -2568,7 +2568,7 @@ def test_prompts_are_scored_as_by_the_plain_model(change, monkeypatch):
 
 
 def test_prompts_that_fill_the_cache_stop_nobody(monkeypatch):
-    monkeypatch.setattr(sample, "MAX_CHUNK", 7)
+    monkeypatch.setattr(sample, "MAX_CHUNK", 20)
     m = tiny()
     engine = engine_of(m)
     widths = []
@@ -2582,9 +2582,9 @@ def test_prompts_that_fill_the_cache_stop_nobody(monkeypatch):
     monkeypatch.setattr(m, "hidden", slow)
     (other,) = ask(engine, [1, 2, 3], max_new_tokens=40)
     (longest,) = ask(engine, range(60), max_new_tokens=0, echo=True)
-    assert answered(longest)[2] == "length" and max(widths) == 7
-    # the second chunk begins at 59; the third's width would lead past the end
-    both = [*range(60), 61, 62], [5] * 4
+    assert answered(longest)[2] == "length" and max(widths) == 20
+    # the first goes on at 59, where the width of the second leads past the end
+    both = [*range(60), 61, 62], [5] * 5
     for prompt, request in zip(both, ask(engine, *both, max_new_tokens=1)):
         assert answered(request)[0] == local_text(m, prompt, 1)
     assert answered(other)[0] == local_text(m, [1, 2, 3], 40)
