@@ -465,7 +465,7 @@ class Engine(threading.Thread):
         while len(batch) > 1:
             width = max(map(len, chunks))
             end = width + max(request.num_cached for request in batch)
-            most = min(limit, 1.5 * sum(map(len, chunks)))      # two thirds must be tokens, the rest is padding
+            most = min(limit, 1.5 * sum(map(len, chunks)))      # two thirds of it must be tokens
             if width * len(chunks) <= most and end <= self.cache.capacity:
                 break
             batch.pop()
