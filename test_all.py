@@ -2695,7 +2695,7 @@ def test_streamed_equals_whole_equals_local(served, body):
     assert done == "data: [DONE]" and json.loads(usage[6:])["usage"] == whole["usage"]
     pieces = [json.loads(chunk[6:])["choices"][0] for chunk in chunks]
     prompts = [BYTES.render(HELLO)] * body.get("n", 1) if is_chat else TOKENS
-    assert len(whole["choices"]) == len(prompts)
+    assert [choice["index"] for choice in whole["choices"]] == [*range(len(prompts))]
     for n, ids in enumerate(prompts):
         text, tokens, offsets, roles, finish_reason = joined(whole["choices"], n)
         assert (text, tokens, offsets, roles, finish_reason) == joined(pieces, n)
