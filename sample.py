@@ -122,12 +122,13 @@ class Score(NamedTuple):
     token: int
     logprob: float | None   # None for a text's first token
     top: list               # the likeliest tokens there, as (token, logprob)
+    offset: int = 0         # where its text begins
 
 
 class Event(NamedTuple):
     index: int              # of the request
     text: str               # since the last event
-    scores: list[Score]
+    logprobs: list[Score]
     finish_reason: str | None
 
 
@@ -159,7 +160,7 @@ class Request:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.pattern = re.compile("|".join(map(re.escape, self.stop)) or "(?!)")
         self.prompt_scores = []     # of the prompt's tokens from the second on
-        self.scores = []            # (where its text begins, Score) of tokens that were not sent yet
+        self.scores = []            # of tokens that were not sent yet
         self.text = ""
         self.num_sent = 0           # characters
         self.answer_begin = 0       # where the echo ends
@@ -178,8 +179,8 @@ class Request:
 
     def add_text(self, raw: bytes, score: Score | None) -> None:
         if score:
-            self.scores.append((len(self.text), score))
-        self.text += self.decoder.decode(raw, self.finish_reason is not None)
+            self.scores.append(score._replace(offset=len(self.text)))
+        self.text += self.decoder.decode(raw)
 
     def add_prompt(self, tokenizer) -> None:
         scores = [Score(self.ids[0], None, []), *self.prompt_scores] if self.logprobs >= 0 else []
@@ -187,39 +188,42 @@ class Request:
             self.add_text(tokenizer.decode_bytes([token]), score)
         self.answer_begin = len(self.text)
 
-    def append_token(self, token: int, score: Score | None, tokenizer) -> None:
-        self.ids.append(token)
-        if token in tokenizer.stops:
-            self.finish_reason = "stop"
-            # as vLLM's, log-probabilities after an echo end with this token's
-            self.add_text(b"", score if self.echo else None)
-        else:
-            if len(self.ids) >= self.max_length:
-                self.finish_reason = "length"
-            self.add_text(tokenizer.decode_bytes([token]), score)
+    def append_token(self, token: int, score: Score | None, tokenizer) -> bool:
+        """-> whether the text is over."""
+        if self.echo and not self.num_new_tokens:
+            self.add_prompt(tokenizer)
+        if len(self.ids) < self.max_length:
+            self.ids.append(token)
+            if token not in tokenizer.stops:
+                self.add_text(tokenizer.decode_bytes([token]), score)
+            else:
+                self.finish_reason = "stop"
+                # as vLLM's, log-probabilities after an echo end with this token's
+                self.add_text(b"", score if self.echo else None)
+        if len(self.ids) >= self.max_length:
+            self.finish_reason = self.finish_reason or "length"
+        if self.finish_reason:
+            self.text += self.decoder.decode(b"", final=True)
+
         self.num_sent = max(self.num_sent, len(os.path.commonprefix([self.skip, self.text])))
         end = self.pattern.search(self.text, max(self.num_sent, self.answer_begin))
         if end:
             self.finish_reason = "stop"
             self.text = self.text[:end.start()]
-            self.scores = [(begin, score) for begin, score in self.scores if begin < end.start()]
+            self.scores = [score for score in self.scores if score.offset < end.start()]
         beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
         if self.finish_reason or self.stream and not self.text.endswith(tuple(beginnings)):
-            self.send()
-
-    def send(self) -> None:
-        scores = [score for _, score in self.scores]
-        self.emit(Event(self.index, self.text[self.num_sent:], scores, self.finish_reason))
-        self.num_sent = len(self.text)
-        self.scores = []
+            self.emit(Event(self.index, self.text[self.num_sent:], self.scores, self.finish_reason))
+            self.num_sent = len(self.text)
+            self.scores = []
+        return self.is_over
 
 
 def generate(args, model, tokenizer, requests: list[Request]) -> None:
     """Go on with these texts, by the command line's settings."""
     def stream(row, token):
-        requests[row].append_token(token, None, tokenizer)
-        return requests[row].is_over
-    prompts = [list(request.ids) for request in requests]
+        return requests[row].append_token(token, None, tokenizer)
+    prompts = [request.ids for request in requests]
     seeds = [request.seed for request in requests]
     model.generate(prompts, args.max_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stops, seeds,
                    stream, args.skip)
@@ -327,10 +331,10 @@ class Engine(threading.Thread):
         self.tokenizer = tokenizer
         self.max_num_seqs = max_num_seqs
         self.cache_tokens = cache_tokens
-        self.waiting = collections.deque()
+        self.waiting = []
         self.running = []
         self.cache = None
-        self.decoders = {}      # by the number of rows
+        self.steps = {}      # by the number of rows
         self.changed = threading.Condition()
 
     def submit(self, requests: list[Request]) -> None:
@@ -385,21 +389,21 @@ class Engine(threading.Thread):
 
     def admit(self) -> None:
         """Those of the waiting who fit, first come, first served."""
-        later = []
-        while self.waiting and self.fits(self.waiting[0]):
-            request = self.waiting.popleft()
+        for request in list(self.waiting):
+            if not self.fits(request):
+                break
             shared = [(self.num_shared(other, request), row) for row, other in enumerate(self.running)]
             num_shared, row = max(shared, default=(0, 0))
             donor = self.running[row] if num_shared else request
             if num_shared > donor.num_cached and not donor.is_over:
-                later.append(request)       # what it can copy is being prefilled
-            elif not request.cancelled:
+                continue        # what it can copy is being prefilled
+            self.waiting.remove(request)
+            if not request.cancelled:
                 request.num_cached = min(num_shared, donor.num_cached)
                 request.prompt_scores = donor.prompt_scores[:request.num_cached]
                 self.running.append(request)
                 self.grow_cache()
                 self.copy_row(row, len(self.running) - 1, request.num_cached)
-        self.waiting.extendleft(reversed(later))
 
     def fits(self, request) -> bool:
         num_rows = len(self.running) + 1
@@ -433,7 +437,7 @@ class Engine(threading.Thread):
         num_rows = max(num_rows, min(2 * num_rows, self.max_num_seqs, self.cache_tokens // capacity))
         model = self.model
         self.cache = models.KVCache(model.config, num_rows, capacity, model.device, model.dtype)
-        self.decoders = {}
+        self.steps = {}
         if old:
             kept = slice(None), slice(len(self.running) - 1), slice(min(capacity, old.capacity))
             self.cache.keys[kept] = old.keys[kept]
@@ -446,70 +450,59 @@ class Engine(threading.Thread):
     # ---- the model
 
     def set_lengths(self) -> None:
-        """The cache's lengths, from the texts'; rows of nobody are empty."""
-        lengths = [request.num_cached for request in self.running]
+        """The cache's lengths, from the texts'; rows of nobody are empty. A text that is over may fill its
+        row, and runs along: what is written at its last token, nobody copies."""
+        lengths = torch.tensor([request.num_cached for request in self.running])
         self.cache.lengths.zero_()
-        self.cache.lengths[:len(lengths)] = torch.tensor(lengths)
+        self.cache.lengths[:len(lengths)] = lengths.clamp(max=self.cache.capacity - 1)
 
     def prefill(self, rows: list[int]) -> None:
         """The next chunk of the text of the first of these rows, and of its neighbours as far as they fit."""
         limit = MAX_CHUNK if len(rows) < len(self.running) else MAX_PREFILL
-        batch = []
-        chunks = []
-        for request in self.running[rows[0]:]:
-            chunk = request.ids[request.num_cached:][:None if self.is_long(request) else limit]
-            sizes = [len(other) for other in (*chunks, chunk)]
-            end = max(sizes) + max(other.num_cached for other in (*batch, request))
-            num_padded = max(sizes) * len(sizes)    # two thirds of it must be tokens
-            is_too_large = num_padded > min(limit, 1.5 * sum(sizes)) or end > self.cache.capacity
-            if batch and (len(chunk) < 2 or is_too_large):
+        batch = [self.running[row] for n, row in enumerate(rows) if row == rows[0] + n]
+        chunks = [torch.tensor(request.ids[request.num_cached:][:None if self.is_long(request) else limit])
+                  for request in batch]
+        while len(batch) > 1:
+            width = max(map(len, chunks))
+            end = width + max(request.num_cached for request in batch)
+            most = min(limit, 1.5 * sum(map(len, chunks)))      # two thirds of it must be tokens
+            if width * len(chunks) <= most and end <= self.cache.capacity:
                 break
-            batch.append(request)
-            chunks.append(chunk)
+            batch.pop()
+            chunks.pop()
 
-        rectangle = zip(*itertools.zip_longest(*chunks, fillvalue=0))
-        tokens = torch.tensor(list(rectangle), device=self.model.device)
-        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=self.model.device)
+        tokens = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True).to(self.model.device)    # (B, T)
+        num_tokens = torch.tensor([len(chunk) for chunk in chunks], device=tokens.device)
         self.set_lengths()
         cache = self.cache.rows(slice(rows[0], rows[0] + len(batch)))
         x = self.model.hidden(tokens, cache=cache, num_tokens=num_tokens)       # (B, T, d_model)
-        self.score_prompts(batch, chunks, x)
-        for request, chunk in zip(batch, chunks):
+        for request, chunk, states in zip(batch, chunks, x):
+            if request.echo and request.logprobs >= 0 and not request.num_new_tokens:
+                self.score_prompt(request, states[:len(chunk)])
             request.num_cached += len(chunk)
         whole = [row for row, request in enumerate(batch) if not request.num_uncached]
         if whole:
             logits = self.model.logits(x[whole, num_tokens[whole] - 1])         # (B, T, d_model) -> (rows, V)
             self.append_tokens([batch[row] for row in whole], logits)
 
-    def score_prompts(self, batch: list[Request], chunks, x) -> None:
-        """Each state scores the token after its own. Logits in parts: those of all at once would not fit."""
-        targets = []    # of each text
-        for request, chunk in zip(batch, chunks):
-            is_scored = request.echo and request.logprobs >= 0 and not request.num_new_tokens
-            following = request.ids[request.num_cached + 1:][:len(chunk)]
-            targets.append(following if is_scored else [])
-        if not any(targets):
-            return
-        states = torch.cat([row_states[:len(tokens)] for row_states, tokens in zip(x, targets)])
-        tokens = torch.tensor(sum(targets, []), device=x.device)
-        num_top = max(request.logprobs for request in batch)
-        parts = [score_tokens(self.model.logits(part), following, num_top)
-                 for part, following in zip(states.split(256), tokens.split(256))]
-        scores = itertools.chain(*parts)
-        for request, row_targets in zip(batch, targets):
-            request.prompt_scores += itertools.islice(scores, len(row_targets))
+    def score_prompt(self, request, x) -> None:
+        """Each state of a chunk, (T, d_model), scores the token after its own. Logits in parts: those of
+        all at once would not fit."""
+        following = torch.tensor(request.ids[request.num_cached + 1:][:len(x)], device=x.device)
+        for states, tokens in zip(x[:len(following)].split(256), following.split(256)):
+            request.prompt_scores += score_tokens(self.model.logits(states), tokens, request.logprobs)
 
     def decode(self, rows: list[int]) -> None:
         """One more token for the texts of these rows; the other rows run along."""
         num_rows = len(self.running)
         if self.model.device.type == "cuda":    # each number of rows is a CUDA graph
             num_rows = min(1 << (num_rows - 1).bit_length(), len(self.cache.lengths))
-        if num_rows not in self.decoders:
-            self.decoders[num_rows] = models.DecodeStep(self.model, self.cache.rows(slice(num_rows)))
+        step = models.DecodeStep(self.model, self.cache.rows(slice(num_rows)))
+        step = self.steps.setdefault(num_rows, step)
         tokens = [request.ids[-1] for request in self.running]
         tokens += [0] * (num_rows - len(tokens))
         self.set_lengths()
-        logits = self.decoders[num_rows](torch.tensor(tokens, device=self.model.device))
+        logits = step(torch.tensor(tokens, device=self.model.device))
         requests = [self.running[row] for row in rows]
         for request in requests:
             request.num_cached += 1
@@ -519,12 +512,6 @@ class Engine(threading.Thread):
         """Choose the next token of each text, whose whole is cached."""
         tokens = sample_batch(logits, requests)
         for request, row_logits, token in zip(requests, logits, tokens):
-            if request.echo and not request.answer_begin:
-                request.add_prompt(self.tokenizer)
-            if not request.max_new_tokens:
-                request.finish_reason = "length"
-                request.send()
-                continue
             score = None
             if request.logprobs >= 0:
                 (score,) = score_tokens(row_logits[None], token[None], request.logprobs)
@@ -535,25 +522,21 @@ class Engine(threading.Thread):
 
 def score_tokens(logits, tokens, num_top: int) -> list[Score]:
     """(n, V) logits, (n,) tokens -> the log-probability of each, and the likeliest instead of it."""
-    total = logits.logsumexp(-1, keepdim=True)
-    logprobs = logits.gather(1, tokens[:, None]) - total                        # (n, 1)
-    top = logits.topk(min(num_top, logits.shape[-1]))
-    lowest = -9999.0    # JSON has no infinity
-    columns = tokens, logprobs[:, 0].clamp(lowest), top.indices, (top.values - total).clamp(lowest)
+    logprobs = logits.log_softmax(-1).clamp(-9999.0)       # JSON has no infinity
+    top = logprobs.topk(min(num_top, logits.shape[-1]))
+    columns = tokens, logprobs.gather(1, tokens[:, None])[:, 0], top.indices, top.values
     return [Score(token, logprob, list(zip(others, values)))
             for token, logprob, others, values in zip(*(column.tolist() for column in columns))]
 
 
 def sample_batch(logits, requests: list[Request]):
     """(n, V) logits -> (n,) tokens: as model.sample, but each row by its own settings and random numbers."""
-    tokens = logits.argmax(-1)
-    alike = collections.defaultdict(list)
-    for row, request in enumerate(requests):
-        if request.temperature > 0:
-            alike[request.temperature, request.top_k, request.top_p].append(row)
-    for settings, rows in alike.items():
-        draws = torch.tensor([requests[row].random.random() for row in rows], device=logits.device)
-        tokens[rows] = models.sample(logits[rows], *settings, draws)
+    settings = [(request.temperature, request.top_k, request.top_p) for request in requests]
+    draws = torch.tensor([request.random.random() for request in requests], device=logits.device)
+    tokens = torch.zeros_like(draws, dtype=torch.long)
+    for alike in set(settings):
+        rows = [row for row, other in enumerate(settings) if other == alike]
+        tokens[rows] = models.sample(logits[rows], *alike, draws[rows])
     return tokens
 
 
@@ -598,8 +581,6 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, args, model, tokenizer):
         self.args = args
-        self.tokenizer = tokenizer
-        self.config = model.config
         self.name = os.path.basename(os.path.normpath(args.run))
         self.key = os.environ.get("MINPHI_API_KEY", "")
         self.reading = {}       # connection -> when its request must have arrived; the oldest first
@@ -635,10 +616,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, text: str, content_type="application/json", status=200) -> None:
-        body = text.encode()
+    def send(self, answer: str | dict, status=200, text_type="html") -> None:
+        """Text, or else JSON."""
+        is_text = isinstance(answer, str)
+        body = (answer if is_text else json.dumps(answer)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Type", f"text/{text_type}" if is_text else "application/json")
         self.send_header("Content-Security-Policy", POLICY)
         self.send_header("Connection", "close")
         if body:
@@ -648,22 +631,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def send_json(self, value, status=200) -> None:
-        self.send(json.dumps(value), status=status)
-
-    def send_event(self, text: str) -> None:
-        self.wfile.write(f"data: {text}\n\n".encode())
+    def send_event(self, data: dict) -> None:
+        self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
 
     def send_error(self, code, message=None, explain=None):
         """What http.server refuses by itself."""
-        self.send_json(APIError(code, message).body, code)
+        self.send(APIError(code, message).body, code)
 
     def do_GET(self):
         """Answer any request, or say why not."""
         try:
             self.route(self.path.partition("?")[0])
         except APIError as error:
-            self.send_json(error.body, error.status)
+            self.send(error.body, error.status)
             # a client that is still sending listens when it may finish
             if self.connection in self.server.reading:
                 self.connection.shutdown(socket.SHUT_WR)
@@ -681,23 +661,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_locked = server.key and path not in ("/", "/health")
         if is_locked and self.headers.get("Authorization") != f"Bearer {server.key}":
             raise APIError(401, "send MINPHI_API_KEY as Authorization: Bearer ...", code="invalid_api_key")
+        if self.command == "POST" and path in ("/v1/completions", "/v1/chat/completions"):
+            self.answer(is_chat="chat" in path)
+            return
         model = {"id": server.name, "object": "model", "created": 0, "owned_by": "minphi"}
         documents = {
+            "/": PAGE.replace("MODEL", html.escape(server.name)),
             "/health": {"status": "ok"},
             "/v1/models": {"object": "list", "data": [model]},
             f"/v1/models/{server.name}": model,
         }
-        is_answer = path in ("/v1/completions", "/v1/chat/completions")
-        if self.command != ("POST" if is_answer else "GET"):
-            raise APIError(405, f"{path[:100]} does not answer {self.command}")
-        if is_answer:
-            self.answer(is_chat="chat" in path)
-        elif path in documents:
-            self.send_json(documents[path])
-        elif path == "/":
-            self.send(PAGE.replace("MODEL", html.escape(server.name)), "text/html")
-        else:
-            raise APIError(404, f"nothing answers {path[:100]} here")
+        if self.command != "GET" or path not in documents:
+            raise APIError(404, f"nothing answers {self.command} {path[:100]} here")
+        self.send(documents[path])
 
     def read_body(self) -> dict:
         length = self.headers.get("Content-Length", "0")
@@ -709,50 +685,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(text) < int(length):
             raise APIError(408, f"the request did not arrive within {READ_SECONDS} seconds")
         self.server.reading.pop(self.connection, None)
-        with contextlib.suppress(ValueError, RecursionError):
-            body = json.loads(text)
-            if isinstance(body, dict):
-                return {name: value for name, value in body.items() if value is not None}
-        raise APIError(400, "the request must be a JSON object")
+        try:
+            return {name: value for name, value in json.loads(text).items() if value is not None}
+        except (ValueError, AttributeError, RecursionError):
+            raise APIError(400, "the request must be a JSON object") from None
 
     def answer(self, is_chat: bool) -> None:
         """Decode and send what is asked for: at once, or as server-sent events, as later errors are too."""
         body = self.read_body()
         requests = make_requests(self.server, body, is_chat)
         is_stream = requests[0].stream
+        num_top = requests[0].logprobs
         kind = "chat.completion" + ".chunk" * is_stream if is_chat else "text_completion"
         reply = {"id": f"cmpl-{os.urandom(12).hex()}", "object": kind, "created": int(time.time()),
                  "model": self.server.name}
-        choices = []
+        choices = {}        # by their index; of a stream the latest piece of each
         try:
             for event in self.events(requests):
-                choice = {"index": event.index, "text": event.text, "logprobs": None,
-                          "finish_reason": event.finish_reason}
+                choice = event._asdict()
+                logprobs = format_logprobs(event.logprobs, num_top, self.server.engine.tokenizer, is_chat)
+                choice["logprobs"] = logprobs if num_top >= 0 else None
                 if is_chat:
-                    role = {} if is_stream and choices else {"role": "assistant"}
+                    role = {} if event.index in choices else {"role": "assistant"}
                     choice["delta" if is_stream else "message"] = {**role, "content": choice.pop("text")}
-                if requests[0].logprobs >= 0:
-                    choice["logprobs"] = format_logprobs(event.scores, requests[0].logprobs,
-                                                         self.server.tokenizer, is_chat)
-                if is_stream and not choices:
-                    self.send("", "text/event-stream")
-                choices.append(choice)
                 if is_stream:
-                    self.send_event(json.dumps({**reply, "choices": [choice]}))
+                    if not choices:
+                        self.send("", text_type="event-stream")
+                    self.send_event({**reply, "choices": [choice]})
+                choices[event.index] = choice
             prompt = sum(request.num_prompt_tokens for request in requests[::body.get("n", 1)])
             new = sum(request.num_new_tokens for request in requests)
             usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
             if not is_stream:
-                choices.sort(key=lambda choice: choice["index"])
-                self.send_json({**reply, "choices": choices, "usage": usage})
+                self.send({**reply, "choices": [choices[n] for n in sorted(choices)], "usage": usage})
                 return
-            if "include_usage" in body.get("stream_options", ()):
-                self.send_event(json.dumps({**reply, "choices": [], "usage": usage}))
-            self.send_event("[DONE]")
+            if body.get("stream_options", {}).get("include_usage"):
+                self.send_event({**reply, "choices": [], "usage": usage})
+            self.wfile.write(b"data: [DONE]\n\n")
         except APIError as error:
             if not is_stream or not choices:
                 raise
-            self.send_event(json.dumps(error.body))
+            self.send_event(error.body)
         finally:
             for request in requests:
                 request.cancelled = True
@@ -790,22 +763,26 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
     for name in UNSUPPORTED:
         if body.get(name):
             raise APIError(400, f"{name} is not supported", name)
+    if not isinstance(body.get("stream_options", {}), dict):
+        raise APIError(400, "stream_options must be an object", "stream_options")
     body = {"n": 1, "max_tokens": server.args.max_tokens, "temperature": 1.0, **body}
     names = "temperature", "top_p", "top_k", "echo", "stream", "logprobs"
     settings = {name: body[name] for name in names if name in body}
-    stop = body.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
     max_tokens = body.get("max_completion_tokens", body["max_tokens"])
+    tokenizer = server.engine.tokenizer
+    context = server.engine.model.config.max_seq_len
     name = "stop"       # what is being read
     try:
+        stop = body.get("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError("it must be a text or a list of them")
         if is_chat:
             name = "messages"
             settings["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else -1
-            stop = [*stop, *chat_stops(server.tokenizer)]
+            stop += chat_stops(tokenizer)
             # some formats make an answer begin with a space
-            prompts = [(server.tokenizer.render(plain_messages(body["messages"])), " ")]
+            prompts = [(tokenizer.render(plain_messages(body["messages"])), " ")]
         else:
             name = "prompt"
             prompt = body["prompt"]
@@ -813,15 +790,17 @@ def make_requests(server: Server, body: dict, is_chat: bool) -> list[Request]:
             prompts = [read_prompt(server, one, body.get("echo")) for one in ([prompt] if is_one else prompt)]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise APIError(400, f"{name}: {type(error).__name__} {error}", name) from None
+    if len(prompts) * body["n"] > server.args.batch_size + MAX_WAITING:
+        raise APIError(400, f"{len(prompts) * body['n']:,} texts are too many for one request")
     requests = []
     for ids, skip in prompts:
-        room = server.config.max_seq_len - len(ids)
+        room = context - len(ids)
         if room < min(max_tokens, 1):
-            raise APIError(400, f"{len(ids):,} tokens and an answer do not fit {server.config.max_seq_len:,}",
+            raise APIError(400, f"{len(ids):,} tokens and an answer do not fit {context:,}",
                            code="context_length_exceeded")
         for n in range(body["n"]):
             seed = f"{body['seed']}, {n}" if "seed" in body else None
-            requests.append(Request(list(ids), min(max_tokens, room), seed=seed, stop=tuple(stop), skip=skip,
+            requests.append(Request(list(ids), min(max_tokens, room), seed=seed, stop=stop, skip=skip,
                                     index=len(requests), **settings))
     return requests
 
@@ -840,8 +819,8 @@ def read_prompt(server: Server, prompt, echo: bool) -> tuple[list[int], str]:
     """A text or tokens -> tokens, and the whitespace at a text's end, which the client has already."""
     if isinstance(prompt, str):
         text = prompt if echo else prompt.rstrip()
-        return encode_prompt(server.tokenizer, text), prompt[len(text):]
-    vocab_size = server.config.vocab_size
+        return encode_prompt(server.engine.tokenizer, text), prompt[len(text):]
+    vocab_size = server.engine.model.config.vocab_size
     if not prompt or not all(type(token) is int and 0 <= token < vocab_size for token in prompt):
         raise ValueError("it must be a text, a list of the model's tokens, or a list of either")
     return prompt, ""
@@ -856,10 +835,10 @@ def format_logprobs(scores: list[Score], num_top: int, tokenizer, is_chat: bool)
     tops = [[entry(*other) for other in score.top[:num_top]] for score in scores]
     if is_chat:
         return {"content": [{**chosen, "top_logprobs": top} for chosen, top in zip(entries, tops)]}
-    tokens = [chosen["token"] for chosen in entries]
-    return {"tokens": tokens, "token_logprobs": [chosen["logprob"] for chosen in entries],
+    return {"tokens": [chosen["token"] for chosen in entries],
+            "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [{other["token"]: other["logprob"] for other in top} or None for top in tops],
-            "text_offset": [0, *itertools.accumulate(map(len, tokens))][:-1]}
+            "text_offset": [score.offset for score in scores]}
 
 
 def serve(args) -> None:
@@ -869,17 +848,15 @@ def serve(args) -> None:
     except OSError as error:
         raise OSError(f"{args.host} port {args.port}: {error.strerror}; choose another --port") from None
     server.engine.start()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_address[1]}"
     print(f"{server.name}: a page at {address}, OpenAI's interface at {address}/v1; {args.batch_size} texts "
           f"at once, {server.engine.cache_tokens:,} tokens of cache; Ctrl-C stops", flush=True)
     if args.host not in LOCAL and not server.key:
         print("anybody may use it: set MINPHI_API_KEY to ask for a key", file=sys.stderr)
     try:
-        server.engine.join()
+        server.serve_forever()
     finally:
         print("stopping: answers that have begun are finished", file=sys.stderr)
-        server.shutdown()
         deadline = time.monotonic() + 30
         while server.engine.is_busy() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -902,27 +879,23 @@ textarea { width: 100% }
 <main></main>
 <form><textarea autofocus></textarea><button>Send</button><button type="button">Retry</button></form>
 <script>
-const $ = name => document.querySelector(name)
-const main = $("main"), form = $("form"), text = $("textarea")
-const [send, retry] = form.querySelectorAll("button")
+const [key, main, form, text, send, retry] = document.querySelectorAll("input, main, form, textarea, button")
 const messages = []
 let running = null
 
-function show(role) {
-  const message = {role, content: ""}, place = document.createElement("p")
+function show(role, content) {
+  const place = document.createElement("p")
   place.className = role
-  messages.push(message)
+  place.textContent = content
+  messages.push({role, content})
   main.append(place)
-  return more => {
-    place.textContent = message.content += more
-    form.scrollIntoView()
-  }
 }
 
 async function answer() {
-  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + $("input").value}
+  const headers = {Authorization: "Bearer " + key.value}
   const body = JSON.stringify({messages, stream: true, temperature: 0.7})
-  const add = show("assistant")
+  show("assistant", "")
+  const place = main.lastChild, message = messages.at(-1)
   running = new AbortController()
   send.textContent = "Stop"
   try {
@@ -936,11 +909,12 @@ async function answer() {
       for (const event of events.filter(event => event != "data: [DONE]")) {
         const {error, choices} = JSON.parse(event.slice(6))
         if (error) throw Error(error.message)
-        add(choices[0].delta.content)
+        place.textContent = message.content += choices[0].delta.content
+        form.scrollIntoView()
       }
     }
   } catch (error) {
-    if (error.name != "AbortError") main.lastChild.textContent += " [" + error.message + "]"
+    if (error.name != "AbortError") place.textContent += " [" + error.message + "]"
   }
   running = null
   send.textContent = "Send"
@@ -950,7 +924,7 @@ form.onsubmit = event => {
   event.preventDefault()
   if (running) return running.abort()
   if (!text.value.trim()) return
-  show("user")(text.value)
+  show("user", text.value)
   text.value = ""
   answer()
 }
@@ -1025,8 +999,8 @@ def mbpp_problems(records: list[dict], num_shots: int, is_chat: bool) -> list[di
     return [record for record in records if record["task_id"] in range(11, 511)] or records
 
 
-def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> list[Request]:
-    """An answer to each problem. Of a prompt that is too long the beginning is left out.
+def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> None:
+    """The completion of each problem. Of a prompt that is too long the beginning is left out.
     A text depends on --seed, its prompt and its number, not on its batch."""
     room = max(model.config.max_seq_len // 2, model.config.max_seq_len - args.max_tokens)
     _, end, chat_prompt = KINDS[kind]
@@ -1036,9 +1010,10 @@ def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> li
             question = chat_prompt.format(problem["prompt"])
             ids = tokenizer.render([{"role": "user", "content": question}])
         else:
-            ids = encode_prompt(tokenizer, problem["prompt"].rstrip())
-        seed = hashlib.sha256(json.dumps([args.seed, ids, n % args.samples]).encode()).digest()[:8]
-        request = Request(ids[-room:], args.max_tokens, seed=int.from_bytes(seed, "big"))
+            problem["prompt"] = problem["prompt"].rstrip()
+            ids = encode_prompt(tokenizer, problem["prompt"])
+        seed = hashlib.sha256(json.dumps([args.seed, ids, n % args.samples]).encode()).hexdigest()
+        request = Request(ids[-room:], args.max_tokens, seed=int(seed[:16], 16))
         if not args.chat:
             request.pattern = end
         requests.append(request)
@@ -1046,32 +1021,29 @@ def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> li
     order = sorted(requests, key=lambda request: -len(request.ids))
     for begin in tqdm(range(0, len(order), args.batch_size), desc="solving", unit="batch", disable=None):
         generate(args, model, tokenizer, order[begin:begin + args.batch_size])
-    return requests
+    for problem, request in zip(problems, requests):
+        problem["completion"] = request.text
+        problem["truncated"] = request.finish_reason == "length"
+        if args.chat:       # the answer repeats the function; imports and helpers stand before it
+            problem["completion"] = (CODE_BLOCK.findall(request.text) or [request.text])[0]
+            function = rf"^def {problem.get('entry_point', '')}\b"
+            problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
 
 
 def solve(args, model, tokenizer, kind, records) -> list[dict]:
     """-> a row for each sample of each problem: question, answer, verdict."""
     if kind == "MBPP":
         records = mbpp_problems(records, args.shots, args.chat)
-    problems = [dict(record) for record in records for _ in range(args.samples)]
+    rows = [{**record, "level": str(record.get("k", "")), "truncated": False}
+            for record in records for _ in range(args.samples)]
     if args.solutions == "model":
-        answers = write_answers(args, model, tokenizer, kind, problems)
-        for problem, answer in zip(problems, answers):
-            problem["completion"] = answer.text
-            problem["truncated"] = answer.finish_reason == "length"
-            if args.chat:       # the answer repeats the function; imports and helpers stand before it
-                problem["completion"] = (CODE_BLOCK.findall(answer.text) or [answer.text])[0]
-                function = rf"^def {problem.get('entry_point', '')}\b"
-                problem["prompt"] = re.split(function, problem["prompt"], flags=re.M)[0]
-            else:
-                problem["prompt"] = problem["prompt"].rstrip()
+        write_answers(args, model, tokenizer, kind, rows)
     else:
-        for problem in problems:
-            problem["completion"] = problem.get("code") or problem["canonical_solution"]
-    verdicts = synth.judge_all([(problem, problem["completion"]) for problem in problems])
-    rows = [{"task_id": problem["task_id"], "level": str(problem.get("k", "")), "prompt": problem["prompt"],
-             "completion": problem["completion"], "truncated": problem.get("truncated", False),
-             **verdict._asdict()} for problem, verdict in zip(problems, verdicts)]
+        for row in rows:
+            row["completion"] = row.get("code") or row["canonical_solution"]
+    names = "task_id", "level", "prompt", "completion", "truncated"
+    verdicts = synth.judge_all([(row, row["completion"]) for row in rows])
+    rows = [{name: row[name] for name in names} | verdict._asdict() for row, verdict in zip(rows, verdicts)]
     for passed in (True, False):
         for row in [row for row in rows[::args.samples] if row["passed"] == passed][:args.show]:
             print(f"\n--- {row['task_id']}: {row['reason']}\n{row['prompt']}{row['completion']}")
@@ -1129,18 +1101,17 @@ def evaluate(args) -> None:
     written = []
     for path in args.eval:
         kind, records = read_problems(path, args.limit)
-        levels = {}
+        results = {}        # of each level; "" is all of them
         if kind == "text":
-            rows, result = read_texts(model, tokenizer, records)
+            rows, results[""] = read_texts(model, tokenizer, records)
         else:
             rows = solve(args, model, tokenizer, kind, records)
-            result = score(rows, args.samples)
-            for level in dict.fromkeys(row["level"] for row in rows if row["level"]):
-                levels[level] = score([row for row in rows if row["level"] == level], args.samples)
-        for level, figures in {"": result, **levels}.items():
-            words = [f"{name} {value:,.4g}" for name, value in figures.items()]
+            for level in dict.fromkeys(["", *(row["level"] for row in rows)]):
+                results[level] = score([row for row in rows if level in ("", row["level"])], args.samples)
+        for level, result in results.items():
+            words = [f"{name} {value:,.4g}" for name, value in result.items()]
             print(path, level and f"k = {level}", *words, sep="  ")
-        summaries.append({"file": path, "kind": kind, "run": args.run, **result, "levels": levels})
+        summaries.append({"file": path, "kind": kind, "run": args.run, **results.pop(""), "levels": results})
         written += [{"file": path, **row} for row in rows]
     if args.out:
         data.write_jsonl(args.out, written)

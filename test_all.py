@@ -2466,12 +2466,22 @@ def test_finetuning_for_skip_decoding_follows_the_marks():
 # sample.py: serving, evaluating, talking
 
 ROPED = dict(original_max_seq_len=24, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+BYTES = Tokenizer.load("bytes")
 
 
 def engine_of(m, rows=4, cache_tokens=1 << 20):
-    engine = sample.Engine(m, Tokenizer.load("bytes"), rows, cache_tokens)
+    engine = sample.Engine(m, BYTES, rows, cache_tokens)
     engine.start()
     return engine
+
+
+def ask(engine, *prompts, **settings):
+    asked = [sample.Request(list(prompt), **settings) for prompt in prompts]
+    for request in asked:
+        request.events = queue.SimpleQueue()
+        request.emit = request.events.put
+    engine.submit(asked)
+    return asked
 
 
 def answered(request):
@@ -2483,21 +2493,14 @@ def answered(request):
         if isinstance(event, Exception):
             raise event
         text += event.text
-        scores += event.scores
+        scores += event.logprobs
         if event.finish_reason:
             return text, scores, event.finish_reason
 
 
-def listen(request):
-    request.events = queue.SimpleQueue()
-    request.emit = request.events.put
-    return request
-
-
-def ask(engine, *prompts, **settings):
-    asked = [listen(sample.Request(list(prompt), **settings)) for prompt in prompts]
-    engine.submit(asked)
-    return asked
+def local_text(m, ids, limit):
+    (tokens,) = m.generate([ids], limit, stop=BYTES.stops)
+    return BYTES.decode([token for token in tokens if token not in BYTES.stops])
 
 
 @pytest.mark.parametrize("rows,cache_tokens", [(4, 1 << 20), (8, 150)])
@@ -2511,26 +2514,28 @@ def test_requests_that_come_and_go_get_what_they_get_alone(change, rows, cache_t
     monkeypatch.setattr(sample, "MIN_SHARED", 3)
     m = tiny(**change)
     rng = random.Random(0)
-    tokenizer = Tokenizer.load("bytes")
     engine = engine_of(m, rows, cache_tokens)
-    copied = []
+    engine_alone = engine_of(m, 1)
     num_shared = engine.num_shared
+    copied = []
     monkeypatch.setattr(engine, "num_shared", lambda *args: copied.append(num_shared(*args)) or copied[-1])
     text = [rng.randrange(256) for _ in range(50)]
-    lengths = [rng.choice([1, 5, 17, 30, 50]) for _ in range(24)]
-    prompts = [text[: rng.choice([0, n])] + [rng.randrange(256) for _ in range(n)] for n in lengths]
-    prompts = [prompt[:50] for prompt in prompts]
-    limits = [rng.choice([1, 3, 14, 40]) for _ in prompts]
     asked = []
-    for prompt, limit in zip(prompts, limits):
-        asked += ask(engine, prompt, max_new_tokens=min(limit, 64 - len(prompt)), stream=True)
+    for seed in range(24):
+        begin = text[: rng.choice([0, 1, 5, 17, 30, 49])]
+        prompt = begin + [rng.randrange(256) for _ in range(rng.randrange(1, 51 - len(begin)))]
+        drawn = dict(temperature=1.0, top_p=0.9, top_k=50, seed=seed) if seed % 4 == 0 else {}
+        settings = dict(max_new_tokens=min(rng.choice([1, 3, 14, 40]), 64 - len(prompt)), **drawn)
+        asked += [(prompt, settings, *ask(engine, prompt, stream=True, **settings))]
         time.sleep(rng.choice([0, 0, 0.01]))
-    for prompt, limit, request in zip(prompts, limits, asked):
+    for prompt, settings, request in asked:
         text, _, finish_reason = answered(request)
-        (want,) = m.generate([prompt], limit, stop=tokenizer.stops)
-        assert request.ids[len(prompt) :] == want
-        assert text == tokenizer.decode([i for i in want if i not in tokenizer.stops])
-        assert finish_reason == ("stop" if want[-1] in tokenizer.stops else "length")
+        if "seed" in settings:
+            (alone,) = ask(engine_alone, prompt, **settings)
+            assert answered(alone)[0] == text and alone.ids == request.ids
+        else:
+            assert text == local_text(m, prompt, settings["max_new_tokens"])
+        assert finish_reason == ("stop" if request.ids[-1] in BYTES.stops else "length")
     assert any(copied), "no beginning was shared"
 
 
@@ -2539,71 +2544,62 @@ def test_prompts_are_scored_as_by_the_plain_model(change, monkeypatch):
     monkeypatch.setattr(sample, "MAX_PREFILL", 20)
     monkeypatch.setattr(sample, "MIN_SHARED", 3)
     m = tiny(**change)
-    tokenizer = Tokenizer.load("bytes")
     engine = engine_of(m, rows=16)
     rng = random.Random(1)
     text = [rng.randrange(97, 123) for _ in range(40)]
     prompts = [text, text, text[:39] + [65], text[:20], text[:20] + [66, 67], [68], text[:2]]
-    asked = ask(engine, *prompts, max_new_tokens=1, logprobs=2, echo=True)
-    asked += ask(engine, *prompts, max_new_tokens=0, logprobs=1, echo=True)
-    (longer,) = ask(engine, text[:4], max_new_tokens=8, logprobs=2, echo=True)
-    while engine.is_busy() or engine.waiting:
-        time.sleep(0.01)
-    asked += ask(
-        engine, longer.ids + [69, 70], max_new_tokens=0, logprobs=1, echo=True
-    )  # begins with what was answered
-    for request, prompt in zip(asked, 2 * prompts + [longer.ids + [69, 70]]):
+    asked = []
+    for num_new in (1, 0, 8):
+        asked += ask(engine, *prompts, max_new_tokens=num_new, logprobs=2 - num_new % 2, echo=True)
+        while engine.is_busy() or engine.waiting:
+            time.sleep(0.01)
+        prompts = [text[:4], asked[-1].ids + [69, 70]]  # begins with what was asked, or answered
+    for request in asked:
         words, scores, _ = answered(request)
-        ids = prompt + request.ids[len(prompt) :]
+        ids = request.ids
+        assert len(ids) == request.max_length and words == BYTES.decode(ids)
         with torch.no_grad():
-            want = m(torch.tensor([ids]))[0].log_softmax(-1)
-            if change and len(prompt) <= 24 < len(ids):
-                want[:24] = m(torch.tensor([prompt]))[0].log_softmax(-1)
-        assert [score.token for score in scores] == ids
-        assert scores[0].logprob is None
+            want = m(torch.tensor([ids]))[0].log_softmax(-1)[:-1]
+        assert [score.token for score in scores] == ids and scores[0].logprob is None
         logprobs = [score.logprob for score in scores[1:]]
-        assert logprobs == pytest.approx([want[t, ids[t + 1]].item() for t in range(len(ids) - 1)], abs=1e-4)
-        tops = [score.top[0] for score in scores[1:]]
-        assert [token for token, _ in tops] == want.argmax(-1)[: len(ids) - 1].tolist()
-        assert words == tokenizer.decode([i for i in ids if i not in tokenizer.stops])
-    assert len(asked[0].ids) == 41 and len(asked[-2].ids) == 2
+        following = want.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert logprobs == pytest.approx(following.tolist(), abs=1e-4)
+        assert [score.top[0][0] for score in scores[1:]] == want.argmax(-1).tolist()
 
 
-def test_seeded_answers_do_not_depend_on_the_company():
+def test_prompts_that_fill_the_cache_stop_nobody(monkeypatch):
+    monkeypatch.setattr(sample, "MAX_CHUNK", 20)
     m = tiny()
-    settings = dict(max_new_tokens=20, temperature=1.0, top_p=0.9, top_k=50)
-    alone = []
-    for seed in range(4):
-        (request,) = ask(engine_of(m), [1, 2, 3], seed=seed, **settings)
-        answered(request)
-        alone.append(request.ids)
-    engine = engine_of(m, rows=8)
-    together = [ask(engine, [1, 2, 3], seed=seed, **settings)[0] for seed in range(4)]
-    (greedy,) = ask(engine, [1, 2, 3], max_new_tokens=20)
-    for request in [*together, greedy]:
-        answered(request)
-    assert [request.ids for request in together] == alone and len({*map(tuple, alone)}) > 1
-    assert greedy.ids[3:] == m.generate([[1, 2, 3]], 20, stop=Tokenizer.load("bytes").stops)[0]
+    engine = engine_of(m)
+    widths = []
+    hidden = m.hidden
+
+    def slow(tokens, **more):
+        widths.append(tokens.shape[1])
+        time.sleep(0.01)
+        return hidden(tokens, **more)
+
+    monkeypatch.setattr(m, "hidden", slow)
+    (other,) = ask(engine, [1, 2, 3], max_new_tokens=40)
+    (longest,) = ask(engine, range(60), max_new_tokens=0, echo=True)
+    assert answered(longest)[2] == "length" and max(widths) == 20
+    # the first goes on at 59, where the width of the second leads past the end
+    both = [*range(60), 61, 62], [5] * 5
+    for prompt, request in zip(both, ask(engine, *both, max_new_tokens=1)):
+        assert answered(request)[0] == local_text(m, prompt, 1)
+    assert answered(other)[0] == local_text(m, [1, 2, 3], 40)
 
 
-def test_choosing_follows_each_rows_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]]).repeat(6000, 1)
-    settings = [
-        dict(temperature=1.0),
-        dict(temperature=0.5),
-        dict(temperature=1.0, top_k=2),
-        dict(temperature=1.0, top_p=0.8),
-    ]
-    requests_ = [sample.Request([0], 1, seed=i, **settings[i % 4]) for i in range(6000)]
-    chosen = sample.sample_batch(logits, requests_)
-    likeliest_two = torch.tensor([2.0, 1.0]).softmax(0)
-    for i, want in enumerate(
-        [logits[0].softmax(0), (logits[0] / 0.5).softmax(0), likeliest_two, likeliest_two]
-    ):
-        counts = torch.bincount(chosen[i::4], minlength=5)[:5].float()
-        want = torch.cat((want, torch.zeros(5 - len(want)))) * 1500
-        assert counts[want == 0].sum() == 0
-        assert ((counts - want)[want > 1] ** 2 / want[want > 1]).sum() < 20  # chi-square
+def test_each_row_is_drawn_by_its_own_settings():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
+    choices = [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.8)]
+    settings = [dict(zip(("temperature", "top_k", "top_p"), choice)) for choice in choices]
+    rows = [sample.Request([0], 1, seed=n, **settings[n % 4]) for n in range(6000)]
+    tokens = sample.sample_batch(logits.expand(6000, -1), rows)
+    for n, how in enumerate(settings):
+        shares = torch.bincount(tokens[n::4], minlength=5) / 1500
+        want = models.sampling_probs(logits, **how)[0]
+        assert (shares - want).abs().max() < 0.04 and not shares[want == 0].any()
 
 
 @pytest.mark.parametrize(
@@ -2616,128 +2612,126 @@ def test_choosing_follows_each_rows_distribution():
     ],
 )
 def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_reason):
-    tokenizer = Tokenizer.load("bytes")
-    request = listen(sample.Request([0], **{"max_new_tokens": 100, "logprobs": 0, **settings}))
-    for token in tokens.encode():
-        if not request.is_over:
-            request.append_token(token, sample.Score(token, -1.0, []), tokenizer)
     told = []
-    while not request.events.empty():
-        told.append(request.events.get())
-    texts = [event.text for event in told]
-    assert "".join(texts) == events.replace("|", "") and request.finish_reason == finish_reason
-    held = events.split("|")
-    assert all("".join(texts).startswith("".join(held[:n])) for n in range(len(held)))
-    scored = bytes(score.token for event in told for score in event.scores).decode(errors="replace")
-    assert scored == settings.get("skip", "") + events.replace("|", ""), (
-        "log-probabilities belong to the text"
-    )
-    echoed = sample.Request([*b"aENDb"], 9, stop=("END",), echo=True)
-    echoed.add_prompt(tokenizer)
-    echoed.append_token(ord("c"), None, tokenizer)
-    assert not echoed.is_over, "a stop text in the echoed prompt ends nothing"
-    request = listen(sample.Request([0], 9))
-    request.append_token(tokenizer.eot, None, tokenizer)
-    assert request.events.get() == (0, "", [], "stop")
+    settings = {"max_new_tokens": 100, "logprobs": 0, **settings}
+    request = sample.Request([0], emit=told.append, **settings)
+    for token in tokens.encode():
+        request.is_over or request.append_token(token, sample.Score(token, -1.0, []), BYTES)
+    text = "".join(event.text for event in told)
+    assert text == events.replace("|", "") and request.finish_reason == finish_reason
+    certain = [*itertools.accumulate(events.split("|"))]
+    assert {*certain} <= {*itertools.accumulate(event.text for event in told)} | {""}
+    scored = bytes(score.token for event in told for score in event.logprobs).decode(errors="replace")
+    assert scored == request.skip + text, "log-probabilities belong to the text"
+
+
+def test_ends_that_are_no_text():
+    request = sample.Request([*b"aENDb"], 9, stop=("END",), echo=True)
+    assert not request.append_token(ord("c"), None, BYTES), "a stop text in the echoed prompt ends nothing"
+    told = []
+    assert sample.Request([0], 9, emit=told.append).append_token(BYTES.eot, None, BYTES)
+    assert told == [(0, "", [], "stop")]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     run = str(tmp_path_factory.mktemp("runs") / "talk")
     m = tiny(max_seq_len=512, vocab_size=261)
-    tokenizer = Tokenizer.load("bytes")
-    models.save(m, tokenizer, run)
+    models.save(m, BYTES, run)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MINPHI_API_KEY", raising=False)
         args = sample.options(["--run", run, *"--serve --port 0 --batch-size 8 --max-tokens 20".split()])
-        server = sample.Server(args, m, tokenizer)
+        server = sample.Server(args, m, BYTES)
     server.engine.start()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-    yield SimpleNamespace(
-        url=f"http://127.0.0.1:{port}", port=port, model=m, tokenizer=tokenizer, server=server
-    )
+    address = server.server_address
+    url = f"http://127.0.0.1:{address[1]}"
+    ask = functools.partial(post, url)
+    yield SimpleNamespace(url=url, address=address, model=m, server=server, post=ask)
     server.shutdown()
     server.server_close()
 
 
-def events_of(answer):
-    lines = [line[6:] for line in answer.iter_lines() if line.startswith(b"data: ")]
-    assert lines[-1] == b"[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def greedy_text(served, ids, limit):
-    (tokens,) = served.model.generate([ids], limit, stop=served.tokenizer.stops)
-    return served.tokenizer.decode([i for i in tokens if i not in served.tokenizer.stops])
+def post(url, body, path="completions", **how):
+    return requests.post(f"{url}/v1/{path}", json=body, timeout=60, **how)
 
 
 HELLO = [{"role": "user", "content": "hello <|end|>"}]
+PARTS = [{"type": "text", "text": "hello "}, {"type": "text", "text": "<|end|>"}]
+PROMPTS = ["def f(x):", "a", "def f(x):\n    y"]
+TOKENS = [[*prompt.encode()] for prompt in PROMPTS]
 
 
-def test_served_equals_local(served):
-    tokenizer = served.tokenizer
-    ids = tokenizer.render(HELLO)
-    text = greedy_text(served, ids, 20)
-    url = served.url + "/v1/chat/completions"
-    parts = [
-        {"role": "user", "content": [{"type": "text", "text": "hello "}, {"type": "text", "text": "<|end|>"}]}
-    ]
-    body = {"model": "talk", "messages": parts, "temperature": 0}
-    plain = requests.post(url, json=body).json()
-    assert plain["object"] == "chat.completion"
-    assert plain["choices"][0]["message"] == {"role": "assistant", "content": text}
-    assert plain["usage"]["prompt_tokens"] == len(ids) and plain["usage"]["total_tokens"] > len(ids)
-    body |= {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
-    with requests.post(url, json=body, stream=True) as answer:
-        assert answer.headers["Content-Type"] == "text/event-stream"
-        chunks = events_of(answer)
-    assert chunks[-1]["usage"] == plain["usage"] and len(chunks) > 4
-    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
-    assert [choice["delta"].get("role") for choice in choices] == ["assistant"] + [None] * (len(choices) - 1)
-    assert "".join(choice["delta"]["content"] for choice in choices) == text
-    entries = [entry for choice in choices for entry in choice["logprobs"]["content"]]
-    assert bytes(b for entry in entries for b in entry["bytes"]).decode(errors="replace") == text
-    assert choices[-1]["finish_reason"] == plain["choices"][0]["finish_reason"]
+def joined(choices, n):
+    """-> (text, tokens, offsets, roles, why it ended) of the pieces of one answer."""
+    pieces = [choice for choice in choices if choice["index"] == n]
+    said = [piece.get("message") or piece.get("delta") or {"content": piece["text"]} for piece in pieces]
+    roles = [message["role"] for message in said if "role" in message]
+    scores = [piece["logprobs"] or {} for piece in pieces]
+    tokens = [part.get("tokens") or [entry["token"] for entry in part.get("content", ())] for part in scores]
+    offsets = [part.get("text_offset", []) for part in scores]
+    text = "".join(message["content"] for message in said)
+    return text, sum(tokens, []), sum(offsets, []), roles, pieces[-1]["finish_reason"]
 
 
-def test_lists_of_prompts_and_several_answers(served):
-    url = served.url + "/v1/completions"
-    prompts = ["def f(x):\n", "a", "def f(x):\n    y"]
-    body = {"temperature": 0, "max_tokens": 7, "logprobs": 3}
-    answer = requests.post(url, json={**body, "prompt": prompts}).json()
-    for n, prompt in enumerate(prompts):
-        ids = served.tokenizer.encode(prompt.rstrip())
-        choice = answer["choices"][n]
-        assert choice["index"] == n and choice["text"].lstrip() == greedy_text(served, ids, 7).lstrip()
-        assert max(map(len, choice["logprobs"]["top_logprobs"])) <= 3
-    tokens = [served.tokenizer.encode(prompt) for prompt in prompts]
-    echoed = requests.post(url, json={**body, "prompt": tokens, "echo": True, "max_tokens": 1}).json()[
-        "choices"
-    ]
-    for prompt, ids, choice in zip(prompts, tokens, echoed):
-        logprobs = choice["logprobs"]
-        assert choice["text"].startswith(prompt)
-        assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == len(ids) + 1
-        assert "".join(logprobs["tokens"][:-1]) == prompt and logprobs["text_offset"][-1] == len(prompt)
-    sampled = {"prompt": ["a", "b"], "n": 3, "seed": 1, "temperature": 1, "max_tokens": 12}
-    first = requests.post(url, json=sampled).json()
-    second = requests.post(url, json={**sampled, "prompt": ["b", "a"]}).json()
-    texts = [choice["text"] for choice in first["choices"]]
+@pytest.mark.parametrize(
+    "body",
+    [
+        dict(prompt=PROMPTS, logprobs=3),
+        dict(prompt=TOKENS, logprobs=0, echo=True, max_tokens=1),
+        dict(prompt=TOKENS, logprobs=1, echo=True, max_tokens=0),
+        dict(messages=HELLO),
+        dict(messages=[{**HELLO[0], "content": PARTS}], logprobs=True, top_logprobs=2, n=2),
+    ],
+)
+def test_streamed_equals_whole_equals_local(served, body):
+    is_chat = "messages" in body
+    path = "chat/" * is_chat + "completions"
+    body = {"temperature": 0, "max_tokens": 9, "model": "talk", **body}
+    whole = served.post(body, path).json()
+    streamed = served.post(body | {"stream": True, "stream_options": {"include_usage": True}}, path)
+    assert streamed.headers["Content-Type"] == "text/event-stream"
+    *chunks, usage, done, _ = streamed.text.split("\n\n")
+    assert done == "data: [DONE]" and json.loads(usage[6:])["usage"] == whole["usage"]
+    pieces = [json.loads(chunk[6:])["choices"][0] for chunk in chunks]
+    prompts = [BYTES.render(HELLO)] * body.get("n", 1) if is_chat else TOKENS
+    assert [choice["index"] for choice in whole["choices"]] == [*range(len(prompts))]
+    for n, ids in enumerate(prompts):
+        text, tokens, offsets, roles, finish_reason = joined(whole["choices"], n)
+        assert (text, tokens, offsets, roles, finish_reason) == joined(pieces, n)
+        local = local_text(served.model, ids, body["max_tokens"]) if body["max_tokens"] else ""
+        assert text == ("echo" in body) * BYTES.decode(ids) + local and roles == ["assistant"] * is_chat
+        num_echoed = len(ids) * ("echo" in body)
+        assert len(tokens) == ("logprobs" in body) * (num_echoed + body["max_tokens"])
+        assert offsets[:num_echoed] == [*range(num_echoed)]
+
+
+def test_answers_depend_on_their_seed_prompt_and_number(served):
+    body = {"prompt": ["a", "b"], "n": 3, "seed": 1, "temperature": 1, "max_tokens": 12}
+    first = served.post(body).json()
+    second = served.post({**body, "prompt": ["b", "a"]}).json()
+    texts, others = ([choice["text"] for choice in answer["choices"]] for answer in (first, second))
     assert len({*texts[:3]}) == 3 and first["usage"]["prompt_tokens"] == 2
-    assert texts[3:] + texts[:3] == [choice["text"] for choice in second["choices"]]
+    assert texts[3:] + texts[:3] == others
+    (request,) = sample.make_requests(served.server, {"prompt": "a \n"}, False)
+    assert request.ids == [97] and request.skip == " \n"  # the client has these already
+    (request,) = sample.make_requests(served.server, {"prompt": "a" * 500}, False)
+    assert request.max_length == 512  # where --max-tokens would lead past the context
 
 
+CHAT = dict(messages=HELLO)
 BAD_REQUESTS = [
-    ("chat/completions", {"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
-    ("chat/completions", {"messages": HELLO, "top_p": 0}, 400, "top_p"),
-    ("chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"),
+    ("chat/completions", CHAT | {"temperature": "hot"}, 400, "temperature"),
+    ("chat/completions", CHAT | {"top_p": 0}, 400, "top_p"),
+    ("chat/completions", CHAT | {"model": "gpt"}, 404, "model"),
+    ("chat/completions", CHAT | {"tools": [1]}, 400, "tools"),
+    ("chat/completions", CHAT | {"stream_options": 3}, 400, "stream_options"),
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
-    ("chat/completions", {"messages": HELLO, "tools": [1]}, 400, "tools"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, None),
     ("completions", {"prompt": [1, 999]}, 400, "prompt"),
     ("completions", {"prompt": ["a", [1, "x"]]}, 400, "prompt"),
+    ("completions", {"prompt": [[1]] * 9999, "n": 99}, 400, None),
     ("completions", {}, 400, "prompt"),
     ("completions", {"prompt": "a", "stop": [1]}, 400, "stop"),
     ("completions", {"prompt": "a", "n": 0}, 400, "n"),
@@ -2745,7 +2739,7 @@ BAD_REQUESTS = [
     ("completions", b"{", 400, None),
     ("completions", b"[" * 90000, 400, None),
     ("completions", b"x" * 17_000_000, 413, None),
-    ("nothing", {}, 405, None),
+    ("nothing", {}, 404, None),
 ]
 
 
@@ -2754,72 +2748,74 @@ def test_bad_requests_get_openais_errors(served, path, body, status, field):
     how = {"data": body} if isinstance(body, bytes) else {"json": body}
     answer = requests.post(f"{served.url}/v1/{path}", **how)
     error = answer.json()["error"]
-    assert answer.status_code == status and error["param"] == field
+    assert (answer.status_code, error["param"]) == (status, field)
     assert error["message"] and {*error} == {"message", "type", "param", "code"}
     assert "Retry-After" not in answer.headers
 
 
-def test_a_full_queue_asks_to_come_again(served, monkeypatch):
-    monkeypatch.setattr(sample, "MAX_WAITING", -8)
-    answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
-    assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
-    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
-    monkeypatch.setattr(sample, "MAX_WAITING", -7)
-    gone = sample.Request([1], 5)
-    gone.cancelled = True
-    with served.server.engine.changed:
-        served.server.engine.waiting.append(gone)
-        served.server.engine.submit([sample.Request([1], 1)])  # who has gone does not count
-
-
 @pytest.mark.parametrize(
-    "request_lines,status",
+    "key,lines,status,words",
     [
-        ("nonsense", 400),
-        ("GET /health", 200),
-        ("PUT /health", 501),
-        ("GET /v1/completions", 405),
-        ("POST /v1/completions\nTransfer-Encoding: chunked", 413),
-        ("POST /v1/completions\nContent-Length: -5", 400),
-        ("POST /v1/completions\nContent-Length: ²", 400),
-        ("POST /v1/completions\nContent-Length: 5\nExpect: 100-continue", 100),
+        ("", "nonsense", 400, "error"),
+        ("", "GET /health", 200, "ok"),
+        ("", "GET /v1/models", 200, '"data": [{"id": "talk"'),
+        ("", "GET /v1/models/talk", 200, '{"id": "talk"'),
+        ("", "GET /v1/models/other", 404, "error"),
+        ("", "GET /", 200, "<b>talk</b>"),
+        ("", "GET /", 200, "Content-Security-Policy: default-src 'none'"),
+        ("", "PUT /health", 501, "error"),
+        ("", "GET /v1/completions", 404, "error"),
+        ("", "POST /v1/completions\nTransfer-Encoding: chunked", 413, "error"),
+        ("", "POST /v1/completions\nContent-Length: -5", 400, "error"),
+        ("", "POST /v1/completions\nContent-Length: ²", 400, "error"),
+        ("", "POST /v1/completions\nContent-Length: 5\nExpect: 100-continue", 100, ""),
+        ("", "GET /health\nOrigin: http://evil.example", 403, "error"),
+        ("", "GET /health\nOrigin: http://localhost", 200, "ok"),
+        ("", "GET /health\nHost: evil.example", 403, "error"),
+        ("secret", "GET /v1/models", 401, "error"),
+        ("secret", "GET /v1/models\nAuthorization: Bearer secre", 401, "error"),
+        ("secret", "GET /v1/models\nAuthorization: Bearer secret", 200, "talk"),
+        ("secret", "GET /", 200, "<b>talk</b>"),
     ],
 )
-def test_every_request_is_answered(served, request_lines, status):
-    first, *headers = request_lines.split("\n")
-    lines = [f"{first} HTTP/1.1" if " " in first else first, "Host: localhost", *headers, "", ""]
-    with socket.create_connection(("127.0.0.1", served.port)) as raw:
+def test_every_request_is_answered(served, monkeypatch, key, lines, status, words):
+    monkeypatch.setattr(served.server, "key", key)
+    first, *headers = lines.split("\n")
+    if "Host" not in lines:
+        headers.append("Host: localhost")
+    lines = [f"{first} HTTP/1.1" if " " in first else first, *headers, "", ""]
+    with socket.create_connection(served.address, timeout=30) as raw:
         raw.sendall("\r\n".join(lines).encode("latin-1"))
-        raw.settimeout(30)
-        answer = raw.recv(10000)
-        assert answer.startswith(f"HTTP/1.1 {status}".encode())
-        if status >= 400:
-            body = answer.partition(b"\r\n\r\n")[2] or raw.recv(10000)
-            assert json.loads(body)["error"]["message"]
+        answer = raw.recv(10000).decode()
+        while words not in answer:
+            more = raw.recv(10000).decode()
+            assert more, answer
+            answer += more
+        assert answer.startswith(f"HTTP/1.1 {status} ")
+        if words == "error":
+            assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
 
 
-def test_other_doors(served, monkeypatch):
-    get = lambda path, **headers: requests.get(served.url + path, headers=headers)
-    assert get("/v1/models").json()["data"] == [get("/v1/models/talk").json()]
-    assert get("/v1/models/other").status_code == 404
-    page = get("/")
-    assert "<b>talk</b>" in page.text and "default-src 'none'" in page.headers["Content-Security-Policy"]
-    assert get("/v1/models", Origin="http://evil.example").status_code == 403
-    assert get("/v1/models", Host="evil.example").status_code == 403
-    assert get("/v1/models", Origin=served.url).status_code == 200
-    monkeypatch.setattr(served.server, "key", "secret")
-    assert get("/v1/models").status_code == get("/v1/models", Authorization="Bearer secre").status_code == 401
-    assert get("/v1/models", Authorization="Bearer secret").status_code == get("/").status_code == 200
+def test_a_full_queue_asks_to_come_again(served, monkeypatch):
+    engine = served.server.engine
+    monkeypatch.setattr(sample, "MAX_WAITING", 1 - engine.max_num_seqs)
+    waiting = sample.Request([1], 5)
+    monkeypatch.setattr(engine, "waiting", [waiting])
+    answer = served.post({"prompt": "a"})
+    assert answer.status_code == 429 and int(answer.headers["Retry-After"]) > 0
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    waiting.cancelled = True  # who has gone does not count
+    assert served.post({"prompt": "a"}).status_code == 200
 
 
 def test_idle_sockets_lock_nobody_out(served, monkeypatch):
     monkeypatch.setattr(sample, "MAX_READING", 20)
-    idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(60)]
+    idle = [socket.create_connection(served.address, timeout=15) for _ in range(60)]
     assert requests.get(served.url + "/health", timeout=30).json() == {"status": "ok"}
-    monkeypatch.setattr(sample, "READ_SECONDS", 0)
-    slow = socket.create_connection(("127.0.0.1", served.port))
+    assert not idle[0].recv(1)  # the oldest makes room
+    monkeypatch.setattr(sample, "READ_SECONDS", 1)
+    slow = socket.create_connection(served.address, timeout=30)
     slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
-    slow.settimeout(30)
     assert slow.recv(1000).startswith(b"HTTP/1.1 408")  # one deadline over headers and body
     for connection in [*idle, slow]:
         connection.close()
@@ -2827,63 +2823,50 @@ def test_idle_sockets_lock_nobody_out(served, monkeypatch):
 
 def test_who_leaves_frees_the_place(served, monkeypatch):
     engine = served.server.engine
-    (whole,) = served.model.generate([served.tokenizer.encode("a")], 100, stop=served.tokenizer.stops)
-    assert len(whole) == 100  # so long if nobody left
-    slow = threading.Event()
     hidden = served.model.hidden
-
-    def wait_a_little(*args, **more):
-        slow.wait(0.05)
-        return hidden(*args, **more)
-
-    monkeypatch.setattr(served.model, "hidden", wait_a_little)
+    slow = lambda *args, **more: time.sleep(0.05) or hidden(*args, **more)
+    monkeypatch.setattr(served.model, "hidden", slow)
     body = {"prompt": "a", "max_tokens": 100, "ignored": 1, "temperature": 0}
-    connections = [http.client.HTTPConnection("127.0.0.1", served.port) for _ in range(3)]
+    assert len(local_text(served.model, [97], 100)) > 50  # so long if nobody left
+    connections = [http.client.HTTPConnection(*served.address) for _ in range(3)]
     for n, connection in enumerate(connections):
         connection.request("POST", "/v1/completions", json.dumps({**body, "stream": n == 0}))
-    while sum(not request.is_over for request in engine.running) < 3:
+    joined = []
+    while len(joined) < 3:
+        joined = [request for request in engine.running if not request.is_over]
         time.sleep(0.01)
-    joined = [request for request in engine.running if not request.is_over]
     for connection in connections:
         connection.sock.close()
     while engine.is_busy():
         time.sleep(0.01)
-    slow.set()
     assert all(request.cancelled and len(request.ids) < request.max_length for request in joined)
 
 
 def test_a_failed_step_is_told_and_survived(served, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no memory left")
-
     with monkeypatch.context() as patch:
-        patch.setattr(served.model, "hidden", broken)
-        answer = requests.post(served.url + "/v1/completions", json={"prompt": "a"})
-    assert answer.status_code == 500 and "no memory left" in answer.json()["error"]["message"]
-    assert (
-        requests.post(served.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code
-        == 200
-    )
+        patch.setattr(served.model, "hidden", lambda *args, **more: 1 / 0)
+        answer = served.post({"prompt": "a"})
+    assert answer.status_code == 500 and "division by zero" in answer.json()["error"]["message"]
+    assert served.post({"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
 def test_two_hundred_clients_a_third_of_whom_leave(served, monkeypatch):
-    expected = [greedy_text(served, served.tokenizer.encode(f"prompt {n}"), 12) for n in range(4)]
-    url = served.url + "/v1/completions"
+    monkeypatch.setattr(sample, "MAX_WAITING", 1000)
+    expected = [local_text(served.model, [*f"prompt {n}".encode()], 12) for n in range(4)]
 
     def client(n):
         if n % 3 == 0:  # leaves midway
-            connection = http.client.HTTPConnection("127.0.0.1", served.port)
+            connection = http.client.HTTPConnection(*served.address)
             body = {"prompt": "b" * (n % 60 + 1), "max_tokens": 60, "temperature": 1, "stream": n % 2 == 0}
             connection.request("POST", "/v1/completions", json.dumps(body))
             time.sleep(0.02)
             connection.close()
         elif n % 7 == 0:
-            assert requests.post(url, data=b"{" * (n * 1000)).status_code == 400
+            assert requests.post(served.url + "/v1/completions", data=b"{" * (n * 1000)).status_code == 400
         else:
-            body = {"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12}
-            assert requests.post(url, json=body).json()["choices"][0]["text"] == expected[n % 4]
+            answer = served.post({"prompt": f"prompt {n % 4}", "temperature": 0, "max_tokens": 12})
+            assert answer.json()["choices"][0]["text"] == expected[n % 4]
 
-    monkeypatch.setattr(sample, "MAX_WAITING", 1000)
     with ThreadPoolExecutor(200) as pool:
         assert len(list(pool.map(client, range(200)))) == 200  # raises what a client raised
 
@@ -2894,153 +2877,127 @@ def test_official_client(served):
 
     client = openai.OpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
     assert client.models.list().data[0].id == "talk"
-    question = dict(model="talk", messages=HELLO, temperature=0, max_tokens=9)
-    whole_ = client.chat.completions.create(**question, logprobs=True, top_logprobs=2).choices[0]
-    chunks = client.chat.completions.create(**question, stream=True)
-    assert whole_.message.content == "".join(chunk.choices[0].delta.content for chunk in chunks)
-    assert len(whole_.logprobs.content[0].top_logprobs) == 2
-    plain = dict(model="talk", prompt="a", temperature=0, max_tokens=9)
-    uncut = client.completions.create(**plain).choices[0]
-    cut = client.completions.create(**plain, stop=[uncut.text[-1]], logprobs=1).choices[0]
+    chat = functools.partial(client.chat.completions.create, model="talk", messages=HELLO, max_tokens=9)
+    whole = chat(temperature=0).choices[0].message.content
+    assert whole == "".join(chunk.choices[0].delta.content for chunk in chat(temperature=0, stream=True))
+    question = dict(model="talk", prompt="a", temperature=0, max_tokens=9)
+    complete = functools.partial(client.completions.create, **question)
+    uncut = complete().choices[0]
+    cut = complete(stop=[uncut.text[-1]], logprobs=1).choices[0]
     assert (uncut.finish_reason, cut.finish_reason) == ("length", "stop")
     assert cut.text == "".join(cut.logprobs.tokens) == uncut.text.split(uncut.text[-1])[0]
     with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(**{**question, "temperature": 3})
+        chat(temperature=3)
 
 
-def run_sample(*arguments, **more):
-    command = [sys.executable, os.path.join(HERE, "sample.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
+@pytest.fixture
+def small_run(tmp_path):
+    models.save(tiny(max_seq_len=256), BYTES, tmp_path / "run")
+    return str(tmp_path / "run")
 
 
-def test_chat_in_the_terminal(tmp_path, monkeypatch, capsys):
-    m = tiny(max_seq_len=128)
-    tokenizer = Tokenizer.load("bytes")
-    models.save(m, tokenizer, tmp_path / "run")
-    lines = ["", "/retry", "hi", "/retry", "x" * 300, "/new", "two lines"]
+def test_chat_in_the_terminal(small_run, monkeypatch, capsys):
+    lines = ["", "/retry", "hi", "/retry", "x" * 300, "/new", "two lines", "/retry"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    sample.chat(
-        sample.options(["--run", str(tmp_path / "run"), "--chat", "--max-tokens", "10", "--device", "cpu"])
-    )
+    sample.chat(sample.options(["--run", small_run, "--chat", "--max-tokens", "10", "--device", "cpu"]))
     told = capsys.readouterr()
-    assert "takes" in told.err and "a second" in told.err
-    (want,) = m.generate(
-        [tokenizer.render([{"role": "user", "content": "two lines"}])], 10, stop=tokenizer.stops
-    )
-    assert told.out.rstrip("\n").endswith(
-        tokenizer.decode([i for i in want if i not in tokenizer.stops]).rstrip("\n")
-    )
+    assert told.err.count("takes") == 1 and told.err.count("a second") == 4
+    m, _ = models.load(small_run, "cpu")
+    asked = [BYTES.render([{"role": "user", "content": text}]) for text in ("hi", "two lines")]
+    hi, lines = (local_text(m, ids, 10) for ids in asked)
+    assert told.out == "".join(f"{answer}\n" for answer in (hi, hi, lines, lines))
 
 
 def test_answers_end_where_phi_2_asks_itself():
-    tokenizer = Tokenizer.load("bytes")
-    assert sample.chat_stops(tokenizer) == ()
+    assert sample.chat_stops(BYTES) == ()
     assert sample.chat_stops(SimpleNamespace(special={"<|endoftext|>": 0})) == ("\nInstruct:",)
 
 
-def test_quantized_weights_do_not_replace_their_source(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        sample.options(
-            ["--run", str(tmp_path), "--quantize", "int4", "--out", f"{tmp_path}/../{tmp_path.name}/"]
-        )
-    assert "choose another --out" in capsys.readouterr().err
-
-
 def test_long_chats_lose_their_oldest_turns():
-    tokenizer = Tokenizer.load("bytes")
-    messages = [{"role": role, "content": f"{role}{n}"} for n in range(5) for role in ("user", "assistant")][
-        :-1
-    ]
-    room = len(tokenizer.render(messages[-3:]))
+    messages = [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(9)]
+    room = len(BYTES.render(messages[-3:]))
     for more in (0, 1):
-        assert sample.fit_chat(tokenizer, messages, room + more) == tokenizer.render(messages[-3:])
-    with pytest.raises(ValueError, match="shorter"):
-        sample.fit_chat(tokenizer, messages, 5)
+        assert sample.fit_chat(BYTES, messages, room + more) == BYTES.render(messages[-3:])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @INHERITED
 @pytest.mark.parametrize("number,code", [(2, 130), (15, 143)])
-def test_server_stops_gracefully(tmp_path, number, code, inherited):
-    models.save(tiny(max_seq_len=2048), Tokenizer.load("bytes"), tmp_path / "run")
-    command = [
-        sys.executable,
-        os.path.join(HERE, "sample.py"),
-        "--run",
-        str(tmp_path / "run"),
-        "--serve",
-        "--port",
-        "0",
-    ]
+def test_server_stops_gracefully(small_run, number, code, inherited):
+    options = ["--run", small_run, *"--serve --port 0 --device cpu".split()]
     process = subprocess.Popen(
-        [*command, "--device", "cpu"],
+        [sys.executable, os.path.join(HERE, "sample.py"), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=inherit(inherited),
     )
     url = process.stdout.readline().split("page at ")[1].split(",")[0]
-    answers = []
-    body = {"prompt": "a", "max_tokens": 300, "temperature": 1}
-    thread = threading.Thread(
-        target=lambda: answers.append(requests.post(url + "/v1/completions", json=body))
-    )
-    thread.start()
-    time.sleep(0.3)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    thread.join()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(post, url, {"prompt": "a", "max_tokens": 200, "temperature": 1})
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
-    assert answers[0].json()["usage"]["completion_tokens"] >= 1
+    assert answer.result().json()["usage"]["completion_tokens"] >= 1
 
 
-def test_sample_says_what_is_wrong(tmp_path, capsys):
-    models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
+def test_a_prompt_from_standard_input(small_run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f\n"))
+    sample.complete(sample.options(["--run", small_run, "--max-tokens", "5", "--device", "cpu"]))
+    m, _ = models.load(small_run, "cpu")
+    told = capsys.readouterr()
+    assert "5 tokens" in told.err and told.out == local_text(m, [*b"def f"], 5) + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ("--serve --chat", "--serve goes without"),
+        ("--skip 4", "--skip"),
+        ("--json x", "belong to --eval"),
+        ("--port 99999", "--port"),
+        ("--eval x.jsonl --samples 2", "--temperature above 0"),
+        ("--run run --device cuda:99", "try --device cpu"),
+        ("--run run --serve --port TAKEN", "choose another --port"),
+        ("--run run --quantize int4 --out ./run/../run/", "choose another --out"),
+        ("--eval odd.jsonl --solutions canonical", "harness"),
+        ("--eval half.jsonl --solutions canonical", "must all have"),
+        ("--eval empty.jsonl --solutions canonical", "none"),
+        ("--prompt x", "without torchrun"),
+    ],
+)
+def test_sample_says_what_is_wrong(small_run, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    data.write_jsonl("odd.jsonl", [{"a": 1}])
+    data.write_jsonl("half.jsonl", [{"prompt": "x", "entry_point": "y"}, {"prompt": "x"}])
+    data.write_jsonl("empty.jsonl", [])
+    monkeypatch.setenv("WORLD_SIZE", "2" if "torchrun" in words else "1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = run_sample("--run", str(tmp_path / "run"), "--serve", "--port", str(taken.getsockname()[1]))
-    assert (
-        result.returncode == 2
-        and "choose another --port" in result.stderr
-        and "Traceback" not in result.stderr
-    )
-    for arguments in (
-        ["--serve", "--chat"],
-        ["--skip", "4"],
-        ["--json", "x"],
-        ["--port", "99999"],
-        ["--samples", "2"],
-    ):
+        arguments = arguments.replace("TAKEN", str(taken.getsockname()[1]))
+        monkeypatch.setattr(sys, "argv", ["sample.py", *arguments.split()])
         with pytest.raises(SystemExit, match="2"):
-            sample.options(arguments)
-        assert capsys.readouterr().err.count("\n") == 1
-    result = run_sample("--run", str(tmp_path / "run"), "--max-tokens", "5", "--device", "cpu", input="def f")
-    assert result.returncode == 0 and "5 tokens" in result.stderr
-    for text, word in (
-        ('{"a": 1}', "harness"),
-        ('{"prompt": "x", "entry_point": "y"}\n{"prompt": "x"}', "all"),
-        ("", "none"),
-    ):
-        (tmp_path / "x.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=word):
-            sample.read_problems(str(tmp_path / "x.jsonl"), None)
+            sample.main()
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
 
 
 # ------------------------------------------------------------------ sample.py --eval
 
 
-def evaluated(tmp_path, records, *arguments, name="bench.jsonl"):
-    """-> (summary, rows) of sample.py --eval on these records (or the text of a file) with a tiny model."""
-    file = tmp_path / name
-    if isinstance(records, str):
-        file.write_text(records)
-    else:
-        data.write_jsonl(file, records)
-    if not (tmp_path / "run").exists():
-        models.save(tiny(max_seq_len=256), Tokenizer.load("bytes"), tmp_path / "run")
-    outputs = ["--json", str(tmp_path / "s.json"), "--out", str(tmp_path / "o.jsonl")]
-    how = ["--run", str(tmp_path / "run"), "--device", "cpu", "--show", "0", *outputs]
-    sample.evaluate(sample.options([*how, "--eval", str(file), *arguments]))
-    return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
+@pytest.fixture
+def evaluated(small_run, tmp_path):
+    """-> a function: (records or a text, options) -> (summary, rows) of sample.py --eval on a tiny model."""
+
+    def evaluate(records, *arguments):
+        file = tmp_path / ("some.txt" if isinstance(records, str) else "bench.jsonl")
+        file.write_text(records) if isinstance(records, str) else data.write_jsonl(file, records)
+        outputs = ["--json", str(tmp_path / "s.json"), "--out", str(tmp_path / "o.jsonl")]
+        how = ["--run", small_run, "--device", "cpu", "--show", "0", *outputs]
+        sample.evaluate(sample.options([*how, "--eval", str(file), *arguments]))
+        return json.loads((tmp_path / "s.json").read_text()), list(data.read_jsonl(tmp_path / "o.jsonl"))
+
+    return evaluate
 
 
 ADDITION = {
@@ -3053,99 +3010,69 @@ ADDITION = {
 }
 
 
-def test_ranks_would_each_write_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", str(tmp_path), "--prompt", "x"])
-    with pytest.raises(SystemExit) as stop:
-        sample.main()
-    assert stop.value.code == 2 and "without torchrun" in capsys.readouterr().err
-
-
-def test_bits_per_byte_counts_each_token_once(tmp_path):
+def test_bits_per_byte_counts_each_token_once(small_run, evaluated):
     text = "It was — naïve.\n\n" * 40
-    summary, _ = evaluated(tmp_path, text, name="some.txt")
-    m, tokenizer = models.load(tmp_path / "run", "cpu")
-    ids = [tokenizer.eot] + tokenizer.encode(text)
-    nats = 0.0
-    for begin in range(0, len(ids) - 1, 256):
-        end = min(begin + 256, len(ids) - 1)
-        window = ids[max(0, end - 256) : end + 1]
-        scores = m(torch.tensor([window[:-1]]))[0].log_softmax(-1)
-        nats -= sum(scores[t - 1, window[t]].item() for t in range(len(window) - (end - begin), len(window)))
-    assert summary["bits per byte"] == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-5)
+    summary, _ = evaluated(text)
+    m, _ = models.load(small_run, "cpu")
+    ids = [BYTES.eot, *text.encode()]
+    bits = 0.0
+    for end in range(1, len(ids)):  # of the last window, only what is new counts
+        begin = max(0, len(ids) - 257) if end > (len(ids) - 1) // 256 * 256 else (end - 1) // 256 * 256
+        bits -= m(torch.tensor([ids[begin:end]]))[0, -1].log_softmax(-1)[ids[end]].item() / math.log(2)
+    assert summary["bits per byte"] == pytest.approx(bits / len(text.encode()), rel=1e-5)
     assert summary["tokens"] == len(ids) - 1
-    assert summary["token perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
+    assert summary["token perplexity"] == pytest.approx(2 ** (bits / (len(ids) - 1)), rel=1e-3)
 
 
-def test_samples_depend_on_their_problem_and_number_alone(tmp_path):
+def test_samples_depend_on_their_problem_and_number_alone(evaluated):
     problems = [{**ADDITION, "task_id": n, "k": n, "prompt": ADDITION["prompt"] + "#" * n} for n in range(3)]
-    how = [*"--temperature 1 --max-tokens 12 --samples 10".split()]
-    summary, rows = evaluated(tmp_path, problems, *how)
+    how = "--temperature 1 --max-tokens 12 --samples 10".split()
+    summary, rows = evaluated(problems, *how)
     assert [row["task_id"] for row in rows] == [n for n in range(3) for _ in range(10)]
     assert len({row["completion"] for row in rows[:10]}) > 5
     assert {"pass@1", "pass@10", "se"} <= {*summary} and [*summary["levels"]] == ["0", "1", "2"]
-    assert evaluated(tmp_path, problems[::-1], *how, "--batch-size", "7")[1][20:] == rows[:10]
-    assert evaluated(tmp_path, problems, *how, "--seed", "1")[1] != rows
+    assert summary["levels"]["1"]["problems"] == 1
+    assert evaluated(problems[::-1], *how, "--batch-size", "7")[1][20:] == rows[:10]
+    assert evaluated(problems, *how, "--seed", "1")[1] != rows
     assert summary["truncated"] == sum(row["truncated"] for row in rows) > 0
 
 
-def test_canonical_solutions_and_those_of_humaneval_plus(tmp_path):
+def test_canonical_solutions_and_those_of_humaneval_plus(evaluated):
     plus = {**ADDITION, "base_input": [[1, 2]], "plus_input": [[0.1, 0.2], [5, -5]], "atol": 1e-6}
-    del plus["test"]
-    problems = [
-        ADDITION,
-        plus,
-        {
-            **ADDITION,
-            "canonical_solution": "    return 3\n",
-            "test": ADDITION["test"] + "    assert f(2, 2) == 4\n",
-        },
-    ]
-    summary, rows = evaluated(tmp_path, problems, "--solutions", "canonical")
-    assert [row["passed"] for row in rows] == [True, True, False] and summary["pass@1"] == pytest.approx(
-        2 / 3
-    )
-    problem = sample.read_problems(str(tmp_path / "bench.jsonl"), 2)[1][1]
-    for answer, passed in {
-        "    return a + b + 1e-8": True,
-        "    return a + b + 1e-3": False,
-        "    return 3": False,
-    }.items():
-        assert judge(problem, answer).passed == passed, answer
+    del plus["test"]  # it is made of the inputs
+    wrong = {**ADDITION, "canonical_solution": "    return 4\n"}
+    summary, rows = evaluated([ADDITION, plus, wrong], "--solutions", "canonical")
+    assert [row["passed"] for row in rows] == [True, True, False]
+    assert summary["pass@1"] == pytest.approx(2 / 3)
+    _, (_, problem, _) = sample.read_problems(summary["file"], None)
+    for error in (1e-8, 1e-3):
+        assert judge(problem, f"    return a + b + {error}").passed == (error < 1e-6)
 
 
-def test_mbpp_is_asked_in_its_papers_form(tmp_path):
-    record = {
-        "text": "Add one.",
-        "code": "def inc(x):\n    return x + 1",
-        "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"],
-    }
-    records = [{**record, "task_id": n} for n in (2, 3, 4, 11, 12, 511)]
-    records[4]["code"] = "def inc(x):\n    return x"
-    summary, rows = evaluated(tmp_path, records, "--solutions", "canonical", "--shots", "2")
-    assert [row["task_id"] for row in rows] == [11, 12] and [row["passed"] for row in rows] == [True, False]
-    assert rows[0]["prompt"].count("[DONE]") == 2 and rows[0]["prompt"].endswith(
-        "assert inc(-1) == 0\n[BEGIN]\n"
-    )
-    assert "wrong answer" in rows[1]["reason"] and summary["problems"] == 2
+def test_mbpp_is_asked_in_its_papers_form(evaluated):
+    record = {"text": "Add one.", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"]}
+    codes = {n: "def inc(x):\n    return x + 1" for n in (2, 3, 4, 11, 12, 510, 511)}
+    codes[12] = "def inc(x):\n    return x"
+    records = [{**record, "task_id": n, "code": code} for n, code in codes.items()]
+    summary, rows = evaluated(records, "--solutions", "canonical", "--shots", "2")
+    assert {row["task_id"]: row["passed"] for row in rows} == {11: True, 12: False, 510: True}
+    assert rows[0]["prompt"].count("[DONE]") == 2
+    assert rows[0]["prompt"].endswith("assert inc(-1) == 0\n[BEGIN]\n")
+    assert "wrong answer" in rows[1]["reason"] and summary["problems"] == 3
 
 
-def test_chat_models_answer_in_a_code_block(tmp_path, monkeypatch):
+def test_chat_models_answer_in_a_code_block(evaluated, monkeypatch):
     asked = []
 
     def reply(args, model, tokenizer, requests_):
         for request in requests_:
             asked.append(tokenizer.decode(request.ids))
             request.text = "Sure:\n```python\ndef add(a, b):\n    return math.fsum([a, b])\n```\nDone."
-            request.finish_reason = "stop"
 
     monkeypatch.setattr(sample, "generate", reply)
-    summary, rows = evaluated(tmp_path, [ADDITION], "--chat", "--max-tokens", "20")
-    assert (
-        summary["passed"] == 1
-        and rows[0]["completion"].startswith("def add")
-        and rows[0]["prompt"] == "import math\n\n"
-    )
+    summary, rows = evaluated([ADDITION], "--chat", "--max-tokens", "20")
+    assert summary["passed"] == 1 and rows[0]["prompt"] == "import math\n\n"
+    assert rows[0]["completion"].startswith("def add")
     assert asked[0].startswith("<|user|>") and "def add(a, b):" in asked[0]
 
 
