@@ -7063,7 +7063,6 @@ def test_grow_refuses_in_one_line(source, text_dataset, capsys, monkeypatch, wor
 # ---------------------------------------------------------------------------------------------------------------------
 # align.py
 
-NAMES = ("phi3", "phi4", "llama", "gemma", "phi2")
 CHAT = [
     {"role": "system", "content": "Be brief <|end|>."},
     {"role": "user", "content": "What is 1 + 1?"},
@@ -7071,50 +7070,35 @@ CHAT = [
     {"role": "user", "content": "And 2 + 2? <|assistant|>"},
     {"role": "assistant", "content": "four <|end|>"},
 ]
+BYTES = Tokenizer.load("bytes")
+# special tokens of a family, and its end of a turn; phi-2 has none
+SPECIALS = {
+    "phi3": (list(BYTES.special), "<|end|>"),
+    "phi4": (["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"], "<|im_end|>"),
+    "llama": (
+        "<|end_of_text|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split(),
+        "<|eot_id|>",
+    ),
+    "gemma": (["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
+    "phi2": (["<|endoftext|>"], None),
+}
 
 
-def family(name):
-    base = Tokenizer.load("bytes")
-    special = {
-        "phi3": None,
-        "phi4": ["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"],
-        "llama": [
-            "<|end_of_text|>",
-            "<|begin_of_text|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|eot_id|>",
-        ],
-        "gemma": ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-        "phi2": ["<|endoftext|>"],
-    }[name]
-    if special is None:
-        return base
-    return Tokenizer(base.ranks, base.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SPECIALS)
 def test_masks_hold_assistants_words_and_the_end_token(name):
-    tokenizer = family(name)
+    special, end = SPECIALS[name]
+    tokenizer = Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
     chat = CHAT[1:] if name == "gemma" else CHAT
     ids, spans = align.render(tokenizer, chat)
     assert ids == tokenizer.render(chat, add_generation_prompt=False)
-    runs = [ids[start:end] for start, end in spans]
-    end = {"phi3": "<|end|>", "phi4": "<|im_end|>", "llama": "<|eot_id|>", "gemma": "<end_of_turn>"}.get(name)
-    strip = str.strip if name in ("llama", "gemma") else str
-    expected = [strip(m["content"]) for m in chat if m["role"] == "assistant"]
+    texts = [tokenizer.decode(ids[a:b]) for a, b in spans]
+    expected = {"phi2": [" " + "  two\n\n", " four <|end|>\n<|endoftext|>"]}.get(name)
     if end:
-        assert [tokenizer.decode(r[:-1]) for r in runs] == expected and all(
-            r[-1] == tokenizer.special[end] for r in runs
-        )
-        assert not any(
-            i in tokenizer.special.values() for r in runs for i in r[:-1]
-        )  # special tokens in content stay text
-    else:  # phi-2 has no token that ends a turn: its line break, and at the end the document's
-        assert [tokenizer.decode(r) for r in runs] == [
-            " " + expected[0] + "\n",
-            " " + expected[1] + "\n<|endoftext|>",
-        ]
+        words = ["two", "four <|end|>"] if name in ("llama", "gemma") else ["  two\n", "four <|end|>"]
+        expected = [text + end for text in words]
+        for a, b in spans:  # special tokens in content stay text
+            assert [i for i in ids[a:b] if i in tokenizer.special.values()] == [tokenizer.special[end]]
+    assert texts == expected
 
 
 def test_merged_line_break_is_learned():
@@ -7125,185 +7109,178 @@ def test_merged_line_break_is_learned():
     assert ids[start - 1] in (*tokenizer.special.values(), *tokenizer.encode("\n"))
 
 
-def task(folder, monkeypatch, kind, *more):
-    """What align.py hands to the loop: run, loader, loss_fn, validate. The current directory is the folder."""
-    monkeypatch.chdir(folder)
-    parts = []
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", lambda *given, **more: parts.append(given))
-        align.main([*command(kind)[2:], *more])
-    names = ("run", "loader", "loss_fn", "validate")
-    return SimpleNamespace(**dict(zip(names, parts[0])))
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def aligned(tmp_path_factory):
     """A tiny model of bytes in runs/init, chats, preferences and problems."""
     folder = tmp_path_factory.mktemp("align")
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.load("bytes")
-    models.save(tiny(vocab_size=320, max_seq_len=96), tokenizer, str(folder / "runs/init"))
+    models.save(tiny(vocab_size=320, max_seq_len=96), BYTES, str(folder / "runs/init"))
+    questions = [(f"say {word} {i}", word * (1 + i % 3)) for i in range(20) for word in ("ab", "cde", "f")]
     chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {word} {i}"},
-                {"role": "assistant", "content": word * (1 + i % 3)},
-            ]
-        }
-        for i in range(20)
-        for word in ("ab", "cde", "f")
+        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+        for ask, answer in questions
     ]
-    data.write_jsonl(folder / "chats.jsonl", chats)
-    pairs = [
-        {"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no" * (1 + i % 3)}
-        for i in range(48)
-    ]
+    pairs = [{"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no"} for i in range(48)]
     pairs += [{"messages": chat["messages"][:1], "chosen": "A", "rejected": "B"} for chat in chats[:16]]
-    data.write_jsonl(folder / "pairs.jsonl", pairs)
-    test = "def check(candidate):\n    assert candidate() == 1\n"
-    problem = {"prompt": "def f():", "entry_point": "f", "test": test}
-    data.write_jsonl(folder / "problems.jsonl", [problem, {"question": "1 + 1?", "answer": "two\n#### 2"}])
     # a comment may go on as it likes, but for some bytes: an untrained model solves this sometimes
-    data.write_jsonl(
-        folder / "comments.jsonl", [{**problem, "prompt": f"def f(): return 1  # {n}"} for n in "ab"]
-    )
+    comments = [{**CODE, "prompt": f"def f(): return 1  # {n}"} for n in "ab"]
+    for name, records in (
+        ("chats", chats),
+        ("pairs", pairs),
+        ("problems", [CODE, {"question": "1 + 1?", "answer": "two\n#### 2"}]),
+        ("comments", comments),
+    ):
+        data.write_jsonl(folder / f"{name}.jsonl", records)
     return folder
 
 
-def command(kind, *more, launcher=()):
-    given = {
-        "sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
-        "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
-        "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4",
-    }[kind]
-    loop = "--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --log-every 1 --save-every 2"
-    script = os.path.join(HERE, "align.py")
-    return [
-        sys.executable,
-        *launcher,
-        script,
-        kind,
-        *given.split(),
-        *loop.split(),
-        "--out",
-        "runs/captured",
-        *more,
-    ]
+@pytest.fixture
+def folder(aligned, monkeypatch):
+    monkeypatch.chdir(aligned)
+    return aligned
 
 
-def here(kind, *more):
-    """Run align.py in this process; the current directory is the folder."""
-    align.main(command(kind, *more)[2:])
+OPTIONS_OF = {
+    "sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
+    "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
+    "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4",
+}
+LOOP = "--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --save-every 2"
 
 
-def log(folder, run):
-    return [json.loads(line) for line in open(folder / run / "log.jsonl")]
+def words_of(kind, more=""):
+    return f"{kind} {OPTIONS_OF[kind]} {LOOP} --out runs/out {more}".split()
+
+
+def align_run(kind, more=""):
+    """Run align.py in this process -> its records of steps; the current directory is the folder."""
+    align.main(words_of(kind, more))
+    return align_log(words_of(kind, more)[-1])
+
+
+def align_log(run):
+    return [json.loads(line) for line in open(f"{run}/log.jsonl")]
+
+
+def task(monkeypatch, kind, more=""):
+    """What align.py hands to the loop: run, loader, loss_fn."""
+    parts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *given, **more: parts.extend(given))
+        align.main(words_of(kind, more))
+    return parts[:3]
+
+
+def judge(monkeypatch, reward):
+    """Rewards by the text alone."""
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(reward(text)) for text in texts])
+
+
+def chance(_, rng=np.random.default_rng(0)):
+    return rng.integers(0, 2)
 
 
 # ---- what leaves the loaders
 
 
+def learned(answer, tokenizer=BYTES):
+    return "".join(tokenizer.decode(answer.ids[start:end]) for start, end in answer.spans)
+
+
 def test_chats_as_they_leave_the_loader(folder, monkeypatch):
-    parts = task(folder, monkeypatch, "sft")
-    tokenizer = parts.run.tokenizer
-    seen = 0
+    run, loader, _ = task(monkeypatch, "sft")
+    num_rows = 0
     for _ in range(10):
-        batch = next(parts.loader)
+        batch = next(loader)
         assert batch.weight == sum((targets >= 0).sum() for _, targets, _ in batch.micro_batches)
         for tokens, targets, weights in batch.micro_batches:
-            for row, row_targets, weight in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
-                learned = [t for t, target in enumerate(row_targets) if target >= 0]
-                assert set(weight) == {1.0}
-                text = tokenizer.decode(row[: learned[-1] + 1] + [row_targets[learned[-1]]])
+            assert (weights[targets >= 0] == 1).all()
+            for row, row_targets in zip(tokens.tolist(), targets.tolist()):
+                places = [t for t, target in enumerate(row_targets) if target >= 0]
+                text = BYTES.decode(row[: places[-1] + 1] + [row_targets[places[-1]]])
                 answer = text.split("<|assistant|>\n")[1]
                 assert text.startswith("<|user|>") and answer.endswith("<|end|>")
-                assert tokenizer.decode([row_targets[t] for t in learned]) == answer
-                seen += 1
-    assert seen == 80  # more than an epoch
+                assert BYTES.decode([row_targets[t] for t in places]) == answer
+                num_rows += 1
+    assert num_rows == 80  # more than an epoch
+
+
+def test_every_epoch_has_its_own_order():
+    steps = [align.draw(range(7), step, 3, seed=0) for step in range(14)]
+    stream = [record for records in steps for record in records]
+    epochs = [tuple(stream[i : i + 7]) for i in range(0, 42, 7)]
+    assert len(set(epochs)) == 6 and all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert align.draw(range(7), 0, 3, seed=1) != steps[0] and len(align.draw(range(2), 5, 9, seed=0)) == 9
 
 
 def test_a_batch_with_nothing_to_learn_is_finite(folder, monkeypatch):
-    parts = task(folder, monkeypatch, "dpo")
-    loss, sums = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
-    assert loss.item() == 0 and sums.tolist() == [0] * 4
-    parts = task(folder, monkeypatch, "grpo")
-    loss, _ = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
-    loss.backward()
-    assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in parts.run.model.parameters())
+    for kind in ("dpo", "grpo"):
+        run, _, loss_fn = task(monkeypatch, kind)
+        loss, sums = loss_fn(run.model, *align.collate([], 4, 96))
+        loss.backward()
+        assert loss.item() == 0 and not sums.any()
+        assert all(p.grad.abs().max() == 0 for p in run.model.parameters())
 
 
 def test_pairs_and_answers_in_batches():
-    tokenizer = Tokenizer.load("bytes")
     record = {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""}
-    pair = align.read_preference(tokenizer, 99, record)
-    assert tokenizer.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
-    assert learned(tokenizer, pair[0]) == "\n    return 1\n<|endoftext|>"
-    chat = align.read_preference(tokenizer, 99, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
-    assert [learned(tokenizer, answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
-    assert align.read_preference(tokenizer, 5, record) is None
+    pair = align.read_preference(BYTES, 99, record)
+    assert BYTES.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
+    assert [learned(answer) for answer in pair] == ["\n    return 1\n<|endoftext|>", "\n<|endoftext|>"]
+    chat = align.read_preference(BYTES, 99, {"messages": CHAT[:4], "chosen": "yes", "rejected": "no"})
+    assert [learned(answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
+    assert align.read_preference(BYTES, len(pair[0].ids) - 1, record) == pair
+    assert align.read_preference(BYTES, len(pair[0].ids) - 2, record) is None
     answers = [pair[0]._replace(advantage=2.0), chat[0]]
-    tokens, targets, weights = align.collate(answers, 3, 75)
+    tokens, targets, weights = align.collate(answers, 3, 150)
     for row, answer in enumerate(answers):
         size = len(answer.ids)
         [(start, end)] = answer.spans
         assert tokens[row, :size].tolist() == answer.ids[:-1] + [0] and not tokens[row, size:].any()
-        assert targets[row].tolist() == [-1] * (start - 1) + answer.ids[start:end] + [-1] * (76 - end)
-    assert tokens.shape == (3, 75) and (targets[2] == -1).all() and weights[:, 0].tolist() == [2.0, 1.0, 0.0]
+        assert targets[row].tolist() == [-1] * (start - 1) + answer.ids[start:end] + [-1] * (151 - end)
+    assert (targets[2] == -1).all() and weights[:, 0].tolist() == [2.0, 1.0, 0.0]
 
 
 def test_equal_prompts_are_held_out_together():
-    tokenizer = Tokenizer.load("bytes")
-    for n in range(20):
+    def is_held_out(n, read, **answer):
+        question = [{"role": "user", "content": f"say {n}"}]
+        return align.is_held_out(read(BYTES, 99, {"messages": question, **answer}), 0.5)
+
+    splits = []
+    for n in range(200):
+        pairs = {is_held_out(n, align.read_preference, chosen="d", rejected=text) for text in "ef"}
         question = {"role": "user", "content": f"say {n}"}
-        rows = [
-            align.read_chat(tokenizer, 99, {"messages": [question, {"role": "assistant", "content": text}]})
-            for text in ("a", "bc")
-        ]
-        rows += [
-            align.read_preference(
-                tokenizer, 99, {"messages": [question], "chosen": "d", "rejected": rejected}
-            )
-            for rejected in "ef"
-        ]
-        assert len({align.is_held_out(row, 0.5) for row in rows}) == 1
-    rows = [
-        align.read_preference(tokenizer, 99, {"prompt": f"{n}", "chosen": "d", "rejected": "e"})
-        for n in range(400)
-    ]
-    assert 150 < sum(align.is_held_out(row, 0.5) for row in rows) < 250
-
-
-def learned(tokenizer, answer):
-    return "".join(tokenizer.decode(answer.ids[start:end]) for start, end in answer.spans)
+        answers = [{"role": "assistant", "content": text} for text in ("a", "bc")]
+        pairs |= {is_held_out(n, align.read_chat, messages=[question, answer]) for answer in answers}
+        assert len(pairs) == 1
+        splits += pairs
+    assert 70 < sum(splits) < 130
 
 
 def test_a_chat_is_cut_to_the_context():
-    tokenizer = Tokenizer.load("bytes")
-    (whole,) = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
+    chat = {"messages": CHAT[1:3]}
+    (whole,) = align.read_chat(BYTES, 99, chat)
     [(start, end)] = whole.spans
-    (cut,) = align.read_chat(tokenizer, end - 3, {"messages": CHAT[1:3]})
-    assert cut == (whole.ids[: end - 2], [(start, end - 2)], 1.0)
-    assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]}) is None
+    assert align.read_chat(BYTES, end - 3, chat) == [(whole.ids[: end - 2], [(start, end - 2)], 1.0)]
+    assert align.read_chat(BYTES, 8, chat) is None
 
 
 def test_rows_of_all_lengths_come_once_and_in_few_shapes():
     args = SimpleNamespace(context=90, micro_batch=2, max_rows=100)
     rows = [[align.Answer([1] + [n] * n, [(1, n + 1)])] for n in range(1, 91)]
     seen = []
-    counts = []
     for rank in range(2):
         loader = align.RowLoader(SimpleNamespace(args=args, rank=rank, world=2), None, len)
-        batch = loader.batch(rows[::-1])
-        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(10, 16), (4, 32), (2, 64), (2, 90)}
-        seen += [row[0] for _, targets, *_ in batch.micro_batches for row in targets.tolist() if row[0] >= 0]
-        counts.append(len(batch.micro_batches))
-    assert sorted(seen) == list(range(1, 91)) and counts[0] == counts[1]
+        micro_batches = loader.batch(rows[::-1]).micro_batches
+        shapes = Counter(tuple(tokens.shape) for tokens, *_ in micro_batches)
+        assert shapes == {(2, 90): 7, (2, 64): 8, (4, 32): 2, (10, 16): 1}
+        seen += [row[0] for _, targets, *_ in micro_batches for row in targets.tolist() if row[0] >= 0]
+    assert sorted(seen) == list(range(1, 91))
 
 
 # ---- losses
 
 
-def test_dpo_loss_by_hand():
+def test_losses_by_hand():
     policy = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[-1.5, -1.0], [-3.0, -3.0]], dtype=torch.float64)
     losses, rewards = align.dpo_loss(policy, reference, 0.5)
@@ -7314,12 +7291,8 @@ def test_dpo_loss_by_hand():
     losses.sum().backward()
     slopes = [-0.5 * (1 - s) for s in sigmoid]
     np.testing.assert_allclose(policy.grad.numpy(), [[slope, -slope] for slope in slopes], rtol=1e-12)
-
-
-def plain_log_probs(model, ids, start):
-    """Of one answer, alone in a batch."""
-    logits = model(torch.tensor([ids[:-1]]))[0].double()
-    return logits.log_softmax(-1)[range(start - 1, len(ids) - 1), ids[start:]]
+    advantages = align.group_advantages(torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 1]]))
+    assert advantages.tolist() == [[0.5, -0.5, -0.5, 0.5], [-0.25, -0.25, 0.75, -0.25], [0, 0, 0, 0]]
 
 
 PAIRS = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
@@ -7332,26 +7305,40 @@ def batch_of(answers, rows, advantages=(1.0,) * 4):
     return align.collate(answers, rows, 8)
 
 
-def test_log_probs_of_rows():
-    model = tiny(vocab_size=60)
-    scores = align.log_probs(model, *batch_of(PAIRS, 5)[:2])
-    for score, pair in zip(scores, PAIRS):
-        torch.testing.assert_close(score, plain_log_probs(model, *pair).sum().float(), rtol=1e-5, atol=1e-5)
-    assert len(scores) == 5 and scores[4] == 0
+def test_gradients_are_those_of_the_formulas_on_single_sequences(double):
+    def score(model, ids, start):
+        logits = model(torch.tensor([ids[:-1]]))[0]
+        return logits.log_softmax(-1)[range(start - 1, len(ids) - 1), ids[start:]].sum()
+
+    for kind, tolerance in (("dpo", 1e-9), ("grpo", 1e-6)):  # the weights of tokens are fp32
+        model, twin, reference = (tiny(vocab_size=60, seed=seed).double() for seed in (0, 0, 1))
+        if kind == "dpo":
+            loss, sums = align.preference_loss(reference, 0.3, model, *batch_of(PAIRS, 6))
+            a, b, c, d = (score(twin, *pair) - score(reference, *pair) for pair in PAIRS)
+            margins = 0.3 * torch.stack([a - b, c - d])
+            expected = -torch.nn.functional.logsigmoid(margins).sum()
+            assert abs(loss.item() - expected.item()) < 1e-9
+            rewards = [2, (margins > 0).sum(), margins.sum(), 0.3 * (a + c)]
+            np.testing.assert_allclose(sums.tolist(), [float(x) for x in rewards], rtol=1e-6)
+        else:
+            loss, _ = align.weighted_cross_entropy(model, *batch_of(ANSWERS, 4, ADVANTAGES))
+            expected = -sum(a * score(twin, *answer) for a, answer in zip(ADVANTAGES, ANSWERS))
+        loss.backward()
+        expected.backward()
+        for p, q in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
 
 
 def peer(tmp_path, trainer, **options):
-    """TRL's trainer over a tiny model of ours that transformers has opened, in fp32 on the CPU; and the same model here."""
+    """TRL's trainer over a tiny model of ours that transformers has opened; and the same model here."""
     import datasets
     import trl
     from transformers import PreTrainedTokenizerFast
 
-    model, tokenizer = tiny(vocab_size=320, max_seq_len=96), Tokenizer.load("bytes")
-    models.save(model, tokenizer, str(tmp_path / "model"))
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "model/tokenizer.json"),
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+    model = tiny(vocab_size=320, max_seq_len=96)
+    models.save(model, BYTES, str(tmp_path))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=f"{tmp_path}/tokenizer.json", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
     more = {}
     if trainer == "GRPO":
@@ -7367,69 +7354,52 @@ def peer(tmp_path, trainer, **options):
         **options,
     )
     dataset = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
-    made = getattr(trl, f"{trainer}Trainer")(
-        str(tmp_path / "model"), processing_class=theirs, train_dataset=dataset, args=config, **more
-    )
-    return made, model
+    make = getattr(trl, f"{trainer}Trainer")
+    return make(str(tmp_path), processing_class=tokenizer, train_dataset=dataset, args=config, **more), model
 
 
 def assert_same_gradients(ours, theirs):
     """Of the loss already backpropagated in both."""
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    ours_named = SimpleNamespace(
-        config=ours.config,
-        embed=ours.embed,
-        state_dict=lambda: {name: p.grad for name, p in ours.named_parameters()},
-    )
-    for name, tensor in models.to_hf(ours_named).items():
-        want = grads[name]
-        assert (tensor - want).abs().max() <= 1e-4 * want.abs().max() > 0, name
+    for p in ours.parameters():
+        p.data = p.grad
+    for name, tensor in models.to_hf(ours).items():
+        assert (tensor - grads[name]).abs().max() <= 1e-4 * grads[name].abs().max() > 0, name
+
+
+def padded(sequences, left=False):
+    """Token ids (n, longest) and their mask."""
+    side = "left" if left else "right"
+    rows = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), True, padding_side=side)
+    return rows, (rows > 0).long()
 
 
 @needs("trl", "datasets")
 def test_dpo_equals_trl(tmp_path):
     theirs, ours = peer(tmp_path, "DPO", beta=0.3)
-    chosen_first = [PAIRS[i] for i in (0, 2, 1, 3)]
-    tokens = torch.zeros(4, 6, dtype=torch.long)
-    attention, completion = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    for i, (ids, start) in enumerate(chosen_first):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-        attention[i, : len(ids)] = 1
-        completion[i, start : len(ids)] = 1
+    pairs = [PAIRS[i] for i in (0, 2, 1, 3)]  # the chosen ones first
+    tokens, mask = padded([ids for ids, _ in pairs])
+    starts = torch.tensor([start for _, start in pairs])[:, None]
+    completion = mask * (torch.arange(tokens.shape[1]) >= starts)
     reference = copy.deepcopy(ours)
     with torch.no_grad():  # away from the reference
         for p in [*theirs.model.parameters(), *ours.parameters()]:
             p.mul_(1.1)
-    inputs = {"input_ids": tokens, "attention_mask": attention, "completion_mask": completion}
+    inputs = {"input_ids": tokens, "attention_mask": mask, "completion_mask": completion}
     want = theirs.compute_loss(theirs.model, inputs)
     want.backward()
-    loss, _ = align.preference_loss(reference, 0.3, ours, *batch_of(PAIRS, 4))
-    (loss / 2).backward()
-    torch.testing.assert_close(loss / 2, want, rtol=1e-5, atol=1e-6)
+    loss = align.preference_loss(reference, 0.3, ours, *batch_of(PAIRS, 4))[0] / 2
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     assert_same_gradients(ours, theirs.model)
 
 
 @needs("trl", "datasets")
 def test_grpo_equals_trl(tmp_path):
-    trainer, ours = peer(
-        tmp_path,
-        "GRPO",
-        beta=0.0,
-        loss_type="bnpo",
-        max_completion_length=10,
-        num_generations=2,
-        temperature=1.0,
-    )
-    num_prompt = max(start for _, start in ANSWERS)
-    num_answer = max(len(ids) - start for ids, start in ANSWERS)
-    prompts, prompt_mask = torch.zeros(2, 3, num_prompt, dtype=torch.long)
-    completions, completion_mask = torch.zeros(2, 3, num_answer, dtype=torch.long)
-    for i, (ids, start) in enumerate(ANSWERS):  # prompts padded on the left, answers on the right
-        size = len(ids) - start
-        prompts[i, num_prompt - start :] = torch.tensor(ids[:start])
-        prompt_mask[i, num_prompt - start :] = 1
-        completions[i, :size] = torch.tensor(ids[start:])
-        completion_mask[i, :size] = 1
+    options = dict(beta=0.0, loss_type="bnpo", max_completion_length=10, num_generations=2, temperature=1.0)
+    trainer, ours = peer(tmp_path, "GRPO", **options)
+    prompts, prompt_mask = padded([ids[:start] for ids, start in ANSWERS], left=True)
+    completions, completion_mask = padded([ids[start:] for ids, start in ANSWERS])
     batch = {
         "prompt_ids": prompts,
         "prompt_mask": prompt_mask,
@@ -7439,124 +7409,111 @@ def test_grpo_equals_trl(tmp_path):
         "num_items_in_batch": completion_mask.sum(),
     }
     trainer.current_gradient_accumulation_steps = 1
-    want = trainer.compute_loss(trainer.model, batch)
-    want.backward()
+    trainer.compute_loss(trainer.model, batch).backward()
     loss, _ = align.weighted_cross_entropy(ours, *batch_of(ANSWERS, 4, ADVANTAGES))
     (loss / 9).backward()  # cross-entropy has another value than a ratio of 1, and the same gradient
     assert_same_gradients(ours, trainer.model)
 
 
-def assert_gradients_equal(model, twin, tolerance):
-    for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
-
-
-def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(double):
-    model, twin, reference = (tiny(vocab_size=60, seed=seed).double() for seed in (0, 0, 1))
-    loss, sums = align.preference_loss(reference, 0.3, model, *batch_of(PAIRS, 6))
-    loss.backward()
-    scores = [(plain_log_probs(twin, *pair) - plain_log_probs(reference, *pair)).sum() for pair in PAIRS]
-    margins = 0.3 * torch.stack([scores[0] - scores[1], scores[2] - scores[3]])
-    expected = -torch.nn.functional.logsigmoid(margins).sum()
-    expected.backward()
-    assert abs(loss.item() - expected.item()) < 1e-9 and sums[0] == 2
-    assert_gradients_equal(model, twin, 1e-9)
-
-
-def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(double):
-    model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
-    loss, _ = align.weighted_cross_entropy(model, *batch_of(ANSWERS, 4, ADVANTAGES))
-    loss.backward()
-    expected = -sum(a * plain_log_probs(twin, *answer).sum() for a, answer in zip(ADVANTAGES, ANSWERS))
-    expected.backward()
-    assert_gradients_equal(model, twin, 1e-6)  # the weights of tokens are fp32
-
-
 # ---- completions and rewards
+
+CODE = {
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+}
+
+
+def question(answer="#### 1", ask="?"):
+    return align.read_problem(BYTES, 99, {"question": ask, "answer": answer})
 
 
 def test_rewards_come_from_the_sandbox_and_cannot_be_forged():
-    problem = {
-        "prompt": "def f():",
-        "entry_point": "f",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    number = question("…\n#### 1,200")
+    texts = {
+        "\n    return 1\n": 1,
+        "\n    return 1\n\np": 1,
+        "\n    return 2\n": 0,
+        "\n    import os\n    os._exit(0)\n": 0,
+        "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n": 0,
+        "\n    raise SystemExit(0)\n": 0,
+        "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n": 0,
+        "x #### 1200": 1,
+        "#### 1,200.0 #### 7": 0,
+        "1200": 0,
+        "#### 1200 is $": 1,
     }
-    math_problem = align.read_problem(
-        Tokenizer.load("bytes"), 99, {"question": "?", "answer": "…\n#### 1,200"}
-    )
-    texts = [
-        "\n    return 1\n",
-        "\n    return 1\n\np",
-        "\n    return 2\n",
-        "\n    import os\n    os._exit(0)\n",
-        "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n",
-        "\n    raise SystemExit(0)\n",
-        "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n",
-        "x #### 1200",
-        "#### 1,200.0 #### 7",
-        "1200",
-        "#### 1200 is $",
-    ]
-    problems = [problem] * 7 + [math_problem] * 4
-    assert align.rewards(problems, texts) == [1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
+    problems = [align.read_problem(BYTES, 99, CODE) if "\n" in text else number for text in texts]
+    assert align.rewards(problems, list(texts)) == list(texts.values())
 
 
-class Script(torch.nn.Module):
-    """A model that says what it is told, token by token."""
+class Script:
+    """A model that says the tokens of answers(row, seed); of all, a to d are likely, and alike."""
+
+    device = "cpu"
 
     def __init__(self, answers):
-        super().__init__()
         self.answers = answers
 
+    def hidden(self, tokens):
+        return torch.zeros(*tokens.shape, 1)
+
+    def logits(self, states):
+        logits = torch.zeros(*states.shape[:-1], 261)
+        logits[..., [97, 98, 99, 100]] = 9.0
+        return logits
+
     def generate(self, prompts, max_new_tokens, temperature, seed, stream):
-        assert temperature == 1 and len(prompts) == len(seed) <= len(self.answers)
-        for row in range(len(prompts)):
-            for token in self.answers[row][:max_new_tokens]:
+        assert temperature == 1 and len(prompts) == len(seed)
+        for row, row_seed in enumerate(seed):
+            for token in itertools.islice(self.answers(row, row_seed), max_new_tokens):
                 if stream(row, token):
                     break
 
 
 def test_answers_are_cut_and_keep_their_end_token(monkeypatch):
-    tokenizer = Tokenizer.load("bytes")
-    code = align.read_problem(
-        tokenizer, 99, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"}
-    )
-    assert tokenizer.decode(code["ids"]) == "def f():"
-    chat = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
-
-    def rollout(answers, problems, begun=(), **args):
-        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
-        return align.rollout(Script(answers), tokenizer, problems, range(len(problems)), args, begun)
-
+    code = align.read_problem(BYTES, 99, CODE)
+    chat = question()
+    assert BYTES.decode(code["ids"]) == "def f():"
     monkeypatch.setattr(align, "rewards", lambda problems, texts: texts)
+
+    def rollout(says, problems, begun="", **args):
+        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
+        script = Script(lambda row, _: BYTES.encode(says[row % len(says)]) + [BYTES.eot])
+        begun = BYTES.encode(begun.removesuffix("<eot>")) + [BYTES.eot] * begun.endswith("<eot>")
+        answers, texts = align.rollout(script, BYTES, problems, range(len(problems)), args, begun)
+        return list(map(BYTES.decode, answers)), texts
+
     says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
-    says_ids = [tokenizer.encode(text) + [tokenizer.eot] for text in says]
-    answers, texts = rollout(says_ids, [code, code, chat, chat])
-    assert [tokenizer.decode(ids) for ids in answers] == [
-        "\n    return 1\n\np",
-        "\n    return 1\n<|endoftext|>",
-        "a\nb\nc<|endoftext|>",
-        says[3],
-    ]
-    assert texts == ["\n    return 1\n\np", "\n    return 1\n", "a\nb\nc", says[3]]
-    assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == texts[:1] * 3
+    cut = ["\n    return 1\n\np", *says[1:]]
+    ended = [cut[0], *(text + "<|endoftext|>" for text in cut[1:3]), cut[3]]
+    assert rollout(says, [code, code, chat, chat]) == (ended, cut)
+    assert rollout(says[:1], [code] * 3, batch_size=1)[1] == cut[:1] * 3
     for begun, text in (
-        (tokenizer.encode("\n    return 1"), "\n    return 10\nx"),
-        (answers[1], "\n    return 1\n"),
-        (answers[0], "\n    return 1\n\np"),
+        ("\n    return 1", "\n    return 10\nx"),
+        (says[1] + "<eot>", says[1]),
+        (cut[0], cut[0]),
     ):
-        assert rollout([tokenizer.encode("0\nx")], [code], begun, max_tokens=50)[1] == [text]
+        assert rollout(["0\nx"], [code], begun, max_tokens=50)[1] == [text]
     for room in (0, 4):
-        answers, _ = rollout([[65] * 99], [chat], max_tokens=50, context=len(chat["ids"]) + room)
-        assert answers == [[65] * room]
+        args = dict(max_tokens=50, context=len(chat["ids"]) + room)
+        assert rollout(["A" * 99], [chat], **args) == (["A" * room], ["A" * room])
 
 
-def test_grpo_survives_a_prompt_that_fills_the_context(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    long = {"prompt": "#" * 96, "entry_point": "f", "test": "def check(candidate):\n    assert candidate()"}
-    data.write_jsonl("full.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}, long])
-    here(*"grpo --data full.jsonl --steps 1 --out runs/full".split())
-    assert "1 problems" in capsys.readouterr().out
+def test_what_is_drawn_depends_on_seed_prompt_and_number():
+    drawn = []
+    script = Script(lambda row, seed: drawn.append(seed) or [BYTES.eot])
+    a, b = question(), question(ask="!")
+    for numbers, seed, size in (((0, 1, 0), 0, 3), ((0, 1, 0), 0, 1), ((0, 1, 0), 1, 3)):
+        args = SimpleNamespace(context=1000, max_tokens=20, batch_size=size, seed=seed)
+        align.rollout(script, BYTES, [a, a, b], numbers, args)
+    assert drawn[:3] == drawn[3:6] and len(set(drawn)) == 6
+
+
+def test_grpo_survives_a_prompt_that_fills_the_context(folder, capsys):
+    data.write_jsonl("full.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}, {**CODE, "prompt": "#" * 96}])
+    align_run("grpo", "--data full.jsonl --steps 1 --out runs/full")
+    assert "1 problems, 1 too long" in capsys.readouterr().out
 
 
 def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
@@ -7569,45 +7526,40 @@ def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
     assert align.rollout_model(model, torch.float32).generate([[1, 2]], 5) == model.generate([[1, 2]], 5)
 
 
-def test_grpo_learns_to_say_one_byte(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float("e" in text) for text in texts])
-    here(
-        *"grpo --steps 20 --lr 0.03 --out runs/byte --num-generations 8 --max-tokens 6".split(),
-    )
-    passed = [r["pass@1"] for r in log(folder, "runs/byte") if "loss" in r]
-    assert np.mean(passed[-5:]) > np.mean(passed[:5]) + 0.4 and np.mean(passed[-5:]) > 0.8, passed
+def test_grpo_learns_to_say_one_byte(folder, monkeypatch):
+    judge(monkeypatch, lambda text: "e" in text)
+    more = "--steps 20 --lr 0.03 --num-generations 8 --max-tokens 6 --out runs/byte"
+    passed = [r["pass@1"] for r in align_run("grpo", more) if "loss" in r]
+    assert np.mean(passed[-5:]) > max(0.8, np.mean(passed[:5]) + 0.4), passed
 
 
-def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: [1.0] * len(texts))
-    before = weights_of(folder, "runs/init")
-    here(*"grpo --steps 3 --weight-decay 0.1 --out runs/equal".split())
-    after = weights_of(folder, "runs/equal")
+def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch):
+    judge(monkeypatch, lambda text: True)
+    records = align_run("grpo", "--steps 3 --weight-decay 0.1 --out runs/equal")
+    assert all(r["dropped"] == 1 and r["loss"] == 0 for r in records if "loss" in r)
+    before, after = (weights_of(folder, name) for name in ("runs/init", "runs/equal"))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(r["dropped"] == 1 and r["loss"] == 0 for r in log(folder, "runs/equal") if "loss" in r)
 
 
 def test_grpo_rows_train_the_end_token(folder, monkeypatch):
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(
-        align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist()
-    )
-    parts = task(folder, monkeypatch, "grpo", "--max-tokens", "30", "--num-generations", "8")
-    eot = parts.run.tokenizer.eot
+    judge(monkeypatch, chance)
+    run, loader, _ = task(monkeypatch, "grpo", "--max-tokens 30 --num-generations 8")
     with torch.no_grad():
-        parts.run.model.lm_head.weight[eot] *= 3
-    batch = next(parts.loader)
-    assert parts.loader.state_dict() == {"step": 1} and batch.weight > 32
+        run.model.lm_head.weight[BYTES.eot] *= 3
+    batch, again = next(loader), next(loader)
+    assert loader.state_dict() == {"step": 2} and batch.weight > 32
     ends = total = 0
     for _, targets, weights in batch.micro_batches:
         total += weights[:, 0].sum().item()
-        for row_targets in targets:
-            taught = row_targets[row_targets >= 0].tolist()
-            ends += taught[-1:] == [eot]
-            assert eot not in taught[:-1]
+        for row in targets.tolist():
+            taught = [token for token in row if token >= 0]
+            ends += taught[-1:] == [BYTES.eot]
+            assert BYTES.eot not in taught[:-1]
     assert ends and abs(total) < 1e-5
+    first, second = (
+        {tuple(row) for _, rows, _ in drawn.micro_batches for row in rows.tolist()} for drawn in (batch, again)
+    )
+    assert len(first & second) < len(first) / 2  # other answers at the next step
 
 
 # ---- pivotal tokens
@@ -7615,78 +7567,55 @@ def test_grpo_rows_train_the_end_token(folder, monkeypatch):
 
 def test_subdivide_finds_the_planted_tokens():
     tokens = list(range(100, 130))
-    calls = []
+    calls = set()
 
     def success(prefix):
-        calls.append(len(prefix))
+        calls.add(len(prefix))
         return 0.4 + 0.5 * (112 in prefix) - 0.3 * (125 in prefix) + 0.05 * (103 in prefix)
 
-    found = list(align.subdivide(success, tokens, [-1.0] * 30, 0.2))
-    assert [position for position, _ in found] == [12, 25]
-    assert found[0][1] > 0.45 and found[1][1] < -0.25 and len(set(calls)) < 25
-    assert not list(align.subdivide(lambda prefix: 0.5, tokens, [-1.0] * 30, 0.2))
+    flat = [-1.0] * 30
+    (a, gain), (b, loss) = align.subdivide(success, tokens, flat, 0.2)
+    assert (a, b) == (12, 25) and gain > 0.45 and loss < -0.25 and len(calls) < 25
+    assert not list(align.subdivide(lambda prefix: 0.5, tokens, flat, 0.2))
     assert not list(align.subdivide(success, [], [], 0.2))
-    log_probs = [-0.001] * 12 + [-9.0] + [-0.001] * 17
-    assert [position for position, _ in align.subdivide(success, tokens, log_probs, 0.2)] == [12, 25]
+    calls.clear()
+    peaked = [-0.001] * 12 + [-9.0] + [-0.001] * 17
+    assert [place for place, _ in align.subdivide(success, tokens, peaked, 0.2)] == [12, 25]
+    assert {12, 13} <= calls and len(calls) < 12  # cut at the costly token first
 
 
-class Decider(torch.nn.Module):
-    """Says two letters of a to d, all equally likely."""
+def pivots(problem, more=""):
+    def letters(row, seed):
+        return iter(np.random.default_rng(seed).integers(97, 101, 9).tolist())
 
-    device = "cpu"
-    config = SimpleNamespace(vocab_size=261)
-
-    def hidden(self, tokens):
-        return torch.zeros(*tokens.shape, 1)
-
-    def logits(self, states):
-        logits = torch.zeros(*states.shape[:-1], 261)
-        logits[..., [97, 98, 99, 100]] = 9.0
-        return logits
-
-    def generate(self, prompts, max_new_tokens, temperature, seed, stream):
-        for row, row_seed in enumerate(seed):
-            rng = np.random.default_rng(row_seed)
-            while not stream(row, int(rng.integers(97, 101))):
-                pass
-
-
-def search(problem, *more):
-    args = align.parse_options([*"pivotal --data x --out y --max-tokens 2".split(), *more])
+    args = align.parse_options(f"pivotal --data x --out y --max-tokens 2 {more}".split())
     args.context = 64
-    return list(align.pivotal_pairs(Decider(), Tokenizer.load("bytes"), problem, args))
+    return list(align.pivotal_pairs(Script(letters), BYTES, problem, args))
 
 
 def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
-    tokenizer = Tokenizer.load("bytes")
-    problem = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(text[0] == "b") for text in texts])
-    found = search(problem, "--samples", "20")
+    judge(monkeypatch, lambda text: text[0] == "b")
+    problem = question()
+    found = pivots(problem, "--samples 20")
     assert found and {record["chosen"] for record in found} == {"b"}
     assert {record["rejected"] for record in found} <= set("acd")
     assert all(record["ids"]["prompt"] == problem["ids"] and record["odds"] == [1.0, 0.0] for record in found)
-    chosen, rejected = align.read_preference(tokenizer, 99, json.loads(json.dumps(found[0])))
-    assert learned(tokenizer, chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
+    chosen, rejected = align.read_preference(BYTES, 99, json.loads(json.dumps(found[0])))
+    assert learned(chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
     with pytest.raises(ValueError, match="another tokenizer"):
         align.read_preference(small_tokenizer(), 99, found[0])
+    judge(monkeypatch, lambda text: text == "bb")  # solved once in 16 times: left alone
+    assert not pivots(problem, "--samples 40 --gap 0.1")
 
 
 def test_luck_writes_no_pivotal_pairs(monkeypatch):
     """Rewards that no token has an effect on: of a hundred problems, at most one may give a pair."""
-    tokenizer = Tokenizer.load("bytes")
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(
-        align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist()
-    )
-    problems = [
-        align.read_problem(tokenizer, 99, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)
-    ]
-    assert sum(bool(search(problem)) for problem in problems) <= 1
+    judge(monkeypatch, chance)
+    assert sum(bool(pivots(question(ask=f"{i}?"))) for i in range(100)) <= 1
 
 
-def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(tmp_path, monkeypatch):
-    models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
-    data.write_jsonl(tmp_path / "p.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
+def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(folder, monkeypatch):
+    data.write_jsonl("three.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
     calls = []
 
     def pivotal_pairs(model, tokenizer, problem, args):
@@ -7696,136 +7625,114 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
         yield {"ids": problem["ids"]}
 
     monkeypatch.setattr(align, "pivotal_pairs", pivotal_pairs)
-    paths = {"--init": tmp_path / "run", "--data": tmp_path / "p.jsonl", "--out": tmp_path / "o.jsonl"}
-    args = align.parse_options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
-    align.pivotal(args)
-    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
-    with pytest.raises(KeyboardInterrupt):
-        align.pivotal(args)
-    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
-    assert len((tmp_path / "o.jsonl.partial").read_text().splitlines()) == 1
+    words = "pivotal --init runs/init --data three.jsonl --out o.jsonl".split()
+    align.main(words)
+    with pytest.raises(SystemExit) as stop:
+        align.main(words)
+    assert stop.value.code == 130 and len(list(data.read_jsonl("o.jsonl"))) == 3
+    assert len(open("o.jsonl.partial").readlines()) == 1
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", [])])
-def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    if kind == "grpo":  # by the text alone, so that a resumed run judges alike
-        monkeypatch.setattr(
-            align, "rewards", lambda problems, texts: [float(len(text) % 2) for text in texts]
-        )
-    here(kind, "--out", f"runs/{kind}-whole", *more)
-    cut = [kind, "--out", f"runs/{kind}-cut", *more]
+def without_times(records):
+    timing = ("seconds", "tokens_per_second", "mfu")
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+
+
+@pytest.mark.parametrize("kind", OPTIONS_OF)
+def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, capsys):
+    judge(monkeypatch, lambda text: len(text) % 2)  # by the text alone: a resumed run judges alike
+    whole, cut = (f"runs/{kind}-{which}" for which in ("whole", "cut"))
+    expected = without_times(align_run(kind, f"--out {whole}"))
     if kind == "sft":
-        process = subprocess.Popen(command(*cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list((folder / f"runs/{kind}-cut").glob("state-*")):
+        command = [sys.executable, f"{HERE}/align.py", *words_of(kind, f"--out {cut}")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not glob.glob(f"{cut}/state-*"):
             assert process.poll() is None
             time.sleep(0.002)
         process.kill()
         process.wait()
     else:
-        with monkeypatch.context() as patch:
-            write = train.write_model
+        write = train.write_model
 
-            def die(*arguments):
-                write(*arguments)
-                raise KeyboardInterrupt
+        def die(*given):
+            write(*given)
+            raise KeyboardInterrupt
 
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):  # after step 2
             patch.setattr(train, "write_model", die)
-            with pytest.raises(SystemExit):  # after step 2
-                here(*cut)
+            align_run(kind, f"--out {cut}")
     capsys.readouterr()
-    here(*cut)
+    assert without_times(align_run(kind, f"--out {cut}")) == expected
     assert "going on from step" in capsys.readouterr().out
-    a, b = (weights_of(folder, f"runs/{kind}-{which}") for which in ("whole", "cut"))
+    a, b = (weights_of(folder, run) for run in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    timing = ("seconds", "tokens_per_second", "mfu")
-    same = [
-        [
-            {k: v for k, v in record.items() if k not in timing}
-            for record in log(folder, f"runs/{kind}-{which}")
-        ]
-        for which in ("whole", "cut")
-    ]
-    assert same[0] == same[1]
-    records = [record for record in same[0] if "loss" in record]
-    first, last = records[0], records[-1]
+    first, *_, last = [record for record in expected if "loss" in record]
     if kind == "dpo":
         assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5
         assert last["margin"] > 0 and last["accuracy"] > 0.6
     if kind == "sft":
-        assert last["loss"] < first["loss"] and any("val" in record for record in same[0])
+        assert last["loss"] < first["loss"] and any("val" in record for record in expected)
 
 
-@pytest.mark.parametrize(
-    "kind, more", [("sft", []), ("dpo", []), ("grpo", []), ("dpo", ["--fsdp"]), ("grpo", ["--fsdp"])]
-)
-def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
-    monkeypatch.chdir(folder)
-    name = f"runs/{kind}-{len(more)}"
-    more = [
-        *("--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4").split(),
-        *more,
-    ]
-    here(kind, "--out", name + "-one", *more)
-    words = command(kind, "--out", name + "-two", "--micro-tokens", "192", *more, launcher=TWO)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("more", ["sft", "dpo", "grpo", "dpo --fsdp", "grpo --fsdp"])
+def test_two_ranks_equal_one(folder, more):
+    kind, *fsdp = more.split()
+    name = f"runs/{kind}{len(fsdp)}"
+    words = "--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4"
+    one = align_run(kind, f"{words} --out {name}-one")
+    command = [sys.executable, *TWO, f"{HERE}/align.py"]
+    command += words_of(kind, f"{words} --micro-tokens 192 {' '.join(fsdp)} --out {name}-two")
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, two = ([r for r in log(folder, name + which) if "loss" in r] for which in ("-one", "-two"))
-    assert kind != "grpo" or all(r["dropped"] < 1 and r["loss"] != 0 for r in one)
-    for key in ("loss", "margin", "accuracy", "pass@1", "length"):
-        if key in one[0]:
-            np.testing.assert_allclose(
-                [r[key] for r in one], [r[key] for r in two], rtol=1e-3, atol=1e-5, err_msg=key
-            )
-
-
-def assert_align_refuses(arguments, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        align.main(arguments)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+    two = align_log(f"{name}-two")
+    assert kind != "grpo" or all(r["dropped"] < 1 and r["loss"] != 0 for r in one if "loss" in r)
+    assert kind == "grpo" or any("val" in record for record in one)
+    for ours, theirs in zip(one, two, strict=True):
+        for key in {"loss", "margin", "accuracy", "pass@1", "length", "val"} & ours.keys():
+            values = [list(r[key].values())[0] if key == "val" else r[key] for r in (ours, theirs)]
+            values = [[x for x in np.atleast_1d(value) if x is not None] for value in values]
+            np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize(
-    "kind, lines, words",
+    "words, record, error",
     [
-        (
-            "sft",
-            ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'],
-            "message 1",
-        ),
-        ("sft", ['{"messages": "hello"}'], "record 1"),
-        ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "nothing is left"),
-        ("sft", ["{"], "bad.jsonl:1"),
-        ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"),
-        ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "nothing is left"),
-        ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'),
-        ("grpo", ['{"prompt": "a"}'], "KeyError('entry_point')"),
+        ("sft", {"messages": [CHAT[1], {"role": "bot", "content": "b"}]}, "message 1"),
+        ("sft", {"messages": "hello"}, "record 1"),
+        ("sft", {"messages": [{"role": "user", "content": "a"}]}, "nothing is left"),
+        ("sft", "{", "bad.jsonl:1"),
+        ("dpo", {"prompt": "a", "chosen": "b"}, "record 1"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "nothing is left"),
+        ("grpo", {"question": "a", "answer": "b"}, '"#### "'),
+        ("grpo", {"prompt": "a"}, "KeyError('entry_point')"),
+        ("dpo --init runs/none", {}, "no model at runs/none"),
+        ("dpo --data none.jsonl", {}, "none.jsonl"),
+        ("sft --sped 3", {}, "--sped"),
+        ("grpo --num-generations 1", {}, "--num-generations"),
+        ("", {}, "sft"),
     ],
 )
-def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
-    monkeypatch.chdir(folder)
-    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
-    assert_align_refuses([kind, *"--init runs/init --data bad.jsonl --out runs/bad".split()], words, capsys)
-    assert not (folder / "runs/bad").exists()
+def test_align_refuses_in_one_line(folder, capsys, words, record, error):
+    with open("bad.jsonl", "w") as file:
+        file.write(record if record == "{" else json.dumps(record))
+    kind, *more = words.split() or [""]
+    with pytest.raises(SystemExit) as stop:
+        align.main([kind, *"--init runs/init --data bad.jsonl --out runs/bad".split(), *more] if kind else [])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and error in err and err.count("\n") == 1
+    assert not os.path.exists("runs/bad")
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("dpo --init runs/none --data pairs.jsonl --out runs/x", "no model at runs/none"),
-        ("dpo --init runs/init --data none.jsonl --out runs/x", "none.jsonl"),
-        ("dpo", "--data"),
-        ("sft --data x --out y --sped 3", "--sped"),
-        ("", "sft"),
-    ],
-)
-def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(folder)
-    assert_align_refuses(arguments.split(), words, capsys)
+def test_a_run_goes_on_only_with_its_own_data_and_options(folder, capsys):
+    records = list(data.read_jsonl("pairs.jsonl"))
+    for more, num_records, word in (("", 50, ""), ("--beta 0.2", 50, "beta"), ("", 40, "made anew")):
+        data.write_jsonl("own.jsonl", records[:num_records])
+        with pytest.raises(SystemExit) if word else contextlib.nullcontext():
+            align_run("dpo", f"--steps 2 --data own.jsonl {more} --out runs/own")
+        assert word in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
