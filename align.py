@@ -75,16 +75,17 @@ def render(tokenizer, messages):
         if message["role"] == "assistant":
             before = tokenizer.render(messages[:n])
             through = tokenizer.render(messages[:n + 1], add_generation_prompt=False)
-            start, end = (len(os.path.commonprefix([ids, part])) for part in (before, through))
+            start = len(os.path.commonprefix([ids, before]))
+            end = len(os.path.commonprefix([ids, through]))
             ends = [i + 1 for i in range(start, end) if ids[i] in tokenizer.stops]
             spans.append((start, min(ends, default=end)))
     return ids, spans
 
 
 def prompt_ids(tokenizer, text):
-    """Of a text to be continued. White space at its end belongs to the answer: a line break and the
-    indentation after it are one token."""
-    return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
+    """Of a text to be continued, without white space at its end: that belongs to the answer, as a line break
+    and the indentation after it are one token."""
+    return tokenizer.bos + tokenizer.encode(text) or [tokenizer.eot]
 
 
 def read_chat(tokenizer, context, record):
@@ -275,10 +276,10 @@ def rewards(problems, texts):
     """1.0 for each text whose function passes its problem's tests in synth.py's sandbox, or whose final
     answer is the problem's, else 0.0."""
     passed = [final_answer(text) == problem.get("answer") for problem, text in zip(problems, texts)]
-    programs = [i for i, problem in enumerate(problems) if "test" in problem]
-    code = [(problems[i], re.split(r"\n(?=\S)", texts[i])[0]) for i in programs]
+    coded = [i for i, problem in enumerate(problems) if "test" in problem]
+    programs = [(problems[i], re.split(r"\n(?=\S)", texts[i])[0]) for i in coded]
     workers = max(1, data.n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    for i, verdict in zip(programs, synth.judge_all(code, workers=workers)):
+    for i, verdict in zip(coded, synth.judge_all(programs, workers=workers)):
         passed[i] = verdict.passed
     return list(map(float, passed))
 
@@ -414,14 +415,13 @@ def grpo(args):
     metrics = {}
 
     def next_rows(step):
-        drawn = draw(problems, step, args.prompts, args.seed)
-        drawn = [problem for problem in drawn for _ in range(args.num_generations)]
+        drawn = np.repeat(draw(problems, step, args.prompts, args.seed), args.num_generations)
 
         # each rank answers some of the problems; which does not change what is drawn
         mine = train.shard_range(num_answers, run.rank, run.world)
         numbers = [step * num_answers + i for i in mine]
         model = rollout_model(run.model, dtype)
-        solved = rollout(model, tokenizer, [drawn[i] for i in mine], numbers, args)
+        solved = rollout(model, tokenizer, drawn[mine.start:mine.stop], numbers, args)
         answers, passed = (sum(parts, []) for parts in zip(*train.gather_objects(solved)))
 
         advantages = group_advantages(torch.tensor(passed).view(args.prompts, -1)).flatten().tolist()
@@ -469,9 +469,8 @@ def subdivide(success, tokens, log_probs, gap):
 @torch.no_grad()
 def answer_log_probs(model, prompt, answer):
     """Of all tokens at each place of the answer, (N, vocab_size)."""
-    ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-    states = model.hidden(ids)[0, len(prompt) - 1:]
-    return model.logits(states).log_softmax(-1).cpu()
+    states = model.hidden(torch.tensor([prompt + answer[:-1]], device=model.device))
+    return model.logits(states[0, len(prompt) - 1:]).log_softmax(-1).cpu()
 
 
 def pivotal_pairs(model, tokenizer, problem, args):
@@ -500,8 +499,7 @@ def pivotal_pairs(model, tokenizer, problem, args):
         for position, change in subdivide(success, tuple(answer), costs.tolist(), args.gap):
             begun = tuple(answer[:position])
             token = answer[position]
-            likeliest = log_probs[position].topk(4).indices.tolist()
-            others = [other for other in likeliest if other != token][:3]
+            others = set(log_probs[position].topk(4).indices.tolist()) - {token}
             other = min(others, key=lambda other: change * success((*begun, other)))
             pair = (token, other) if change > 0 else (other, token)
             odds = [mean(sample((*begun, side), confirm)[1]) for side in pair]
@@ -514,7 +512,8 @@ def pivotal_pairs(model, tokenizer, problem, args):
 def pivotal(args):
     _, tokenizer, problems, _ = open_data(args, read_problem)
     device = torch.device(models.default_device())
-    model, _ = models.load(args.init, device, train.choose_dtype(device, "auto")[0])
+    dtype, _ = train.choose_dtype(device, "auto")
+    model, _ = models.load(args.init, device, dtype)
     pairs = {}
     finished = False
     try:
