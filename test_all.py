@@ -7557,7 +7557,8 @@ def test_grpo_rows_train_the_end_token(folder, monkeypatch):
             assert BYTES.eot not in taught[:-1]
     assert ends and abs(total) < 1e-5
     first, second = (
-        {tuple(row) for _, rows, _ in drawn.micro_batches for row in rows.tolist()} for drawn in (batch, again)
+        {tuple(row) for _, rows, _ in drawn.micro_batches for row in rows.tolist()}
+        for drawn in (batch, again)
     )
     assert len(first & second) < len(first) / 2  # other answers at the next step
 
