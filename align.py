@@ -61,11 +61,6 @@ def is_held_out(row, fraction):
     return hash_of(answer.ids[:start]) < fraction * 2**48
 
 
-def common_prefix(a, b):
-    """Length of the common beginning of two lists. Example: common_prefix([1, 2, 3], [1, 2, 4]) == 2"""
-    return len(os.path.commonprefix([a, b]))
-
-
 def render(tokenizer, messages):
     """Chat -> (ids in the family's template, spans): (start, end) of each assistant's message with its end
     token.
@@ -78,17 +73,19 @@ def render(tokenizer, messages):
     spans = []
     for n, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = common_prefix(ids, tokenizer.render(messages[:n]))
-            end = common_prefix(ids, tokenizer.render(messages[:n + 1], add_generation_prompt=False))
+            before = tokenizer.render(messages[:n])
+            through = tokenizer.render(messages[:n + 1], add_generation_prompt=False)
+            start = len(os.path.commonprefix([ids, before]))
+            end = len(os.path.commonprefix([ids, through]))
             ends = [i + 1 for i in range(start, end) if ids[i] in tokenizer.stops]
             spans.append((start, min(ends, default=end)))
     return ids, spans
 
 
 def prompt_ids(tokenizer, text):
-    """Of a text to be continued. White space at its end belongs to the answer: a line break and the
-    indentation after it are one token."""
-    return tokenizer.bos + tokenizer.encode(text.rstrip()) or [tokenizer.eot]
+    """Of a text to be continued, without white space at its end: that belongs to the answer, as a line break
+    and the indentation after it are one token."""
+    return tokenizer.bos + tokenizer.encode(text) or [tokenizer.eot]
 
 
 def read_chat(tokenizer, context, record):
@@ -111,18 +108,18 @@ def read_preference(tokenizer, context, record):
     for side in ("chosen", "rejected"):
         if "messages" in record:
             answer = {"role": "assistant", "content": record[side]}
-            ids, spans = render(tokenizer, [*record["messages"], answer])
-            row.append(Answer(ids, spans[-1:]))
-            continue
-        if "ids" in record:
+            ids, (*_, span) = render(tokenizer, [*record["messages"], answer])
+        elif "ids" in record:
             prompt = record["ids"]["prompt"]
             ids = prompt + record["ids"][side]
+            span = len(prompt), len(ids)
         else:
             text = record["prompt"].rstrip()
             prompt = prompt_ids(tokenizer, text)
             rest = (record["prompt"] + record[side])[len(text):]
             ids = prompt + tokenizer.encode(rest) + [tokenizer.eot]
-        row.append(Answer(ids, [(len(prompt), len(ids))]))
+            span = len(prompt), len(ids)
+        row.append(Answer(ids, [span]))
     return row if row[0] != row[1] and longest(row) <= context else None
 
 
@@ -278,17 +275,13 @@ def rollout(model, tokenizer, problems, numbers, args, begun=()):
 def rewards(problems, texts):
     """1.0 for each text whose function passes its problem's tests in synth.py's sandbox, or whose final
     answer is the problem's, else 0.0."""
-    code = [(problem, re.split(r"\n(?=\S)", text)[0])
-            for problem, text in zip(problems, texts) if "test" in problem]
+    passed = [final_answer(text) == problem.get("answer") for problem, text in zip(problems, texts)]
+    coded = [i for i, problem in enumerate(problems) if "test" in problem]
+    programs = [(problems[i], re.split(r"\n(?=\S)", texts[i])[0]) for i in coded]
     workers = max(1, data.n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    verdicts = iter(synth.judge_all(code, workers=workers))
-    passed = []
-    for problem, text in zip(problems, texts):
-        if "test" in problem:
-            passed.append(float(next(verdicts).passed))
-        else:
-            passed.append(float(final_answer(text) == problem["answer"]))
-    return passed
+    for i, verdict in zip(coded, synth.judge_all(programs, workers=workers)):
+        passed[i] = verdict.passed
+    return list(map(float, passed))
 
 
 def rollout_model(model, dtype):
@@ -326,10 +319,12 @@ def setup(args, config, tokenizer, num_rows, contents, width=1):
 
 def draw(records, step, count, seed):
     """The records of a step: `count` of an endless stream, shuffled anew each epoch."""
-    size = len(records)
-    epoch, start = divmod(step * count, size)
-    orders = [np.random.default_rng([seed, epoch + n]).permutation(size) for n in range(2 + count // size)]
-    return [records[i] for i in np.concatenate(orders)[start:start + count]]
+    @functools.cache
+    def order(epoch):
+        return np.random.default_rng([seed, epoch]).permutation(len(records))
+
+    places = [divmod(place, len(records)) for place in range(step * count, (step + 1) * count)]
+    return [records[order(epoch)[i]] for epoch, i in places]
 
 
 def count_targets(rows):
@@ -420,14 +415,13 @@ def grpo(args):
     metrics = {}
 
     def next_rows(step):
-        drawn = draw(problems, step, args.prompts, args.seed)
-        drawn = [problem for problem in drawn for _ in range(args.num_generations)]
+        drawn = np.repeat(draw(problems, step, args.prompts, args.seed), args.num_generations)
 
         # each rank answers some of the problems; which does not change what is drawn
         mine = train.shard_range(num_answers, run.rank, run.world)
         numbers = [step * num_answers + i for i in mine]
         model = rollout_model(run.model, dtype)
-        solved = rollout(model, tokenizer, [drawn[i] for i in mine], numbers, args)
+        solved = rollout(model, tokenizer, drawn[mine.start:mine.stop], numbers, args)
         answers, passed = (sum(parts, []) for parts in zip(*data.all_gather(solved)))
 
         advantages = group_advantages(torch.tensor(passed).view(args.prompts, -1)).flatten().tolist()
@@ -475,9 +469,8 @@ def subdivide(success, tokens, log_probs, gap):
 @torch.no_grad()
 def answer_log_probs(model, prompt, answer):
     """Of all tokens at each place of the answer, (N, vocab_size)."""
-    ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-    states = model.hidden(ids)[0, len(prompt) - 1:]
-    return model.logits(states).log_softmax(-1).cpu()
+    states = model.hidden(torch.tensor([prompt + answer[:-1]], device=model.device))
+    return model.logits(states[0, len(prompt) - 1:]).log_softmax(-1).cpu()
 
 
 def pivotal_pairs(model, tokenizer, problem, args):
@@ -506,8 +499,7 @@ def pivotal_pairs(model, tokenizer, problem, args):
         for position, change in subdivide(success, tuple(answer), costs.tolist(), args.gap):
             begun = tuple(answer[:position])
             token = answer[position]
-            likeliest = log_probs[position].topk(4).indices.tolist()
-            others = [other for other in likeliest if other != token][:3]
+            others = set(log_probs[position].topk(4).indices.tolist()) - {token}
             other = min(others, key=lambda other: change * success((*begun, other)))
             pair = (token, other) if change > 0 else (other, token)
             odds = [mean(sample((*begun, side), confirm)[1]) for side in pair]
@@ -520,7 +512,8 @@ def pivotal_pairs(model, tokenizer, problem, args):
 def pivotal(args):
     _, tokenizer, problems, _ = open_data(args, read_problem)
     device = torch.device(models.default_device())
-    model, _ = models.load(args.init, device, train.choose_dtype(device, "auto")[0])
+    dtype, _ = train.choose_dtype(device, "auto")
+    model, _ = models.load(args.init, device, dtype)
     pairs = {}
     finished = False
     try:
@@ -538,69 +531,58 @@ def pivotal(args):
 # The command
 
 
-KINDS = {
-    "sft": (finetune, "learn from chats"),
-    "dpo": (finetune, "learn from preferences"),
-    "grpo": (grpo, "learn from rewards"),
-    "pivotal": (pivotal, "write preferences between the single tokens that decide")}
-
-
-# In whose -h a block stands, its title and its options
-OPTIONS = {
-    "sft dpo grpo pivotal": """
+COMMON = """
 data and run
 --init DIR  runs/phi  run, directory or hub name to start from
 --context N  2048  tokens of a prompt with its answer, at most --init's
-""",
-    "sft dpo": """
+"""
+FINETUNING = COMMON + """
 steps
 --batch N  32  chats or pairs a step, over all processes
 --epochs X  1.0  passes over the data, without --steps
 --steps N  -  optimizer steps
 --held-out SHARE  0.05  of the data, to validate on
 --val-every N  100  steps between validations
-""",
-    "dpo": """
-preferences
---beta X  0.1  how strongly --init is held on to
-""",
-    "grpo pivotal": """
+""" + train.LOOP_OPTIONS
+SAMPLING = COMMON + """
 answers
 --max-tokens N  256  of an answer at most
 --batch-size N  64  answers generated at once
-""",
-    "grpo": """
+"""
+KINDS = {
+    "sft": (finetune, "learn from chats", FINETUNING),
+    "dpo": (finetune, "learn from preferences", FINETUNING + """
+preferences
+--beta X  0.1  how strongly --init is held on to
+"""),
+    "grpo": (grpo, "learn from rewards", SAMPLING + """
 steps
 --steps N  100  optimizer steps
 --prompts N  16  problems sampled for a step
 --num-generations ANSWERS  8  answers to each problem
-""",
-    "pivotal": """
+""" + train.LOOP_OPTIONS),
+    "pivotal": (pivotal, "write preferences between the single tokens that decide", SAMPLING + """
 search
 --samples N  16  answers that a chance of success is estimated from
 --gap SHARE  0.2  by how much a pivotal token moves it
 --seed N  0  of the sampling
-""",
-    "sft dpo grpo": train.LOOP_OPTIONS}
+""")}
 
 
 def parse_options(arguments=None):
     parser = data.Parser(prog="align.py", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
-    for kind, (_, about) in KINDS.items():
+    for kind, (_, about, table) in KINDS.items():
         sub = kinds.add_parser(kind, help=about, usage=f"align.py {kind} --data FILE --out DIR [options]",
                                description=f"{about}; see align.py -h")
         sub.add_argument("--data", nargs="+", metavar="FILE", required=True,
                          help="chats, preferences or problems, .jsonl or .jsonl.gz")
         sub.add_argument("--out", required=True, metavar="DIR", help="what to write")
-        for wanted, table in OPTIONS.items():
-            if kind in wanted.split():
-                sub.table(table, ANSWERS=data.number(int, 2))
+        sub.table(table, ANSWERS=data.number(int, 2))
         sub.set_defaults(
-            optimizer="adamw", lr="2e-5" if kind == "sft" else "1e-6", weight_decay=0.0, warmup=0.1,
-            warmdown_frac=0.9, final_lr=0.0, save_every=100, log_every=1, continue_from=None)
-    kinds.choices["sft"].set_defaults(epochs=3.0)
-    kinds.choices["grpo"].set_defaults(val_every=100)
+            optimizer="adamw", lr=1e-6, weight_decay=0.0, warmup=0.1, warmdown_frac=0.9, final_lr=0.0,
+            save_every=100, log_every=1, val_every=100, continue_from=None)
+    kinds.choices["sft"].set_defaults(lr=2e-5, epochs=3.0)
     return parser.parse_args(arguments)
 
 

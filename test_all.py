@@ -6606,56 +6606,89 @@ def double():
         yield
 
 
+PHI3SMALL = dict(
+    model_type="phi3small",
+    tie_embeddings=True,
+    n_layer=4,
+    n_head=4,
+    embedding_multiplier=10.0,
+    attention_multiplier=1.0,
+    logit_divisor=8.0,
+    dense_every=2,
+    sparse_block=4,
+    sparse_local=2,
+    sparse_stride=4,
+    dummy_tokens=[7, 9],
+)
 FORMS = {
-    "phi": dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, tie_embeddings=False),
+    "phi": dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5),
     "phi gqa tied": dict(model_type="phi", partial_rotary_factor=0.5, tie_embeddings=True),
-    "phi3": dict(model_type="phi3"),
-    "phi3 tied partial": dict(model_type="phi3", partial_rotary_factor=0.75, tie_embeddings=True),
+    "phi3": {},
+    "phi3 tied partial": dict(partial_rotary_factor=0.75, tie_embeddings=True),
     "phi3 longrope": dict(
-        model_type="phi3",
-        original_max_seq_len=32,
-        short_factor=[1.0, 1.1, 1.2, 1.3],
-        long_factor=[1.0, 2.0, 3.5, 4.0],
+        original_max_seq_len=32, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.5, 4.0]
     ),
-    "phi3small": dict(
-        model_type="phi3small",
-        tie_embeddings=True,
-        n_layer=3,
-        n_head=4,
-        embedding_multiplier=10.0,
-        attention_multiplier=1.0,
-        logit_divisor=8.0,
-        dense_every=2,
-        sparse_block=4,
-        sparse_local=2,
-        sparse_stride=4,
-        dummy_tokens=[7, 9],
-    ),
+    "phi3small": PHI3SMALL,
     "llama": dict(model_type="llama"),
     "llama head size": dict(model_type="llama", head_size=10, n_kv_head=3),
     "gemma": dict(model_type="gemma", tie_embeddings=True, n_kv_head=1, norm_eps=1e-6),
-    "gemma untied": dict(model_type="gemma", tie_embeddings=False, n_kv_head=1, norm_eps=1e-3),
+    "gemma untied": dict(model_type="gemma", n_kv_head=1, norm_eps=1e-3),
 }
-AXES = {
-    "twice": dict(d_model=96),
-    "three times": dict(d_model=144),
-    "five quarters": dict(d_model=60),
-    "deeper": dict(n_layer=5),
-    "one layer": dict(n_layer=4),
-    "d_ff": dict(d_ff=100),
-    "d_ff times": dict(d_ff=192),
-    "vocabulary": dict(vocab_size=333),
-    "all": dict(d_model=96, n_layer=5, d_ff=200, vocab_size=320),
-    "all padded": dict(d_model=72, n_layer=4, d_ff=80, vocab_size=310),
-}
+TARGETS = (
+    dict(d_model=96),
+    dict(d_model=144),
+    dict(d_model=60),
+    dict(n_layer=5),
+    dict(n_layer=6),
+    dict(d_ff=100),
+    dict(vocab_size=333),
+    dict(d_model=96, n_layer=5, d_ff=200, vocab_size=320),
+    dict(d_model=72, n_head=9, n_kv_head=9, n_layer=5, d_ff=80, vocab_size=310),
+)
+PADDED = dict(d_model=72, n_head=6, n_kv_head=3)  # of phi3small, whose heads stay 12 wide
+MULTI_HEAD = dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5)
+HEADS = (  # source and target
+    (dict(n_head=4, n_kv_head=1), dict(n_kv_head=2)),
+    (dict(n_head=4, n_kv_head=1), dict(n_kv_head=4)),
+    ({}, dict(n_kv_head=6)),
+    ({}, dict(d_model=96, n_head=12, n_kv_head=2)),
+    ({}, dict(d_model=96, n_head=12, n_kv_head=3)),
+    ({}, dict(d_model=96, n_head=12, n_kv_head=12)),
+    ({}, dict(d_model=96, n_head=6)),
+    (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)),
+    (dict(n_head=4), dict(d_model=72, n_head=6, n_kv_head=2)),
+    (MULTI_HEAD, dict(d_model=80)),
+    (MULTI_HEAD, dict(d_model=60, n_head=4)),
+    ({**MULTI_HEAD, "n_kv_head": 2}, dict(d_model=64, n_head=4)),
+    (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
+    (dict(model_type="phi", **MULTI_HEAD), dict(d_model=60, n_head=4, d_ff=240)),  # as phi-1.5 -> phi-2
+    (FORMS["llama"], dict(n_head=9, n_kv_head=3)),
+    (FORMS["llama"], dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
+    (FORMS["gemma"], dict(n_head=7, n_kv_head=1)),
+    (PHI3SMALL, dict(d_model=96, n_head=8, n_kv_head=2)),
+    (PHI3SMALL, dict(d_model=192)),
+    (PHI3SMALL, dict(n_kv_head=4)),
+    (PHI3SMALL, {**PADDED, "n_layer": 5, "d_ff": 80}),
+    ({**PHI3SMALL, "n_head": 6}, dict(d_model=96)),
+)
+
+
+def growths():
+    for form, target in itertools.product(FORMS, TARGETS):
+        is_padded = target.get("d_model", 48) % 48 > 0
+        if not (form == "phi3small" and is_padded):
+            yield FORMS[form], target
+    yield from HEADS
 
 
 def difference(a, b, length=60):
+    """Between the logits of two models in fp64, as a share of the largest."""
     x = torch.randint(a.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         want, got = a(x), b(x)[..., : a.config.vocab_size]
-    assert want.dtype == got.dtype == torch.float64 and want[want > -math.inf].std() > 0.05
-    return ((want - got)[want > -math.inf].abs().max() / want[want > -math.inf].abs().max()).item()
+    seen = want > -math.inf
+    assert want.dtype == got.dtype == torch.float64 and want[seen].std() > 0.05
+    return ((want - got)[seen].abs().max() / want[seen].abs().max()).item()
 
 
 def spiked(seed=0, **change):
@@ -6669,256 +6702,119 @@ def spiked(seed=0, **change):
     return m
 
 
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("form", FORMS)
-def test_exact(double, form, axis):
-    source = spiked(**FORMS[form])
-    before = {name: p.clone() for name, p in source.state_dict().items()}
-    target = dict(AXES[axis])
-    if axis == "all padded" and form.startswith("phi3small"):
-        target["d_model"] = 60  # 5 heads on 2 would not do; see below
-    if "d_model" in target and target["d_model"] % 48:
-        if source.config.model_type == "phi3small":
-            target |= dict(d_model=72, n_head=6, n_kv_head=3)  # 48/4 = 72/6
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            large = grow.grow(source, **target)
-        except ValueError as error:
-            assert source.config.model_type == "phi3small" and "blocksparse" in str(error), error
-            pytest.skip(str(error))
-    for name, value in target.items():
-        assert getattr(large.config, name) == value
-    assert difference(source, large) < 1e-12
-    assert all(torch.equal(p, before[name]) for name, p in source.state_dict().items())
-    assert not {p.data_ptr() for p in source.parameters()} & {p.data_ptr() for p in large.parameters()}
-    assert sum(p.numel() for p in large.parameters()) == large.config.num_parameters() and all(
-        p.requires_grad for p in large.parameters()
-    )
-
-
-@pytest.mark.parametrize(
-    "change,target",
-    [
-        (dict(n_head=4, n_kv_head=1), dict(n_kv_head=2)),
-        (dict(n_head=4, n_kv_head=1), dict(n_kv_head=4)),
-        (dict(n_head=6, n_kv_head=2), dict(n_kv_head=6)),
-        (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=2)),
-        (dict(n_head=6, n_kv_head=2), dict(d_model=96, n_head=12, n_kv_head=12)),
-        (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)),
-        (dict(n_head=4, n_kv_head=2), dict(d_model=72, n_head=6, n_kv_head=2)),
-        (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=80)),
-        (dict(n_head=4, n_kv_head=4, partial_rotary_factor=0.5), dict(d_model=60, n_head=4)),
-        (dict(n_head=4, n_kv_head=2, partial_rotary_factor=0.5), dict(d_model=64, n_head=4)),
-        (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
-        (
-            dict(model_type="phi", n_head=4, n_kv_head=4, partial_rotary_factor=0.5),
-            dict(d_model=60, n_head=4, d_ff=240),
-        ),  # as 2048 -> 2560, heads 64 -> 80
-        (dict(model_type="llama"), dict(n_head=9, n_kv_head=3)),
-        (dict(model_type="gemma", n_kv_head=1, tie_embeddings=True), dict(n_head=7, n_kv_head=1)),
-        (
-            dict(model_type="llama"),
-            dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301),
-        ),
-        (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=2)),
-        (FORMS["phi3small"], dict(d_model=96, n_head=8, n_kv_head=4)),
-        ({**FORMS["phi3small"], "n_head": 6}, dict(d_model=96)),
-        ({}, dict(d_model=96, n_head=12, n_kv_head=3)),
-        ({}, dict(d_model=96, n_head=6)),
-        (FORMS["phi3small"], dict(d_model=192)),
-        (FORMS["phi3small"], dict(n_kv_head=4)),
-    ],
-)
-def test_exact_heads(double, change, target):
+@pytest.mark.parametrize("change, target", list(growths()))
+def test_growth_is_exact(double, change, target):
     source = spiked(**change)
+    before = copy.deepcopy(source.state_dict())
     large = grow.grow(source, **target)
     assert all(getattr(large.config, name) == value for name, value in target.items())
     assert difference(source, large) < 1e-12
+    assert all(torch.equal(p, before[name]) for name, p in source.state_dict().items())
+    assert not {p.data_ptr() for p in source.parameters()} & {p.data_ptr() for p in large.parameters()}
+    assert all(p.requires_grad for p in large.parameters())
 
 
-def test_a_tied_output_layer_keeps_its_final_norm_under_mup():
-    """phi-3-small's divisor of the logits is a width; other tied models read both copies, so their norm is halved."""
-    for form, factor in (("phi3small", 1.0), ("phi3 tied partial", 0.5)):
-        source = tiny(**FORMS[form])
-        large = grow.grow(source, d_model=96)
-        assert large.config.logit_divisor == source.config.logit_divisor * 2 * factor
-        assert torch.equal(large.model.norm.weight, source.model.norm.weight.repeat(2) * factor)
-
-
-def test_the_check_can_fail(double):
+def test_other_growth_is_not_exact(double):
     source = spiked()
-    many = spiked(n_kv_head=6)
-    assert difference(source, grow.grow(source, "tile", d_model=96)) > 1e-3
-    assert difference(source, grow.grow(source, "tile", n_layer=4)) > 1e-3
-    with pytest.warns(UserWarning, match="averaged"):
-        assert difference(many, grow.grow(many, n_kv_head=2)) > 1e-3
+    for method, target in (("tile", dict(d_model=96)), ("tile", dict(n_layer=4)), ("wr", dict(d_model=96))):
+        assert difference(source, grow.grow(source, method, **target)) > 1e-3
 
 
-def test_growing_is_exact_in_fp32_too():
-    for form in FORMS:
-        torch.manual_seed(1)
-        source = Model(Config(**{**TINY, **FORMS[form]})).eval()
-        large = grow.grow(source, d_model=96, n_layer=4)
-        x = torch.randint(300, (2, 60))
-        eager, got = source(x), large(x)
-        with in_double():
-            exact = source.double()(x)
-        alive = exact > -math.inf
-        assert_as_exact(got[alive], eager[alive], exact[alive], large.config.d_ff, form)
+@pytest.mark.parametrize("form", FORMS)
+def test_growth_is_exact_in_fp32_and_in_files(tmp_path, form):
+    source = Model(Config(**{**TINY, **FORMS[form]})).eval()
+    large = grow.grow(source, d_model=96, n_layer=4, vocab_size=320)
+    x = torch.randint(300, (2, 60))
+    eager, got = source(x), large(x)[..., :300]
+    models.save(large, None, tmp_path)
+    again, _ = models.load(tmp_path, "cpu")
+    assert torch.equal(again(x)[..., :300], got)
+    with in_double():
+        exact = source.double()(x)
+    alive = exact > -math.inf
+    assert_as_exact(got[alive], eager[alive], exact[alive], large.config.d_ff, form)
 
 
-def test_clones_receive_different_gradients():
+def test_copies_receive_different_gradients():
     x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
-    for form in ("phi", "phi3", "phi3small", "gemma"):
-        source = tiny(**FORMS[form])
-        for noise in (10.0, math.inf):
-            large = grow.grow(source, d_model=96, noise=noise)
-            total, count = large(x[:, :-1], targets=x[:, 1:])
-            (total / count).backward()
-            H, f = source.config.n_head * source.config.head_dim, source.config.d_ff
-            for name, p in large.named_parameters():
-                if p.grad is None:
-                    continue
-                pairs = [p.grad[:, :48], p.grad[:, 48:]] if name == "model.embed_tokens.weight" else None
-                if name.endswith(("o_proj.weight", "down_proj.weight", "norm.weight")):
-                    pairs = p.grad[:48], p.grad[48:]
-                if name.endswith("qkv_proj.weight"):
-                    pairs = p.grad[:H], p.grad[H : 2 * H]
-                if name.endswith("gate_up_proj.weight"):
-                    pairs = p.grad[:f], p.grad[f : 2 * f]
-                last = source.config.tie_embeddings and name.startswith(
-                    ("model.norm.", f"model.layers.{source.config.n_layer - 1}.")
-                )
-                if pairs is not None and not (
-                    last and not name.endswith(("qkv_proj.weight", "gate_up_proj.weight"))
-                ):
-                    # a tied output layer cannot carry noise, so what only it reads separates with the embedding's first step
-                    gap = ((pairs[0] - pairs[1]).norm() / pairs[0].norm()).item()
-                    assert gap > 0.01 if noise == 10.0 else gap < 1e-3, (form, name, noise, gap)
-    for name, p in grow.grow(tiny(), n_layer=4).named_parameters():
-        assert torch.isfinite(p).all()
+    for form, (noise, is_same) in itertools.product(
+        ("phi", "phi3", "phi3small", "gemma"), ((10.0, False), (math.inf, True))
+    ):
+        large = grow.grow(tiny(**FORMS[form]), d_model=96, noise=noise)
+        large(x[:, :-1], targets=x[:, 1:])[0].backward()
+        block = large.model.layers[0]
+        weights = block.self_attn.o_proj.weight, block.mlp.down_proj.weight, large.model.embed_tokens.weight.T
+        grads = [large.model.embed_tokens.weight.grad.T, *(weight.grad for weight in weights[:2])]
+        for grad in grads:
+            a, b = grad.chunk(2)
+            gap = (a - b).norm() / a.norm()
+            assert gap < 1e-3 if is_same else gap > 0.01, (form, noise, gap)
 
 
 def test_grown_models_learn_in_every_part():
-    """Padding, new layers and clones move within two steps."""
+    """Padding, new layers and copies move within three steps."""
     x = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(1))
-    for change, target in (
-        (
-            dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5),
-            dict(d_model=60, n_head=6, n_layer=4),
-        ),
-        (dict(), dict(d_model=72, n_layer=3)),
-        (dict(), dict(d_model=96, n_layer=4)),
+    for form, target in (
+        ("phi", dict(d_model=60, n_head=6, n_layer=4)),
+        ("phi3", dict(d_model=72, n_layer=3)),
+        ("phi3", dict(d_model=96, n_layer=4)),
     ):
-        large = grow.grow(tiny(**change), **target).train()
-        start = {name: p.detach().clone() for name, p in large.named_parameters()}
-        optimizer = torch.optim.SGD(large.parameters(), lr=0.1)
+        large = grow.grow(tiny(**FORMS[form]), **target)
+        start = copy.deepcopy(large.state_dict())
+        optimizer = torch.optim.SGD(large.parameters(), lr=1e-4)
         for _ in range(3):
-            total, count = large(x[:, :-1], targets=x[:, 1:])
             optimizer.zero_grad()
-            (total / count).backward()
+            large(x[:, :-1], targets=x[:, 1:])[0].backward()
             optimizer.step()
         for name, p in large.named_parameters():
-            if p.dim() == 2 and name != "model.embed_tokens.weight":
-                moved = (p - start[name]).abs().amax(1)
-                assert (moved > 0).float().mean() > 0.95, (name, (moved > 0).float().mean())
+            if p.dim() == 2 and "embed" not in name:
+                assert (p != start[name]).any(1).float().mean() > 0.95, name
 
 
 def test_depth_maps():
     config = Config(**TINY)
-    assert grow.layer_sources(config, 4, False) == [(0, False), (0, False), (1, False), (1, False)]
     assert grow.layer_sources(config, 4, True) == [(0, False), (0, True), (1, False), (1, True)]
-    sparse = Config(**{**TINY, "n_layer": 4, "dense_every": 2})
-    for n in range(4, 13):
-        kept = [(i, s) for i, (s, new) in enumerate(grow.layer_sources(sparse, n, True)) if not new]
-        assert [s for _, s in kept] == [0, 1, 2, 3] and all((i - s) % 2 == 0 for i, s in kept)
-        assert [s for s, _ in grow.layer_sources(Config(**{**TINY, "n_layer": 24}), 32, False)] == [
-            min(23, round(i / 32 * 24)) for i in range(32)
-        ]
+    deep = grow.layer_sources(dataclasses.replace(config, n_layer=24), 32, False)
+    assert deep == [(min(23, round(i / 32 * 24)), False) for i in range(32)]
+    for period, new in itertools.product((1, 2), range(4, 13)):
+        sparse = dataclasses.replace(config, n_layer=4, dense_every=period)
+        kept = [(i, layer) for i, (layer, new) in enumerate(grow.layer_sources(sparse, new, True)) if not new]
+        assert [layer for _, layer in kept] == [0, 1, 2, 3]
+        assert all((i - layer) % period == 0 for i, layer in kept)
+
+
+def parts_of(model):
+    """{(name, number): matrix or vector}: those of a fused one each by itself."""
+    for name, tensor in model.named_parameters():
+        parts = 3 if "qkv_proj" in name else 1 + ("gate_up" in name)
+        for number, part in enumerate(models.split_rows(model.config, tensor, parts)):
+            yield (name, number), part
 
 
 def test_wr_and_tile():
     source = tiny()
     target = dict(d_model=96, n_layer=4, d_ff=100, vocab_size=310)
     wr, tile = (grow.grow(source, method, **target) for method in ("wr", "tile"))
+    old = dict(parts_of(source))
     for m in (wr, tile):
-        assert (m.config.d_model, m.config.n_head, m.config.n_kv_head, m.config.d_ff) == (96, 12, 4, 100)
-        assert torch.isfinite(m(torch.randint(310, (1, 9)))).all()
-    for m in (wr, tile):
-        assert torch.equal(
-            m.model.embed_tokens.weight[:300, :48], source.model.embed_tokens.weight
-        ) and torch.equal(m.lm_head.weight[:300, :48], source.lm_head.weight)
-        for i, block in enumerate(m.model.layers):
-            old = source.model.layers[i // 2]
-            for part, (a, b) in zip(
-                old.self_attn.qkv_proj.weight.split([48, 16, 16]), ((0, 48), (96, 112), (128, 144))
-            ):
-                assert torch.equal(block.self_attn.qkv_proj.weight[a:b, :48], part)
-            assert torch.equal(
-                block.self_attn.o_proj.weight[:48, :48], old.self_attn.o_proj.weight
-            ) and torch.equal(block.mlp.down_proj.weight[:48, :64], old.mlp.down_proj.weight)
-            assert torch.equal(
-                block.mlp.gate_up_proj.weight[:64, :48], old.mlp.gate_up_proj.weight[:64]
-            ) and torch.equal(block.mlp.gate_up_proj.weight[100:164, :48], old.mlp.gate_up_proj.weight[64:])
-            assert torch.equal(block.input_layernorm.weight[:48], old.input_layernorm.weight)
-    assert torch.equal(
-        tile.model.layers[0].self_attn.qkv_proj.weight[:96],
-        source.model.layers[0].self_attn.qkv_proj.weight[:48].repeat(2, 2),
+        assert (m.config.n_head, m.config.n_kv_head, m.config.d_ff) == (12, 4, 100)
+        for (name, number), part in parts_of(m):
+            name = re.sub(r"\d+", lambda layer: str(int(layer[0]) // 2), name)
+            corner = old[name, number]
+            assert torch.equal(part[tuple(map(slice, corner.shape))], corner), name
+    names = "self_attn.qkv_proj", "mlp.down_proj"
+    (queries, down), (new_queries, new_down) = (
+        [m.get_parameter(f"model.layers.0.{name}.weight")[: m.config.d_model] for name in names]
+        for m in (source, tile)
     )
-    assert torch.equal(
-        tile.model.layers[0].mlp.down_proj.weight,
-        torch.cat(
-            [
-                source.model.layers[0].mlp.down_proj.weight,
-                source.model.layers[0].mlp.down_proj.weight[:, :36],
-            ],
-            1,
-        ).repeat(2, 1),
-    )
-    assert (
-        not torch.equal(
-            wr.model.layers[0].self_attn.qkv_proj.weight[48:96, 48:],
-            source.model.layers[0].self_attn.qkv_proj.weight[:48],
-        )
-        and wr.model.layers[0].self_attn.qkv_proj.weight[48:96].std() > 0.05
-    )
-    again = grow.grow(source, "wr", **target)
-    assert all(torch.equal(a, b) for a, b in zip(wr.parameters(), again.parameters()))
+    assert torch.equal(new_queries, queries.repeat(2, 2))
+    assert torch.equal(new_down, torch.cat([down, down[:, :36]], 1).repeat(2, 1))
+    for (name, _), part in parts_of(wr):
+        if part.dim() == 2:
+            rest = part[part.shape[0] * 31 // 32 :, 48:]  # new tokens are near the mean
+            assert rest.std() > 0.02 and len(rest.unique()) > rest.numel() // 2, name
+    assert all(map(torch.equal, wr.parameters(), grow.grow(source, "wr", **target).parameters()))
     assert not torch.equal(wr.lm_head.weight, grow.grow(source, "wr", seed=1, **target).lm_head.weight)
-    with pytest.raises(ValueError, match="exact, tile, wr"):
-        grow.grow(source, "random", **target)
-
-
-def test_key_value_heads_averaged_and_repeated():
-    source = tiny(n_kv_head=6)
-    assert {
-        name: getattr(grow.target_config(source.config, d_model=96), name)
-        for name in ("n_head", "n_kv_head", "d_ff")
-    } == dict(n_head=12, n_kv_head=12, d_ff=128)
-    with pytest.warns(UserWarning, match="averaged"):
-        small = grow.grow(source, n_kv_head=2)
-    k = source.model.layers[0].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48).mean(1).flatten(0, 1)
-    assert torch.allclose(small.model.layers[0].self_attn.qkv_proj.weight[48:64], k) and torch.equal(
-        small.model.layers[0].self_attn.qkv_proj.weight[:48],
-        source.model.layers[0].self_attn.qkv_proj.weight[:48],
-    )
-    back = grow.grow(small, n_kv_head=6)
-    phi = tiny(**FORMS["phi"])
-    with pytest.warns(UserWarning, match="averaged"):
-        few = grow.grow(phi, n_kv_head=3, d_model=96, n_head=12)
-    for b in few.model.layers[0].self_attn.qkv_proj.bias[96:].split(24):  # 6 heads -> 3 averages of 8
-        assert b.std() > 0
-    assert torch.allclose(
-        few.model.layers[0].self_attn.qkv_proj.bias[96:104],
-        phi.model.layers[0].self_attn.qkv_proj.bias[48:64].view(2, 8).mean(0),
-    )
-    assert torch.equal(
-        back.model.layers[1].self_attn.qkv_proj.weight[48:96].view(2, 3, 8, 48)[:, 1],
-        small.model.layers[1].self_attn.qkv_proj.weight[48:64].view(2, 8, 48),
-    )
-    with in_double():
-        assert difference(small.double(), back.double()) < 1e-12
 
 
 def test_new_tokens_are_unlikely(double):
@@ -6929,73 +6825,51 @@ def test_new_tokens_are_unlikely(double):
         assert p.mean() < 1 / 300 and len(large.model.embed_tokens.weight[300:].unique(dim=0)) == 32
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_hugging_face_round_trip(tmp_path, form):
-    large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
-    models.save(large, None, tmp_path)
-    again, _ = models.load(tmp_path, "cpu")
-    assert again.config == large.config, [
-        (f.name, getattr(again.config, f.name), getattr(large.config, f.name))
-        for f in dataclasses.fields(Config)
-    ]
-    x = torch.randint(300, (1, 40))
-    assert torch.equal(again(x), large(x))
+WIDER = dict(d_model=96, n_layer=4, vocab_size=320)
 
 
 @needs("transformers")
 @pytest.mark.parametrize(
-    "form", [form for form in FORMS if form != "phi3small"]
-)  # which transformers does not have
-def test_transformers_opens_what_has_grown(tmp_path, form):
+    "change, target, rope",
+    [
+        *((FORMS[form], WIDER, None) for form in FORMS if form != "phi3small"),  # which transformers lacks
+        (dict(model_type="phi", **MULTI_HEAD), dict(d_model=60, n_head=4), None),
+        (MULTI_HEAD, dict(d_model=60, n_head=4), None),
+        *((dict(model_type=name), {}, "yarn") for name in ("phi", "phi3", "llama")),
+        ({}, {}, "ntk"),
+    ],
+)
+def test_transformers_opens_what_has_grown(tmp_path, change, target, rope):
     import transformers
 
-    large = grow.grow(tiny(**FORMS[form]), d_model=96, n_layer=4, vocab_size=320)
-    models.save(large, None, tmp_path)
-    x = torch.randint(300, (1, 40))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert (theirs(x).logits - large(x)).abs().max() < 1e-4 * large(x).abs().max()
-
-
-@needs("transformers")
-@pytest.mark.parametrize("family", ["phi", "phi3"])
-def test_padded_heads_in_hugging_face(tmp_path, family):
-    import transformers
-
-    source = tiny(model_type=family, n_head=4, n_kv_head=4, partial_rotary_factor=0.5)
-    large = grow.grow(source, d_model=60, n_head=4)
-    assert large.config.head_dim == 15 and large.config.rotary_dims == 6
+    large = grow.grow(tiny(**change), **target)
+    if rope:
+        large = grow.set_context(large, 128, *grow.rope_methods(large.config, 128)[rope])
     models.save(large, None, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    x = torch.randint(300, (1, 40))
-    assert (theirs(x).logits - source(x)).abs().max() < 1e-4 * source(x).abs().max()
+    for length in (30, 60, 100)[: 2 + bool(rope)]:
+        x = torch.randint(300, (1, length))
+        ours = large(x)
+        assert (theirs(x).logits - ours).abs().max() < 1e-4 * ours.abs().max(), length
 
 
 @pytest.mark.parametrize(
-    "change,target,word",
+    "change, target, word",
     [
         ({}, dict(d_model=40), "only enlarges"),
         ({}, dict(n_layer=1), "only enlarges"),
         ({}, dict(vocab_size=200), "only enlarges"),
-        (FORMS["phi3small"], dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
-        (dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5), dict(n_head=12), "head_dim"),
-        (dict(n_kv_head=6), dict(n_kv_head=4), "n_kv_head"),
-        (dict(model_type="llama"), dict(head_dim=16), "--head-dim 8"),
-        (dict(model_type="llama"), dict(head_dim=4), "head_dim"),
-        ({}, dict(head_dim=16), "head_dim"),
+        ({}, dict(n_head=12), "head_dim"),
         ({}, dict(d_model=50), "d_model"),
-        (
-            {**FORMS["phi3small"], "n_head": 6, "sparse_stride": 8},
-            dict(d_model=64, n_head=8, n_kv_head=2),
-            "blocksparse",
-        ),
         ({}, dict(n_kv_head=3), "no exact form"),
+        (dict(n_kv_head=6), dict(n_kv_head=3), "only enlarges"),
+        (PHI3SMALL, dict(d_model=96, n_head=4, n_kv_head=2), "no exact form"),
+        ({**PHI3SMALL, "n_head": 6, "sparse_stride": 8}, dict(d_model=64, n_head=8, n_kv_head=2), "stride"),
     ],
 )
 def test_what_cannot_be_is_refused(change, target, word):
     with pytest.raises(ValueError, match=word):
         grow.grow(tiny(**change), **target)
-    with pytest.raises(TypeError, match="width"):
-        grow.grow(tiny(), width=3)
 
 
 # ------------------------------------------------------------------ context
@@ -7003,243 +6877,152 @@ def test_what_cannot_be_is_refused(change, target, word):
 
 def test_rope_methods():
     config = Config(**{**TINY, "max_seq_len": 64, "d_model": 96})
-    methods = grow.rope_methods(config, 256)
-    assert methods.pop("none") == (None, 1.0)
-    pi, ntk, yarn = (methods[name][0] for name in ("pi", "ntk", "yarn"))
-    assert pi == [4.0] * 8 and abs(ntk[0] - 1) < 1e-9 and abs(ntk[-1] - 4) < 1e-9
-    base = config.rope_theta * 4 ** (16 / 14)
-    for i, factor in enumerate(ntk):
-        assert abs(factor * config.rope_theta ** (2 * i / 16) - base ** (2 * i / 16)) < 1e-6 * base
-    for factors, _ in methods.values():
-        assert factors == sorted(factors) and 1 <= min(factors) and max(factors) <= 4 + 1e-9
-    assert [mscale for _, mscale in methods.values()] == [1.0, 1.0, 0.1 * math.log(4) + 1]
+    (none, pi, ntk, yarn), mscales = zip(*grow.rope_methods(config, 256).values())
+    assert none is None and mscales == (1.0, 1.0, 1.0, 0.1 * math.log(4) + 1)
+    wavelengths = [1e4 ** (i / 8) for i in range(8)]
+    base = 1e4 * 4 ** (16 / 14)
+    turns = [64 / (2 * math.pi * wavelength) for wavelength in wavelengths]
+    kept = [min(1, max(0, (turn - 1) / 31)) for turn in turns]
+    assert pi == [4.0] * 8
+    np.testing.assert_allclose(np.multiply(ntk, wavelengths), [base ** (i / 8) for i in range(8)])
+    np.testing.assert_allclose(yarn, [1 / (k + (1 - k) / 4) for k in kept])
 
 
 def test_search_beats_its_seeds():
     m = tiny(max_seq_len=32)
     documents = torch.randint(300, (2, 97), generator=torch.Generator().manual_seed(0))
-    factors = grow.search(m, 96, documents, population=12, iterations=4)
-    assert factors == grow.search(m, 96, documents, population=12, iterations=4) == sorted(factors)
+    factors = grow.search(m, 96, documents, 12, 4, 0)
+    assert factors == grow.search(m, 96, documents, 12, 4, 0) == sorted(factors)
     assert 1 <= min(factors) and max(factors) <= 1.25 * 3
 
     def loss(factors):
         return grow.document_loss(grow.set_context(m, 96, factors), documents)
 
-    seeds = [loss(grow.rope_methods(m.config, 96)[name][0]) for name in ("pi", "ntk", "yarn")]
+    seeds = [loss(factors) for factors, _ in grow.rope_methods(m.config, 96).values() if factors]
     assert loss(factors) <= min(seeds) and len(set(seeds)) == 3
     assert m.config.max_seq_len == 32 and not m.config.original_max_seq_len
-    long = grow.set_context(m, 96, factors)
-    total, count = long(documents[:, :-1], targets=documents[:, 1:])
-    assert abs(total / count - loss(factors)) < 1e-4
     with torch.no_grad():
-        assert torch.equal(grow.set_context(m, 96, factors, 1.0)(documents[:, :20]), m(documents[:, :20]))
+        total, count = grow.set_context(m, 96, factors)(documents[:, :-1], targets=documents[:, 1:])
+        short = documents[:, :20]
+        assert torch.equal(grow.set_context(m, 96, factors, 1.0)(short), m(short))
+        assert not torch.equal(grow.set_context(m, 96, factors)(short), m(short))  # cos and sin are scaled
+    assert abs(total / count - loss(factors)) < 1e-4
 
 
 def test_long_documents_come_before_joined_ones():
     stream = torch.arange(100)
-    stream[[9, 40, 49, 90]] = 500  # documents of 9, 30, 8, 40 and 9 tokens
-    rows, kind = grow.long_documents(stream, 500, 20)
-    assert rows[:, 0].tolist() == [10, 50] and rows.shape == (2, 21) and "documents of more" in kind
-    rows, kind = grow.long_documents(stream, 500, 32)  # only one is so long
-    assert rows[:, 0].tolist() == [0, 33, 66] and rows.shape == (3, 33) and "joined" in kind
+    stream[[9, 40, 49, 90]] = 500  # documents of 10, 31, 9, 41 and 9 tokens
+    for length, starts, kind in (
+        (20, [10, 50], "documents of more"),
+        (30, [10, 50], "documents of more"),
+        (31, [0, 32, 64], "joined"),
+    ):
+        rows, text = grow.long_documents(stream, 500, length)
+        assert rows[:, 0].tolist() == starts and rows.shape[1] == length + 1 and kind in text
+    assert len(grow.long_documents(stream, 500, 1, 3)[0]) == 3
     with pytest.raises(ValueError, match="too few"):
         grow.long_documents(stream, 500, 60)
 
 
-def run(*arguments):
-    result = subprocess.run(
-        [sys.executable, os.path.join(HERE, "grow.py"), *map(str, arguments)], capture_output=True, text=True
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    return result
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grow") / "src"
-    models.save(tiny(max_seq_len=64), models.Tokenizer.load("bytes"), folder)
-    (folder / "state-00000004").mkdir()
+    folder = tmp_path_factory.mktemp("grow")
+    models.save(tiny(max_seq_len=64), models.Tokenizer.load("bytes"), folder / "src")
+    models.save(tiny(), None, folder / "mute")
+    (folder / "run/state-00000004").mkdir(parents=True)
     return folder
 
 
-def test_command(source, tmp_path, capsys):
-    grow.main([str(source), str(tmp_path / "a"), "--d-model", "96", "--n-layer", "4"])
-    out = capsys.readouterr().out
-    assert (
-        "optimizer's state is dropped" in out
-        and "largest logit difference" in out
-        and out.count("parameters") == 2
-        and "train.py --init" in out
-    )
-    assert float(out.split("largest logit difference ")[1].split()[0]) < 1e-4 and not list(
-        (tmp_path / "a").glob("state*")
-    )
-    large, tokenizer = models.load(tmp_path / "a")
-    assert large.config.d_model == 96 and tokenizer.encode("hi") == [104, 105]
-    grow.main([str(tmp_path / "a"), str(tmp_path / "b"), "--n-kv-head", "2"])
-    assert "note     not exact: key/value heads are averaged" in capsys.readouterr().out
-    capsys.readouterr()
-    text = tmp_path / "long.txt"
-    text.write_text(open(grow.__file__).read() * 2)
-    for rope in ("searched", "pi", "ntk", "yarn", "none"):
-        grow.main(
-            [
-                str(source),
-                str(tmp_path / rope),
-                "--context",
-                "128",
-                "--rope",
-                rope,
-                "--data",
-                str(text),
-                "--population",
-                "8",
-                "--iterations",
-                "2",
-            ]
-        )
+@pytest.fixture
+def text_dataset(monkeypatch):
+    """Whatever --data names holds the bytes of grow.py; of "other", another tokenizer's."""
+    meta = {"tokenizer": Tokenizer.load("bytes").fingerprint}
+    val = np.frombuffer(open(grow.__file__, "rb").read(), np.uint8)
+
+    def open_dataset(path):
+        return SimpleNamespace(meta={"tokenizer": 0} if path.name == "other" else meta, val=val)
+
+    monkeypatch.setattr(data, "open_dataset", open_dataset)
+
+
+def test_grow_commands(source, monkeypatch, capsys):
+    monkeypatch.chdir(source)
+    for words, same, target in (
+        ("src a --d-model 96 --n-layer 4", True, dict(d_model=96, n_head=12, n_layer=4)),
+        ("src b --method tile --d-model 72", False, dict(d_model=72, n_head=9)),
+        ("src b --method wr --d-model 72", False, dict(d_model=72, n_head=9)),
+        ("mute b --d-model 96 --noise inf", True, dict(d_model=96)),
+        ("src c --context 256 --rope pi", True, dict(max_seq_len=256, original_max_seq_len=64)),
+        ("c b --d-model 96 --context 512 --rope yarn", False, dict(d_model=96, original_max_seq_len=64)),
+        ("src b --trained-context 16 --context 64 --rope ntk", True, dict(original_max_seq_len=16)),
+        ("src b --context 256 --rope none", True, dict(max_seq_len=256, original_max_seq_len=None)),
+    ):
+        grow.main(words.split())
         out = capsys.readouterr().out
-        losses = {
-            line.split()[0]: float(line.split()[1])
-            for line in out.split("loss on ")[1].split("\n")[1:]
-            if line.startswith("   ")
-        }
-        assert {"none", "pi", "ntk", "yarn"} == set(losses) - {"searched"} and len(set(losses.values())) > 2
-        m, _ = models.load(tmp_path / rope)
-        assert m.config.max_seq_len == 128 and bool(m.config.original_max_seq_len) == (rope != "none")
-        assert m(torch.randint(256, (1, 100))).isfinite().all()
-    grow.main(
-        [
-            str(tmp_path / "searched"),
-            str(tmp_path / "wide"),
-            *"--d-model 96 --context 256 --rope yarn".split(),
-        ]
-    )
-    m, _ = models.load(tmp_path / "wide")
-    assert m.config.max_seq_len == 256 and m.config.original_max_seq_len == 64 and m.config.d_model == 96
+        assert ("the same function" in out) == same and out.count("parameters") == 2, words
+        name = words.split()[1]
+        assert f"python train.py --init {name} " in out
+        config = models.load(name)[0].config
+        assert {name: getattr(config, name) for name in target} == target, words
+    assert models.load("a")[1].encode("hi") == [104, 105]
 
 
-def test_the_search_does_not_see_what_the_table_shows(source, tmp_path, capsys, monkeypatch):
-    text = tmp_path / "long.txt"
-    text.write_text(open(grow.__file__).read())
-    searched_on, shown = [], []
-    search, document_loss = grow.search, grow.document_loss
+def test_the_search_does_not_see_what_the_table_shows(source, text_dataset, monkeypatch, capsys):
+    monkeypatch.chdir(source)
+    scored = []
+    document_loss = grow.document_loss
 
-    def recorded_search(model, length, documents, *rest):
-        searched_on.extend(map(tuple, documents.tolist()))
-        return search(model, length, documents, *rest)
-
-    def recorded_loss(model, documents):
-        if documents.shape[1] == 129 and model.config.max_seq_len == 128 and len(searched_on):
-            shown.append(set(map(tuple, documents.tolist())))
+    def recorded(model, documents):
+        scored.append(set(map(tuple, documents.tolist())))
         return document_loss(model, documents)
 
-    monkeypatch.setattr(grow, "search", recorded_search)
-    monkeypatch.setattr(grow, "document_loss", recorded_loss)
-    grow.main(
-        [
-            str(source),
-            str(tmp_path / "out"),
-            "--context",
-            "128",
-            "--data",
-            str(text),
-            "--population",
-            "4",
-            "--iterations",
-            "1",
-        ]
-    )
-    table = shown[-5:]  # none, pi, ntk, yarn, searched
-    assert all(rows == table[0] for rows in table) and len(searched_on) == len(table[0]) == 5
-    assert not table[0] & set(searched_on) and shown[0] == set(searched_on)
-    assert "loss on 5 other pieces" in capsys.readouterr().out
-
-
-@needs("transformers")
-def test_context_in_hugging_face(source, tmp_path, capsys):
-    import transformers
-
-    for family, rope in (("phi3", "yarn"), ("phi3", "ntk"), ("llama", "yarn"), ("phi", "yarn")):
-        folder = tmp_path / (family + rope)
-        models.save(tiny(model_type=family, n_kv_head=6), models.Tokenizer.load("bytes"), folder)
-        grow.main([str(folder), str(folder) + "-long", "--context", "128", "--rope", rope])
-        ours, _ = models.load(str(folder) + "-long")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder) + "-long", attn_implementation="eager"
-        ).eval()
-        for length in (30, 100):
-            x = torch.randint(300, (1, length))
-            assert (theirs(x).logits - ours(x)).abs().max() < 1e-4 * ours(x).abs().max(), (
-                family,
-                rope,
-                length,
-            )
+    monkeypatch.setattr(grow, "document_loss", recorded)
+    grow.main("src d --context 128 --data text --population 4 --iterations 1".split())
+    *searched, a, b, c, d, e = scored
+    assert a == b == c == d == e and len(a) == 5 and len(searched) >= 3
+    assert all(documents == searched[0] for documents in searched)
+    assert len(searched[0]) == 5 and not a & searched[0]
+    out = capsys.readouterr().out
+    rows = re.findall(r"^ +(\w+) +(\d\.\d+)$", out, re.M)
+    assert "loss on 5 other pieces" in out
+    assert [name for name, _ in rows] == ["none", "pi", "ntk", "yarn", "searched"]
+    config = models.load("d")[0].config
+    assert config.max_seq_len == 128 and config.long_factor == sorted(config.long_factor)
 
 
 @pytest.mark.parametrize(
-    "arguments,word",
+    "words, error",
     [
-        (("--d-model", "40"), "only enlarges"),
-        (("--d-model", "x"), "--d-model"),
-        ((), "nothing to grow"),
-        (("--bogus",), "--bogus"),
-        (("--context", "32", "--rope", "pi"), "only enlarges"),
-        (("--context", "128"), "--data"),
-        (("--context", "128", "--data", "nowhere"), "nowhere"),
-        (("--rope", "pi", "--d-model", "96"), "--context"),
-        (("--population", "0"), "--population"),
-        (("--noise", "loud"), "--noise"),
-        (("--n-kv-head", "4"), "n_head 6"),
-        (("--d-model", "96", "--n-head", "16"), "head_dim"),
-        (("--context", "64", "--rope", "pi"), "already"),
+        ("src out --d-model 40", "only enlarges"),
+        ("src out --d-model x", "--d-model"),
+        ("src out --bogus", "--bogus"),
+        ("src out --context 64 --rope pi", "already"),
+        ("src out --context 128", "--data"),
+        ("src out --context 128 --data other", "another tokenizer"),
+        ("mute out --context 128 --data text", "another tokenizer"),
+        ("src out --population 0", "--population"),
+        ("src out --noise loud", "--noise"),
+        ("src out --n-kv-head 4", "n_head 6"),
+        ("src out --method random", "--method"),
+        ("src out --d-model 96 --n-head 16 --n-kv-head 16", "head_dim"),
+        ("nothing out --d-model 96", "no model at nothing"),
+        ("src src --d-model 96", "is the source"),
+        ("src run --d-model 96", "a training run"),
     ],
 )
-def test_command_errors(source, tmp_path, capsys, monkeypatch, arguments, word):
+def test_grow_refuses_in_one_line(source, text_dataset, capsys, monkeypatch, words, error):
+    monkeypatch.chdir(source)
     monkeypatch.setattr(sys, "argv", ["grow.py"])
     with pytest.raises(SystemExit) as stop:
-        grow.main([str(source), str(tmp_path / "out"), *arguments])
-    error = capsys.readouterr().err
-    assert (
-        stop.value.code == 2
-        and word in error
-        and error.count("\n") == 1
-        and error.startswith("grow.py: ")
-        and not (tmp_path / "out").exists()
-    )
-
-
-def test_command_in_a_process(source, tmp_path):
-    result = run(tmp_path / "nothing", tmp_path / "out", "--d-model", "96")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "nothing" in result.stderr
-    assert run(source, source, "--d-model", "96").returncode == 2
-
-
-@pytest.mark.parametrize("method", grow.METHODS)
-def test_every_method_from_the_command(source, tmp_path, capsys, method):
-    grow.main(
-        [
-            str(source),
-            str(tmp_path / "out"),
-            "--d-model",
-            "72",
-            "--n-layer",
-            "3",
-            "--method",
-            method,
-            "--noise",
-            "inf",
-        ]
-    )
-    out = capsys.readouterr().out
-    assert ("note     not exact" in out) == (method != "exact")
-    assert models.read_config(str(tmp_path / "out" / "config.json")).d_model == 72
+        grow.main(words.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and error in err and err.count("\n") == 1 and err.startswith("grow.py: ")
+    assert not os.path.exists("out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # align.py
 
-NAMES = ("phi3", "phi4", "llama", "gemma", "phi2")
 CHAT = [
     {"role": "system", "content": "Be brief <|end|>."},
     {"role": "user", "content": "What is 1 + 1?"},
@@ -7247,50 +7030,35 @@ CHAT = [
     {"role": "user", "content": "And 2 + 2? <|assistant|>"},
     {"role": "assistant", "content": "four <|end|>"},
 ]
+BYTES = Tokenizer.load("bytes")
+# special tokens of a family, and its end of a turn; phi-2 has none
+SPECIALS = {
+    "phi3": (list(BYTES.special), "<|end|>"),
+    "phi4": (["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"], "<|im_end|>"),
+    "llama": (
+        "<|end_of_text|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split(),
+        "<|eot_id|>",
+    ),
+    "gemma": (["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
+    "phi2": (["<|endoftext|>"], None),
+}
 
 
-def family(name):
-    base = Tokenizer.load("bytes")
-    special = {
-        "phi3": None,
-        "phi4": ["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"],
-        "llama": [
-            "<|end_of_text|>",
-            "<|begin_of_text|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|eot_id|>",
-        ],
-        "gemma": ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-        "phi2": ["<|endoftext|>"],
-    }[name]
-    if special is None:
-        return base
-    return Tokenizer(base.ranks, base.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SPECIALS)
 def test_masks_hold_assistants_words_and_the_end_token(name):
-    tokenizer = family(name)
+    special, end = SPECIALS[name]
+    tokenizer = Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
     chat = CHAT[1:] if name == "gemma" else CHAT
     ids, spans = align.render(tokenizer, chat)
     assert ids == tokenizer.render(chat, add_generation_prompt=False)
-    runs = [ids[start:end] for start, end in spans]
-    end = {"phi3": "<|end|>", "phi4": "<|im_end|>", "llama": "<|eot_id|>", "gemma": "<end_of_turn>"}.get(name)
-    strip = str.strip if name in ("llama", "gemma") else str
-    expected = [strip(m["content"]) for m in chat if m["role"] == "assistant"]
+    texts = [tokenizer.decode(ids[a:b]) for a, b in spans]
+    expected = {"phi2": [" " + "  two\n\n", " four <|end|>\n<|endoftext|>"]}.get(name)
     if end:
-        assert [tokenizer.decode(r[:-1]) for r in runs] == expected and all(
-            r[-1] == tokenizer.special[end] for r in runs
-        )
-        assert not any(
-            i in tokenizer.special.values() for r in runs for i in r[:-1]
-        )  # special tokens in content stay text
-    else:  # phi-2 has no token that ends a turn: its line break, and at the end the document's
-        assert [tokenizer.decode(r) for r in runs] == [
-            " " + expected[0] + "\n",
-            " " + expected[1] + "\n<|endoftext|>",
-        ]
+        words = ["two", "four <|end|>"] if name in ("llama", "gemma") else ["  two\n", "four <|end|>"]
+        expected = [text + end for text in words]
+        for a, b in spans:  # special tokens in content stay text
+            assert [i for i in ids[a:b] if i in tokenizer.special.values()] == [tokenizer.special[end]]
+    assert texts == expected
 
 
 def test_merged_line_break_is_learned():
@@ -7301,185 +7069,178 @@ def test_merged_line_break_is_learned():
     assert ids[start - 1] in (*tokenizer.special.values(), *tokenizer.encode("\n"))
 
 
-def task(folder, monkeypatch, kind, *more):
-    """What align.py hands to the loop: run, loader, loss_fn, validate. The current directory is the folder."""
-    monkeypatch.chdir(folder)
-    parts = []
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", lambda *given, **more: parts.append(given))
-        align.main([*command(kind)[2:], *more])
-    names = ("run", "loader", "loss_fn", "validate")
-    return SimpleNamespace(**dict(zip(names, parts[0])))
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def aligned(tmp_path_factory):
     """A tiny model of bytes in runs/init, chats, preferences and problems."""
     folder = tmp_path_factory.mktemp("align")
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.load("bytes")
-    models.save(tiny(vocab_size=320, max_seq_len=96), tokenizer, str(folder / "runs/init"))
+    models.save(tiny(vocab_size=320, max_seq_len=96), BYTES, str(folder / "runs/init"))
+    questions = [(f"say {word} {i}", word * (1 + i % 3)) for i in range(20) for word in ("ab", "cde", "f")]
     chats = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {word} {i}"},
-                {"role": "assistant", "content": word * (1 + i % 3)},
-            ]
-        }
-        for i in range(20)
-        for word in ("ab", "cde", "f")
+        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+        for ask, answer in questions
     ]
-    data.write_jsonl(folder / "chats.jsonl", chats)
-    pairs = [
-        {"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no" * (1 + i % 3)}
-        for i in range(48)
-    ]
+    pairs = [{"prompt": f"{i} is ", "chosen": "yes" * (1 + i % 2), "rejected": "no"} for i in range(48)]
     pairs += [{"messages": chat["messages"][:1], "chosen": "A", "rejected": "B"} for chat in chats[:16]]
-    data.write_jsonl(folder / "pairs.jsonl", pairs)
-    test = "def check(candidate):\n    assert candidate() == 1\n"
-    problem = {"prompt": "def f():", "entry_point": "f", "test": test}
-    data.write_jsonl(folder / "problems.jsonl", [problem, {"question": "1 + 1?", "answer": "two\n#### 2"}])
     # a comment may go on as it likes, but for some bytes: an untrained model solves this sometimes
-    data.write_jsonl(
-        folder / "comments.jsonl", [{**problem, "prompt": f"def f(): return 1  # {n}"} for n in "ab"]
-    )
+    comments = [{**CODE, "prompt": f"def f(): return 1  # {n}"} for n in "ab"]
+    for name, records in (
+        ("chats", chats),
+        ("pairs", pairs),
+        ("problems", [CODE, {"question": "1 + 1?", "answer": "two\n#### 2"}]),
+        ("comments", comments),
+    ):
+        data.write_jsonl(folder / f"{name}.jsonl", records)
     return folder
 
 
-def command(kind, *more, launcher=()):
-    given = {
-        "sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
-        "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
-        "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4",
-    }[kind]
-    loop = "--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --log-every 1 --save-every 2"
-    script = os.path.join(HERE, "align.py")
-    return [
-        sys.executable,
-        *launcher,
-        script,
-        kind,
-        *given.split(),
-        *loop.split(),
-        "--out",
-        "runs/captured",
-        *more,
-    ]
+@pytest.fixture
+def folder(aligned, monkeypatch):
+    monkeypatch.chdir(aligned)
+    return aligned
 
 
-def here(kind, *more):
-    """Run align.py in this process; the current directory is the folder."""
-    align.main(command(kind, *more)[2:])
+OPTIONS_OF = {
+    "sft": "--data chats.jsonl --batch 8 --held-out 0.2 --val-every 3",
+    "dpo": "--data pairs.jsonl --batch 8 --held-out 0.2 --val-every 3",
+    "grpo": "--data problems.jsonl --prompts 4 --num-generations 4 --max-tokens 8 --batch-size 4",
+}
+LOOP = "--init runs/init --steps 6 --lr 3e-3 --compile no --dtype fp32 --device cpu --save-every 2"
 
 
-def log(folder, run):
-    return [json.loads(line) for line in open(folder / run / "log.jsonl")]
+def words_of(kind, more=""):
+    return f"{kind} {OPTIONS_OF[kind]} {LOOP} --out runs/out {more}".split()
+
+
+def align_run(kind, more=""):
+    """Run align.py in this process -> its records of steps; the current directory is the folder."""
+    align.main(words_of(kind, more))
+    return align_log(words_of(kind, more)[-1])
+
+
+def align_log(run):
+    return [json.loads(line) for line in open(f"{run}/log.jsonl")]
+
+
+def task(monkeypatch, kind, more=""):
+    """What align.py hands to the loop: run, loader, loss_fn."""
+    parts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *given, **more: parts.extend(given))
+        align.main(words_of(kind, more))
+    return parts[:3]
+
+
+def judge(monkeypatch, reward):
+    """Rewards by the text alone."""
+    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(reward(text)) for text in texts])
+
+
+def chance(_, rng=np.random.default_rng(0)):
+    return rng.integers(0, 2)
 
 
 # ---- what leaves the loaders
 
 
+def learned(answer, tokenizer=BYTES):
+    return "".join(tokenizer.decode(answer.ids[start:end]) for start, end in answer.spans)
+
+
 def test_chats_as_they_leave_the_loader(folder, monkeypatch):
-    parts = task(folder, monkeypatch, "sft")
-    tokenizer = parts.run.tokenizer
-    seen = 0
+    run, loader, _ = task(monkeypatch, "sft")
+    num_rows = 0
     for _ in range(10):
-        batch = next(parts.loader)
+        batch = next(loader)
         assert batch.weight == sum((targets >= 0).sum() for _, targets, _ in batch.micro_batches)
         for tokens, targets, weights in batch.micro_batches:
-            for row, row_targets, weight in zip(tokens.tolist(), targets.tolist(), weights.tolist()):
-                learned = [t for t, target in enumerate(row_targets) if target >= 0]
-                assert set(weight) == {1.0}
-                text = tokenizer.decode(row[: learned[-1] + 1] + [row_targets[learned[-1]]])
+            assert (weights[targets >= 0] == 1).all()
+            for row, row_targets in zip(tokens.tolist(), targets.tolist()):
+                places = [t for t, target in enumerate(row_targets) if target >= 0]
+                text = BYTES.decode(row[: places[-1] + 1] + [row_targets[places[-1]]])
                 answer = text.split("<|assistant|>\n")[1]
                 assert text.startswith("<|user|>") and answer.endswith("<|end|>")
-                assert tokenizer.decode([row_targets[t] for t in learned]) == answer
-                seen += 1
-    assert seen == 80  # more than an epoch
+                assert BYTES.decode([row_targets[t] for t in places]) == answer
+                num_rows += 1
+    assert num_rows == 80  # more than an epoch
+
+
+def test_every_epoch_has_its_own_order():
+    steps = [align.draw(range(7), step, 3, seed=0) for step in range(14)]
+    stream = [record for records in steps for record in records]
+    epochs = [tuple(stream[i : i + 7]) for i in range(0, 42, 7)]
+    assert len(set(epochs)) == 6 and all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert align.draw(range(7), 0, 3, seed=1) != steps[0] and len(align.draw(range(2), 5, 9, seed=0)) == 9
 
 
 def test_a_batch_with_nothing_to_learn_is_finite(folder, monkeypatch):
-    parts = task(folder, monkeypatch, "dpo")
-    loss, sums = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
-    assert loss.item() == 0 and sums.tolist() == [0] * 4
-    parts = task(folder, monkeypatch, "grpo")
-    loss, _ = parts.loss_fn(parts.run.model, *align.collate([], 4, 96))
-    loss.backward()
-    assert loss.item() == 0 and all(p.grad.abs().max() == 0 for p in parts.run.model.parameters())
+    for kind in ("dpo", "grpo"):
+        run, _, loss_fn = task(monkeypatch, kind)
+        loss, sums = loss_fn(run.model, *align.collate([], 4, 96))
+        loss.backward()
+        assert loss.item() == 0 and not sums.any()
+        assert all(p.grad.abs().max() == 0 for p in run.model.parameters())
 
 
 def test_pairs_and_answers_in_batches():
-    tokenizer = Tokenizer.load("bytes")
     record = {"prompt": "def f():\n", "chosen": "    return 1\n", "rejected": ""}
-    pair = align.read_preference(tokenizer, 99, record)
-    assert tokenizer.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
-    assert learned(tokenizer, pair[0]) == "\n    return 1\n<|endoftext|>"
-    chat = align.read_preference(tokenizer, 99, {"messages": CHAT[:2], "chosen": "yes", "rejected": "no"})
-    assert [learned(tokenizer, answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
-    assert align.read_preference(tokenizer, 5, record) is None
+    pair = align.read_preference(BYTES, 99, record)
+    assert BYTES.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
+    assert [learned(answer) for answer in pair] == ["\n    return 1\n<|endoftext|>", "\n<|endoftext|>"]
+    chat = align.read_preference(BYTES, 99, {"messages": CHAT[:4], "chosen": "yes", "rejected": "no"})
+    assert [learned(answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
+    assert align.read_preference(BYTES, len(pair[0].ids) - 1, record) == pair
+    assert align.read_preference(BYTES, len(pair[0].ids) - 2, record) is None
     answers = [pair[0]._replace(advantage=2.0), chat[0]]
-    tokens, targets, weights = align.collate(answers, 3, 75)
+    tokens, targets, weights = align.collate(answers, 3, 150)
     for row, answer in enumerate(answers):
         size = len(answer.ids)
         [(start, end)] = answer.spans
         assert tokens[row, :size].tolist() == answer.ids[:-1] + [0] and not tokens[row, size:].any()
-        assert targets[row].tolist() == [-1] * (start - 1) + answer.ids[start:end] + [-1] * (76 - end)
-    assert tokens.shape == (3, 75) and (targets[2] == -1).all() and weights[:, 0].tolist() == [2.0, 1.0, 0.0]
+        assert targets[row].tolist() == [-1] * (start - 1) + answer.ids[start:end] + [-1] * (151 - end)
+    assert (targets[2] == -1).all() and weights[:, 0].tolist() == [2.0, 1.0, 0.0]
 
 
 def test_equal_prompts_are_held_out_together():
-    tokenizer = Tokenizer.load("bytes")
-    for n in range(20):
+    def is_held_out(n, read, **answer):
+        question = [{"role": "user", "content": f"say {n}"}]
+        return align.is_held_out(read(BYTES, 99, {"messages": question, **answer}), 0.5)
+
+    splits = []
+    for n in range(200):
+        pairs = {is_held_out(n, align.read_preference, chosen="d", rejected=text) for text in "ef"}
         question = {"role": "user", "content": f"say {n}"}
-        rows = [
-            align.read_chat(tokenizer, 99, {"messages": [question, {"role": "assistant", "content": text}]})
-            for text in ("a", "bc")
-        ]
-        rows += [
-            align.read_preference(
-                tokenizer, 99, {"messages": [question], "chosen": "d", "rejected": rejected}
-            )
-            for rejected in "ef"
-        ]
-        assert len({align.is_held_out(row, 0.5) for row in rows}) == 1
-    rows = [
-        align.read_preference(tokenizer, 99, {"prompt": f"{n}", "chosen": "d", "rejected": "e"})
-        for n in range(400)
-    ]
-    assert 150 < sum(align.is_held_out(row, 0.5) for row in rows) < 250
-
-
-def learned(tokenizer, answer):
-    return "".join(tokenizer.decode(answer.ids[start:end]) for start, end in answer.spans)
+        answers = [{"role": "assistant", "content": text} for text in ("a", "bc")]
+        pairs |= {is_held_out(n, align.read_chat, messages=[question, answer]) for answer in answers}
+        assert len(pairs) == 1
+        splits += pairs
+    assert 70 < sum(splits) < 130
 
 
 def test_a_chat_is_cut_to_the_context():
-    tokenizer = Tokenizer.load("bytes")
-    (whole,) = align.read_chat(tokenizer, 99, {"messages": CHAT[1:3]})
+    chat = {"messages": CHAT[1:3]}
+    (whole,) = align.read_chat(BYTES, 99, chat)
     [(start, end)] = whole.spans
-    (cut,) = align.read_chat(tokenizer, end - 3, {"messages": CHAT[1:3]})
-    assert cut == (whole.ids[: end - 2], [(start, end - 2)], 1.0)
-    assert align.read_chat(tokenizer, 8, {"messages": CHAT[1:3]}) is None
+    assert align.read_chat(BYTES, end - 3, chat) == [(whole.ids[: end - 2], [(start, end - 2)], 1.0)]
+    assert align.read_chat(BYTES, 8, chat) is None
 
 
 def test_rows_of_all_lengths_come_once_and_in_few_shapes():
     args = SimpleNamespace(context=90, micro_batch=2, max_rows=100)
     rows = [[align.Answer([1] + [n] * n, [(1, n + 1)])] for n in range(1, 91)]
     seen = []
-    counts = []
     for rank in range(2):
         loader = align.RowLoader(SimpleNamespace(args=args, rank=rank, world=2), None, len)
-        batch = loader.batch(rows[::-1])
-        assert {tokens.shape for tokens, *_ in batch.micro_batches} == {(10, 16), (4, 32), (2, 64), (2, 90)}
-        seen += [row[0] for _, targets, *_ in batch.micro_batches for row in targets.tolist() if row[0] >= 0]
-        counts.append(len(batch.micro_batches))
-    assert sorted(seen) == list(range(1, 91)) and counts[0] == counts[1]
+        micro_batches = loader.batch(rows[::-1]).micro_batches
+        shapes = Counter(tuple(tokens.shape) for tokens, *_ in micro_batches)
+        assert shapes == {(2, 90): 7, (2, 64): 8, (4, 32): 2, (10, 16): 1}
+        seen += [row[0] for _, targets, *_ in micro_batches for row in targets.tolist() if row[0] >= 0]
+    assert sorted(seen) == list(range(1, 91))
 
 
 # ---- losses
 
 
-def test_dpo_loss_by_hand():
+def test_losses_by_hand():
     policy = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[-1.5, -1.0], [-3.0, -3.0]], dtype=torch.float64)
     losses, rewards = align.dpo_loss(policy, reference, 0.5)
@@ -7490,12 +7251,8 @@ def test_dpo_loss_by_hand():
     losses.sum().backward()
     slopes = [-0.5 * (1 - s) for s in sigmoid]
     np.testing.assert_allclose(policy.grad.numpy(), [[slope, -slope] for slope in slopes], rtol=1e-12)
-
-
-def plain_log_probs(model, ids, start):
-    """Of one answer, alone in a batch."""
-    logits = model(torch.tensor([ids[:-1]]))[0].double()
-    return logits.log_softmax(-1)[range(start - 1, len(ids) - 1), ids[start:]]
+    advantages = align.group_advantages(torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 1]]))
+    assert advantages.tolist() == [[0.5, -0.5, -0.5, 0.5], [-0.25, -0.25, 0.75, -0.25], [0, 0, 0, 0]]
 
 
 PAIRS = [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 9], 3), ([7, 8, 11, 12], 2), ([7, 8, 13, 14, 15, 16], 2)]
@@ -7508,26 +7265,40 @@ def batch_of(answers, rows, advantages=(1.0,) * 4):
     return align.collate(answers, rows, 8)
 
 
-def test_log_probs_of_rows():
-    model = tiny(vocab_size=60)
-    scores = align.log_probs(model, *batch_of(PAIRS, 5)[:2])
-    for score, pair in zip(scores, PAIRS):
-        torch.testing.assert_close(score, plain_log_probs(model, *pair).sum().float(), rtol=1e-5, atol=1e-5)
-    assert len(scores) == 5 and scores[4] == 0
+def test_gradients_are_those_of_the_formulas_on_single_sequences(double):
+    def score(model, ids, start):
+        logits = model(torch.tensor([ids[:-1]]))[0]
+        return logits.log_softmax(-1)[range(start - 1, len(ids) - 1), ids[start:]].sum()
+
+    for kind, tolerance in (("dpo", 1e-9), ("grpo", 1e-6)):  # the weights of tokens are fp32
+        model, twin, reference = (tiny(vocab_size=60, seed=seed).double() for seed in (0, 0, 1))
+        if kind == "dpo":
+            loss, sums = align.preference_loss(reference, 0.3, model, *batch_of(PAIRS, 6))
+            a, b, c, d = (score(twin, *pair) - score(reference, *pair) for pair in PAIRS)
+            margins = 0.3 * torch.stack([a - b, c - d])
+            expected = -torch.nn.functional.logsigmoid(margins).sum()
+            assert abs(loss.item() - expected.item()) < 1e-9
+            rewards = [2, (margins > 0).sum(), margins.sum(), 0.3 * (a + c)]
+            np.testing.assert_allclose(sums.tolist(), [float(x) for x in rewards], rtol=1e-6)
+        else:
+            loss, _ = align.weighted_cross_entropy(model, *batch_of(ANSWERS, 4, ADVANTAGES))
+            expected = -sum(a * score(twin, *answer) for a, answer in zip(ADVANTAGES, ANSWERS))
+        loss.backward()
+        expected.backward()
+        for p, q in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
 
 
 def peer(tmp_path, trainer, **options):
-    """TRL's trainer over a tiny model of ours that transformers has opened, in fp32 on the CPU; and the same model here."""
+    """TRL's trainer over a tiny model of ours that transformers has opened; and the same model here."""
     import datasets
     import trl
     from transformers import PreTrainedTokenizerFast
 
-    model, tokenizer = tiny(vocab_size=320, max_seq_len=96), Tokenizer.load("bytes")
-    models.save(model, tokenizer, str(tmp_path / "model"))
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "model/tokenizer.json"),
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+    model = tiny(vocab_size=320, max_seq_len=96)
+    models.save(model, BYTES, str(tmp_path))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=f"{tmp_path}/tokenizer.json", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
     more = {}
     if trainer == "GRPO":
@@ -7543,69 +7314,52 @@ def peer(tmp_path, trainer, **options):
         **options,
     )
     dataset = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
-    made = getattr(trl, f"{trainer}Trainer")(
-        str(tmp_path / "model"), processing_class=theirs, train_dataset=dataset, args=config, **more
-    )
-    return made, model
+    make = getattr(trl, f"{trainer}Trainer")
+    return make(str(tmp_path), processing_class=tokenizer, train_dataset=dataset, args=config, **more), model
 
 
 def assert_same_gradients(ours, theirs):
     """Of the loss already backpropagated in both."""
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    ours_named = SimpleNamespace(
-        config=ours.config,
-        embed=ours.embed,
-        state_dict=lambda: {name: p.grad for name, p in ours.named_parameters()},
-    )
-    for name, tensor in models.to_hf(ours_named).items():
-        want = grads[name]
-        assert (tensor - want).abs().max() <= 1e-4 * want.abs().max() > 0, name
+    for p in ours.parameters():
+        p.data = p.grad
+    for name, tensor in models.to_hf(ours).items():
+        assert (tensor - grads[name]).abs().max() <= 1e-4 * grads[name].abs().max() > 0, name
+
+
+def padded(sequences, left=False):
+    """Token ids (n, longest) and their mask."""
+    side = "left" if left else "right"
+    rows = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), True, padding_side=side)
+    return rows, (rows > 0).long()
 
 
 @needs("trl", "datasets")
 def test_dpo_equals_trl(tmp_path):
     theirs, ours = peer(tmp_path, "DPO", beta=0.3)
-    chosen_first = [PAIRS[i] for i in (0, 2, 1, 3)]
-    tokens = torch.zeros(4, 6, dtype=torch.long)
-    attention, completion = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    for i, (ids, start) in enumerate(chosen_first):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-        attention[i, : len(ids)] = 1
-        completion[i, start : len(ids)] = 1
+    pairs = [PAIRS[i] for i in (0, 2, 1, 3)]  # the chosen ones first
+    tokens, mask = padded([ids for ids, _ in pairs])
+    starts = torch.tensor([start for _, start in pairs])[:, None]
+    completion = mask * (torch.arange(tokens.shape[1]) >= starts)
     reference = copy.deepcopy(ours)
     with torch.no_grad():  # away from the reference
         for p in [*theirs.model.parameters(), *ours.parameters()]:
             p.mul_(1.1)
-    inputs = {"input_ids": tokens, "attention_mask": attention, "completion_mask": completion}
+    inputs = {"input_ids": tokens, "attention_mask": mask, "completion_mask": completion}
     want = theirs.compute_loss(theirs.model, inputs)
     want.backward()
-    loss, _ = align.preference_loss(reference, 0.3, ours, *batch_of(PAIRS, 4))
-    (loss / 2).backward()
-    torch.testing.assert_close(loss / 2, want, rtol=1e-5, atol=1e-6)
+    loss = align.preference_loss(reference, 0.3, ours, *batch_of(PAIRS, 4))[0] / 2
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     assert_same_gradients(ours, theirs.model)
 
 
 @needs("trl", "datasets")
 def test_grpo_equals_trl(tmp_path):
-    trainer, ours = peer(
-        tmp_path,
-        "GRPO",
-        beta=0.0,
-        loss_type="bnpo",
-        max_completion_length=10,
-        num_generations=2,
-        temperature=1.0,
-    )
-    num_prompt = max(start for _, start in ANSWERS)
-    num_answer = max(len(ids) - start for ids, start in ANSWERS)
-    prompts, prompt_mask = torch.zeros(2, 3, num_prompt, dtype=torch.long)
-    completions, completion_mask = torch.zeros(2, 3, num_answer, dtype=torch.long)
-    for i, (ids, start) in enumerate(ANSWERS):  # prompts padded on the left, answers on the right
-        size = len(ids) - start
-        prompts[i, num_prompt - start :] = torch.tensor(ids[:start])
-        prompt_mask[i, num_prompt - start :] = 1
-        completions[i, :size] = torch.tensor(ids[start:])
-        completion_mask[i, :size] = 1
+    options = dict(beta=0.0, loss_type="bnpo", max_completion_length=10, num_generations=2, temperature=1.0)
+    trainer, ours = peer(tmp_path, "GRPO", **options)
+    prompts, prompt_mask = padded([ids[:start] for ids, start in ANSWERS], left=True)
+    completions, completion_mask = padded([ids[start:] for ids, start in ANSWERS])
     batch = {
         "prompt_ids": prompts,
         "prompt_mask": prompt_mask,
@@ -7615,124 +7369,111 @@ def test_grpo_equals_trl(tmp_path):
         "num_items_in_batch": completion_mask.sum(),
     }
     trainer.current_gradient_accumulation_steps = 1
-    want = trainer.compute_loss(trainer.model, batch)
-    want.backward()
+    trainer.compute_loss(trainer.model, batch).backward()
     loss, _ = align.weighted_cross_entropy(ours, *batch_of(ANSWERS, 4, ADVANTAGES))
     (loss / 9).backward()  # cross-entropy has another value than a ratio of 1, and the same gradient
     assert_same_gradients(ours, trainer.model)
 
 
-def assert_gradients_equal(model, twin, tolerance):
-    for p, q in zip(model.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=tolerance, atol=tolerance)
-
-
-def test_dpo_gradient_is_that_of_the_formula_on_single_sequences(double):
-    model, twin, reference = (tiny(vocab_size=60, seed=seed).double() for seed in (0, 0, 1))
-    loss, sums = align.preference_loss(reference, 0.3, model, *batch_of(PAIRS, 6))
-    loss.backward()
-    scores = [(plain_log_probs(twin, *pair) - plain_log_probs(reference, *pair)).sum() for pair in PAIRS]
-    margins = 0.3 * torch.stack([scores[0] - scores[1], scores[2] - scores[3]])
-    expected = -torch.nn.functional.logsigmoid(margins).sum()
-    expected.backward()
-    assert abs(loss.item() - expected.item()) < 1e-9 and sums[0] == 2
-    assert_gradients_equal(model, twin, 1e-9)
-
-
-def test_grpo_gradient_is_the_policy_gradient_on_single_sequences(double):
-    model, twin = tiny(vocab_size=60).double(), tiny(vocab_size=60).double()
-    loss, _ = align.weighted_cross_entropy(model, *batch_of(ANSWERS, 4, ADVANTAGES))
-    loss.backward()
-    expected = -sum(a * plain_log_probs(twin, *answer).sum() for a, answer in zip(ADVANTAGES, ANSWERS))
-    expected.backward()
-    assert_gradients_equal(model, twin, 1e-6)  # the weights of tokens are fp32
-
-
 # ---- completions and rewards
+
+CODE = {
+    "prompt": "def f():\n",
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+}
+
+
+def question(answer="#### 1", ask="?"):
+    return align.read_problem(BYTES, 99, {"question": ask, "answer": answer})
 
 
 def test_rewards_come_from_the_sandbox_and_cannot_be_forged():
-    problem = {
-        "prompt": "def f():",
-        "entry_point": "f",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    number = question("…\n#### 1,200")
+    texts = {
+        "\n    return 1\n": 1,
+        "\n    return 1\n\np": 1,
+        "\n    return 2\n": 0,
+        "\n    import os\n    os._exit(0)\n": 0,
+        "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n": 0,
+        "\n    raise SystemExit(0)\n": 0,
+        "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n": 0,
+        "x #### 1200": 1,
+        "#### 1,200.0 #### 7": 0,
+        "1200": 0,
+        "#### 1200 is $": 1,
     }
-    math_problem = align.read_problem(
-        Tokenizer.load("bytes"), 99, {"question": "?", "answer": "…\n#### 1,200"}
-    )
-    texts = [
-        "\n    return 1\n",
-        "\n    return 1\n\np",
-        "\n    return 2\n",
-        "\n    import os\n    os._exit(0)\n",
-        "\n    class E:\n        def __eq__(self, other): return True\n    return E()\n",
-        "\n    raise SystemExit(0)\n",
-        "\n    import sys\n    sys.stdout.write('passed')\n    sys.exit(0)\n",
-        "x #### 1200",
-        "#### 1,200.0 #### 7",
-        "1200",
-        "#### 1200 is $",
-    ]
-    problems = [problem] * 7 + [math_problem] * 4
-    assert align.rewards(problems, texts) == [1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
+    problems = [align.read_problem(BYTES, 99, CODE) if "\n" in text else number for text in texts]
+    assert align.rewards(problems, list(texts)) == list(texts.values())
 
 
-class Script(torch.nn.Module):
-    """A model that says what it is told, token by token."""
+class Script:
+    """A model that says the tokens of answers(row, seed); of all, a to d are likely, and alike."""
+
+    device = "cpu"
 
     def __init__(self, answers):
-        super().__init__()
         self.answers = answers
 
+    def hidden(self, tokens):
+        return torch.zeros(*tokens.shape, 1)
+
+    def logits(self, states):
+        logits = torch.zeros(*states.shape[:-1], 261)
+        logits[..., [97, 98, 99, 100]] = 9.0
+        return logits
+
     def generate(self, prompts, max_new_tokens, temperature, seed, stream):
-        assert temperature == 1 and len(prompts) == len(seed) <= len(self.answers)
-        for row in range(len(prompts)):
-            for token in self.answers[row][:max_new_tokens]:
+        assert temperature == 1 and len(prompts) == len(seed)
+        for row, row_seed in enumerate(seed):
+            for token in itertools.islice(self.answers(row, row_seed), max_new_tokens):
                 if stream(row, token):
                     break
 
 
 def test_answers_are_cut_and_keep_their_end_token(monkeypatch):
-    tokenizer = Tokenizer.load("bytes")
-    code = align.read_problem(
-        tokenizer, 99, {"prompt": "def f():\n", "entry_point": "f", "test": "def check(candidate): pass"}
-    )
-    assert tokenizer.decode(code["ids"]) == "def f():"
-    chat = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
-
-    def rollout(answers, problems, begun=(), **args):
-        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
-        return align.rollout(Script(answers), tokenizer, problems, range(len(problems)), args, begun)
-
+    code = align.read_problem(BYTES, 99, CODE)
+    chat = question()
+    assert BYTES.decode(code["ids"]) == "def f():"
     monkeypatch.setattr(align, "rewards", lambda problems, texts: texts)
+
+    def rollout(says, problems, begun="", **args):
+        args = SimpleNamespace(**{"context": 1000, "max_tokens": 20, "batch_size": 8, "seed": 0, **args})
+        script = Script(lambda row, _: BYTES.encode(says[row % len(says)]) + [BYTES.eot])
+        begun = BYTES.encode(begun.removesuffix("<eot>")) + [BYTES.eot] * begun.endswith("<eot>")
+        answers, texts = align.rollout(script, BYTES, problems, range(len(problems)), args, begun)
+        return list(map(BYTES.decode, answers)), texts
+
     says = ["\n    return 1\n\nprint(2)\n", "\n    return 1\n", "a\nb\nc", "12345678901234567890"]
-    says_ids = [tokenizer.encode(text) + [tokenizer.eot] for text in says]
-    answers, texts = rollout(says_ids, [code, code, chat, chat])
-    assert [tokenizer.decode(ids) for ids in answers] == [
-        "\n    return 1\n\np",
-        "\n    return 1\n<|endoftext|>",
-        "a\nb\nc<|endoftext|>",
-        says[3],
-    ]
-    assert texts == ["\n    return 1\n\np", "\n    return 1\n", "a\nb\nc", says[3]]
-    assert rollout(says_ids[:1], [code] * 3, batch_size=1)[1] == texts[:1] * 3
+    cut = ["\n    return 1\n\np", *says[1:]]
+    ended = [cut[0], *(text + "<|endoftext|>" for text in cut[1:3]), cut[3]]
+    assert rollout(says, [code, code, chat, chat]) == (ended, cut)
+    assert rollout(says[:1], [code] * 3, batch_size=1)[1] == cut[:1] * 3
     for begun, text in (
-        (tokenizer.encode("\n    return 1"), "\n    return 10\nx"),
-        (answers[1], "\n    return 1\n"),
-        (answers[0], "\n    return 1\n\np"),
+        ("\n    return 1", "\n    return 10\nx"),
+        (says[1] + "<eot>", says[1]),
+        (cut[0], cut[0]),
     ):
-        assert rollout([tokenizer.encode("0\nx")], [code], begun, max_tokens=50)[1] == [text]
+        assert rollout(["0\nx"], [code], begun, max_tokens=50)[1] == [text]
     for room in (0, 4):
-        answers, _ = rollout([[65] * 99], [chat], max_tokens=50, context=len(chat["ids"]) + room)
-        assert answers == [[65] * room]
+        args = dict(max_tokens=50, context=len(chat["ids"]) + room)
+        assert rollout(["A" * 99], [chat], **args) == (["A" * room], ["A" * room])
 
 
-def test_grpo_survives_a_prompt_that_fills_the_context(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    long = {"prompt": "#" * 96, "entry_point": "f", "test": "def check(candidate):\n    assert candidate()"}
-    data.write_jsonl("full.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}, long])
-    here(*"grpo --data full.jsonl --steps 1 --out runs/full".split())
-    assert "1 problems" in capsys.readouterr().out
+def test_what_is_drawn_depends_on_seed_prompt_and_number():
+    drawn = []
+    script = Script(lambda row, seed: drawn.append(seed) or [BYTES.eot])
+    a, b = question(), question(ask="!")
+    for numbers, seed, size in (((0, 1, 0), 0, 3), ((0, 1, 0), 0, 1), ((0, 1, 0), 1, 3)):
+        args = SimpleNamespace(context=1000, max_tokens=20, batch_size=size, seed=seed)
+        align.rollout(script, BYTES, [a, a, b], numbers, args)
+    assert drawn[:3] == drawn[3:6] and len(set(drawn)) == 6
+
+
+def test_grpo_survives_a_prompt_that_fills_the_context(folder, capsys):
+    data.write_jsonl("full.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}, {**CODE, "prompt": "#" * 96}])
+    align_run("grpo", "--data full.jsonl --steps 1 --out runs/full")
+    assert "1 problems, 1 too long" in capsys.readouterr().out
 
 
 def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
@@ -7745,45 +7486,41 @@ def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
     assert align.rollout_model(model, torch.float32).generate([[1, 2]], 5) == model.generate([[1, 2]], 5)
 
 
-def test_grpo_learns_to_say_one_byte(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float("e" in text) for text in texts])
-    here(
-        *"grpo --steps 20 --lr 0.03 --out runs/byte --num-generations 8 --max-tokens 6".split(),
-    )
-    passed = [r["pass@1"] for r in log(folder, "runs/byte") if "loss" in r]
-    assert np.mean(passed[-5:]) > np.mean(passed[:5]) + 0.4 and np.mean(passed[-5:]) > 0.8, passed
+def test_grpo_learns_to_say_one_byte(folder, monkeypatch):
+    judge(monkeypatch, lambda text: "e" in text)
+    more = "--steps 20 --lr 0.03 --num-generations 8 --max-tokens 6 --out runs/byte"
+    passed = [r["pass@1"] for r in align_run("grpo", more) if "loss" in r]
+    assert np.mean(passed[-5:]) > max(0.8, np.mean(passed[:5]) + 0.4), passed
 
 
-def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: [1.0] * len(texts))
-    before = weights_of(folder, "runs/init")
-    here(*"grpo --steps 3 --weight-decay 0.1 --out runs/equal".split())
-    after = weights_of(folder, "runs/equal")
+def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch):
+    judge(monkeypatch, lambda text: True)
+    records = align_run("grpo", "--steps 3 --weight-decay 0.1 --out runs/equal")
+    assert all(r["dropped"] == 1 and r["loss"] == 0 for r in records if "loss" in r)
+    before, after = (weights_of(folder, name) for name in ("runs/init", "runs/equal"))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(r["dropped"] == 1 and r["loss"] == 0 for r in log(folder, "runs/equal") if "loss" in r)
 
 
 def test_grpo_rows_train_the_end_token(folder, monkeypatch):
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(
-        align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist()
-    )
-    parts = task(folder, monkeypatch, "grpo", "--max-tokens", "30", "--num-generations", "8")
-    eot = parts.run.tokenizer.eot
+    judge(monkeypatch, chance)
+    run, loader, _ = task(monkeypatch, "grpo", "--max-tokens 30 --num-generations 8")
     with torch.no_grad():
-        parts.run.model.lm_head.weight[eot] *= 3
-    batch = next(parts.loader)
-    assert parts.loader.state_dict() == {"step": 1} and batch.weight > 32
+        run.model.lm_head.weight[BYTES.eot] *= 3
+    batch, again = next(loader), next(loader)
+    assert loader.state_dict() == {"step": 2} and batch.weight > 32
     ends = total = 0
     for _, targets, weights in batch.micro_batches:
         total += weights[:, 0].sum().item()
-        for row_targets in targets:
-            taught = row_targets[row_targets >= 0].tolist()
-            ends += taught[-1:] == [eot]
-            assert eot not in taught[:-1]
+        for row in targets.tolist():
+            taught = [token for token in row if token >= 0]
+            ends += taught[-1:] == [BYTES.eot]
+            assert BYTES.eot not in taught[:-1]
     assert ends and abs(total) < 1e-5
+    first, second = (
+        {tuple(row) for _, rows, _ in drawn.micro_batches for row in rows.tolist()}
+        for drawn in (batch, again)
+    )
+    assert len(first & second) < len(first) / 2  # other answers at the next step
 
 
 # ---- pivotal tokens
@@ -7791,78 +7528,55 @@ def test_grpo_rows_train_the_end_token(folder, monkeypatch):
 
 def test_subdivide_finds_the_planted_tokens():
     tokens = list(range(100, 130))
-    calls = []
+    calls = set()
 
     def success(prefix):
-        calls.append(len(prefix))
+        calls.add(len(prefix))
         return 0.4 + 0.5 * (112 in prefix) - 0.3 * (125 in prefix) + 0.05 * (103 in prefix)
 
-    found = list(align.subdivide(success, tokens, [-1.0] * 30, 0.2))
-    assert [position for position, _ in found] == [12, 25]
-    assert found[0][1] > 0.45 and found[1][1] < -0.25 and len(set(calls)) < 25
-    assert not list(align.subdivide(lambda prefix: 0.5, tokens, [-1.0] * 30, 0.2))
+    flat = [-1.0] * 30
+    (a, gain), (b, loss) = align.subdivide(success, tokens, flat, 0.2)
+    assert (a, b) == (12, 25) and gain > 0.45 and loss < -0.25 and len(calls) < 25
+    assert not list(align.subdivide(lambda prefix: 0.5, tokens, flat, 0.2))
     assert not list(align.subdivide(success, [], [], 0.2))
-    log_probs = [-0.001] * 12 + [-9.0] + [-0.001] * 17
-    assert [position for position, _ in align.subdivide(success, tokens, log_probs, 0.2)] == [12, 25]
+    calls.clear()
+    peaked = [-0.001] * 12 + [-9.0] + [-0.001] * 17
+    assert [place for place, _ in align.subdivide(success, tokens, peaked, 0.2)] == [12, 25]
+    assert {12, 13} <= calls and len(calls) < 12  # cut at the costly token first
 
 
-class Decider(torch.nn.Module):
-    """Says two letters of a to d, all equally likely."""
+def pivots(problem, more=""):
+    def letters(row, seed):
+        return iter(np.random.default_rng(seed).integers(97, 101, 9).tolist())
 
-    device = "cpu"
-    config = SimpleNamespace(vocab_size=261)
-
-    def hidden(self, tokens):
-        return torch.zeros(*tokens.shape, 1)
-
-    def logits(self, states):
-        logits = torch.zeros(*states.shape[:-1], 261)
-        logits[..., [97, 98, 99, 100]] = 9.0
-        return logits
-
-    def generate(self, prompts, max_new_tokens, temperature, seed, stream):
-        for row, row_seed in enumerate(seed):
-            rng = np.random.default_rng(row_seed)
-            while not stream(row, int(rng.integers(97, 101))):
-                pass
-
-
-def search(problem, *more):
-    args = align.parse_options([*"pivotal --data x --out y --max-tokens 2".split(), *more])
+    args = align.parse_options(f"pivotal --data x --out y --max-tokens 2 {more}".split())
     args.context = 64
-    return list(align.pivotal_pairs(Decider(), Tokenizer.load("bytes"), problem, args))
+    return list(align.pivotal_pairs(Script(letters), BYTES, problem, args))
 
 
 def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
-    tokenizer = Tokenizer.load("bytes")
-    problem = align.read_problem(tokenizer, 99, {"question": "?", "answer": "#### 1"})
-    monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(text[0] == "b") for text in texts])
-    found = search(problem, "--samples", "20")
+    judge(monkeypatch, lambda text: text[0] == "b")
+    problem = question()
+    found = pivots(problem, "--samples 20")
     assert found and {record["chosen"] for record in found} == {"b"}
     assert {record["rejected"] for record in found} <= set("acd")
     assert all(record["ids"]["prompt"] == problem["ids"] and record["odds"] == [1.0, 0.0] for record in found)
-    chosen, rejected = align.read_preference(tokenizer, 99, json.loads(json.dumps(found[0])))
-    assert learned(tokenizer, chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
+    chosen, rejected = align.read_preference(BYTES, 99, json.loads(json.dumps(found[0])))
+    assert learned(chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
     with pytest.raises(ValueError, match="another tokenizer"):
         align.read_preference(small_tokenizer(), 99, found[0])
+    judge(monkeypatch, lambda text: text == "bb")  # solved once in 16 times: left alone
+    assert not pivots(problem, "--samples 40 --gap 0.1")
 
 
 def test_luck_writes_no_pivotal_pairs(monkeypatch):
     """Rewards that no token has an effect on: of a hundred problems, at most one may give a pair."""
-    tokenizer = Tokenizer.load("bytes")
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(
-        align, "rewards", lambda problems, texts: rng.integers(0, 2, len(texts)).astype(float).tolist()
-    )
-    problems = [
-        align.read_problem(tokenizer, 99, {"question": f"{i}?", "answer": "#### 1"}) for i in range(100)
-    ]
-    assert sum(bool(search(problem)) for problem in problems) <= 1
+    judge(monkeypatch, chance)
+    assert sum(bool(pivots(question(ask=f"{i}?"))) for i in range(100)) <= 1
 
 
-def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(tmp_path, monkeypatch):
-    models.save(tiny(), Tokenizer.load("bytes"), tmp_path / "run")
-    data.write_jsonl(tmp_path / "p.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
+def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished_one(folder, monkeypatch):
+    data.write_jsonl("three.jsonl", [{"question": f"{n}?", "answer": "#### 1"} for n in range(3)])
     calls = []
 
     def pivotal_pairs(model, tokenizer, problem, args):
@@ -7872,136 +7586,114 @@ def test_an_interrupted_search_for_pivotal_tokens_leaves_the_pairs_of_a_finished
         yield {"ids": problem["ids"]}
 
     monkeypatch.setattr(align, "pivotal_pairs", pivotal_pairs)
-    paths = {"--init": tmp_path / "run", "--data": tmp_path / "p.jsonl", "--out": tmp_path / "o.jsonl"}
-    args = align.parse_options(["pivotal", *(str(word) for pair in paths.items() for word in pair)])
-    align.pivotal(args)
-    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
-    with pytest.raises(KeyboardInterrupt):
-        align.pivotal(args)
-    assert len(list(data.read_jsonl(tmp_path / "o.jsonl"))) == 3
-    assert len((tmp_path / "o.jsonl.partial").read_text().splitlines()) == 1
+    words = "pivotal --init runs/init --data three.jsonl --out o.jsonl".split()
+    align.main(words)
+    with pytest.raises(SystemExit) as stop:
+        align.main(words)
+    assert stop.value.code == 130 and len(list(data.read_jsonl("o.jsonl"))) == 3
+    assert len(open("o.jsonl.partial").readlines()) == 1
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize("kind, more", [("sft", []), ("dpo", []), ("grpo", [])])
-def test_killed_and_resumed_equals_uninterrupted(folder, kind, more, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    if kind == "grpo":  # by the text alone, so that a resumed run judges alike
-        monkeypatch.setattr(
-            align, "rewards", lambda problems, texts: [float(len(text) % 2) for text in texts]
-        )
-    here(kind, "--out", f"runs/{kind}-whole", *more)
-    cut = [kind, "--out", f"runs/{kind}-cut", *more]
+def without_times(records):
+    timing = ("seconds", "tokens_per_second", "mfu")
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+
+
+@pytest.mark.parametrize("kind", OPTIONS_OF)
+def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, capsys):
+    judge(monkeypatch, lambda text: len(text) % 2)  # by the text alone: a resumed run judges alike
+    whole, cut = (f"runs/{kind}-{which}" for which in ("whole", "cut"))
+    expected = without_times(align_run(kind, f"--out {whole}"))
     if kind == "sft":
-        process = subprocess.Popen(command(*cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list((folder / f"runs/{kind}-cut").glob("state-*")):
+        command = [sys.executable, f"{HERE}/align.py", *words_of(kind, f"--out {cut}")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not glob.glob(f"{cut}/state-*"):
             assert process.poll() is None
             time.sleep(0.002)
         process.kill()
         process.wait()
     else:
-        with monkeypatch.context() as patch:
-            write = train.write_model
+        write = train.write_model
 
-            def die(*arguments):
-                write(*arguments)
-                raise KeyboardInterrupt
+        def die(*given):
+            write(*given)
+            raise KeyboardInterrupt
 
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):  # after step 2
             patch.setattr(train, "write_model", die)
-            with pytest.raises(SystemExit):  # after step 2
-                here(*cut)
+            align_run(kind, f"--out {cut}")
     capsys.readouterr()
-    here(*cut)
+    assert without_times(align_run(kind, f"--out {cut}")) == expected
     assert "going on from step" in capsys.readouterr().out
-    a, b = (weights_of(folder, f"runs/{kind}-{which}") for which in ("whole", "cut"))
+    a, b = (weights_of(folder, run) for run in (whole, cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    timing = ("seconds", "tokens_per_second", "mfu")
-    same = [
-        [
-            {k: v for k, v in record.items() if k not in timing}
-            for record in log(folder, f"runs/{kind}-{which}")
-        ]
-        for which in ("whole", "cut")
-    ]
-    assert same[0] == same[1]
-    records = [record for record in same[0] if "loss" in record]
-    first, last = records[0], records[-1]
+    first, *_, last = [record for record in expected if "loss" in record]
     if kind == "dpo":
         assert abs(first["loss"] - math.log(2)) < 1e-5 and abs(first["margin"]) < 1e-5
         assert last["margin"] > 0 and last["accuracy"] > 0.6
     if kind == "sft":
-        assert last["loss"] < first["loss"] and any("val" in record for record in same[0])
+        assert last["loss"] < first["loss"] and any("val" in record for record in expected)
 
 
-@pytest.mark.parametrize(
-    "kind, more", [("sft", []), ("dpo", []), ("grpo", []), ("dpo", ["--fsdp"]), ("grpo", ["--fsdp"])]
-)
-def test_two_ranks_equal_one(folder, kind, more, monkeypatch):
-    monkeypatch.chdir(folder)
-    name = f"runs/{kind}-{len(more)}"
-    more = [
-        *("--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4").split(),
-        *more,
-    ]
-    here(kind, "--out", name + "-one", *more)
-    words = command(kind, "--out", name + "-two", "--micro-tokens", "192", *more, launcher=TWO)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("more", ["sft", "dpo", "grpo", "dpo --fsdp", "grpo --fsdp"])
+def test_two_ranks_equal_one(folder, more):
+    kind, *fsdp = more.split()
+    name = f"runs/{kind}{len(fsdp)}"
+    words = "--steps 2 --max-tokens 40 --data comments.jsonl" if kind == "grpo" else "--steps 4"
+    one = align_run(kind, f"{words} --out {name}-one")
+    command = [sys.executable, *TWO, f"{HERE}/align.py"]
+    command += words_of(kind, f"{words} --micro-tokens 192 {' '.join(fsdp)} --out {name}-two")
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, two = ([r for r in log(folder, name + which) if "loss" in r] for which in ("-one", "-two"))
-    assert kind != "grpo" or all(r["dropped"] < 1 and r["loss"] != 0 for r in one)
-    for key in ("loss", "margin", "accuracy", "pass@1", "length"):
-        if key in one[0]:
-            np.testing.assert_allclose(
-                [r[key] for r in one], [r[key] for r in two], rtol=1e-3, atol=1e-5, err_msg=key
-            )
-
-
-def assert_align_refuses(arguments, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        align.main(arguments)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and words in error and len(error.strip().splitlines()) == 1, error
+    two = align_log(f"{name}-two")
+    assert kind != "grpo" or all(r["dropped"] < 1 and r["loss"] != 0 for r in one if "loss" in r)
+    assert kind == "grpo" or any("val" in record for record in one)
+    for ours, theirs in zip(one, two, strict=True):
+        for key in {"loss", "margin", "accuracy", "pass@1", "length", "val"} & ours.keys():
+            values = [list(r[key].values())[0] if key == "val" else r[key] for r in (ours, theirs)]
+            values = [[x for x in np.atleast_1d(value) if x is not None] for value in values]
+            np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize(
-    "kind, lines, words",
+    "words, record, error",
     [
-        (
-            "sft",
-            ['{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'],
-            "message 1",
-        ),
-        ("sft", ['{"messages": "hello"}'], "record 1"),
-        ("sft", ['{"messages": [{"role": "user", "content": "a"}]}'], "nothing is left"),
-        ("sft", ["{"], "bad.jsonl:1"),
-        ("dpo", ['{"prompt": "a", "chosen": "b"}'], "record 1"),
-        ("dpo", ['{"prompt": "a", "chosen": "b", "rejected": "b"}'], "nothing is left"),
-        ("grpo", ['{"question": "a", "answer": "b"}'], '"#### "'),
-        ("grpo", ['{"prompt": "a"}'], "KeyError('entry_point')"),
+        ("sft", {"messages": [CHAT[1], {"role": "bot", "content": "b"}]}, "message 1"),
+        ("sft", {"messages": "hello"}, "record 1"),
+        ("sft", {"messages": [{"role": "user", "content": "a"}]}, "nothing is left"),
+        ("sft", "{", "bad.jsonl:1"),
+        ("dpo", {"prompt": "a", "chosen": "b"}, "record 1"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "nothing is left"),
+        ("grpo", {"question": "a", "answer": "b"}, '"#### "'),
+        ("grpo", {"prompt": "a"}, "KeyError('entry_point')"),
+        ("dpo --init runs/none", {}, "no model at runs/none"),
+        ("dpo --data none.jsonl", {}, "none.jsonl"),
+        ("sft --sped 3", {}, "--sped"),
+        ("grpo --num-generations 1", {}, "--num-generations"),
+        ("", {}, "sft"),
     ],
 )
-def test_bad_records(folder, monkeypatch, capsys, kind, lines, words):
-    monkeypatch.chdir(folder)
-    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
-    assert_align_refuses([kind, *"--init runs/init --data bad.jsonl --out runs/bad".split()], words, capsys)
-    assert not (folder / "runs/bad").exists()
+def test_align_refuses_in_one_line(folder, capsys, words, record, error):
+    with open("bad.jsonl", "w") as file:
+        file.write(record if record == "{" else json.dumps(record))
+    kind, *more = words.split() or [""]
+    with pytest.raises(SystemExit) as stop:
+        align.main([kind, *"--init runs/init --data bad.jsonl --out runs/bad".split(), *more] if kind else [])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and error in err and err.count("\n") == 1
+    assert not os.path.exists("runs/bad")
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("dpo --init runs/none --data pairs.jsonl --out runs/x", "no model at runs/none"),
-        ("dpo --init runs/init --data none.jsonl --out runs/x", "none.jsonl"),
-        ("dpo", "--data"),
-        ("sft --data x --out y --sped 3", "--sped"),
-        ("", "sft"),
-    ],
-)
-def test_align_refuses_in_one_line(folder, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(folder)
-    assert_align_refuses(arguments.split(), words, capsys)
+def test_a_run_goes_on_only_with_its_own_data_and_options(folder, capsys):
+    records = list(data.read_jsonl("pairs.jsonl"))
+    for more, num_records, word in (("", 50, ""), ("--beta 0.2", 50, "beta"), ("", 40, "made anew")):
+        data.write_jsonl("own.jsonl", records[:num_records])
+        with pytest.raises(SystemExit) if word else contextlib.nullcontext():
+            align_run("dpo", f"--steps 2 --data own.jsonl {more} --out runs/own")
+        assert word in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
