@@ -885,6 +885,7 @@ def test_float32_and_odd_heads_have_no_kernel():
 # ------------------------------------------------------------------ generate
 
 
+@torch.no_grad()
 def plain(m, prompt, n, stop=()):
     out = list(prompt)
     while len(out) - len(prompt) < n and len(out) < m.config.max_seq_len:
@@ -894,20 +895,23 @@ def plain(m, prompt, n, stop=()):
     return out[len(prompt) :]
 
 
+def assert_generates_as_plain(m, prompts, n, **options):
+    """With a cache as without, in a batch as alone."""
+    want = [plain(m, prompt, n, **options) for prompt in prompts]
+    assert m.generate(prompts, n, **options) == want
+    assert [m.generate([prompt], n, **options)[0] for prompt in prompts] == want
+    return want
+
+
 @on_device
 def test_cached_equals_uncached_in_ragged_batches():
     m, rng = tiny(), random.Random(0)
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 5, 64, 17, 63, 40, 2, 30, 9, 5)]
-    with torch.no_grad():
-        want = [plain(m, p, 40) for p in prompts]
-        assert m.generate(prompts, 40) == want and [len(w) for w in want[:5]] == [40, 40, 0, 40, 1]
-        assert [m.generate([p], 40)[0] for p in prompts] == want
-        stop = {w[len(w) // 2] for w in want if w}
-        assert m.generate(prompts, 40, stop=stop) == [plain(m, p, 40, stop) for p in prompts]
+    want = assert_generates_as_plain(m, prompts, 40)
+    assert [len(w) for w in want[:5]] == [40, 40, 0, 40, 1]
+    assert_generates_as_plain(m, prompts, 40, stop={w[len(w) // 2] for w in want if w})
     assert m.generate([], 3) == []
-    assert [w[:64] for w in m.generate([[1, 2]], 10**12)] == [
-        plain(m, [1, 2], 62)
-    ]  # to the end of the context
+    assert m.generate([[1, 2]], 10**12) == [plain(m, [1, 2], 62)]  # to the end of the context
 
 
 def test_cache_logits(double):
@@ -1341,291 +1345,159 @@ def test_checkpoints_of_transformers_and_back(tmp_path, name):
     import transformers
 
     kind, change = copy.deepcopy(FAMILY_CHECKPOINTS[name])  # transformers writes into what it is given
+    shape = dict(vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=3)
+    shape |= dict(num_attention_heads=6, max_position_embeddings=128, attn_implementation="eager")
+    shape |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    family = getattr(transformers, f"{kind}ForCausalLM")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        **{
-            **dict(
-                vocab_size=320,
-                hidden_size=48,
-                intermediate_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                max_position_embeddings=128,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                attn_implementation="eager",
-            ),
-            **change,
-        }
-    )
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():  # spiked, so that each part matters, biases and norms among them
-        for weight in theirs.parameters():
-            weight.mul_(6) if weight.dim() == 2 else weight.uniform_(
-                -0.5, 0.5
-            ) if kind == "Gemma" else weight.uniform_(0.5, 1.5)
+    theirs = family(getattr(transformers, f"{kind}Config")(**{**shape, **change})).eval()
+    low = -0.5 if kind == "Gemma" else 0.5
+    for weight in theirs.parameters():  # spiked, so that each part matters, biases and norms among them
+        weight.data.mul_(6) if weight.dim() == 2 else weight.data.uniform_(low, low + 1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, none = model.load(tmp_path / "theirs", device="cpu")
     assert none is None
     stored = model.read_safetensors(str(tmp_path / "theirs" / "model.safetensors"))
     back = model.to_hf(ours)
-    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tie_embeddings else ""} and all(
-        torch.equal(back[k], stored[k]) for k in back
-    )
+    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tie_embeddings else ""}
+    assert all(torch.equal(back[k], stored[k]) for k in back)
     model.save(ours, None, tmp_path / "ours")
-    again = (
-        getattr(transformers, f"{kind}ForCausalLM")
-        .from_pretrained(tmp_path / "ours", attn_implementation="eager")
-        .eval()
-    )
+    again = family.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert model.load(tmp_path / "ours", device="cpu")[0].config == ours.config
     with torch.no_grad():
         for length in (1, 7, 31, 33, 75):
             x = torch.randint(3, 320, (2, length))
             wanted = theirs(x).logits
-            assert (
-                wanted.std() > 0.1
-                and (ours(x) - wanted).abs().max() < 1e-4
-                and (again(x).logits - wanted).abs().max() < 1e-4
-            ), length
-        prompts = [
-            torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6)
-        ]  # a batch with padding on the left
-        ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
-        options = dict(
-            do_sample=False, max_new_tokens=18, eos_token_id=None, attention_mask=(ids != 0).long()
-        )
-        assert theirs.generate(ids, **options)[:, 9:].tolist() == [p for p in ours.generate(prompts, 18)]
-        prompts = prompts + [torch.randint(3, 320, (20,)).tolist()]
-        want = [
-            plain(ours, p, 64) for p in prompts
-        ]  # from here on without a cache; LongRoPE crosses its boundary in every row
-        assert ours.generate(prompts, 64) == want and [ours.generate([p], 64)[0] for p in prompts] == want
-        ids = torch.tensor(prompts[-1:])
-        options = dict(
-            do_sample=False, max_new_tokens=64, eos_token_id=None, use_cache=False
-        )  # transformers 4.49's cache errs at the boundary
-        assert (
-            theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 20:].tolist() == want[-1]
-        )
+            for got in (ours(x), again(x).logits):
+                assert (got - wanted).abs().max() < 1e-4 < 0.1 < wanted.std(), length
+    prompts = [torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6, 20)]
+    ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts[:3]])  # a batch with padding on the left
+    options = dict(do_sample=False, eos_token_id=None)
+    texts = theirs.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=18, **options)
+    assert texts[:, 9:].tolist() == ours.generate(prompts[:3], 18)
+    # from here on without a cache; LongRoPE crosses its boundary in every row
+    want = assert_generates_as_plain(ours, prompts, 64)
+    ids = torch.tensor(prompts[-1:])
+    options |= dict(max_new_tokens=64, use_cache=False)  # transformers 4.49's cache errs at the boundary
+    texts = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert texts[0, 20:].tolist() == want[-1]
 
 
 def test_phi_3_small_against_the_formulas(tmp_path):
-    """FACTS of phi-3-small (arXiv 2404.14219, section 2, and its published code) written down once more, from the file's own tensors."""
-    shape = dict(
-        vocab_size=320,
-        max_seq_len=300,
-        n_layer=3,
-        d_model=64,
-        n_head=8,
-        n_kv_head=2,
-        d_ff=40,
-        rope_theta=1e6,
-        tie_embeddings=True,
-        model_type="phi3small",
-        embedding_multiplier=10.0,
-        attention_multiplier=1.0,
-        logit_divisor=8.0,
-        dense_every=2,
-        sparse_block=8,
-        sparse_local=3,
-        sparse_stride=4,
-        dummy_tokens=[7, 300],
-    )
-    m = tiny(**shape)
+    """phi-3-small (arXiv 2404.14219, section 2, and its published code) once more, from the file's own tensors."""
+    shape = dict(vocab_size=320, max_seq_len=300, n_layer=3, d_model=64, n_head=8, d_ff=40, rope_theta=1e6)
+    shape |= dict(model_type="phi3small", tie_embeddings=True, embedding_multiplier=10.0, logit_divisor=8.0)
+    shape |= dict(attention_multiplier=1.0, dense_every=2, sparse_block=8, sparse_local=3, sparse_stride=4)
+    m = tiny(**shape, dummy_tokens=[7, 300])
     model.save(m, None, tmp_path)
     again, _ = model.load(tmp_path, device="cpu")
-    assert again.config == m.config and all(
-        torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True)
-    )
+    assert again.config == m.config and same_weights(m, again)
     w, D, T = model.read_safetensors(str(tmp_path / "model.safetensors")), 8, 200
     tokens = torch.randint(320, (2, T))
-    x = w["model.embed_tokens.weight"][tokens] * 10
+    position = torch.arange(T)
+    turns = torch.polar(torch.ones(T, 4), position[:, None] / 1e6 ** (torch.arange(4) / 4))
+    block = position // 8
 
     def norm(x, name):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w[
-            name + ".weight"
-        ] + w[name + ".bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
 
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
 
+    def turn(x):
+        turned = torch.complex(x[..., :4], x[..., 4:]) * turns
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = w["model.embed_tokens.weight"][tokens] * 10
     for layer in range(3):
         name = f"model.layers.{layer}."
-        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value").view(
-            2, T, 2, 6, D
-        )
-        y = torch.zeros(2, T, 8, D)
+        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value")
+        heads = []
         for h in range(8):
-            q, k, v = qkv[:, :, h // 4, h % 4], qkv[:, :, h // 4, 4], qkv[:, :, h // 4, 5]
-            angle = torch.arange(T)[:, None] / 1e6 ** (torch.arange(D // 2) / (D // 2))
-
-            def turn(z):
-                a, b = z[..., : D // 2], z[..., D // 2 :]
-                return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
-
-            scores = turn(q) @ turn(k).mT / D
-            for i in range(T):
-                for j in range(T):
-                    near = i // 8 - j // 8 < 3 or (j // 8 + h + 1) % 4 == 0
-                    if j > i or (layer + 1) % 2 and not near:
-                        scores[:, i, j] = -torch.inf
-            y[:, :, h] = scores.softmax(-1) @ v
-        x = x + linear(y.flatten(2), name + "self_attn.dense")
+            group = qkv.view(2, T, 2, 6, D)[:, :, h // 4]  # four queries, a key and a value
+            seen = (block[:, None] - block < 3) | ((block + h + 1) % 4 == 0) | (layer % 2 == 1)
+            seen &= position <= position[:, None]
+            scores = turn(group[:, :, h % 4]) @ turn(group[:, :, 4]).mT / D
+            heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ group[:, :, 5])
+        x = x + linear(torch.cat(heads, -1), name + "self_attn.dense")
         up = linear(norm(x, name + "post_attention_layernorm"), name + "mlp.up_proj")
         a, b = up[..., ::2].clamp(max=20), up[..., 1::2].clamp(-20, 20)
         x = x + linear(a * torch.sigmoid(1.702 * a) * (b + 1), name + "mlp.down_proj")
     wanted = norm(x, "model.final_layernorm") @ w["model.embed_tokens.weight"].T / 8
-    wanted[..., [7, 300]] = -torch.inf
     got = m(tokens)
-    assert (got == -torch.inf).sum() == 2 * T * 2 and (got - wanted).nan_to_num(
-        0
-    ).abs().max() < 1e-4 < wanted.nan_to_num(0, 0, 0).std()
-    prompts = [tokens[0, :n].tolist() for n in (60, 90, 37)]
-    with torch.no_grad():
-        want = [plain(m, p, 64) for p in prompts]
-        assert m.generate(prompts, 64) == want and [m.generate([p], 64)[0] for p in prompts] == want
+    assert (got[..., [7, 300]] == -torch.inf).all() and (got == -torch.inf).sum() == 2 * T * 2
+    assert (got - wanted)[got.isfinite()].abs().max() < 1e-4 < wanted.std()
+    assert_generates_as_plain(m, [tokens[0, :n].tolist() for n in (60, 90, 37)], 64)
 
 
 def flagged(names, **flags):
-    return [
-        dict(
-            id=i,
-            content=name,
-            single_word=False,
-            **{**dict(lstrip=False, rstrip=False, normalized=False, special=True), **flags},
-        )
-        for name, i in names.items()
-    ]
+    flags = {**model.ADDED_TOKEN, **flags}
+    return [dict(id=i, content=name, **flags) for name, i in names.items()]
 
 
-def sentencepiece_files(path, texts, normalizer, splitter, special):
-    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge, in order of the pieces."""
+SPACES = "force", "first", "always", "never"
+
+
+def sentencepiece_files(path, spaces, special):
+    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge,
+    in order of the pieces. spaces: how the leading one comes about: Llama 2 and phi-3, newer conversions, Gemma."""
     import tokenizers as hf
 
-    trained = hf.Tokenizer(hf.models.BPE())
-    trained.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
-    trained.train_from_iterator(
-        texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False)
-    )
-    learned = sorted(json.loads(trained.to_str())["model"]["vocab"].items(), key=lambda item: item[1])
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{b:02X}>" for b in range(256)),
-        *(p for p, _ in learned if len(p) > 1),
-        *(p for p, _ in learned if len(p) == 1),
-        "▁▁",
-        "▁▁▁▁",
-        "een",
-    ]
-    vocab = {
-        piece: i for i, piece in enumerate(dict.fromkeys(pieces))
-    }  # single characters last, as in Llama's: ids are not priorities
-    merges = [
-        [p[:n], p[n:]]
-        for p in vocab
-        if not p.startswith("<")
-        for n in range(1, len(p))
-        if p[:n] in vocab and p[n:] in vocab
-    ]
-    special = {"<unk>": 0, "<s>": 1, "</s>": 2} | {name: len(vocab) + i for i, name in enumerate(special)}
-    os.makedirs(path, exist_ok=True)
-    with open(path / "tokenizer.json", "w") as file:
-        json.dump(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "post_processor": None,
-                "normalizer": normalizer,
-                "pre_tokenizer": splitter,
-                "added_tokens": flagged({k: v for k, v in special.items() if v < 3})
-                + flagged({k: v for k, v in special.items() if v >= 3}, rstrip=True),
-                "decoder": {
-                    "type": "Sequence",
-                    "decoders": [
-                        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                        {"type": "ByteFallback"},
-                        {"type": "Fuse"},
-                        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                    ],
-                },
-                "model": {
-                    "type": "BPE",
-                    "dropout": None,
-                    "unk_token": "<unk>",
-                    "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None,
-                    "fuse_unk": True,
-                    "byte_fallback": True,
-                    "ignore_merges": False,
-                    "vocab": vocab,
-                    "merges": merges,
-                },
-            },
-            file,
-            ensure_ascii=False,
-        )
-    with open(path / "tokenizer_config.json", "w") as file:
-        json.dump({"eos_token": {"content": "<|endoftext|>" if "<|endoftext|>" in special else "</s>"}}, file)
-    return hf.Tokenizer.from_file(str(path / "tokenizer.json"))
+    learner = hf.Tokenizer(hf.models.BPE())
+    learner.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False)
+    learner.train_from_iterator(SENTENCES, trainer)
+    learned = sorted(learner.get_vocab(), key=learner.token_to_id)
+    learned.sort(key=lambda piece: len(piece) == 1)  # single characters last, as in Llama's
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *learned, "▁▁", "▁▁▁▁", "een"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    cuts = ((p[:n], p[n:]) for p in vocab if p[0] != "<" for n in range(1, len(p)))
+    merges = [cut for cut in cuts if {*cut} <= vocab.keys()]
+    tok = hf.Tokenizer(hf.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = hf.normalizers.Replace(" ", "▁")
+    if spaces == "force":
+        tok.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), replace])
+    elif spaces == "never":
+        tok.normalizer = replace
+        tok.pre_tokenizer = hf.pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        tok.pre_tokenizer = hf.pre_tokenizers.Metaspace("▁", spaces, split=False)
+    added = [hf.AddedToken(name, normalized=False) for name in pieces[:3]]
+    tok.add_special_tokens(added + [hf.AddedToken(name, rstrip=True, normalized=False) for name in special])
+    model.write_json(str(path / "tokenizer_config.json"), {"eos_token": {"content": "<|endoftext|>"}})
+    tok.save(str(path / "tokenizer.json"))
+    return tok
 
 
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-SPACES = {  # how the leading space comes about: Llama 2 and phi-3, newer conversions, Gemma
-    "force": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}, None),
-    "first": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
-    "always": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}),
-    "never": (
-        REPLACE,
-        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
-    ),
-}
+with open(data.__file__) as source_file:
+    SENTENCES = [source_file.read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
 
 
 @needs("tokenizers")
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
-    texts = [open(data.__file__).read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
-    special = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-    reference = sentencepiece_files(tmp_path / "a", texts, *SPACES[spaces], special)
+    reference = sentencepiece_files(tmp_path / "a", spaces, model.SPECIAL)
     tok = Tokenizer.load(tmp_path / "a")
     assert tok.prepend == spaces and tok.eot == tok.special["<|endoftext|>"]
-    rng, alphabet = random.Random(0), list("abdefnrstu  \n\t_()=='\"0123 éüñ中文日本▁😀\u0301")
-    for text in [
-        *(t for t in HARD if "<|" not in t),
-        "▁▁a ▁",
-        "anananana",
-        "=======",
-        " " * 999,
-        "一丁七😀" * 9,
-        "<0x0A> a",
-        *texts,
-        *("".join(rng.choices(alphabet, k=40)) for _ in range(1000)),
-    ]:
-        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
-        if spaces in ("force", "never") and "▁" not in text:
-            assert tok.decode(tok.encode(text)) == text
+    texts = [*PLAIN, "▁▁a ▁", "anananana", "=======", " " * 999, "一丁七😀" * 9, "<0x0A> a", *SENTENCES]
+    texts += random_texts("abdefnrstu  \n\t_()=='\"0123 éüñ中文日本▁😀\u0301", 40)
+    assert_same_ids(tok, reference, texts)
+    if spaces in ("force", "never"):
+        assert all(tok.decode(tok.encode(text)) == text for text in texts if "▁" not in text)
     assert not {*tok.encode("<s> </s><|end|><|user|><unk>")} & {*tok.special.values()}
-    chat = [
-        {"role": "user", "content": "  two  words\n"},
-        {"role": "assistant", "content": "x<|end|>"},
-        {"role": "user", "content": "é"},
-    ]
-    plain = [{**m, "content": m["content"].replace("<|end|>", "y")} for m in chat]
-    text = (
-        "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in plain) + "<|assistant|>\n"
-    )  # every family's special tokens eat the line break
-    assert tok.render(plain) == reference.encode(text, add_special_tokens=False).ids
-    assert tok.render(chat).count(tok.special["<|end|>"]) == 3
+    chat = [("user", "  two  words\n"), ("assistant", "x{}"), ("user", "é")]
+
+    def messages(word):
+        return [{"role": role, "content": content.format(word)} for role, content in chat]
+
+    # every family's special tokens eat the line break
+    text = "".join(f"<|{role}|>\n{content.format('y')}<|end|>\n" for role, content in chat)
+    wanted = reference.encode(text + "<|assistant|>\n", add_special_tokens=False).ids
+    assert tok.render(messages("y")) == wanted
+    assert tok.render(messages("<|end|>")).count(tok.special["<|end|>"]) == 3
     tok.save(str(tmp_path / "b"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "a" / file).read_text()) == json.loads(
-            (tmp_path / "b" / file).read_text()
-        )
+        assert (tmp_path / "a" / file).read_text() == (tmp_path / "b" / file).read_text()
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
@@ -1633,78 +1505,76 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
     """Gemma's line breaks and <table>, phi-3's </s>."""
-    reference = sentencepiece_files(
-        tmp_path, [open(data.__file__).read()], *SPACES[spaces], ["<|endoftext|>", "<|end|>"]
-    )
-    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    sentencepiece_files(tmp_path, spaces, ["<|endoftext|>", "<|end|>"])
+    file = tmp_path / "tokenizer.json"
+    source = json.loads(file.read_text())
+    vocab = source["model"]["vocab"]
     first = 1 + max(token["id"] for token in source["added_tokens"])
-    ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
+    new_ids = itertools.count(first)
     source["added_tokens"][2] |= {"special": False, "rstrip": True}  # </s>
-    in_vocabulary = [name for name in ordinary if name in source["model"]["vocab"]]  # Gemma's are pieces too
-    new = [name for name in ordinary if name not in in_vocabulary]
-    source["added_tokens"] += flagged(
-        {name: source["model"]["vocab"][name] for name in in_vocabulary}, special=False
-    )
-    source["added_tokens"] += flagged({name: first + n for n, name in enumerate(new)}, special=False)
-    source["added_tokens"] += flagged({"<eat>": first + len(new)}, special=False, lstrip=True)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), type(reference).from_file(str(tmp_path / "tokenizer.json"))
+    ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
+    # Gemma's are pieces too
+    ids = {name: vocab[name] if name in vocab else next(new_ids) for name in ordinary}
+    source["added_tokens"] += flagged(dict(sorted(ids.items(), key=lambda item: item[1])), special=False)
+    source["added_tokens"] += flagged({"<eat>": next(new_ids)}, special=False, lstrip=True)
+    model.write_json(str(file), source)
+    tok = Tokenizer.load(tmp_path)
     assert first in tok.encode("a <table> b") and 2 not in tok.stops
-    rng = random.Random(0)
     parts = [*ordinary, "</s>", "<eat>", "<table", "a", "bc", " ", "  ", "\n", "é", "▁", "x = 1"]
-    for text in [
-        "<table>",
-        "\n\n\n\n\n",
-        " <table> a",
-        *("".join(rng.choices(parts, k=12)) for _ in range(1000)),
-    ]:
-        if not re.search(
-            r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>", text
-        ):  # there the library counts a line break twice
-            assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    texts = ["<table>", "\n\n\n\n\n", " <table> a", *random_texts(parts, 12)]
+    counted_twice = re.compile(r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>")  # a line break, by the library
+    texts = [text for text in texts if not counted_twice.search(text)]
+    assert_same_ids(tok, in_tokenizers_library(tmp_path), texts)
     assert not {*tok.encode("<s><|end|><|endoftext|><unk>")} & {*tok.special.values()}
 
 
-CHATS = {  # the format of each family, from its documentation
+# The format of each family, from its documentation: special tokens, their flags, a chat, how an answer begins and how a
+# finished chat ends.
+CHATS = {
     "phi-4": (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
+        "<|endoftext|> <|im_start|> <|im_end|> <|im_sep|>",
         dict(lstrip=True, rstrip=True),
-        "<|im_start|>system<|im_sep|>{}<|im_end|>"
-        "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>",
+        "<|im_start|>system<|im_sep|>{}<|im_end|><|im_start|>user<|im_sep|>{}<|im_end|>",
+        "<|im_start|>assistant<|im_sep|>",
         "",
     ),
     "smollm2": (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "<|endoftext|> <|im_start|> <|im_end|>",
         {},
-        "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n",
         "",
     ),
     "phi-4-mini": (
-        ["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]],
+        "<|endoftext|> <|tool|> <|system|> <|user|> <|assistant|> <|end|>",
         {},
-        "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>",
+        "<|system|>{}<|end|><|user|>{}<|end|>",
+        "<|assistant|>",
         "<|endoftext|>",
     ),
     "phi-3": (
-        model.SPECIAL,
+        "<|endoftext|> <|system|> <|user|> <|assistant|> <|end|>",
         dict(rstrip=True),
-        "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n",
+        "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n",
+        "<|assistant|>\n",
         "<|endoftext|>",
     ),
     "llama-3": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
         {},
-        "<|begin_of_text|><|start_header_id|>system"
-        "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "",
     ),
     "gemma": (
-        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        "<bos> <eos> <start_of_turn> <end_of_turn>",
         {},
-        "<bos><start_of_turn>user\n{1}<end_of_turn>\n<start_of_turn>model\n",
+        "<bos><start_of_turn>user\n{1}<end_of_turn>\n",
+        "<start_of_turn>model\n",
         "",
     ),
-    "phi-2": (["<|endoftext|>"], {}, "System: {}\nInstruct: {}\nOutput:", "<|endoftext|>"),
+    "phi-2": ("<|endoftext|>", {}, "System: {}\nInstruct: {}\n", "Output:", "<|endoftext|>"),
 }
 
 
@@ -1713,134 +1583,84 @@ CHATS = {  # the format of each family, from its documentation
 def test_chat_formats(tmp_path, family):
     import tokenizers as hf
 
-    names, flags, text, end = CHATS[family]
+    names, flags, form, opening, end = CHATS[family]
+    names = names.split()
+    begins = family in ("gemma", "llama-3")  # every text of theirs with a token, and messages are stripped
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
     special = {name: first + i for i, name in enumerate(names)}
-    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.DOCUMENT_ENDS if name in names))
-    tok.save(str(tmp_path))
-    source = json.loads((tmp_path / "tokenizer.json").read_text())
-    source["added_tokens"] = flagged(special, **flags)
-    source["post_processor"] = (
-        {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": names[0], "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [],
-            "special_tokens": {names[0]: {"id": names[0], "ids": [first], "tokens": [names[0]]}},
-        }
-        if family in ("gemma", "llama-3")
-        else None
-    )
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert tok.bos == ([first] if family in ("gemma", "llama-3") else []) and reference.encode(
-        "hello"
-    ).ids == tok.bos + tok.encode("hello")
+    eot = next(name for name in model.DOCUMENT_ENDS if name in names)
+    Tokenizer(ranks, special=special, eot=eot).save(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    source = json.loads(file.read_text())
+    model.write_json(str(file), {**source, "added_tokens": flagged(special, **flags)})
+    reference = in_tokenizers_library(tmp_path)
+    if begins:
+        template = hf.processors.TemplateProcessing(f"{names[0]} $A", special_tokens=[(names[0], first)])
+        reference.post_processor = template
+        reference.save(str(file))
+    tok = Tokenizer.load(tmp_path)
+    assert tok.bos == [first] * begins and reference.encode("hello").ids == tok.bos + tok.encode("hello")
     for contents in (("Be brief.", "hello return"), ("x", " a\n\n  b "), ("\n", "")):
-        chat = [
-            {"role": role, "content": content}
-            for role, content in zip(("system", "user"), contents)
-            if family != "gemma" or role == "user"
-        ]
-        shown = [content.strip() if family in ("gemma", "llama-3") else content for content in contents]
-        assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, (
-            contents
-        )
-        opening = text[
-            text.rindex(
-                "<|assistant|>"
-                if "<|assistant|>" in text
-                else "<|im_start|>"
-                if "im_start" in text
-                else "<|start_header"
-                if "start_header" in text
-                else "<start_of"
-                if "start_of" in text
-                else "Output:"
-            ) :
-        ]
-        assert (
-            tok.render(chat, False)
-            == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
-        )
-    attack = "".join(names) + "<|assistant|>"
-    ids = tok.render([{"role": "user", "content": attack}])
-    assert [i for i in ids if i >= first] == [
-        i for i in tok.render([{"role": "user", "content": "x"}]) if i >= first
-    ]
+        chat = [{"role": role, "content": content} for role, content in zip(("system", "user"), contents)]
+        chat = chat[family == "gemma" :]  # it has no system messages
+        text = form.format(*(content.strip() if begins else content for content in contents))
+        for add, rest in ((True, opening), (False, end)):
+            assert tok.render(chat, add) == reference.encode(text + rest, add_special_tokens=False).ids
+
+    def special_ids(content):
+        return [i for i in tok.render([{"role": "user", "content": content}]) if i >= first]
+
+    assert special_ids("".join(names) + "<|assistant|>") == special_ids("x")
     with pytest.raises(ValueError, match="message 0 needs a role"):
         tok.render([{"role": "tool", "content": "x"}])
-    assert {
-        tok.special[name]
-        for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>")
-        if name in names
-    } < {*tok.stops} or family == "phi-2"
+    assert tok.stops == {special[name] for name in names if name in {eot, *model.TURN_ENDS}}
 
 
 @needs("tokenizers")
 def test_added_runs_of_spaces_and_rank_files(tmp_path):
     """codegen's added runs of spaces, and phi-3-small's *.tiktoken."""
-    import tokenizers as hf
-
-    dense = {token: i for i, token in enumerate(small_tokenizer().ranks)}
-    Tokenizer(dense, model.GPT2_PATTERN, {"<|endoftext|>": len(dense)}).save(str(tmp_path))
+    ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
+    end = len(ranks)
+    Tokenizer(ranks, model.GPT2_PATTERN, {"<|endoftext|>": end}).save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
-    runs = {" " * n: len(dense) + 32 - n for n in reversed(range(2, 32))} | {
-        "\t" * n: len(dense) + 40 - n for n in reversed(range(2, 10))
-    }
-    source["added_tokens"] += flagged(runs, normalized=True, special=False)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    rng = random.Random(0)
-    for text in [
-        *(t for t in HARD if "<|" not in t),
-        *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)),
-        " " * 100,
-    ]:
-        assert (
-            tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
-            and tok.decode(tok.encode(text)) == text
-        ), repr(text)
-    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(dense)
+    runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+    added = flagged({run: end + 1 + n for n, run in enumerate(runs)}, normalized=True, special=False)
+    source["added_tokens"] += added
+    model.write_json(str(tmp_path / "tokenizer.json"), source)
+    tok = Tokenizer.load(tmp_path)
+    texts = [*PLAIN, *random_texts("ab  \t\n"), " " * 100]
+    assert_same_ids(tok, in_tokenizers_library(tmp_path), texts)
+    assert all(tok.decode(tok.encode(text)) == text for text in texts)
+    assert tok.encode("a" + " " * 31 + "b")[1] == end + 1 and tok.eot == end
     os.makedirs(tmp_path / "small")
-    (tmp_path / "small" / "cl100k_base.tiktoken").write_text(
-        "".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items())
-    )
+    lines = (f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items())
+    (tmp_path / "small" / "cl100k_base.tiktoken").write_text("".join(lines))
     tok = Tokenizer.load(tmp_path / "small")
     assert (tok.vocab_size, tok.eot) == (100352, 100257)
-    assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [
-        100257,
-        100262,
-        100266,
-        100263,
-    ]
+    ids = tok.render([{"role": "user", "content": "hello"}])
+    assert [i for i in ids if i > 1000] == [100257, 100262, 100266, 100263]
 
 
 def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    Tokenizer(
-        {bytes([b]): b for b in range(256)}, special={name: 256 + i for i, name in enumerate(names)}
-    ).save(str(tmp_path))
-    shown = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    special = {name: 256 + i for i, name in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    Tokenizer({bytes([b]): b for b in range(256)}, special=special).save(str(tmp_path))
+    user = "<|im_start|>user\nhi<|im_end|>\n"
+    answer = "<|im_start|>assistant\n"
+    default = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
     chat = [{"role": "user", "content": "hi"}]
     tok = Tokenizer.load(tmp_path)
-    assert tok.decode(tok.render(chat)) == shown
-    (tmp_path / "chat_template.jinja").write_text(
-        f"... '<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n' ..."
-    )
-    tok = Tokenizer.load(tmp_path)
-    tok.save(str(tmp_path / "again"))
+    assert tok.decode(tok.render(chat)) == user + answer
+    (tmp_path / "chat_template.jinja").write_text(f"... '{default}' ...")
+    Tokenizer.load(tmp_path).save(str(tmp_path / "again"))
     tok = Tokenizer.load(tmp_path / "again")  # the template is kept
-    start = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
-    assert tok.decode(tok.render(chat)) == start + shown
-    assert (
-        tok.decode(tok.render([{"role": "system", "content": "S"}, *chat]))
-        == "<|im_start|>system\nS<|im_end|>\n" + shown
-    )
-    assert tok.decode(tok.render([])) == start + "<|im_start|>assistant\n"
+    own = "<|im_start|>system\nS<|im_end|>\n"
+    for messages, text in (
+        (chat, default + user),
+        ([{"role": "system", "content": "S"}, *chat], own + user),
+        ([], default),
+    ):
+        assert tok.decode(tok.render(messages)) == text + answer
     ids, spans = align.render(tok, [{"role": "assistant", "content": "yes"}])
     assert [tok.decode(ids[start:end]) for start, end in spans] == ["yes<|im_end|>"]
 
