@@ -359,14 +359,19 @@ def test_parameter_counts():
     "field,value",
     [
         ("n_layer", 0),
+        ("n_head", 0),
         ("d_model", 50),
         ("n_kv_head", 4),
         ("vocab_size", "x"),
         ("norm_eps", -1.0),
+        ("norm_eps", 0.0),
         ("d_ff", True),
+        ("tie_embeddings", 1),
+        ("dummy_tokens", [-1]),
     ],
 )
 def test_config_names_the_field(field, value):
+    assert Config(**TINY, dummy_tokens=[0, 5], norm_eps=1e-12).dummy_tokens == [0, 5]
     with pytest.raises(ValueError, match=field):
         Config(**{**TINY, field: value})
 
@@ -608,94 +613,73 @@ def test_interpreted_attention_stays_whole_when_compiled(backend):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
 
 
+SMALL = dict(model_type="phi3small", tie_embeddings=True, dense_every=2)
+SMALL |= dict(sparse_block=16, sparse_local=1, sparse_stride=2)
+FORMS = {
+    "phi3": {},
+    "phi": dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, window=9),
+    "gemma": dict(model_type="gemma", n_kv_head=1),
+    "phi3small": SMALL,
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def loss_and_gradients(m, x, documents):
+    m.zero_grad()
+    total, _ = m(x, documents, targets=x.roll(-1, 1))
+    total.backward()
+    return [total.detach(), *(p.grad.clone() for p in m.parameters())]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        dict(model_type="phi", n_kv_head=2, partial_rotary_factor=0.5, window=9),
-        dict(model_type="gemma"),
-        dict(
-            model_type="phi3small",
-            tie_embeddings=True,
-            dense_every=2,
-            sparse_block=16,
-            sparse_local=1,
-            sparse_stride=2,
-        ),
-    ],
-)
-def test_interpreted_model_equals_the_plain_one(change, monkeypatch):
-    m, x = tiny(**{"n_head": 2, "n_kv_head": 1, **change}), torch.randint(300, (2, 36))
+@every_form
+def test_interpreted_model_equals_the_plain_one(form, monkeypatch):
+    n_kv_head = 2 if form == "phi" else 1
+    m = tiny(**{**FORMS[form], "n_head": 2, "n_kv_head": n_kv_head})
+    x = torch.randint(300, (2, 36))
     documents = (torch.arange(36) // 17).expand(2, 36)
 
     def everything():
-        m.zero_grad()
-        total, _ = m(x, documents, targets=x.roll(-1, 1))
-        total.backward()
+        gradients = loss_and_gradients(m, x, documents)
         with torch.no_grad():
             cache = model.KVCache(m.config, 2, 40, x.device, torch.float32)
-            parts = [m(x[:, :30], cache=cache), m(x[:, 30:34], cache=cache), m(x[:, 34:35], cache=cache)]
-            m.hidden(
-                x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1])
-            )  # rows of unequal lengths
+            parts = [m(step, cache=cache) for step in x[:, :35].split([30, 4, 1], 1)]
+            # rows of unequal lengths
+            m.hidden(x[:1, :2], cache=cache.rows(slice(0, 1)), num_tokens=torch.tensor([1]))
             parts.append(m(x[:, 35:36], cache=cache))
-            text = m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 2)
-            return [total.detach(), *parts, *(p.grad.clone() for p in m.parameters()), text]
+            return [*gradients, *parts], m.generate([x[0, :20].tolist(), x[1, :9].tolist()], 2)
 
-    *ours, text = everything()
+    ours, text = everything()
     monkeypatch.setattr(kernels, "use_triton", lambda x: False)
-    *wanted, plain_text = everything()
-    assert text == plain_text and all(
-        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
-        for a, b in zip(ours, wanted, strict=True)
-    )
+    wanted, plain_text = everything()
+    assert text == plain_text
+    for got, want in zip(ours, wanted, strict=True):
+        assert torch.allclose(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
 
 
 @interpreted
 def test_interpreted_attention_stays_whole_in_a_compiled_block():
     m, x = tiny(), torch.randint(300, (2, 20))
-    documents, results = (torch.arange(20) // 7).expand(2, 20), []
-    for compiled in (False, True):
-        for block in m.model.layers if compiled else ():
-            block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
-        m.zero_grad()
-        total, _ = m(x, documents, targets=x.roll(-1, 1))
-        total.backward()
-        results.append([total.detach(), *(p.grad.clone() for p in m.parameters())])
-    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*results, strict=True))
+    documents = (torch.arange(20) // 7).expand(2, 20)
+    wanted = loss_and_gradients(m, x, documents)
+    for block in m.model.layers:
+        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    got = loss_and_gradients(m, x, documents)
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @on_device
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5, window=9),
-        dict(model_type="gemma", n_kv_head=1),
-        dict(
-            model_type="phi3small",
-            tie_embeddings=True,
-            dense_every=2,
-            sparse_block=16,
-            sparse_local=1,
-            sparse_stride=2,
-        ),
-    ],
-)
-def test_a_bf16_model_on_a_gpu(change, monkeypatch):
+@every_form
+def test_a_bf16_model_on_a_gpu(form, monkeypatch):
     """Loss and gradients through the kernels, blocks compiled and not, are as near to float32 as plain PyTorch's in
     bf16 are; and the decoding step captured in a CUDA graph writes what the step itself does."""
-    m, x = tiny(**change), torch.randint(300, (2, 64))
+    m, x = tiny(**FORMS[form]), torch.randint(300, (2, 64))
     documents = (torch.arange(64) // 30).expand(2, 64)
 
     def gradients(dtype):
-        m.zero_grad()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            total, _ = m(x, documents, targets=x.roll(-1, 1))
-        total.backward()
-        return [total.detach(), *(p.grad.clone() for p in m.parameters())]
+            return loss_and_gradients(m, x, documents)
 
     ours = gradients(torch.bfloat16)
     for block in m.model.layers:
@@ -704,20 +688,20 @@ def test_a_bf16_model_on_a_gpu(change, monkeypatch):
     for block in m.model.layers:
         del block.forward
     monkeypatch.setattr(kernels, "use_triton", lambda x: False)
-    plain, exact = gradients(torch.bfloat16), gradients(torch.float32)
+    eager, exact = gradients(torch.bfloat16), gradients(torch.float32)
     for got in (ours, compiled):
-        for one, other, true in zip(got, plain, exact, strict=True):
+        for one, other, true in zip(got, eager, exact, strict=True):
             assert (one - true).norm() <= 2 * (other - true).norm() + 1e-2 * true.norm()
     monkeypatch.undo()
     for bits in (None, 8, 4):
-        small = tiny(**change).bfloat16()
+        small = tiny(**FORMS[form]).bfloat16()
         if bits:
             models.quantize(small, bits)
         prompts = [list(range(3, 30)), [7], [9, 8]]
         graphed = small.generate(prompts, 20)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models.DecodeStep, "__call__", models.DecodeStep.run)
-            assert small.generate(prompts, 20) == graphed
+        monkeypatch.setattr(models.DecodeStep, "__call__", models.DecodeStep.run)
+        assert small.generate(prompts, 20) == graphed
+        monkeypatch.undo()
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
@@ -885,6 +869,7 @@ def test_float32_and_odd_heads_have_no_kernel():
 # ------------------------------------------------------------------ generate
 
 
+@torch.no_grad()
 def plain(m, prompt, n, stop=()):
     out = list(prompt)
     while len(out) - len(prompt) < n and len(out) < m.config.max_seq_len:
@@ -894,20 +879,23 @@ def plain(m, prompt, n, stop=()):
     return out[len(prompt) :]
 
 
+def assert_generates_as_plain(m, prompts, n, **options):
+    """With a cache as without, in a batch as alone."""
+    want = [plain(m, prompt, n, **options) for prompt in prompts]
+    assert m.generate(prompts, n, **options) == want
+    assert [m.generate([prompt], n, **options)[0] for prompt in prompts] == want
+    return want
+
+
 @on_device
 def test_cached_equals_uncached_in_ragged_batches():
     m, rng = tiny(), random.Random(0)
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (1, 5, 64, 17, 63, 40, 2, 30, 9, 5)]
-    with torch.no_grad():
-        want = [plain(m, p, 40) for p in prompts]
-        assert m.generate(prompts, 40) == want and [len(w) for w in want[:5]] == [40, 40, 0, 40, 1]
-        assert [m.generate([p], 40)[0] for p in prompts] == want
-        stop = {w[len(w) // 2] for w in want if w}
-        assert m.generate(prompts, 40, stop=stop) == [plain(m, p, 40, stop) for p in prompts]
+    want = assert_generates_as_plain(m, prompts, 40)
+    assert [len(w) for w in want[:5]] == [40, 40, 0, 40, 1]
+    assert_generates_as_plain(m, prompts, 40, stop={w[len(w) // 2] for w in want if w})
     assert m.generate([], 3) == []
-    assert [w[:64] for w in m.generate([[1, 2]], 10**12)] == [
-        plain(m, [1, 2], 62)
-    ]  # to the end of the context
+    assert m.generate([[1, 2]], 10**12) == [plain(m, [1, 2], 62)]  # to the end of the context
 
 
 def test_cache_logits(double):
@@ -926,43 +914,35 @@ def test_cache_logits(double):
 def test_rows_of_a_cache_go_on_each_from_its_own_length(double):
     """Right padding is data: what stands behind a row's tokens changes nothing, and is written over."""
     m, x = tiny().double(), torch.randint(300, (3, 20))
-    lengths = torch.tensor([9, 4, 12])
+    lengths = [9, 4, 12]
     cache = model.KVCache(m.config, 3, 20, "cpu", torch.float64)
     with torch.no_grad():
-        m.hidden(x[:, :12], cache=cache, num_tokens=lengths)
-        assert cache.lengths.tolist() == [9, 4, 12]
-        rest = torch.stack([x[row, n : n + 8] for row, n in enumerate(lengths.tolist())])
-        parts = torch.cat(
-            [m(rest[:, :5], cache=cache), *(m(rest[:, i : i + 1], cache=cache) for i in (5, 6, 7))], 1
-        )
-        for row, n in enumerate(lengths.tolist()):
+        m.hidden(x[:, :12], cache=cache, num_tokens=torch.tensor(lengths))
+        assert cache.lengths.tolist() == lengths
+        rest = torch.stack([x[row, n : n + 8] for row, n in enumerate(lengths)])
+        parts = torch.cat([m(step, cache=cache) for step in rest.split([5, 1, 1, 1], 1)], 1)
+        for row, n in enumerate(lengths):
             assert (parts[row] - m(x[row : row + 1, : n + 8])[0, n:]).abs().max() < 1e-9
 
 
 @on_device
 def test_stream_seed_and_filters():
     m, seen = tiny(), []
-    out = m.generate(
-        [[1, 2], [3]], 8, temperature=1.0, seed=4, stream=lambda row, token: seen.append((row, token))
-    )
-    assert [[t for r, t in seen if r == row] for row in (0, 1)] == out
-    assert (
-        m.generate([[1, 2], [3]], 8, temperature=1.0, seed=4)
-        == out
-        != m.generate([[1, 2], [3]], 8, temperature=1.0, seed=5)
-    )
-    assert (
-        m.generate([[1, 2]], 8, temperature=1.0, top_k=1)
-        == m.generate([[1, 2]], 8)
-        == m.generate([[1, 2]], 8, temperature=1.0, top_p=1e-9)
-    )
+
+    def write(seed=4, **options):
+        return m.generate([[1, 2], [3]], 8, temperature=1.0, seed=seed, **options)
+
+    out = write(stream=lambda row, token: seen.append((row, token)))
+    assert [[t for r, t in seen if r == row] for row in (0, 1)] == out == write() != write(seed=5)
+    greedy = m.generate([[1, 2], [3]], 8)
+    assert write(top_k=1) == write(top_p=1e-9) == greedy
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(4000, 1)
     torch.manual_seed(0)
     points = torch.rand(4000)
-    assert set(model.sample(p, 1.0, 0, 0.65, points).tolist()) == {0, 1}
-    assert set(model.sample(p, 1.0, 3, 1.0, points).tolist()) == {0, 1, 2}
-    share = torch.bincount(model.sample(p, 1.0, 2, 1.0, points))[0].item() / 4000
-    assert abs(share - 4 / 7) < 0.03
+    for top_k, top_p, shares in ((0, 0.65, [4, 3]), (3, 1.0, [4, 3, 2]), (2, 1.0, [4, 3])):
+        counts = torch.bincount(model.sample(p, 1.0, top_k, top_p, points), minlength=4)
+        wanted = torch.tensor(shares + [0] * (4 - len(shares))) / sum(shares)
+        assert (counts / 4000 - wanted).abs().max() < 0.03 and not counts[len(shares) :].any()
 
 
 def test_points_are_drawn_by_the_share_that_holds_them():
@@ -1031,26 +1011,9 @@ def test_generate_refuses(prompts, change, word):
 
 
 def small_tokenizer():
-    ranks = {bytes([b]): b for b in range(256)}
-    for t in (
-        b"  ",
-        b"    ",
-        b"\n    ",
-        b"he",
-        b"ll",
-        b"hell",
-        b"hello",
-        b" hello",
-        b"_a",
-        b"\n\n",
-        b"re",
-        b"ret",
-        b"ur",
-        b"urn",
-        b"return",
-        "é".encode(),
-    ):
-        ranks[t] = len(ranks)
+    words = [b"  ", b"    ", b"\n    ", *b"he ll hell hello _a re ret ur urn return".split(), b" hello", b"\n\n"]
+    tokens = [*(bytes([b]) for b in range(256)), *words, "é".encode()]
+    ranks = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(ranks | {b"ow": 300, b"low": 301})  # ids need not be dense
 
 
@@ -1068,36 +1031,34 @@ HARD = [
     '\'don\'t\' """doc"""',
     "١٢ ²",
 ]
+PLAIN = [text for text in HARD if "<|" not in text]
+
+
+def random_texts(alphabet, length=60, count=1000):
+    rng = random.Random(0)
+    return ["".join(rng.choices(alphabet, k=length)) for _ in range(count)]
+
+
+def assert_same_ids(tok, reference, texts):
+    """reference: of the tokenizers library."""
+    for text in texts:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def in_tokenizers_library(folder):
+    return importlib.import_module("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def test_pattern_covers_everything():
     tok, rng = Tokenizer.load("bytes"), random.Random(0)
-    texts = HARD + [
-        "".join(
-            chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-            for _ in range(200)
-        )
-        for _ in range(300)
-    ]
-    for text in texts:
-        assert tok.encode(text) == list(text.encode()) and tok.decode(tok.encode(text)) == text
-    import tiktoken
 
-    pieces = tiktoken.Encoding(
-        "t",
-        pat_str=model.PATTERN,
-        mergeable_ranks={
-            **{bytes([b]): b for b in range(256)},
-            b"\n    ": 256,
-            b"_a": 257,
-            b" a": 258,
-            b".a": 259,
-        },
-        special_tokens={},
-    )
-    assert pieces.encode_ordinary("x\n    a_a a.a") == [120, 256, 97, 257, 258, 259]
-    big = " " * 2_000_000 + "x"
-    assert len(tok.encode(big)) == len(big)
+    def code_point():
+        return rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
+
+    for text in [*HARD, *("".join(chr(code_point()) for _ in range(200)) for _ in range(300))]:
+        assert tok.encode(text) == list(text.encode()) and tok.decode(tok.encode(text)) == text
+    merged = {token: 256 + n for n, token in enumerate((b"\n    ", b"_a", b" a", b".a"))}
+    assert Tokenizer(tok.ranks | merged).encode("x\n    a_a a.a") == [120, 256, 97, 257, 258, 259]
 
 
 def test_text_never_gives_special_tokens_and_render():
@@ -1151,21 +1112,14 @@ def test_a_missing_character_is_named_at_encoding():
 
 def gpt_patterns():
     """Ours and the patterns of tiktoken's encodings, which cannot be fetched here."""
-    from unittest import mock
-
     import tiktoken_ext.openai_public as public
 
-    with mock.patch.multiple(
-        public, load_tiktoken_bpe=mock.DEFAULT, data_gym_to_mergeable_bpe_ranks=mock.DEFAULT
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        for fetch in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+            patch.setattr(public, fetch, lambda *_, **__: {})
         known = {name: getattr(public, name)()["pat_str"] for name in ("gpt2", "cl100k_base", "o200k_base")}
-    return {
-        "ours": model.PATTERN,
-        "GPT-2": model.GPT2_PATTERN,
-        "digits": model.GPT2_DIGITS_PATTERN,
-        "GPT-4": model.GPT4_PATTERN,
-        **known,
-    }
+    ours = "PATTERN", "GPT2_PATTERN", "GPT2_DIGITS_PATTERN", "GPT4_PATTERN"
+    return known | {name: getattr(model, name) for name in ours}
 
 
 GPT_PATTERNS = gpt_patterns()
@@ -1175,116 +1129,78 @@ GPT_PATTERNS = gpt_patterns()
 def test_long_runs(name):
     tok = Tokenizer(small_tokenizer().ranks, GPT_PATTERNS[name])
     for run in (" ", "a", "\n", "7", "-", " \n", "é"):
-        for text in (run * 1_000_000, f"hello{run * 1_000_000}x y"):
-            assert tok.decode(tok.encode(text)) == text, (name, run)
-    rng = random.Random(0)
-    for text in (
-        open(data.__file__).read() * 2,
-        "".join(rng.choices("ab  \n1-é", k=250_000)),
-        "hello" + " " * 90_000 + "x" * 90_000,
-    ):
+        text = f"hello{run * 1_000_000}x y"
+        assert tok.decode(tok.encode(text)) == text, (name, run)
+    with open(data.__file__) as file:
+        code = file.read() * 2
+    for text in (code, *random_texts("ab  \n1-é", 250_000, 1), "hello" + " " * 90_000 + "x" * 90_000):
         assert tok.encode(text) == tok._bpe.encode_ordinary(text)  # nothing is cut where no run is long
 
 
 @needs("tokenizers")
 @pytest.mark.parametrize("name", GPT_PATTERNS)
 def test_a_saved_pattern_splits_alike_in_the_tokenizers_library(tmp_path, name):
-    import tokenizers as hf
-
-    ranks = dict(small_tokenizer().ranks)
-    for token in (b"12", b"34", b"123", b"1234", b"\n\n\n", b"do", b"don", b"'t", b" x", b"--", b"----"):
-        ranks.setdefault(token, 400 + len(ranks))
-    tok = Tokenizer(ranks, GPT_PATTERNS[name])
+    ranks = small_tokenizer().ranks
+    ranks |= {token: 400 + n for n, token in enumerate(b"12 34 123 1234 do don 't -- ----".split())}
+    tok = Tokenizer(ranks | {b"\n\n\n": 450, b" x": 451}, GPT_PATTERNS[name])
     tok.save(str(tmp_path))
-    reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    rng = random.Random(0)
-    for text in [
-        "1234",
-        "12 1234567 1234",
-        "don't DON'T we'LL",
-        *(t for t in HARD if "<|" not in t),
-        *("".join(rng.choices("ab1234'st  \n\r\t-_.é中", k=60)) for _ in range(500)),
-    ]:
-        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
-    assert Tokenizer.load(tmp_path).fingerprint == tok.fingerprint
+    texts = ["1234", "12 1234567 1234", "don't DON'T we'LL", *PLAIN, *random_texts("ab1234'st  \n\r\t-_.é中")]
+    words = ["hello", "return", "low", " ", "    ", *"\n\té.1(\u2028\r中'", "_a"]
+    assert_same_ids(tok, in_tokenizers_library(tmp_path), texts + random_texts(words, 30))
+    again = Tokenizer.load(tmp_path)
+    assert again.fingerprint == tok.fingerprint
+    plain = Tokenizer(tok.ranks, GPT_PATTERNS["gpt2"]).fingerprint
+    assert (plain == tok.fingerprint) == (tok.pattern == GPT_PATTERNS["gpt2"])
 
 
 @needs("tokenizers")
 def test_pre_tokenizer_with_single_digits(tmp_path):
-    import tokenizers as hf
-
     small_tokenizer().save(str(tmp_path))
-    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    file = tmp_path / "tokenizer.json"
+    source = json.loads(file.read_text())
     digits = {"type": "Digits", "individual_digits": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     source["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, level]}
     source["model"]["ignore_merges"] = False
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    rng = random.Random(0)
-    for text in [
-        *(t for t in HARD if "<|" not in t),
-        *("".join(rng.choices("he l12²٣'st  \n\t", k=60)) for _ in range(1000)),
-    ]:
-        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    model.write_json(str(file), source)
+    texts = PLAIN + random_texts("he l12²٣'st  \n\t")
+    assert_same_ids(Tokenizer.load(tmp_path), in_tokenizers_library(tmp_path), texts)
     source["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Punctuation", "behavior": "Isolated"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    model.write_json(str(file), source)
     with pytest.raises(ValueError, match="Punctuation"):
         Tokenizer.load(tmp_path)
-
-
-@needs("tokenizers")
-def test_tokenizer_equals_tokenizers_library(tmp_path):
-    import tokenizers as hf
-
-    tok, rng = small_tokenizer(), random.Random(1)
-    tok.save(str(tmp_path))
-    reference = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    alphabet = [
-        "hello",
-        "return",
-        "low",
-        " ",
-        "    ",
-        "\n",
-        "\t",
-        "é",
-        "_a",
-        ".",
-        "1",
-        "(",
-        "\u2028",
-        "\r",
-        "中",
-        "'",
-    ]
-    for text in [t for t in HARD if "<|" not in t] + [
-        "".join(rng.choices(alphabet, k=30)) for _ in range(1000)
-    ]:
-        assert reference.encode(text).ids == tok.encode(text), repr(text)
 
 
 # ------------------------------------------------------------------ checkpoints
 
 
+def same_weights(m, other):
+    weights, others = m.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    return all(torch.equal(w, others[n]) and w.dtype == others[n].dtype for n, w in weights.items())
+
+
+def in_shards(folder):
+    """Its model.safetensors in two shards with their index instead -> its tensors."""
+    tensors = model.read_safetensors(f"{folder}/model.safetensors")
+    weight_map = {name: f"model-{1 + (n > 4)}.safetensors" for n, name in enumerate(tensors)}
+    for file in {*weight_map.values()}:
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        model.write_safetensors(f"{folder}/{file}", part)
+    model.write_json(f"{folder}/model.safetensors.index.json", {"weight_map": weight_map})
+    os.remove(f"{folder}/model.safetensors")
+    return tensors
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_load_is_bit_equal(tmp_path, tied, dtype):
-    m, tok = tiny(tie_embeddings=tied, rope_theta=5e4).to(dtype), small_tokenizer()
-    m = tiny(tie_embeddings=tied, rope_theta=5e4, vocab_size=320).to(dtype)
+    m, tok = tiny(tie_embeddings=tied, rope_theta=5e4, vocab_size=320).to(dtype), small_tokenizer()
     model.save(m, tok, tmp_path)
     again, tok2 = model.load(tmp_path, device="cpu")
-    assert again.config == m.config and tok2.fingerprint == tok.fingerprint
-    assert all(
-        torch.equal(a, b) and a.dtype == b.dtype
-        for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True)
-    )
-    assert (
-        all(p.requires_grad for p in again.parameters())
-        and sum(p.numel() for p in again.parameters()) == m.config.num_parameters()
-    )
-    x = torch.randint(300, (1, 9))
-    assert torch.equal(m(x), again(x)) or dtype != torch.float32
+    assert again.config == m.config and tok2.fingerprint == tok.fingerprint and same_weights(m, again)
+    assert all(p.requires_grad for p in again.parameters())
+    assert sum(p.numel() for p in again.parameters()) == m.config.num_parameters()
     assert model.load(str(tmp_path), "cpu", torch.float32)[0].lm_head.weight.dtype == torch.float32
     assert not [f for f in os.listdir(tmp_path) if f.endswith(".tmp")]
 
@@ -1292,116 +1208,83 @@ def test_save_load_is_bit_equal(tmp_path, tied, dtype):
 def test_sharded_and_broken_directories(tmp_path):
     m, tok = tiny(vocab_size=320), small_tokenizer()
     model.save(m, tok, tmp_path)
-    whole = model.read_safetensors(str(tmp_path / "model.safetensors"))
-    whole = {k: v.clone() for k, v in whole.items()}
-    os.remove(tmp_path / "model.safetensors")
-    names = list(whole)
-    model.write_safetensors(str(tmp_path / "a.safetensors"), {k: whole[k] for k in names[:5]})
-    model.write_safetensors(str(tmp_path / "b.safetensors"), {k: whole[k] for k in names[5:]})
-    (tmp_path / "model.safetensors.index.json").write_text(
-        json.dumps(
-            {"weight_map": {k: "a.safetensors" if i < 5 else "b.safetensors" for i, k in enumerate(names)}}
-        )
-    )
-    again, _ = model.load(tmp_path, device="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
+    whole = in_shards(tmp_path)
+    assert same_weights(m, model.load(tmp_path, device="cpu")[0])
+
+    def assert_refused(words):
+        with pytest.raises(ValueError, match=words):
+            model.load(tmp_path)
+
     file = str(tmp_path / "model.safetensors")
-    for change, word in (
-        ({k: v for k, v in whole.items() if k != "lm_head.weight"}, r"missing \['lm_head.weight"),
-        ({**whole, "extra": torch.zeros(1)}, r"not part of it \['extra"),
-        (
-            {**whole, "model.norm.weight": torch.zeros(3)},
-            r"model.norm.weight'\] have shape \(3,\); config.json wants \(48,\)",
-        ),
+    for change, words in (
+        ({"lm_head.weight": None}, r"missing \['lm_head.weight"),
+        ({"extra": torch.zeros(1)}, r"not part of it \['extra"),
+        ({"model.norm.weight": torch.zeros(3)}, r"norm.weight'\] have shape \(3,\); config.json wants \(48,\)"),
     ):
-        model.write_safetensors(file, change)
-        with pytest.raises(ValueError, match=word):
-            model.load(tmp_path)
+        tensors = {name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None}
+        model.write_safetensors(file, tensors)
+        assert_refused(words)
     model.write_safetensors(file, whole)
-    size = os.path.getsize(file)
-    for cut in (0, 4, 100, size - 10):
-        model.write_safetensors(file, whole)
-        with open(file, "r+b") as f:
-            f.truncate(cut)
-        with pytest.raises(ValueError, match="model.safetensors is not a whole"):
-            model.load(tmp_path)
+    for size in (os.path.getsize(file) - 10, 100, 4, 0):
+        os.truncate(file, size)
+        assert_refused("model.safetensors is not a whole")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (
+        (dict(model_type="mamba"), "mamba"),
+        (dict(rope_scaling={"type": "longrope"}), "longrope"),
+        (dict(hidden_size=None), "missing.*d_model"),
+        (dict(num_attention_heads=0), "config.json"),
+        (dict(hidden_act="relu"), "has hidden_act 'relu'; only 'silu' is supported"),
+    ):
+        model.write_json(str(tmp_path / "config.json"), {**config, **change})
+        assert_refused(words)
+    (tmp_path / "config.json").write_text("[]")
+    assert_refused("config.json")
     with pytest.raises(ValueError, match="shape without weights"):
         model.load("phi-4")
     with pytest.raises(FileNotFoundError, match="train.py"):
         model.load(tmp_path / "none")
     with pytest.raises(ValueError, match="vocab_size"):
         model.save(tiny(vocab_size=200), tok, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for change, word in (
-        (dict(model_type="mamba"), "mamba"),
-        (dict(rope_scaling={"type": "longrope"}), "longrope"),
-        (dict(hidden_size=None), "missing.*d_model"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ValueError, match=word):
-            model.load(tmp_path)
 
 
 @needs("safetensors")
 def test_safetensors_equals_the_library(tmp_path):
     import safetensors.torch as st
 
-    tensors = {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(7).bfloat16(),
-        "c": torch.tensor(3),
-        "d": torch.zeros(0, 2),
-        "é": torch.ones(3, dtype=torch.bool),
-    }
-    model.write_safetensors(str(tmp_path / "x.safetensors"), tensors)
-    theirs = st.load_file(tmp_path / "x.safetensors")
-    st.save_file(tensors, tmp_path / "y.safetensors")
-    ours = model.read_safetensors(str(tmp_path / "y.safetensors"))
-    assert all(
-        torch.equal(theirs[k], v)
-        and torch.equal(ours[k], v)
-        and ours[k].dtype == v.dtype
-        and ours[k].shape == v.shape
-        for k, v in tensors.items()
-    )
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.tensor(3)}
+    tensors |= {"d": torch.zeros(0, 2), "é": torch.ones(3, dtype=torch.bool), "f": torch.randn(3)}
+    model.write_safetensors(str(tmp_path / "x"), tensors)
+    st.save_file(tensors, tmp_path / "y")
+    for read in (st.load_file(tmp_path / "x"), model.read_safetensors(str(tmp_path / "y"))):
+        assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
+    assert (tmp_path / "x").read_bytes()[0] % 8 == 0  # the tensors begin at a multiple of 8
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header += b" " * (9 - len(header) % 8)  # other writers do not align
+    (tmp_path / "z").write_bytes(len(header).to_bytes(8, "little") + header + np.float32([1, 2]).tobytes())
+    assert model.read_safetensors(str(tmp_path / "z"))["a"].tolist() == [1, 2]
 
 
 @needs("transformers")
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_opens_it_with_equal_logits(tmp_path, tied):
+def test_transformers_opens_a_run(tmp_path):
+    """Weights in its own dialect and in shards, tokenizer, chats and what ends an answer."""
     import transformers
 
-    m, tok = tiny(vocab_size=320, tie_embeddings=tied), small_tokenizer()
+    m, tok = tiny(vocab_size=320), small_tokenizer()
     model.save(m, tok, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "Phi3ForCausalLM"
-    x = torch.randint(300, (2, 37))
-    with torch.no_grad():
-        ours, other = m(x), theirs(x).logits
-    assert ours.std() > 0.1 and (ours - other).abs().max() < 1e-4
-    prompt = x[:1, :9]
-    new = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=None
-    )[0, 9:].tolist()
-    assert new == m.generate([prompt[0].tolist()], 20)[0]
+    assert {*theirs.generation_config.eos_token_id} == {tok.eot, tok.special["<|end|>"]}
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    again, none = model.load(tmp_path / "theirs", device="cpu")
+    assert none is None and again.config == m.config and same_weights(m, again)
     hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in (t for t in HARD if "<|" not in t):
-        assert hf.encode(text, add_special_tokens=False) == tok.encode(text), repr(text)
-        assert hf.decode(tok.encode(text)) == text
+    assert_same_ids(tok, hf.backend_tokenizer, PLAIN)
+    assert all(hf.decode(tok.encode(text)) == text for text in PLAIN) and hf.eos_token_id == tok.eot
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  hello\n"}]
     for add in (True, False):
-        assert hf(
-            hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False), add_special_tokens=False
-        )["input_ids"] == tok.render(chat, add)
-    assert hf.eos_token_id == tok.eot
-    theirs.save_pretrained(
-        tmp_path / "theirs", max_shard_size="20KB"
-    )  # and back, in transformers' own dialect, sharded
-    again, none = model.load(tmp_path / "theirs", device="cpu")
-    assert none is None and again.config == m.config
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.state_dict().values(), m.state_dict().values(), strict=True)
-    )
+        text = hf.apply_chat_template(chat, add_generation_prompt=add, tokenize=False)
+        assert hf.encode(text, add_special_tokens=False) == tok.render(chat, add)
 
 
 LONG = dict(
@@ -1438,291 +1321,159 @@ def test_checkpoints_of_transformers_and_back(tmp_path, name):
     import transformers
 
     kind, change = copy.deepcopy(FAMILY_CHECKPOINTS[name])  # transformers writes into what it is given
+    shape = dict(vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=3)
+    shape |= dict(num_attention_heads=6, max_position_embeddings=128, attn_implementation="eager")
+    shape |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    family = getattr(transformers, f"{kind}ForCausalLM")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        **{
-            **dict(
-                vocab_size=320,
-                hidden_size=48,
-                intermediate_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                max_position_embeddings=128,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                attn_implementation="eager",
-            ),
-            **change,
-        }
-    )
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():  # spiked, so that each part matters, biases and norms among them
-        for weight in theirs.parameters():
-            weight.mul_(6) if weight.dim() == 2 else weight.uniform_(
-                -0.5, 0.5
-            ) if kind == "Gemma" else weight.uniform_(0.5, 1.5)
+    theirs = family(getattr(transformers, f"{kind}Config")(**{**shape, **change})).eval()
+    low = -0.5 if kind == "Gemma" else 0.5
+    for weight in theirs.parameters():  # spiked, so that each part matters, biases and norms among them
+        weight.data.mul_(6) if weight.dim() == 2 else weight.data.uniform_(low, low + 1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, none = model.load(tmp_path / "theirs", device="cpu")
     assert none is None
     stored = model.read_safetensors(str(tmp_path / "theirs" / "model.safetensors"))
     back = model.to_hf(ours)
-    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tie_embeddings else ""} and all(
-        torch.equal(back[k], stored[k]) for k in back
-    )
+    assert back.keys() == stored.keys() - {"lm_head.weight" if ours.config.tie_embeddings else ""}
+    assert all(torch.equal(back[k], stored[k]) for k in back)
     model.save(ours, None, tmp_path / "ours")
-    again = (
-        getattr(transformers, f"{kind}ForCausalLM")
-        .from_pretrained(tmp_path / "ours", attn_implementation="eager")
-        .eval()
-    )
+    again = family.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert model.load(tmp_path / "ours", device="cpu")[0].config == ours.config
     with torch.no_grad():
         for length in (1, 7, 31, 33, 75):
             x = torch.randint(3, 320, (2, length))
             wanted = theirs(x).logits
-            assert (
-                wanted.std() > 0.1
-                and (ours(x) - wanted).abs().max() < 1e-4
-                and (again(x).logits - wanted).abs().max() < 1e-4
-            ), length
-        prompts = [
-            torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6)
-        ]  # a batch with padding on the left
-        ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts])
-        options = dict(
-            do_sample=False, max_new_tokens=18, eos_token_id=None, attention_mask=(ids != 0).long()
-        )
-        assert theirs.generate(ids, **options)[:, 9:].tolist() == [p for p in ours.generate(prompts, 18)]
-        prompts = prompts + [torch.randint(3, 320, (20,)).tolist()]
-        want = [
-            plain(ours, p, 64) for p in prompts
-        ]  # from here on without a cache; LongRoPE crosses its boundary in every row
-        assert ours.generate(prompts, 64) == want and [ours.generate([p], 64)[0] for p in prompts] == want
-        ids = torch.tensor(prompts[-1:])
-        options = dict(
-            do_sample=False, max_new_tokens=64, eos_token_id=None, use_cache=False
-        )  # transformers 4.49's cache errs at the boundary
-        assert (
-            theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 20:].tolist() == want[-1]
-        )
+            for got in (ours(x), again(x).logits):
+                assert (got - wanted).abs().max() < 1e-4 < 0.1 < wanted.std(), length
+    prompts = [torch.randint(3, 320, (n,)).tolist() for n in (9, 3, 6, 20)]
+    ids = torch.tensor([[0] * (9 - len(p)) + p for p in prompts[:3]])  # a batch with padding on the left
+    options = dict(do_sample=False, eos_token_id=None)
+    texts = theirs.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=18, **options)
+    assert texts[:, 9:].tolist() == ours.generate(prompts[:3], 18)
+    # from here on without a cache; LongRoPE crosses its boundary in every row
+    want = assert_generates_as_plain(ours, prompts, 64)
+    ids = torch.tensor(prompts[-1:])
+    options |= dict(max_new_tokens=64, use_cache=False)  # transformers 4.49's cache errs at the boundary
+    texts = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert texts[0, 20:].tolist() == want[-1]
 
 
 def test_phi_3_small_against_the_formulas(tmp_path):
-    """FACTS of phi-3-small (arXiv 2404.14219, section 2, and its published code) written down once more, from the file's own tensors."""
-    shape = dict(
-        vocab_size=320,
-        max_seq_len=300,
-        n_layer=3,
-        d_model=64,
-        n_head=8,
-        n_kv_head=2,
-        d_ff=40,
-        rope_theta=1e6,
-        tie_embeddings=True,
-        model_type="phi3small",
-        embedding_multiplier=10.0,
-        attention_multiplier=1.0,
-        logit_divisor=8.0,
-        dense_every=2,
-        sparse_block=8,
-        sparse_local=3,
-        sparse_stride=4,
-        dummy_tokens=[7, 300],
-    )
-    m = tiny(**shape)
+    """phi-3-small (arXiv 2404.14219, section 2, and its published code) once more, from the file's own tensors."""
+    shape = dict(vocab_size=320, max_seq_len=300, n_layer=3, d_model=64, n_head=8, d_ff=40, rope_theta=1e6)
+    shape |= dict(model_type="phi3small", tie_embeddings=True, embedding_multiplier=10.0, logit_divisor=8.0)
+    shape |= dict(attention_multiplier=1.0, dense_every=2, sparse_block=8, sparse_local=3, sparse_stride=4)
+    m = tiny(**shape, dummy_tokens=[7, 300])
     model.save(m, None, tmp_path)
     again, _ = model.load(tmp_path, device="cpu")
-    assert again.config == m.config and all(
-        torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values(), strict=True)
-    )
+    assert again.config == m.config and same_weights(m, again)
     w, D, T = model.read_safetensors(str(tmp_path / "model.safetensors")), 8, 200
     tokens = torch.randint(320, (2, T))
-    x = w["model.embed_tokens.weight"][tokens] * 10
+    position = torch.arange(T)
+    turns = torch.polar(torch.ones(T, 4), position[:, None] / 1e6 ** (torch.arange(4) / 4))
+    block = position // 8
 
     def norm(x, name):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w[
-            name + ".weight"
-        ] + w[name + ".bias"]
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"])
 
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
 
+    def turn(x):
+        turned = torch.complex(x[..., :4], x[..., 4:]) * turns
+        return torch.cat((turned.real, turned.imag), -1)
+
+    x = w["model.embed_tokens.weight"][tokens] * 10
     for layer in range(3):
         name = f"model.layers.{layer}."
-        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value").view(
-            2, T, 2, 6, D
-        )
-        y = torch.zeros(2, T, 8, D)
+        qkv = linear(norm(x, name + "input_layernorm"), name + "self_attn.query_key_value")
+        heads = []
         for h in range(8):
-            q, k, v = qkv[:, :, h // 4, h % 4], qkv[:, :, h // 4, 4], qkv[:, :, h // 4, 5]
-            angle = torch.arange(T)[:, None] / 1e6 ** (torch.arange(D // 2) / (D // 2))
-
-            def turn(z):
-                a, b = z[..., : D // 2], z[..., D // 2 :]
-                return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
-
-            scores = turn(q) @ turn(k).mT / D
-            for i in range(T):
-                for j in range(T):
-                    near = i // 8 - j // 8 < 3 or (j // 8 + h + 1) % 4 == 0
-                    if j > i or (layer + 1) % 2 and not near:
-                        scores[:, i, j] = -torch.inf
-            y[:, :, h] = scores.softmax(-1) @ v
-        x = x + linear(y.flatten(2), name + "self_attn.dense")
+            group = qkv.view(2, T, 2, 6, D)[:, :, h // 4]  # four queries, a key and a value
+            seen = (block[:, None] - block < 3) | ((block + h + 1) % 4 == 0) | (layer % 2 == 1)
+            seen &= position <= position[:, None]
+            scores = turn(group[:, :, h % 4]) @ turn(group[:, :, 4]).mT / D
+            heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ group[:, :, 5])
+        x = x + linear(torch.cat(heads, -1), name + "self_attn.dense")
         up = linear(norm(x, name + "post_attention_layernorm"), name + "mlp.up_proj")
         a, b = up[..., ::2].clamp(max=20), up[..., 1::2].clamp(-20, 20)
         x = x + linear(a * torch.sigmoid(1.702 * a) * (b + 1), name + "mlp.down_proj")
     wanted = norm(x, "model.final_layernorm") @ w["model.embed_tokens.weight"].T / 8
-    wanted[..., [7, 300]] = -torch.inf
     got = m(tokens)
-    assert (got == -torch.inf).sum() == 2 * T * 2 and (got - wanted).nan_to_num(
-        0
-    ).abs().max() < 1e-4 < wanted.nan_to_num(0, 0, 0).std()
-    prompts = [tokens[0, :n].tolist() for n in (60, 90, 37)]
-    with torch.no_grad():
-        want = [plain(m, p, 64) for p in prompts]
-        assert m.generate(prompts, 64) == want and [m.generate([p], 64)[0] for p in prompts] == want
+    assert (got[..., [7, 300]] == -torch.inf).all() and (got == -torch.inf).sum() == 2 * T * 2
+    assert (got - wanted)[got.isfinite()].abs().max() < 1e-4 < wanted.std()
+    assert_generates_as_plain(m, [tokens[0, :n].tolist() for n in (60, 90, 37)], 64)
 
 
 def flagged(names, **flags):
-    return [
-        dict(
-            id=i,
-            content=name,
-            single_word=False,
-            **{**dict(lstrip=False, rstrip=False, normalized=False, special=True), **flags},
-        )
-        for name, i in names.items()
-    ]
+    flags = {**model.ADDED_TOKEN, **flags}
+    return [dict(id=i, content=name, **flags) for name, i in names.items()]
 
 
-def sentencepiece_files(path, texts, normalizer, splitter, special):
-    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge, in order of the pieces."""
+SPACES = "force", "first", "always", "never"
+
+
+def sentencepiece_files(path, spaces, special):
+    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge,
+    in order of the pieces. spaces: how the leading one comes about: Llama 2 and phi-3, newer conversions, Gemma."""
     import tokenizers as hf
 
-    trained = hf.Tokenizer(hf.models.BPE())
-    trained.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
-    trained.train_from_iterator(
-        texts, hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False)
-    )
-    learned = sorted(json.loads(trained.to_str())["model"]["vocab"].items(), key=lambda item: item[1])
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{b:02X}>" for b in range(256)),
-        *(p for p, _ in learned if len(p) > 1),
-        *(p for p, _ in learned if len(p) == 1),
-        "▁▁",
-        "▁▁▁▁",
-        "een",
-    ]
-    vocab = {
-        piece: i for i, piece in enumerate(dict.fromkeys(pieces))
-    }  # single characters last, as in Llama's: ids are not priorities
-    merges = [
-        [p[:n], p[n:]]
-        for p in vocab
-        if not p.startswith("<")
-        for n in range(1, len(p))
-        if p[:n] in vocab and p[n:] in vocab
-    ]
-    special = {"<unk>": 0, "<s>": 1, "</s>": 2} | {name: len(vocab) + i for i, name in enumerate(special)}
-    os.makedirs(path, exist_ok=True)
-    with open(path / "tokenizer.json", "w") as file:
-        json.dump(
-            {
-                "version": "1.0",
-                "truncation": None,
-                "padding": None,
-                "post_processor": None,
-                "normalizer": normalizer,
-                "pre_tokenizer": splitter,
-                "added_tokens": flagged({k: v for k, v in special.items() if v < 3})
-                + flagged({k: v for k, v in special.items() if v >= 3}, rstrip=True),
-                "decoder": {
-                    "type": "Sequence",
-                    "decoders": [
-                        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                        {"type": "ByteFallback"},
-                        {"type": "Fuse"},
-                        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                    ],
-                },
-                "model": {
-                    "type": "BPE",
-                    "dropout": None,
-                    "unk_token": "<unk>",
-                    "continuing_subword_prefix": None,
-                    "end_of_word_suffix": None,
-                    "fuse_unk": True,
-                    "byte_fallback": True,
-                    "ignore_merges": False,
-                    "vocab": vocab,
-                    "merges": merges,
-                },
-            },
-            file,
-            ensure_ascii=False,
-        )
-    with open(path / "tokenizer_config.json", "w") as file:
-        json.dump({"eos_token": {"content": "<|endoftext|>" if "<|endoftext|>" in special else "</s>"}}, file)
-    return hf.Tokenizer.from_file(str(path / "tokenizer.json"))
+    learner = hf.Tokenizer(hf.models.BPE())
+    learner.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = hf.trainers.BpeTrainer(vocab_size=700, limit_alphabet=80, show_progress=False)
+    learner.train_from_iterator(SENTENCES, trainer)
+    learned = sorted(learner.get_vocab(), key=learner.token_to_id)
+    learned.sort(key=lambda piece: len(piece) == 1)  # single characters last, as in Llama's
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *learned, "▁▁", "▁▁▁▁", "een"]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    cuts = ((p[:n], p[n:]) for p in vocab if p[0] != "<" for n in range(1, len(p)))
+    merges = [cut for cut in cuts if {*cut} <= vocab.keys()]
+    tok = hf.Tokenizer(hf.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = hf.normalizers.Replace(" ", "▁")
+    if spaces == "force":
+        tok.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("▁"), replace])
+    elif spaces == "never":
+        tok.normalizer = replace
+        tok.pre_tokenizer = hf.pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        tok.pre_tokenizer = hf.pre_tokenizers.Metaspace("▁", spaces, split=False)
+    added = [hf.AddedToken(name, normalized=False) for name in pieces[:3]]
+    tok.add_special_tokens(added + [hf.AddedToken(name, rstrip=True, normalized=False) for name in special])
+    model.write_json(str(path / "tokenizer_config.json"), {"eos_token": {"content": "<|endoftext|>"}})
+    tok.save(str(path / "tokenizer.json"))
+    return tok
 
 
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-SPACES = {  # how the leading space comes about: Llama 2 and phi-3, newer conversions, Gemma
-    "force": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}, None),
-    "first": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
-    "always": (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}),
-    "never": (
-        REPLACE,
-        {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
-    ),
-}
+with open(data.__file__) as source_file:
+    SENTENCES = [source_file.read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
 
 
 @needs("tokenizers")
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
-    texts = [open(data.__file__).read(), "Grüße aus Köln, naïve café; Привет мир, это тест. 你好世界 ▁ " * 30]
-    special = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-    reference = sentencepiece_files(tmp_path / "a", texts, *SPACES[spaces], special)
+    reference = sentencepiece_files(tmp_path / "a", spaces, model.SPECIAL)
     tok = Tokenizer.load(tmp_path / "a")
     assert tok.prepend == spaces and tok.eot == tok.special["<|endoftext|>"]
-    rng, alphabet = random.Random(0), list("abdefnrstu  \n\t_()=='\"0123 éüñ中文日本▁😀\u0301")
-    for text in [
-        *(t for t in HARD if "<|" not in t),
-        "▁▁a ▁",
-        "anananana",
-        "=======",
-        " " * 999,
-        "一丁七😀" * 9,
-        "<0x0A> a",
-        *texts,
-        *("".join(rng.choices(alphabet, k=40)) for _ in range(1000)),
-    ]:
-        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
-        if spaces in ("force", "never") and "▁" not in text:
-            assert tok.decode(tok.encode(text)) == text
+    texts = [*PLAIN, "▁▁a ▁", "anananana", "=======", " " * 999, "一丁七😀" * 9, "<0x0A> a", *SENTENCES]
+    texts += random_texts("abdefnrstu  \n\t_()=='\"0123 éüñ中文日本▁😀\u0301", 40)
+    assert_same_ids(tok, reference, texts)
+    if spaces in ("force", "never"):
+        assert all(tok.decode(tok.encode(text)) == text for text in texts if "▁" not in text)
     assert not {*tok.encode("<s> </s><|end|><|user|><unk>")} & {*tok.special.values()}
-    chat = [
-        {"role": "user", "content": "  two  words\n"},
-        {"role": "assistant", "content": "x<|end|>"},
-        {"role": "user", "content": "é"},
-    ]
-    plain = [{**m, "content": m["content"].replace("<|end|>", "y")} for m in chat]
-    text = (
-        "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in plain) + "<|assistant|>\n"
-    )  # every family's special tokens eat the line break
-    assert tok.render(plain) == reference.encode(text, add_special_tokens=False).ids
-    assert tok.render(chat).count(tok.special["<|end|>"]) == 3
+    chat = [("user", "  two  words\n"), ("assistant", "x{}"), ("user", "é")]
+
+    def messages(word):
+        return [{"role": role, "content": content.format(word)} for role, content in chat]
+
+    # every family's special tokens eat the line break
+    text = "".join(f"<|{role}|>\n{content.format('y')}<|end|>\n" for role, content in chat)
+    wanted = reference.encode(text + "<|assistant|>\n", add_special_tokens=False).ids
+    assert tok.render(messages("y")) == wanted
+    assert tok.render(messages("<|end|>")).count(tok.special["<|end|>"]) == 3
     tok.save(str(tmp_path / "b"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / "a" / file).read_text()) == json.loads(
-            (tmp_path / "b" / file).read_text()
-        )
+        assert (tmp_path / "a" / file).read_text() == (tmp_path / "b" / file).read_text()
     assert Tokenizer.load(tmp_path / "b").fingerprint == tok.fingerprint
 
 
@@ -1730,78 +1481,76 @@ def test_sentencepiece_equals_tokenizers_library(tmp_path, spaces):
 @pytest.mark.parametrize("spaces", SPACES)
 def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces):
     """Gemma's line breaks and <table>, phi-3's </s>."""
-    reference = sentencepiece_files(
-        tmp_path, [open(data.__file__).read()], *SPACES[spaces], ["<|endoftext|>", "<|end|>"]
-    )
-    source = json.loads((tmp_path / "tokenizer.json").read_text())
+    sentencepiece_files(tmp_path, spaces, ["<|endoftext|>", "<|end|>"])
+    file = tmp_path / "tokenizer.json"
+    source = json.loads(file.read_text())
+    vocab = source["model"]["vocab"]
     first = 1 + max(token["id"] for token in source["added_tokens"])
-    ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
+    new_ids = itertools.count(first)
     source["added_tokens"][2] |= {"special": False, "rstrip": True}  # </s>
-    in_vocabulary = [name for name in ordinary if name in source["model"]["vocab"]]  # Gemma's are pieces too
-    new = [name for name in ordinary if name not in in_vocabulary]
-    source["added_tokens"] += flagged(
-        {name: source["model"]["vocab"][name] for name in in_vocabulary}, special=False
-    )
-    source["added_tokens"] += flagged({name: first + n for n, name in enumerate(new)}, special=False)
-    source["added_tokens"] += flagged({"<eat>": first + len(new)}, special=False, lstrip=True)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), type(reference).from_file(str(tmp_path / "tokenizer.json"))
+    ordinary = ["<table>", "\n\n", "\n\n\n", "▁▁▁", "<h1>", "</h1>"]
+    # Gemma's are pieces too
+    ids = {name: vocab[name] if name in vocab else next(new_ids) for name in ordinary}
+    source["added_tokens"] += flagged(dict(sorted(ids.items(), key=lambda item: item[1])), special=False)
+    source["added_tokens"] += flagged({"<eat>": next(new_ids)}, special=False, lstrip=True)
+    model.write_json(str(file), source)
+    tok = Tokenizer.load(tmp_path)
     assert first in tok.encode("a <table> b") and 2 not in tok.stops
-    rng = random.Random(0)
     parts = [*ordinary, "</s>", "<eat>", "<table", "a", "bc", " ", "  ", "\n", "é", "▁", "x = 1"]
-    for text in [
-        "<table>",
-        "\n\n\n\n\n",
-        " <table> a",
-        *("".join(rng.choices(parts, k=12)) for _ in range(1000)),
-    ]:
-        if not re.search(
-            r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>", text
-        ):  # there the library counts a line break twice
-            assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
+    texts = ["<table>", "\n\n\n\n\n", " <table> a", *random_texts(parts, 12)]
+    counted_twice = re.compile(r"</s>\s*\n\n|\n\n\s*<eat>|^\s+<eat>")  # a line break, by the library
+    texts = [text for text in texts if not counted_twice.search(text)]
+    assert_same_ids(tok, in_tokenizers_library(tmp_path), texts)
     assert not {*tok.encode("<s><|end|><|endoftext|><unk>")} & {*tok.special.values()}
 
 
-CHATS = {  # the format of each family, from its documentation
+# The format of each family, from its documentation: special tokens, their flags, a chat, how an answer begins and how a
+# finished chat ends.
+CHATS = {
     "phi-4": (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"],
+        "<|endoftext|> <|im_start|> <|im_end|> <|im_sep|>",
         dict(lstrip=True, rstrip=True),
-        "<|im_start|>system<|im_sep|>{}<|im_end|>"
-        "<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>",
+        "<|im_start|>system<|im_sep|>{}<|im_end|><|im_start|>user<|im_sep|>{}<|im_end|>",
+        "<|im_start|>assistant<|im_sep|>",
         "",
     ),
     "smollm2": (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "<|endoftext|> <|im_start|> <|im_end|>",
         {},
-        "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n",
         "",
     ),
     "phi-4-mini": (
-        ["<|endoftext|>", "<|tool|>", *model.SPECIAL[1:]],
+        "<|endoftext|> <|tool|> <|system|> <|user|> <|assistant|> <|end|>",
         {},
-        "<|system|>{}<|end|><|user|>{}<|end|><|assistant|>",
+        "<|system|>{}<|end|><|user|>{}<|end|>",
+        "<|assistant|>",
         "<|endoftext|>",
     ),
     "phi-3": (
-        model.SPECIAL,
+        "<|endoftext|> <|system|> <|user|> <|assistant|> <|end|>",
         dict(rstrip=True),
-        "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n<|assistant|>\n",
+        "<|system|>\n{}<|end|>\n<|user|>\n{}<|end|>\n",
+        "<|assistant|>\n",
         "<|endoftext|>",
     ),
     "llama-3": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
         {},
-        "<|begin_of_text|><|start_header_id|>system"
-        "<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "",
     ),
     "gemma": (
-        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        "<bos> <eos> <start_of_turn> <end_of_turn>",
         {},
-        "<bos><start_of_turn>user\n{1}<end_of_turn>\n<start_of_turn>model\n",
+        "<bos><start_of_turn>user\n{1}<end_of_turn>\n",
+        "<start_of_turn>model\n",
         "",
     ),
-    "phi-2": (["<|endoftext|>"], {}, "System: {}\nInstruct: {}\nOutput:", "<|endoftext|>"),
+    "phi-2": ("<|endoftext|>", {}, "System: {}\nInstruct: {}\n", "Output:", "<|endoftext|>"),
 }
 
 
@@ -1810,134 +1559,84 @@ CHATS = {  # the format of each family, from its documentation
 def test_chat_formats(tmp_path, family):
     import tokenizers as hf
 
-    names, flags, text, end = CHATS[family]
+    names, flags, form, opening, end = CHATS[family]
+    names = names.split()
+    begins = family in ("gemma", "llama-3")  # every text of theirs with a token, and messages are stripped
     ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
     first = len(ranks)
     special = {name: first + i for i, name in enumerate(names)}
-    tok = Tokenizer(ranks, special=special, eot=next(name for name in model.DOCUMENT_ENDS if name in names))
-    tok.save(str(tmp_path))
-    source = json.loads((tmp_path / "tokenizer.json").read_text())
-    source["added_tokens"] = flagged(special, **flags)
-    source["post_processor"] = (
-        {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": names[0], "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [],
-            "special_tokens": {names[0]: {"id": names[0], "ids": [first], "tokens": [names[0]]}},
-        }
-        if family in ("gemma", "llama-3")
-        else None
-    )
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert tok.bos == ([first] if family in ("gemma", "llama-3") else []) and reference.encode(
-        "hello"
-    ).ids == tok.bos + tok.encode("hello")
+    eot = next(name for name in model.DOCUMENT_ENDS if name in names)
+    Tokenizer(ranks, special=special, eot=eot).save(str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    source = json.loads(file.read_text())
+    model.write_json(str(file), {**source, "added_tokens": flagged(special, **flags)})
+    reference = in_tokenizers_library(tmp_path)
+    if begins:
+        template = hf.processors.TemplateProcessing(f"{names[0]} $A", special_tokens=[(names[0], first)])
+        reference.post_processor = template
+        reference.save(str(file))
+    tok = Tokenizer.load(tmp_path)
+    assert tok.bos == [first] * begins and reference.encode("hello").ids == tok.bos + tok.encode("hello")
     for contents in (("Be brief.", "hello return"), ("x", " a\n\n  b "), ("\n", "")):
-        chat = [
-            {"role": role, "content": content}
-            for role, content in zip(("system", "user"), contents)
-            if family != "gemma" or role == "user"
-        ]
-        shown = [content.strip() if family in ("gemma", "llama-3") else content for content in contents]
-        assert tok.render(chat) == reference.encode(text.format(*shown), add_special_tokens=False).ids, (
-            contents
-        )
-        opening = text[
-            text.rindex(
-                "<|assistant|>"
-                if "<|assistant|>" in text
-                else "<|im_start|>"
-                if "im_start" in text
-                else "<|start_header"
-                if "start_header" in text
-                else "<start_of"
-                if "start_of" in text
-                else "Output:"
-            ) :
-        ]
-        assert (
-            tok.render(chat, False)
-            == reference.encode(text.removesuffix(opening).format(*shown) + end, add_special_tokens=False).ids
-        )
-    attack = "".join(names) + "<|assistant|>"
-    ids = tok.render([{"role": "user", "content": attack}])
-    assert [i for i in ids if i >= first] == [
-        i for i in tok.render([{"role": "user", "content": "x"}]) if i >= first
-    ]
+        chat = [{"role": role, "content": content} for role, content in zip(("system", "user"), contents)]
+        chat = chat[family == "gemma" :]  # it has no system messages
+        text = form.format(*(content.strip() if begins else content for content in contents))
+        for add, rest in ((True, opening), (False, end)):
+            assert tok.render(chat, add) == reference.encode(text + rest, add_special_tokens=False).ids
+
+    def special_ids(content):
+        return [i for i in tok.render([{"role": "user", "content": content}]) if i >= first]
+
+    assert special_ids("".join(names) + "<|assistant|>") == special_ids("x")
     with pytest.raises(ValueError, match="message 0 needs a role"):
         tok.render([{"role": "tool", "content": "x"}])
-    assert {
-        tok.special[name]
-        for name in ("<|im_end|>", "<|end|>", "<|eot_id|>", "<end_of_turn>")
-        if name in names
-    } < {*tok.stops} or family == "phi-2"
+    assert tok.stops == {special[name] for name in names if name in {eot, *model.TURN_ENDS}}
 
 
 @needs("tokenizers")
 def test_added_runs_of_spaces_and_rank_files(tmp_path):
     """codegen's added runs of spaces, and phi-3-small's *.tiktoken."""
-    import tokenizers as hf
-
-    dense = {token: i for i, token in enumerate(small_tokenizer().ranks)}
-    Tokenizer(dense, model.GPT2_PATTERN, {"<|endoftext|>": len(dense)}).save(str(tmp_path))
+    ranks = {token: i for i, token in enumerate(small_tokenizer().ranks)}
+    end = len(ranks)
+    Tokenizer(ranks, model.GPT2_PATTERN, {"<|endoftext|>": end}).save(str(tmp_path))
     source = json.loads((tmp_path / "tokenizer.json").read_text())
-    runs = {" " * n: len(dense) + 32 - n for n in reversed(range(2, 32))} | {
-        "\t" * n: len(dense) + 40 - n for n in reversed(range(2, 10))
-    }
-    source["added_tokens"] += flagged(runs, normalized=True, special=False)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
-    tok, reference = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    rng = random.Random(0)
-    for text in [
-        *(t for t in HARD if "<|" not in t),
-        *("".join(rng.choices("ab  \t\n", k=60)) for _ in range(500)),
-        " " * 100,
-    ]:
-        assert (
-            tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
-            and tok.decode(tok.encode(text)) == text
-        ), repr(text)
-    assert tok.encode("a" + " " * 31 + "b")[1] == runs[" " * 31] and tok.eot == len(dense)
+    runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+    added = flagged({run: end + 1 + n for n, run in enumerate(runs)}, normalized=True, special=False)
+    source["added_tokens"] += added
+    model.write_json(str(tmp_path / "tokenizer.json"), source)
+    tok = Tokenizer.load(tmp_path)
+    texts = [*PLAIN, *random_texts("ab  \t\n"), " " * 100]
+    assert_same_ids(tok, in_tokenizers_library(tmp_path), texts)
+    assert all(tok.decode(tok.encode(text)) == text for text in texts)
+    assert tok.encode("a" + " " * 31 + "b")[1] == end + 1 and tok.eot == end
     os.makedirs(tmp_path / "small")
-    (tmp_path / "small" / "cl100k_base.tiktoken").write_text(
-        "".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in dense.items())
-    )
+    lines = (f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks.items())
+    (tmp_path / "small" / "cl100k_base.tiktoken").write_text("".join(lines))
     tok = Tokenizer.load(tmp_path / "small")
     assert (tok.vocab_size, tok.eot) == (100352, 100257)
-    assert [i for i in tok.render([{"role": "user", "content": "hello"}]) if i > 1000] == [
-        100257,
-        100262,
-        100266,
-        100263,
-    ]
+    ids = tok.render([{"role": "user", "content": "hello"}])
+    assert [i for i in ids if i > 1000] == [100257, 100262, 100266, 100263]
 
 
 def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    Tokenizer(
-        {bytes([b]): b for b in range(256)}, special={name: 256 + i for i, name in enumerate(names)}
-    ).save(str(tmp_path))
-    shown = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    special = {name: 256 + i for i, name in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
+    Tokenizer({bytes([b]): b for b in range(256)}, special=special).save(str(tmp_path))
+    user = "<|im_start|>user\nhi<|im_end|>\n"
+    answer = "<|im_start|>assistant\n"
+    default = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
     chat = [{"role": "user", "content": "hi"}]
     tok = Tokenizer.load(tmp_path)
-    assert tok.decode(tok.render(chat)) == shown
-    (tmp_path / "chat_template.jinja").write_text(
-        f"... '<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n' ..."
-    )
-    tok = Tokenizer.load(tmp_path)
-    tok.save(str(tmp_path / "again"))
+    assert tok.decode(tok.render(chat)) == user + answer
+    (tmp_path / "chat_template.jinja").write_text(f"... '{default}' ...")
+    Tokenizer.load(tmp_path).save(str(tmp_path / "again"))
     tok = Tokenizer.load(tmp_path / "again")  # the template is kept
-    start = f"<|im_start|>system\n{model.DEFAULT_SYSTEM}<|im_end|>\n"
-    assert tok.decode(tok.render(chat)) == start + shown
-    assert (
-        tok.decode(tok.render([{"role": "system", "content": "S"}, *chat]))
-        == "<|im_start|>system\nS<|im_end|>\n" + shown
-    )
-    assert tok.decode(tok.render([])) == start + "<|im_start|>assistant\n"
+    own = "<|im_start|>system\nS<|im_end|>\n"
+    for messages, text in (
+        (chat, default + user),
+        ([{"role": "system", "content": "S"}, *chat], own + user),
+        ([], default),
+    ):
+        assert tok.decode(tok.render(messages)) == text + answer
     ids, spans = align.render(tok, [{"role": "assistant", "content": "yes"}])
     assert [tok.decode(ids[start:end]) for start, end in spans] == ["yes<|im_end|>"]
 
@@ -2048,23 +1747,20 @@ def hub(tmp_path, monkeypatch):
             pass
 
         def do_GET(self):
-            state.seen.append((self.path, self.headers.get("Range")))
+            byte_range = self.headers.get("Range")
+            state.seen.append((self.path, byte_range))
             if state.gated and self.headers.get("Authorization") != "Bearer secret":
                 return self.send_error(401)
-            owner, file = self.path.rsplit("/", 1)
-            if self.path == "/api/models/someone/phi/revision/main":
-                body = json.dumps({"siblings": [{"rfilename": name} for name in blobs]}).encode()
-            elif owner == "/someone/phi/resolve/main" and file in blobs:
-                body = blobs[file]
-            else:
+            file = self.path.removeprefix("/someone/phi/resolve/main/")
+            listing = json.dumps({"siblings": [{"rfilename": name} for name in blobs]}).encode()
+            body = {"/api/models/someone/phi/revision/main": listing, **blobs}.get(file)
+            if body is None:
                 return self.send_error(404)
-            begin = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            begin = int((byte_range or "bytes=0-")[6:-1])
             if begin >= len(body):
                 return self.send_error(416)
             self.send_response(206 if begin else 200)
             self.send_header("Content-Length", str(len(body) - begin))
-            if begin:
-                self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
             self.end_headers()
             end = len(body)
             if state.cut and file == "model.safetensors":
@@ -2108,36 +1804,23 @@ def test_a_server_without_ranges_or_with_another_file_begins_anew(hub, tmp_path)
     """What was cut is not joined with an answer that begins elsewhere, nor taken for whole."""
     folder = tmp_path / "cache/someone/phi"
     os.makedirs(folder)
-    (folder / "model.safetensors.part").write_bytes(
-        bytes(len(hub.blobs["model.safetensors"]) + 5)
-    )  # of another file: 416
+    # of another, longer file: 416
+    (folder / "model.safetensors.part").write_bytes(bytes(len(hub.blobs["model.safetensors"]) + 5))
     (folder / "tokenizer.json.part").write_bytes(hub.blobs["tokenizer.json"][:100])
     m, tok = model.load("someone/phi", device="cpu")
-    assert (
-        torch.equal(m.lm_head.weight, tiny(vocab_size=320).lm_head.weight)
-        and tok.eot == small_tokenizer().eot
-    )
-    assert weight_requests(hub)[-1] is None and not [
-        file for file in os.listdir(folder) if file.endswith(".part")
-    ]
+    assert same_weights(m, tiny(vocab_size=320)) and tok.fingerprint == small_tokenizer().fingerprint
+    assert weight_requests(hub)[-1] is None and not list(folder.glob("*.part"))
 
 
-def test_hub_model_in_shards(hub):
-    """All shards are fetched; a name that leaves the folder is not."""
-    tensors = model.read_safetensors("hub/model.safetensors")
-    names = sorted(tensors)
-    shards = {"model-1.safetensors": names[:4], "model-2.safetensors": names[4:]}
-    for file, part in shards.items():
-        model.write_safetensors(f"hub/{file}", {name: tensors[name] for name in part})
-        hub.blobs[file] = open(f"hub/{file}", "rb").read()
-    weight_map = {name: file for file, part in shards.items() for name in part}
-    hub.blobs["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+def test_hub_model_in_shards(hub, tmp_path):
+    """All shards are fetched; a name that leaves the folder is not, nor what is no part of a model."""
+    in_shards("hub")
     hub.blobs["../../model-3.safetensors"] = hub.blobs.pop("model.safetensors")
+    hub.blobs["pytorch_model.bin"] = b"pickled"
+    hub.blobs |= {file.name: file.read_bytes() for file in tmp_path.glob("hub/model*")}
     folder = model.snapshot_download("someone/phi")
-    assert {*shards} <= {*os.listdir(folder)} and not weight_requests(hub)
-    assert not [path for path, _ in hub.seen if "model-3" in path]
-    m = model.load("someone/phi", device="cpu")[0]
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.stored_parameters(m).items())
+    assert {*os.listdir("hub")} - {"generation_config.json"} == {*os.listdir(folder)} - {".files", ".lock"}
+    assert same_weights(model.load("someone/phi", device="cpu")[0], tiny(vocab_size=320))
 
 
 def test_hub_failures_are_one_clear_line(hub, tmp_path, monkeypatch):
@@ -2147,14 +1830,13 @@ def test_hub_failures_are_one_clear_line(hub, tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="HF_TOKEN"):
         model.load("someone/phi")
     monkeypatch.setenv("HF_TOKEN", "secret")
-    hub.blobs["model.safetensors"] = whole = hub.blobs["model.safetensors"]
-    hub.cut = 99
-    with pytest.raises(ValueError, match="whole safetensors|cut again"):
-        hub.blobs["model.safetensors"] = bytes(len(whole))  # what a mirror spoilt is not taken for weights
-        hub.cut = 0
+    whole = hub.blobs["model.safetensors"]
+    hub.blobs["model.safetensors"] = bytes(len(whole))  # what a mirror spoilt is not taken for weights
+    with pytest.raises(ValueError, match="whole safetensors"):
         model.load("someone/phi")
     shutil.rmtree(tmp_path / "cache")
     hub.blobs["model.safetensors"] = whole
+    hub.cut = 1  # without a rest to ask for, every try ends where it began
     assert model.load("someone/phi", device="cpu")[1] is not None
     monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "other"))
     hub.seen.clear()
@@ -2163,31 +1845,24 @@ def test_hub_failures_are_one_clear_line(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "third"))
     with pytest.raises(OSError, match="go online, set HF_ENDPOINT"):
         model.load("someone/phi")
-    os.makedirs(tmp_path / "someone")
+    os.makedirs(tmp_path / "someone")  # a mistyped directory asks nobody
     for name in ("someone/phi", "runs/phi", "someone/phi@../.."):
-        with pytest.raises(
-            FileNotFoundError, match="config.json is missing"
-        ):  # a mistyped directory asks nobody
+        with pytest.raises(FileNotFoundError, match="config.json is missing"):
             model.load(name)
 
 
 def test_a_broken_header_is_refused_at_once(tmp_path):
-    file = str(tmp_path / "x.safetensors")
-    model.write_safetensors(file, {"a": torch.ones(4), "b": torch.zeros(3)})
-    whole = open(file, "rb").read()
+    file = tmp_path / "x.safetensors"
+    model.write_safetensors(str(file), {"a": torch.ones(4), "b": torch.zeros(3)})
+    whole = file.read_bytes()
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     overlapping = len(header).to_bytes(8, "little") + header + bytes(16)
-    for content in (
-        (1 << 60).to_bytes(8, "little") + whole[8:],
-        b"\xff" * 8 + whole[8:],
-        overlapping,
-        whole[:-1],
-        b"",
-    ):
-        open(file, "wb").write(content)
+    too_long = (1 << 60).to_bytes(8, "little") + whole[8:]
+    for content in (too_long, b"\xff" * 8 + whole[8:], overlapping, whole[:-1], b""):
+        file.write_bytes(content)
         with pytest.raises(ValueError, match="not a whole safetensors file"):
-            model.read_safetensors(file)
+            model.read_safetensors(str(file))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -2225,38 +1900,13 @@ print((max(seen) - before) / os.path.getsize(sys.argv[1] + "/model.safetensors")
     assert 1 <= float(out.stdout) < 1.1
 
 
-def test_bounds_of_numbers_in_a_config():
-    assert Config(**{**TINY, "dummy_tokens": [0, 5], "norm_eps": 1e-12}).dummy_tokens == [0, 5]
-    for name, value in (("dummy_tokens", [-1]), ("norm_eps", 0.0), ("n_head", 0), ("tie_embeddings", 1)):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            Config(**{**TINY, name: value})
-
-
 def test_a_long_context_costs_nothing_before_it_is_used():
-    m = Model(
-        Config(
-            **{
-                **TINY,
-                "max_seq_len": 1 << 20,
-                "original_max_seq_len": 64,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-            }
-        )
-    )
+    factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    m = Model(Config(**{**TINY, **factors, "max_seq_len": 1 << 20, "original_max_seq_len": 64}))
     m(torch.zeros(1, 8, dtype=torch.long))
-    assert m.config.rope_mscale(True) == pytest.approx(
-        (1 + 14 * 0.6931471805599453 / (6 * 0.6931471805599453)) ** 0.5
-    )
-    assert Config(
-        **{
-            **TINY,
-            "max_seq_len": 131072,
-            "original_max_seq_len": 4096,
-            "short_factor": [1.0] * 4,
-            "long_factor": [2.0] * 4,
-        }
-    ).rope_mscale(False) == pytest.approx(1.1902, abs=1e-4)
+    assert m.config.rope_mscale(True) == pytest.approx((1 + 14 / 6) ** 0.5)
+    config = Config(**{**TINY, **factors, "max_seq_len": 131072, "original_max_seq_len": 4096})
+    assert config.rope_mscale(False) == pytest.approx(1.1902, abs=1e-4)
 
 
 # ------------------------------------------------------------------ sample.py
@@ -2348,25 +1998,27 @@ def test_quantized_layers(bits, shape):
 @pytest.mark.parametrize("form", ["phi3", "phi", "phi3small", "gemma"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_directory(tmp_path, form, bits):
+    """Its files, its logits and its loss; the output layer keeps 8 bits."""
     m = sharp(form)
-    tokens = torch.randint(97, (2, 30))
+    tokens, targets = torch.randint(97, (2, 2, 30))
     with torch.no_grad():
-        plain = m(tokens)
+        exact = m(tokens)
         q = models.quantize(copy.deepcopy(m), bits)
         small = q(tokens)
-    assert (small - plain).norm() < {8: 0.05, 4: 0.3}[bits] * plain.norm()
+        loss, _ = q(tokens, targets=targets)
+    assert (small - exact).norm() < {8: 0.05, 4: 0.3}[bits] * exact.norm()
+    wanted = torch.nn.functional.cross_entropy(small.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert abs(loss - wanted) < 0.01 * wanted
+    assert q.lm_head.bits == 8
+    assert {layer.bits for layer in q.model.layers.modules() if hasattr(layer, "bits")} == {bits}
     models.save(q, None, tmp_path)
     again, _ = models.load(tmp_path, "cpu")
     with torch.no_grad():
         assert torch.equal(again(tokens), small)
-    assert (
-        os.path.getsize(tmp_path / "model.safetensors")
-        < (0.5 if bits == 8 else 0.4) * 4 * m.config.num_parameters()
-    )
+    file = tmp_path / "model.safetensors"
+    assert file.stat().st_size < {8: 0.5, 4: 0.4}[bits] * 4 * m.config.num_parameters()
     models.save(again, None, tmp_path / "second")
-    assert (tmp_path / "second/model.safetensors").read_bytes() == (
-        tmp_path / "model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "second/model.safetensors").read_bytes() == file.read_bytes()
     assert again.generate(PROMPTS, 20) == q.generate(PROMPTS, 20)
     with pytest.raises(ValueError, match="quantized already"):
         models.quantize(again, 4)
@@ -2383,10 +2035,11 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 
 def test_a_text_as_long_as_the_original_context_still_turns_by_the_short_factors():
     factors = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_seq_len=16)
-    m, plain = tiny(**factors, short_mscale=1.0, long_mscale=1.0), tiny()
+    m, plain = tiny(**factors, short_mscale=1.0, long_mscale=2.0), tiny()
     positions, lengths = torch.arange(16)[None], torch.tensor([16])
     assert torch.equal(m.rotary(positions, lengths)[0], plain.rotary(positions, lengths)[0])
-    assert not torch.equal(m.rotary(positions, lengths + 1)[0], plain.rotary(positions, lengths)[0])
+    cos, _ = m.rotary(positions, lengths + 1)
+    assert not torch.equal(cos / 2, plain.rotary(positions, lengths)[0]) and (cos[0, 0] == 2).all()
 
 
 def test_muon_decays_weights_that_have_no_gradient():
@@ -2396,35 +2049,12 @@ def test_muon_decays_weights_that_have_no_gradient():
     assert torch.allclose(p, torch.tensor(0.95))
 
 
-def test_the_output_layer_keeps_8_bits():
-    m = models.quantize(tiny(d_model=48, d_ff=64), 4)
-    assert {
-        name: layer.bits for name, layer in m.named_modules() if hasattr(layer, "bits") and layer.bits != 4
-    } == {"lm_head": 8}
-
-
 def test_what_cannot_be_quantized_or_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match="layers.0.mlp.down_proj has rows of 100 weights"):
         models.quantize(sharp(d_ff=100), 8)
     with pytest.raises(ValueError, match="llama has no place for window"):
         models.save(sharp(model_type="llama", window=8), None, tmp_path)
-    assert not os.path.exists(tmp_path / "config.json")
-    for broken in ("[]", json.dumps({"model_type": "llama", "num_attention_heads": 0})):
-        (tmp_path / "config.json").write_text(broken)
-        with pytest.raises(ValueError, match="config.json"):
-            models.read_config(str(tmp_path / "config.json"))
-
-
-def test_loss_of_a_quantized_model():
-    """Perplexity of a quantized model is a use of it; and the loss is that of its own logits."""
-    m = models.quantize(sharp(), 4)
-    tokens, targets = torch.randint(97, (2, 2, 20))
-    with torch.no_grad():
-        total, count = m(tokens, targets=targets)
-        wanted = torch.nn.functional.cross_entropy(
-            m(tokens).flatten(0, 1), targets.flatten(), reduction="sum"
-        )
-    assert count == 40 and abs(total - wanted) < 0.01 * wanted
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["phi3", "window", "phi"])
