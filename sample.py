@@ -41,41 +41,46 @@ import synth
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+OPTIONS = """
+model
+--run DIR  runs/phi  run or Hugging Face directory, or hub name such as microsoft/phi-1_5
+--device DEVICE  -  cpu, cuda, cuda:1 or mps [the best here]
+--dtype fp32|bf16|fp16  -  of the weights [bf16 on CUDA, else fp32]
+--quantize int8|int4  -  hold the weights in so many bits; with --out DIR write them there
+--skip MAX:MIN  -  SkipDecode: layers fall from MAX at the first new token to MIN at the last
+
+text
+--prompt TEXT  -  text to complete [standard input]
+--chat  talk in the terminal; with --eval, ask through the chat template
+--max-tokens N  -  new tokens at most [256, with --eval 1024]
+--temperature X  0  0 takes the likeliest token, 1 samples plainly
+--top-k N  0  sample among this many likeliest tokens, 0 for all
+--top-p P  1.0  sample among the fewest tokens holding this probability
+--seed N  0  of the sampling
+
+server
+--serve  OpenAI's interface at /v1, a page at /; asks for MINPHI_API_KEY if it is set
+--host ADDRESS  127.0.0.1  where to listen; 0.0.0.0 lets other machines in
+--port PORT  8000  port to listen at, 0 for any free one
+--batch-size N  128  texts that --eval and --serve decode at once
+
+evaluation
+--eval FILE...  -  HumanEval, HumanEval+, MBPP or exercises (pass@k), or any text (bits per byte)
+--solutions model|canonical  model  whose solutions to judge
+--shots COUNT  3  of MBPP's problems 2, 3 and 4, solved before each question
+--samples N  1  completions a problem, for pass@k; above 1 needs a --temperature
+--limit N  -  take only this many problems from a file's start
+--show COUNT  2  solved and failed examples to print, each
+--out FILE.jsonl  -  write every question, answer and verdict here
+--json FILE  -  write the summary here
+"""
+
+
 def options(arguments=None):
     parser = data.Parser(prog="sample.py", description=__doc__)
-    option = parser.option
-    whole = data.number(int, 0)
-    positive = data.number(int, 1)
-    option("--run", "runs/phi", "run or Hugging Face directory, or hub name such as microsoft/phi-1_5")
-    option("--device", models.default_device(), "cpu, cuda, cuda:1 or mps")
-    option("--dtype", None, "of the weights (default: bf16 on CUDA, else fp32)", choices=DTYPES)
-    option("--quantize", None, "hold the weights in so many bits; with --out DIR write them there",
-           choices=["int8", "int4"])
-    option("--skip", None, "SkipDecode: layers fall from MAX at the first new token to MIN at the last",
-           type=models.parse_skip, metavar="MAX:MIN")
-    option("--seed", 0, "of the sampling", type=whole)
-    option("--max-tokens", None, "new tokens at most (default: 256, with --eval 1024)", type=positive)
-    option("--temperature", 0.0, "0 takes the likeliest token, 1 samples plainly", type=data.number(float, 0))
-    option("--top-k", 0, "sample among this many likeliest tokens, 0 for all", type=whole)
-    option("--top-p", 1.0, "sample among the fewest tokens holding this probability",
-           type=data.number(float, 1e-9, 1))
-    option("--prompt", "-", "text to complete, or - for standard input")
-    option("--chat", False, "talk in the terminal; with --eval, ask through the chat template",
-           action="store_true")
-    option("--serve", False, "OpenAI's interface at /v1, a page at /; asks for MINPHI_API_KEY if it is set",
-           action="store_true")
-    option("--host", "127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
-    option("--port", 8000, "port to listen at, 0 for any free one", type=data.number(int, 0, 65535))
-    option("--batch-size", 128, "texts that --eval and --serve decode at once", type=positive)
-    option("--eval", None, "HumanEval, HumanEval+, MBPP or exercises (pass@k), or any text (bits per byte)",
-           metavar="FILE", nargs="+")
-    option("--solutions", "model", "whose solutions to judge", choices=["model", "canonical"])
-    option("--shots", 3, "of MBPP's problems 2, 3 and 4, solved before each question", type=whole)
-    option("--samples", 1, "completions a problem, for pass@k; above 1 needs a --temperature", type=positive)
-    option("--limit", None, "take only this many problems from a file's start", type=positive)
-    option("--show", 2, "solved and failed examples to print, each", type=whole)
-    option("--out", None, "write every question, answer and verdict here", metavar="FILE.jsonl")
-    option("--json", None, "write the summary here", metavar="FILE")
+    parser.table(OPTIONS, P=data.number(float, 1e-9, 1), PORT=data.number(int, 0, 65535),
+                 COUNT=data.number(int, 0), **{"MAX:MIN": models.parse_skip})
+    parser.set_defaults(prompt="-", device=models.default_device())
     args = parser.parse_args(arguments)
     args.max_tokens = args.max_tokens or (1024 if args.eval else 256)
     if args.samples > 1 and (args.temperature == 0 or args.solutions == "canonical"):

@@ -1836,7 +1836,7 @@ def test_hub_failures_are_one_clear_line(hub, tmp_path, monkeypatch):
         model.load("someone/phi")
     shutil.rmtree(tmp_path / "cache")
     hub.blobs["model.safetensors"] = whole
-    hub.cut = 1  # without a rest to ask for, every try ends where it began
+    hub.cut = 1
     assert model.load("someone/phi", device="cpu")[1] is not None
     monkeypatch.setenv("MINPHI_CACHE", str(tmp_path / "other"))
     hub.seen.clear()
