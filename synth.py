@@ -2277,6 +2277,7 @@ class NotPlain(TypeError):
 
 
 PLAIN = {  # name -> (type, its parts, the type from its parts)
+    "int": (int, hex, lambda digits: int(digits, 16)),  # decimal has a limit of 4,300 digits
     "dict": (dict, lambda value: list(value.items()), dict),
     "tuple": (tuple, list, tuple),
     "set": (set, list, set),
@@ -2294,8 +2295,6 @@ def pack(value):
     NotPlain."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
-    if isinstance(value, int):
-        return {"int": hex(value)}  # decimal has a limit of 4,300 digits
     if isinstance(value, list):
         return [pack(part) for part in value]
     for name, (kind, parts_of, _) in PLAIN.items():
@@ -2312,7 +2311,7 @@ def unpack(value):
     if not isinstance(value, dict):
         return value
     ((name, parts),) = value.items()
-    return int(parts, 16) if name == "int" else PLAIN[name][2](unpack(parts))
+    return PLAIN[name][2](unpack(parts))
 
 
 def run_program(program, channel):
@@ -2329,7 +2328,7 @@ def run_program(program, channel):
             reply = ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
         channel.send_bytes(json.dumps(reply).encode())
 
-    reply_with(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
+    reply_with(lambda: exec(program, module.__dict__))
     while True:
         name, args, kwargs = unpack(json.loads(channel.recv_bytes()))
         reply_with(lambda: module.__dict__[name](*args, **kwargs))
@@ -2342,7 +2341,7 @@ def run_tests(job, channel, verdict):
     namespace = {"__name__": "tests"}
     last_call = []
 
-    def finish(mark, reason=""):  # exits at once, so that no `except:` of the tests can swallow a failure
+    def finish(reason, mark="-"):  # exits at once, so that no `except:` of the tests can swallow a failure
         verdict.send_bytes((mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
         os._exit(0)
 
@@ -2353,29 +2352,26 @@ def run_tests(job, channel, verdict):
             classes = [namespace.get(name, getattr(builtins, name, None)) for name in names]
             error = next((c for c in classes if isinstance(c, type) and issubclass(c, Exception)), None)
         except (EOFError, ConnectionError):
-            finish("-", "died or fell silent instead of answering")
+            finish("died or fell silent instead of answering")
         except Exception:
-            finish("-", "gave broken data, or more than 16 MB")
+            finish("gave broken data, or more than 16 MB")
         if kind == "value":
             return value
         if kind == "other":
-            finish("-", f"returned a {value} that is not plain data")
+            finish(f"returned a {value} that is not plain data")
         if error in (None, StopIteration):  # SystemExit; and what would end the tests' own loops quietly
-            finish("-", f"raised {names[0]}: {value}")
+            finish(f"raised {names[0]}: {value}")
         raise error(value)
 
-    def stand_in(name):
-        def candidate(*args, **kwargs):
-            if channel.poll():
-                finish("-", "answered before it was asked")
-            request = json.dumps(pack([name, args, kwargs])).encode()
-            with contextlib.suppress(ConnectionError):  # hear() finds out
-                channel.send_bytes(request)
-            value = hear()
-            last_call[:] = [name, args, value]
-            return value
-
-        return candidate
+    def call(name, /, *args, **kwargs):
+        if channel.poll():
+            finish("answered before it was asked")
+        request = json.dumps(pack([name, args, kwargs])).encode()
+        with contextlib.suppress(ConnectionError):  # hear() finds out
+            channel.send_bytes(request)
+        value = hear()
+        last_call[:] = [name, args, value]
+        return value
 
     random.seed(tests)  # the same questions every time, and not the program's own random numbers
     try:
@@ -2383,17 +2379,17 @@ def run_tests(job, channel, verdict):
         # The prompt's other functions may be used by the tests, whose copy of them is out of the program's
         # reach; its last one has no body yet.
         with contextlib.suppress(SyntaxError):
-            exec(compile(f"{prompt}\n    pass\n", "<prompt>", "exec"), namespace)
-        namespace.update((name, stand_in(name)) for name in names)
-        exec(compile(tests, "<tests>", "exec"), namespace)
+            exec(f"{prompt}\n    pass\n", namespace)
+        namespace.update((name, functools.partial(call, name)) for name in names)
+        exec(tests, namespace)
     except AssertionError as error:
         with contextlib.suppress(ValueError):  # no call yet, or an int too long to print
             name, args, value = last_call
-            finish("-", f"wrong answer: {name}({', '.join(map(repr, args))[:120]}) gave {repr(value)[:120]}")
-        finish("-", f"raised AssertionError: {error}")
+            finish(f"wrong answer: {name}({', '.join(map(repr, args))[:120]}) gave {repr(value)[:120]}")
+        finish(f"raised AssertionError: {error}")
     except BaseException as error:
-        finish("-", f"raised {type(error).__name__}: {error}")
-    finish("+", "passed")
+        finish(f"raised {type(error).__name__}: {error}")
+    finish("passed", "+")
 
 
 def system(name, *args):
