@@ -4726,7 +4726,8 @@ def test_held_out_problems_share_nothing_with_training():
             {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains},
         )
         # and by construction, for problems never drawn here: composition and behaviour decide the split
-        assert all(synth.split_of(chain, synth.behaviour(chain)) == split for chain in chains)
+        assert all(synth.split_by_composition(chain) == split for chain in chains)
+        assert all(synth.split_by_behaviour(chain, synth.behaviour(chain)) == split for chain in chains)
     assert (
         len(seen["test"][0]) > 150
         and max(len(chain) for record in drawn["train"] for chain in record["chains"]) == 4
