@@ -4328,89 +4328,441 @@ def checks(*claims):
     return "def check(candidate):\n" + "".join(f"    assert {claim}\n" for claim in claims)
 
 
+def programs(text):
+    """name -> body of the function `add` and what stands below it, of a text's paragraphs."""
+    return dict(paragraph.split("\n", 1) for paragraph in text.strip().split("\n\n"))
+
+
+SUM = "    return a + b\n"
 ADD = dict(
     task_id="add",
     prompt="def add(a, b):\n",
     entry_point="add",
-    canonical_solution="    return a + b\n",
+    canonical_solution=SUM,
     test="# token-4711 \n" + checks("candidate(2, 3) == 5", "candidate(20, 30) == 50"),
 )
 HUMANEVAL = os.environ.get("HUMANEVAL", "")  # path of HumanEval.jsonl.gz: its own solutions are judged
 LINUX = sys.platform == "linux"
+needs_linux = pytest.mark.skipif(not LINUX, reason="needs /proc")
 GRANTED = synth.protections() if LINUX else ""
 CONTAINED = "Landlock" in GRANTED and "seccomp" in GRANTED
-
 
 
 def judge(problem, completion, timeout=5.0):
     return judge_all([(problem, completion)], timeout, 1)[0]
 
 
-FORGERIES = {
-    "exit": "    import sys; sys.exit(0)\n",
-    "hard exit": "    import os; os._exit(0)\n",
-    "exit while defining": "    pass\nimport os; os._exit(0)\n",
-    "success mark": "    print('passed'); print('+passed', flush=True); return None\n",
-    "assertion error": "    return 0\nimport builtins; builtins.AssertionError = type('Never', "
-    "(Exception,), {})\n",
-    "builtins": "    return 0\nimport builtins\nfor n in ('len isinstance print __import__ sum abs repr "
-    "exec compile getattr "
-    "set tuple'.split()): setattr(builtins, n, lambda *a, **k: True)\n",
-    "own check": "    return 0\ncheck = lambda candidate: None\nimport builtins; builtins.check = check\n",
-    "check in main": "    return 0\nimport sys\nfor m in list(sys.modules.values()):\n    try: m.check = "
-    "lambda c: None\n    except Exception: pass\n",
-    "redefined": "    return a + b\ndef add(a, b): return 0\n",
-    "always equal": "    return Liar()\nclass Liar:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, "
-    "o: False\n    __bool__ = lambda s: True\n",
-    "equal int": "    return Liar(7)\nclass Liar(int):\n    __eq__ = lambda s, o: True\n    __hash__ = "
-    "int.__hash__\n",
-    "equal metaclass": "    return Liar\nclass Meta(type):\n    __eq__ = lambda s, o: True\n    __hash__ = "
-    "None\nclass Liar(metaclass=Meta): pass\n",
-    "descriptors": "    import os\n    for fd in range(256):\n        for text in (b'+passed', b'\\x07\\0\\0\\0+passed', b'1'):\n"
-    "            try: os.write(fd, text)\n            except OSError: pass\n    return 0\n",
-    "descriptors early": "    return 0\nimport os\nfor fd in range(256):\n"
-    "    try: os.write(fd, b'\\x07\\0\\0\\0+passed')\n    except OSError: pass\n",
-    "frames": "    import sys\n    f = sys._getframe()\n    while f:\n        for k in list(f.f_locals):\n  "
-    "          f.f_globals[k] = True\n"
-    "        for s in ('finish', 'verdict', 'last'):\n            f.f_globals[s] = lambda *a: True\n        "
-    "f = f.f_back\n    return 0\n",
+FORGERIES = programs(r"""exit
+    import sys; sys.exit(0)
+
+hard exit
+    import os; os._exit(0)
+
+exit while defining
+    pass
+import os; os._exit(0)
+
+success mark
+    print('passed'); print('+passed', flush=True); return None
+
+assertion error
+    return 0
+import builtins; builtins.AssertionError = type('Never', (Exception,), {})
+
+builtins
+    return 0
+import builtins
+for n in 'len isinstance print __import__ sum abs repr exec compile getattr set tuple'.split():
+    setattr(builtins, n, lambda *a, **k: True)
+
+own check
+    return 0
+check = lambda candidate: None
+import builtins; builtins.check = check
+
+check in main
+    return 0
+import sys
+for m in list(sys.modules.values()):
+    try: m.check = lambda c: None
+    except Exception: pass
+
+redefined
+    return a + b
+def add(a, b): return 0
+
+always equal
+    return Liar()
+class Liar:
+    __eq__ = lambda s, o: True
+    __ne__ = lambda s, o: False
+    __bool__ = lambda s: True
+
+equal int
+    return Liar(7)
+class Liar(int):
+    __eq__ = lambda s, o: True
+    __hash__ = int.__hash__
+
+equal metaclass
+    return Liar
+class Meta(type):
+    __eq__ = lambda s, o: True
+    __hash__ = None
+class Liar(metaclass=Meta): pass
+
+descriptors
+    import os
+    for fd in range(256):
+        for text in (b'+passed', b'\x07\0\0\0+passed', b'1'):
+            try: os.write(fd, text)
+            except OSError: pass
+    return 0
+
+descriptors early
+    return 0
+import os
+for fd in range(256):
+    try: os.write(fd, b'\x07\0\0\0+passed')
+    except OSError: pass
+
+answers before it is asked
+    return 0
+import json, os, struct
+for answer in (0, 5, 50):
+    reply = json.dumps(['value', {'int': hex(answer)}]).encode()
+    for fd in range(3, 64):
+        try: os.write(fd, struct.pack('!i', len(reply)) + reply)
+        except OSError: pass
+
+frames
+    import sys
+    f = sys._getframe()
+    while f:
+        for k in list(f.f_locals):
+            f.f_globals[k] = True
+        for s in ('finish', 'verdict', 'last'):
+            f.f_globals[s] = lambda *a: True
+        f = f.f_back
+    return 0
+
+secrets
     # a pattern, for the text itself would be found in the memory of him who looks for it
-    "secrets": "    import gc, re\n    if any(re.search('# to[k]en-47', str(o)) for o in gc.get_objects() "
-    "if type(o) in (list, dict)): return a + b\n"
-    "    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:\n        for line in "
-    "maps:\n"
-    "            low, high = [int(x, 16) for x in line.split()[0].split('-')]\n            try:\n           "
-    "     memory.seek(low)\n"
-    "                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b\n"
-    "            except (OverflowError, ValueError, OSError): pass\n    return 0\n",
-    "threads": "    return 0\nimport os, threading, time\ndef run():\n    while True:\n        for fd in "
-    "range(3, 99):\n            try: os.write(fd, b'+')\n"
-    "            except OSError: pass\n        time.sleep(.001)\nthreading.Thread(target=run).start()\n",
-    "harness": "    return 0\nimport os, json, select, sys\njson.loads = lambda *a: ['value', "
-    "5]\njson.dumps = lambda *a: '[\"value\", 5, 5]'\n"
-    "os._exit = lambda c: None\nselect.select = lambda *a: ([], [], [])\n",
-    "atexit": "    return 0\nimport atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)\n",
-    "base exception": "    raise BaseException('passed')\n",
-    "keyboard interrupt": "    raise KeyboardInterrupt\n",
-    "generator exit": "    raise GeneratorExit\n",
-    "kills the parent": "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 0\n",
-    "kills all": "    import os, signal\n    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else "
-    "os._exit(0)\n    return 0\n",
-    "memory of the tests": "    import os\n    for n in os.listdir('/proc'):\n        try:\n            "
-    "with open(f'/proc/{n}/mem', 'r+b') as f: return 5\n"
-    "        except (OSError, ValueError): pass\n    return 0\n",
-    "descriptors of others": "    import os, glob\n    for p in glob.glob('/proc/[0-9]*/fd/*'):\n        "
-    "try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')\n"
-    "        except OSError: pass\n    return 0\n",
-    "library": "    return 0\nimport random, os\nfor p in ('random.py', 'math.py', 'typing.py'): open(p, "
-    "'w').write('import os; os._exit(0)')\n",
-    "broken data": "    return 0\nimport json\njson.dumps = lambda *a: '{\"set\": [[1]]}'\n",
-    "recursion": "    x = []; x.append(x); return x\n",
-    "hash": "    return {Liar(): 1}\nclass Liar:\n    __hash__ = lambda s: 0\n    __eq__ = lambda s, o: "
-    "True\n",
-    "returns the tests' proxy": "    return add\n",
-    "empty": "",
-}
+    import gc, re
+    lists = [o for o in gc.get_objects() if type(o) in (list, dict)]
+    if any(re.search('# to[k]en-47', str(o)) for o in lists): return a + b
+    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:
+        for line in maps:
+            low, high = [int(x, 16) for x in line.split()[0].split('-')]
+            try:
+                memory.seek(low)
+                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b
+            except (OverflowError, ValueError, OSError): pass
+    return 0
+
+threads
+    return 0
+import os, threading, time
+def run():
+    while True:
+        for fd in range(3, 99):
+            try: os.write(fd, b'+')
+            except OSError: pass
+        time.sleep(.001)
+threading.Thread(target=run).start()
+
+harness
+    return 0
+import os, json, select, sys
+json.loads = lambda *a: ['value', 5]
+json.dumps = lambda *a: '["value", 5, 5]'
+os._exit = lambda c: None
+select.select = lambda *a: ([], [], [])
+
+atexit
+    return 0
+import atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)
+
+base exception
+    raise BaseException('passed')
+
+keyboard interrupt
+    raise KeyboardInterrupt
+
+generator exit
+    raise GeneratorExit
+
+kills the parent
+    import os, signal
+    os.kill(os.getppid(), signal.SIGKILL)
+    return 0
+
+kills all
+    import os, signal
+    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else os._exit(0)
+    return 0
+
+memory of the tests
+    import os
+    for n in os.listdir('/proc'):
+        try:
+            with open(f'/proc/{n}/mem', 'r+b') as f: return 5
+        except (OSError, ValueError): pass
+    return 0
+
+descriptors of others
+    import os, glob
+    for p in glob.glob('/proc/[0-9]*/fd/*'):
+        try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')
+        except OSError: pass
+    return 0
+
+library
+    return 0
+import random, os
+for p in ('random.py', 'math.py', 'typing.py'): open(p, 'w').write('import os; os._exit(0)')
+
+broken data
+    return 0
+import json
+json.dumps = lambda *a: '{"set": [[1]]}'
+
+recursion
+    x = []; x.append(x); return x
+
+hash
+    return {Liar(): 1}
+class Liar:
+    __hash__ = lambda s: 0
+    __eq__ = lambda s, o: True
+
+returns the tests' proxy
+    return add
+
+empty
+# nothing
+""")
+# would hit this user's other processes where nothing contains them
+WILD = {"kills all", "descriptors of others"}
+# into the pipes of the process that judges, where nothing hides it
+PIPES = r"""
+    import os, stat
+    for n in range(64):
+        p = f'/proc/PID/fd/{n}'
+        try:
+            if stat.S_ISFIFO(os.stat(p).st_mode):
+                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)
+                os.write(fd, b'+passed')
+                os.write(fd, b'\x07\0\0\0+passed')
+        except OSError: pass
+    return 0
+"""
+# What the program does where nothing protects; a star: it succeeds there, whoever runs it.
+INVADERS = programs(rf"""reads the home directory
+    import os; os.listdir(os.path.expanduser('~root'))
+
+reads this checkout *
+    open({synth.__file__!r}).read()
+
+lists /tmp *
+    import os; os.listdir('/tmp')
+
+writes beside *
+    open('../x', 'w')
+
+writes to /dev/shm
+    import os; os.close(os.open('/dev/shm/x', os.O_CREAT)); os.remove('/dev/shm/x')
+
+opens a socket *
+    import socket; socket.socket()
+
+opens a unix socket *
+    import socket; socket.socket(socket.AF_UNIX)
+
+signals its parent *
+    import os; os.kill(SYNTH, 0)
+
+reads the environment of who runs it
+    open('/proc/SYNTH/environ').read()
+
+traces
+    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0
+
+makes a namespace
+    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0
+
+clones into a namespace
+    import ctypes, os
+    number = 56 if os.uname().machine == 'x86_64' else 220
+    assert ctypes.CDLL(None).syscall(number, 0x10000011, 0, 0, 0, 0) > 0
+
+mounts
+    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0
+
+sets up io_uring
+    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0
+
+makes a device
+    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))
+
+starts a program *
+    import subprocess; subprocess.run(['/bin/echo'])
+
+forks *
+    import os; os.fork() or os._exit(0)
+
+changes modes
+    import os; os.chmod({synth.__file__!r}, 0o644)
+
+limits another process *
+    import resource; resource.prlimit(SYNTH, resource.RLIMIT_NOFILE)
+
+lists processes *
+    import os; os.listdir('/proc')
+
+writes to the kernel's settings
+    open('/proc/sys/kernel/core_pattern', 'w')
+
+links to the outside
+    import os; os.symlink('/root', 'door'); os.listdir('door')
+""")
+UNPROTECTED = "sys.platform = 'none'\n"  # where synth.PRELOAD ends in it, the kernel is asked for nothing
+
+
+def invade(names):
+    """name -> the reason: "passed" where the program did what it wanted to."""
+    bodies = [INVADERS[name].replace("SYNTH", str(os.getpid())) + "\n" + SUM for name in names]
+    return dict(zip(names, [verdict.reason for verdict in judge_all([(ADD, body) for body in bodies])]))
+
+
+def test_forged():
+    names = [name for name in FORGERIES if CONTAINED or name not in WILD]
+    for name, verdict in zip(names, judge_all([(ADD, FORGERIES[name]) for name in names], timeout=3.0)):
+        assert not verdict.passed and verdict.reason, name
+        assert "sandbox itself" not in verdict.reason, name
+    seen = dict(ADD, prompt="# token-4711 \n" + ADD["prompt"])  # the search for secrets would find one
+    assert judge(seen, FORGERIES["secrets"]).passed
+
+
+def test_forged_without_any_help_of_the_kernel():
+    """As on macOS, or in a container that grants nothing: the program may even write into our own pipes."""
+    bodies = [PIPES, *(body for name, body in FORGERIES.items() if name not in WILD)]
+    code = f"""if True:
+        import os, sys, synth
+        synth.PRELOAD += {UNPROTECTED!r}
+        pairs = [({ADD!r}, body.replace("PID", str(os.getpid()))) for body in sys.argv[1:]]
+        print([verdict.passed for verdict in synth.judge_all(pairs, 2.0)])
+        print(synth.protections().split(":")[0])"""
+    said = subprocess.check_output([sys.executable, "-c", code, *bodies, SUM], cwd=HERE, text=True)
+    assert str([False] * len(bodies) + [True]) in said and not re.search("Landlock|seccomp", said), said
+
+
+@pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
+def test_invaders_invade_where_nothing_protects(monkeypatch):
+    """These programs work, so that it means something when they fail in the sandbox."""
+    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + UNPROTECTED + "os.geteuid = lambda: 1\n")
+    assert "docker run" in synth.protections()
+    names = [name for name in INVADERS if name.endswith("*")]
+    names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
+    if os.geteuid() != 0:  # root has rights that a program has not, even here
+        names.append("reads the environment of who runs it")
+    assert invade(names) == dict.fromkeys(names, "passed")
+
+
+@pytest.mark.skipif(not CONTAINED, reason="this kernel grants no Landlock or seccomp")
+def test_hostile_programs_are_contained():
+    for name, reason in invade(INVADERS).items():
+        how = re.fullmatch(r"raised (\w+):.*", reason)
+        kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
+        assert kind and issubclass(kind, (OSError, AssertionError)), (name, reason)
+
+
+VERDICTS = r"""passed | return a + b
+wrong answer: add(2, 3) gave -1 | return a - b
+raised SyntaxError: | return a +
+raised ValueError: k | raise ValueError('k')
+returned a object that is not plain data | return object()
+raised StopIteration: | raise StopIteration
+passed | import threading; t = threading.Thread(target=lambda: None); t.start(); t.join(); return a + b
+passed | print('talk ' * 10**6); return a + b
+passed | return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()
+passed | import asyncio; asyncio.run(asyncio.sleep(0)); return a + b
+passed | import os; os.mkdir(f'd{a}'); open('x', 'w').write('5'); os.rename('x', f'd{a}/x'); return a + b
+passed | import random, decimal, sqlite3, tempfile, uuid; uuid.uuid4(); return a + b
+passed | import os; assert not os.environ and not os.listdir('.'); return a + b
+passed | open('notes', 'w').write('x'); return a + b
+passed | try: input()\n    except EOFError: return a + b
+raised OSError: | open('f', 'wb').write(bytes(32 << 20)); return a + b
+timed out | while True: pass
+timed out | import time; time.sleep(60)
+timed out | return 0\nwhile True: pass
+raised MemoryError: | return [0] * 10**9
+gave broken data, or more than 16 MB | return 'x' * (20 << 20)
+ | return iter(int, 1)
+ | import sys; sys.setrecursionlimit(10**9); return add(a, b)"""
+
+
+def test_verdicts_say_what_happened(monkeypatch):
+    """How an endless iterator and endless recursion end depends on the version of Python."""
+    monkeypatch.setenv("SECRET_KEY", "x")
+    rows = [row.replace(r"\n", "\n").split(" | ", 1) for row in VERDICTS.split("\n")]
+    verdicts = judge_all([(ADD, f"    {body}\n") for _, body in rows], timeout=3.0)
+    for (reason, body), verdict in zip(rows, verdicts):
+        assert verdict.reason.startswith(reason) and verdict.passed == (reason == "passed"), (body, verdict)
+    assert not judge(dict(ADD, test="def check(candidate):\n    while True: pass\n"), SUM, timeout=1.0).passed
+
+
+def test_tests_that_expect_exceptions_cannot_swallow_a_failure():
+    pairs = []
+    for swallow in ("except Exception:", "except BaseException:", "except:", "finally:"):
+        test = f"def check(candidate):\n    try:\n        candidate(1, 2)\n    {swallow}\n        return\n"
+        for body in ("import os; os._exit(0)", "raise SystemExit", "return object()"):
+            pairs.append((dict(ADD, test=test), f"    {body}\n"))
+    # nor ends an exception of the program the tests' own loop quietly
+    test = "def check(candidate):\n    assert all(value == 1 for value in map(candidate, [1, 2], [3, 4]))\n"
+    pairs.append((dict(ADD, test=test), "    raise StopIteration\n"))
+    assert not any(verdict.passed for verdict in judge_all(pairs))
+
+
+def test_exceptions_and_helpers_reach_the_tests():
+    test = "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n"
+    test += "        assert str(e) == 'no'\n    else:\n        assert False\n    assert helper(1) == 2\n"
+    prompt = "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n"
+    problem = dict(task_id="x", entry_point="f", test=test, prompt=prompt)
+    bodies = {
+        "    class Own(ValueError): pass\n    raise Own('no')\n": True,
+        "    raise ValueError('no')\nhelper = lambda x: 0\n": True,  # the tests keep their own helper
+        "    raise TypeError('no')\n": False,
+        "    return 1\n": False,
+    }
+    verdicts = judge_all([(problem, body) for body in bodies])
+    assert [verdict.passed for verdict in verdicts] == list(bodies.values()), verdicts
+
+
+VALUES = r"""[None, True, -1, 1 << 70, -(16 ** 9000), 0.1, 1e999, 2j, 'ü\ud800\0', b'\0\xff', [],
+    [[1], (2, {3})], {}, {(1, 'a'): [None], True: {}}, {'dict': 1}, set(), frozenset({1}), range(3, 9, 2)]"""
+
+
+def test_plain_data_round_trip():
+    for value in eval(VALUES):
+        back = unpack(json.loads(json.dumps(pack(value))))
+        assert back == value and type(back) is type(value)
+    test = f"def check(candidate):\n    for x in {VALUES}:\n        y = candidate(name=x)\n"
+    test += "        assert y == x and type(y) is type(x)\n"
+    verdict = judge(dict(ADD, prompt="def add(name):\n", test=test), "    return name\n")
+    assert verdict.passed, verdict
+
+
+def test_mbpp():
+    claims = ["set(similar((3, 4), (4, 5))) == set((4,))", "math.isclose(len(similar((1,), (1,))), 1)"]
+    tests = [f"assert {claim}" for claim in claims]
+    problem = dict(task_id=2, test_setup_code="import math", test_list=tests)
+    good = "def similar(a, b):\n    return tuple(set(a) & set(b))"
+    bodies = [good, good.replace("tuple(set(a) & set(b))", "a"), good.replace("similar", "other")]
+    verdicts = judge_all([(problem, body) for body in bodies])
+    assert [verdict.passed for verdict in verdicts] == [True, False, False]
+    with pytest.raises(ValueError, match="problem 7 has no 'entry_point'"):
+        judge(dict(task_id=7, prompt=""), "")
 
 
 def wait_until(condition, process=None, seconds=60):
@@ -4429,217 +4781,39 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", FORGERIES)
-def test_forged(name):
-    if name in ("kills all", "descriptors of others") and not CONTAINED:
-        pytest.skip("would hit this user's other processes")
-    verdict = judge(ADD, FORGERIES[name], timeout=3.0)
-    assert not verdict.passed and verdict.reason and "sandbox itself" not in verdict.reason, verdict
-
-
-def test_the_search_for_secrets_would_find_one():
-    assert judge(dict(ADD, prompt="# token-4711 \n" + ADD["prompt"]), FORGERIES["secrets"]).passed
-
-
-def test_forged_without_any_help_of_the_kernel(scratch):
-    """As on macOS, or in a container that grants nothing: the program may even write into our own pipes."""
-    bodies = [body for name, body in FORGERIES.items() if name not in ("kills all", "descriptors of others")]
-    bodies.append(
-        "    import os, stat\n    for n in range(64):\n        p = f'/proc/PID/fd/{n}'\n        try:\n      "
-        "      if stat.S_ISFIFO(os.stat(p).st_mode):\n"
-        "                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)\n                os.write(fd, b'+passed')\n"
-        "                os.write(fd, b'\\x07\\0\\0\\0+passed')\n"
-        "        except OSError: pass\n    return 0\n"
-    )
-    code = (
-        "import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += "
-        "\"sys.platform = 'none'\\n\"\n"
-        "problem, bodies = json.load(open(sys.argv[2]))\n"
-        "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], "
-        "timeout=2.0)\n"
-        "json.dump([verdicts, synth.protections()], open(sys.argv[2], 'w'))"
-    )
-    file = scratch / "verdicts.json"
-    file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
-    subprocess.run(
-        [sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)],
-        check=True,
-        capture_output=True,
-    )
-    verdicts, protections = json.loads(file.read_text())
-    assert "Landlock" not in protections.split(":")[0] and "seccomp" not in protections.split(":")[0]
-    assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
-
-
-@pytest.mark.parametrize("swallow", ["except Exception:", "except BaseException:", "except:", "finally:"])
-@pytest.mark.parametrize(
-    "body", ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return object()\n"]
-)
-def test_tests_that_expect_exceptions_cannot_swallow_a_failure(swallow, body):
-    test = f"def check(candidate):\n    try:\n        candidate(1, 2)\n    {swallow}\n        return\n"
-    assert not judge(dict(ADD, test=test), body).passed
-
-
-def test_honest():
-    assert judge(ADD, "    return a + b\n") == (True, "passed")
-    assert judge(ADD, "    return a - b\n").reason == "wrong answer: add(2, 3) gave -1"
-    assert judge(ADD, "    return a +\n").reason.startswith("raised SyntaxError")
-    assert judge(ADD, "    raise ValueError('k')\n").reason == "raised ValueError: k"
-    assert judge(ADD, "    return object()\n").reason == "returned a object that is not plain data"
-    assert judge(
-        ADD,
-        "    import threading\n    t = threading.Thread(target=lambda: None); t.start(); t.join()\n    "
-        "return a + b\n",
-    ).passed
-    assert judge(ADD, "    print('talk ' * 10**6); return a + b\n").passed
-    assert judge(
-        ADD,
-        "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n",
-    ).passed
-
-
-def test_exceptions_and_helpers_reach_the_tests():
-    test = (
-        "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n        assert "
-        "str(e) == 'no'\n"
-        "    else:\n        assert False\n    assert helper(1) == 2\n"
-    )
-    problem = dict(
-        task_id="x",
-        entry_point="f",
-        test=test,
-        prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n",
-    )
-    assert judge(problem, "    class Own(ValueError): pass\n    raise Own('no')\n").passed
-    assert judge(
-        problem, "    raise ValueError('no')\nhelper = lambda x: 0\n"
-    ).passed  # the tests keep their own helper
-    assert not judge(problem, "    raise TypeError('no')\n").passed
-    assert not judge(problem, "    return 1\n").passed
-
-
-def test_an_exception_that_would_end_the_tests_loop_quietly_is_a_failure():
-    test = "def check(candidate):\n    assert all(value == 1 for value in map(candidate, [1, 2], [3, 4]))\n"
-    verdict = judge(dict(ADD, test=test), "    raise StopIteration\n")
-    assert not verdict.passed and verdict.reason.startswith("raised StopIteration")
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        True,
-        -1,
-        1 << 70,
-        0.1,
-        float("inf"),
-        2j,
-        "ü\ud800\0",
-        b"\0\xff",
-        [],
-        [[1], (2, {3})],
-        {},
-        {(1, "a"): [None], True: {}},
-        {"dict": 1},
-        set(),
-        frozenset({1}),
-        range(3, 9, 2),
-    ],
-)
-def test_plain_data_round_trip(value):
-    back = unpack(json.loads(json.dumps(pack(value))))
-    assert back == value and type(back) is type(value)
-    test = f"def check(candidate):\n    x = {value!r}\n    assert candidate(x) == x\n".replace("inf", "1e999")
-    assert judge(dict(ADD, prompt="def add(a):\n", test=test), "    return a\n").passed
-    assert unpack(json.loads(json.dumps(pack(-(16**9000))))) == -(
-        16**9000
-    )  # beyond what Python prints in decimal
-
-
-def test_mbpp():
-    problem = dict(
-        task_id=2,
-        text="Shared elements.",
-        code="",
-        test_setup_code="import math",
-        test_list=[
-            "assert set(similar((3, 4), (4, 5))) == set((4,))",
-            "assert math.isclose(len(similar((1,), (1,))), 1)",
-        ],
-    )
-    assert judge(problem, "def similar(a, b):\n    return tuple(set(a) & set(b))").passed
-    assert not judge(problem, "def similar(a, b):\n    return a").passed
-    assert not judge(problem, "def other(a, b):\n    return a").passed
-    with pytest.raises(ValueError, match="problem 7 has no 'entry_point'"):
-        judge(dict(task_id=7, prompt=""), "")
-
-
-def test_limits():
-    bodies = [
-        "    while True: pass\n",
-        "    import time; time.sleep(60)\n",
-        "    return [0] * 10**9\n",
-        "    return 'x' * (20 << 20)\n",
-        "    return iter(int, 1)\n",
-        "    return 0\nwhile True: pass\n",
-        "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n",
-    ]
-    verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
-    assert not any(v.passed for v in verdicts)
-    assert [v.reason for v in verdicts[:4]] == [
-        "timed out",
-        "timed out",
-        "raised MemoryError:",
-        "gave broken data, or more than 16 MB",
-    ]
-    assert verdicts[5].reason == "timed out", (
-        verdicts
-    )  # and how endless recursion ends depends on the version of Python
-    assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
-    assert not judge(
-        dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0
-    ).passed
-
-
-def test_clean_environment():
-    os.environ["SECRET_KEY"] = "x"
-    assert judge(ADD, "    import os; assert not os.environ and not os.listdir('.'); return a + b\n").passed
-    assert judge(ADD, "    open('notes', 'w').write('x'); return a + b\n").passed
-    assert judge(ADD, "    try: input()\n    except EOFError: return a + b\n").passed
-
-
 def processes(scratch):
     """Pids of all the sandbox's processes that work under this scratch directory."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                found += [int(pid)] if b"\0" + os.fsencode(scratch) in f.read() else []
-        except OSError:
-            pass
-    return found
+    pids = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if b"\0" + os.fsencode(scratch) in file.read():
+                pids.append(int(path.split("/")[2]))
+    return pids
 
 
-def gone(scratch):
+def leaves_nothing(scratch):
     wait_until(lambda: not processes(scratch))
-    return True
+    return not os.listdir(scratch)
 
 
-@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@needs_linux
 def test_nothing_stays(scratch):
-    daemon = "    import os\n    os.fork()\n    return a + b\n"
-    deep = "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\n"
-    bomb = "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n"
-    verdicts = judge_all([(ADD, daemon), (ADD, deep), (ADD, bomb), (ADD, "    return a + b\n")], timeout=1.5)
+    bodies = [
+        "    import os\n    os.fork()\n    return a + b\n",
+        "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\n",
+        "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
+        "    import os\n    return a + b if not os.listdir('.') else 0\n",
+    ]
+    verdicts = judge_all([(ADD, body) for body in bodies], timeout=4.0, workers=1)
     assert [v.passed for v in verdicts] == [not CONTAINED, True, False, True], verdicts
-    assert gone(scratch) and not os.listdir(scratch)
+    assert leaves_nothing(scratch)
 
 
 @INHERITED
 @pytest.mark.parametrize(
     "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@needs_linux
 def test_interrupted(number, code, inherited, scratch):
     program = (
         f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
@@ -4655,10 +4829,10 @@ def test_interrupted(number, code, inherited, scratch):
     wait_until(lambda: len(processes(scratch)) >= 6, process)  # two of each: server, tests, program
     process.send_signal(number)
     assert process.wait(30) == code
-    assert gone(scratch) and (number == signal.SIGKILL or not os.listdir(scratch))
+    assert leaves_nothing(scratch) or number == signal.SIGKILL
 
 
-@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@needs_linux
 def test_killed_worker_is_replaced(scratch):
     killed = []
 
@@ -4668,11 +4842,8 @@ def test_killed_worker_is_replaced(scratch):
         os.kill(killed[0], signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    assert all(
-        v.passed
-        for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2)
-    )
-    assert killed and gone(scratch) and not os.listdir(scratch)
+    verdicts = judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2)
+    assert all(verdict.passed for verdict in verdicts) and killed and leaves_nothing(scratch)
 
 
 @pytest.mark.skipif(
@@ -4687,7 +4858,53 @@ def test_humaneval():
         assert sum(v.passed for v in judge_all([(p, body) for p in problems])) <= 2, body
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+NO_SECOND_FORK = """
+def limited(number=itertools.count(), fork=os.fork):
+    if next(number): raise OSError('no room')
+    return fork()
+os.fork = limited
+time.sleep = lambda seconds: None
+"""  # the first one asks what the kernel grants, the second starts a program
+
+
+@pytest.mark.parametrize(
+    "before,error",
+    [
+        ("raise OSError('no room')\n", "sandbox did not start: OSError: no room"),
+        (NO_SECOND_FORK, "sandbox failed: no process can be started: no room"),
+        # what the server was granted when it started, a program's process must be granted too
+        ("confine = lambda folder: 0 if folder.endswith('/job') else 3\n", None),
+    ],
+)
+def test_nothing_runs_in_half_a_sandbox_and_it_says_why(before, error, monkeypatch):
+    monkeypatch.setattr(synth, "LAUNCH", before + synth.LAUNCH)
+    if error is None:
+        assert not judge(ADD, SUM).passed
+        return
+    with pytest.raises(OSError, match=error):
+        judge_all([(ADD, SUM)] * 2, workers=2)
+
+
+def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
+    start = synth.Worker.__init__
+
+    def limited(self, root, timeout, number=itertools.count()):
+        if next(number):
+            raise OSError("no room")
+        start(self, root, timeout)
+
+    monkeypatch.setattr(synth.Worker, "__init__", limited)
+    assert all(verdict.passed for verdict in judge_all([(ADD, SUM)] * 6, workers=2))
+    assert capfd.readouterr().err.count("no room") == 1
+
+
+@pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="root becomes nobody, where nobody can work")
+def test_root_works_in_a_folder_closed_to_others(scratch):
+    scratch.chmod(0o700)
+    assert judge(ADD, SUM).passed
+
+
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: the built-in teacher
 
 
@@ -5745,127 +5962,6 @@ def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
     assert message in told and "Traceback" not in told and os.listdir(tmp_path) == ["empty.jsonl"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# synth.py: the hardened sandbox
-
-INVADERS = {
-    "reads the home directory": "    import os; os.listdir(os.path.expanduser('~root'))\n",
-    "reads this checkout": f"    open({synth.__file__!r}).read()\n",
-    "lists /tmp": "    import os; os.listdir('/tmp')\n",
-    "writes beside": "    open('../x', 'w')\n",
-    "writes to /dev/shm": "    import os; os.close(os.open('/dev/shm/x', os.O_CREAT)); os.remove('/dev/shm/x')\n",
-    "opens a socket": "    import socket; socket.socket()\n",
-    "opens a unix socket": "    import socket; socket.socket(socket.AF_UNIX)\n",
-    "signals its parent": "    import os; os.kill(SYNTH, 0)\n",
-    "reads the environment of who runs it": "    open('/proc/SYNTH/environ').read()\n",
-    "traces": "    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, "
-    "0) == 0\n",
-    "makes a namespace": "    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0\n",
-    "clones into a namespace": "    import ctypes, os; assert ctypes.CDLL(None).syscall(56 if "
-    "os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\n",
-    "mounts": "    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n",
-    "sets up io_uring": "    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0\n",
-    "makes a device": "    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))\n",
-    "starts a program": "    import subprocess; subprocess.run(['/bin/echo'])\n",
-    "forks": "    import os; os.fork() or os._exit(0)\n",
-    "changes modes": f"    import os; os.chmod({synth.__file__!r}, 0o644)\n",
-    "limits another process": "    import resource; resource.prlimit(SYNTH, resource.RLIMIT_NOFILE)\n",
-    "lists processes": "    import os; os.listdir('/proc')\n",
-    "writes to the kernel's settings": "    open('/proc/sys/kernel/core_pattern', 'w')\n",
-    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n",
-}
-
-
-# What the sandbox's server does last but one, as where the kernel grants nothing.
-UNHARDENED = "confine = lambda scratch: 0\nos.geteuid = lambda: 1\n"
-
-
-def invade(names):
-    """The verdicts on some invaders: "passed" where the program did what it wanted to."""
-    bodies = [INVADERS[name].replace("SYNTH", str(os.getpid())) + "    return a + b\n" for name in names]
-    return synth.judge_all([(ADD, body) for body in bodies])
-
-
-@pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
-def test_invaders_invade_where_nothing_protects(monkeypatch):
-    """These programs work, so that it means something when they fail in the sandbox."""
-    monkeypatch.setattr(synth, "LAUNCH", UNHARDENED + synth.LAUNCH)
-    names = [
-        "reads this checkout",
-        "lists /tmp",
-        "writes beside",
-        "opens a socket",
-        "opens a unix socket",
-        "signals its parent",
-    ]
-    names += ["starts a program", "forks", "limits another process", "lists processes"]
-    names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
-    if os.geteuid() != 0:  # root has rights that a program has not, even here
-        names.append("reads the environment of who runs it")
-    reasons = {name: verdict.reason for name, verdict in zip(names, invade(names))}
-    assert reasons == dict.fromkeys(names, "passed")
-
-
-@pytest.mark.skipif(not CONTAINED, reason="this kernel grants no Landlock or seccomp")
-def test_hostile_programs_are_contained():
-    for name, verdict in zip(INVADERS, invade(INVADERS)):
-        how = re.fullmatch(r"raised (\w+):.*", verdict.reason)
-        kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
-        assert not verdict.passed and kind and issubclass(kind, (OSError, AssertionError)), (name, verdict)
-    ways = [
-        "    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n",
-        "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
-        "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); "
-        "os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
-        "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n",
-    ]
-    assert {v.reason for v in synth.judge_all([(ADD, way) for way in ways])} == {
-        "passed"
-    }  # honest programs notice nothing
-
-
-def test_a_sandbox_without_room_says_why_once(monkeypatch):
-    monkeypatch.setattr(synth, "LAUNCH", "raise OSError('no room')\n")
-    with pytest.raises(OSError, match="sandbox did not start: OSError: no room"):
-        judge(ADD, "    return a + b\n")
-    # the first fork asks what the kernel grants, the second starts a program
-    forks = (
-        "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
-    )
-    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1], 5.0)\n"
-    forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
-    monkeypatch.setattr(synth, "LAUNCH", forks)
-    with pytest.raises(OSError, match="sandbox failed: no process can be started: no room"):
-        judge_all([(ADD, "    return a + b\n")] * 2, workers=2)
-
-
-def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
-    start = synth.Worker.__init__
-
-    def limited(self, root, timeout, number=itertools.count()):
-        if next(number):
-            raise OSError("no room")
-        start(self, root, timeout)
-
-    monkeypatch.setattr(synth.Worker, "__init__", limited)
-    assert all(verdict.passed for verdict in judge_all([(ADD, "    return a + b\n")] * 6, workers=2))
-    assert capfd.readouterr().err.count("no room") == 1
-
-
-def test_nothing_runs_where_the_kernel_refuses_for_once(monkeypatch):
-    """What the server was granted when it started, a program's process must be granted too."""
-    refuses = "confine = lambda folder: 0 if folder.endswith('/job') else 3\n"
-    monkeypatch.setattr(synth, "LAUNCH", refuses + synth.LAUNCH)
-    assert not judge(ADD, "    return a + b\n").passed
-
-
-@pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="root becomes nobody, where nobody can work")
-def test_root_works_in_a_folder_closed_to_others(tmp_path, monkeypatch):
-    tmp_path.chmod(0o700)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert judge(ADD, "    return a + b\n").passed
-
-
 def test_a_machine_without_room_for_threads_is_named(monkeypatch):
     def start(self):
         raise RuntimeError("can't start new thread")
@@ -5875,10 +5971,8 @@ def test_a_machine_without_room_for_threads_is_named(monkeypatch):
     assert run.map(lambda item: item + 1, range(9)) == [] and "--concurrency" in run.stopped
 
 
-def test_says_which_protections_are_on(tmp_path, monkeypatch):
+def test_says_which_protections_are_on(tmp_path):
     assert run_synth(tmp_path, "sandbox").startswith("on: ")
-    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "sys.platform = 'none'\nos.geteuid = lambda: 1\n")
-    assert "docker run" in synth.protections()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
