@@ -4908,74 +4908,46 @@ def test_root_works_in_a_folder_closed_to_others(scratch):
 # synth.py: the built-in teacher
 
 
-@pytest.mark.parametrize("operation", synth.OPS.values(), ids=lambda operation: operation.name)
-def test_every_style_of_every_operation_computes_the_same(operation):
-    for constant in operation.constants[:3]:
-        for style in set(operation.code) - {
-            "early"
-        }:  # which has a return of its own: only ever the last step
-            plain, other = (synth.step_function(operation.name, constant, name) for name in ("plain", style))
+def test_every_style_of_every_operation_computes_the_same():
+    for operation in synth.OPS.values():
+        styles = set(operation.code) - {"early"}  # which has a return of its own: only ever the last step
+        for style, constant in itertools.product(styles, operation.constants[:3]):
+            plain = synth.step_function(operation.name, constant)
+            other = synth.step_function(operation.name, constant, style)
             for value in synth.PROBES.get(operation.source, [{1: 2, 3: 1}, {}]):
-                assert repr(plain(value)) == repr(other(value)), (style, value)
-
-
-def test_one_item_is_no_plural():
-    texts = [record["prompt"] for record in synth.draw_many("exercises", 300, ks=(1, 2), workers=1)]
-    assert not [text for text in texts if re.search(r"(?:first|last) 1 \w+s\b", text)] and any(
-        "the first number " in text for text in texts
-    )
+                assert repr(plain(value)) == repr(other(value)), (operation.name, style, value)
 
 
 def test_held_out_problems_share_nothing_with_training():
-    drawn = {
-        split: list(synth.draw_many("exercises", 200, split, (2, 3, 4), seed=1, workers=1))
-        for split in ("train", "test")
-    }
-    drawn["train"] += list(synth.draw_many("textbooks", 100, ks=(1, 2, 3, 4), seed=1, workers=1))
+    def draw(*arguments):
+        return list(synth.draw_many(*arguments, seed=1, workers=1))
+
+    test = draw("exercises", 200, "test", (2, 3, 4))
+    train = draw("exercises", 200, "train", (2, 3, 4)) + draw("textbooks", 100, "train", (1, 2, 3, 4))
     seen = {}
-    for split, records in drawn.items():
-        chains = [chain for record in records for chain in record["chains"]]
-        parts = [
-            chain[i:j] for chain in chains for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)
-        ]
-        seen[split] = (
-            {synth.composition(part) for part in (parts if split == "train" else chains)},
-            {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains},
-        )
+    for split, problems in (("train", train), ("test", test)):
+        chains = [chain for problem in problems for chain in problem["chains"]]
+        parts = chains
+        if split == "train":
+            bounds = [itertools.combinations(range(len(chain) + 1), 2) for chain in chains]
+            parts = [chain[i:j] for chain, pairs in zip(chains, bounds) for i, j in pairs if j - i > 1]
+        behaviours = [(synth.source_of(chain), *synth.behaviour(chain)) for chain in chains]
+        seen[split] = {synth.composition(part) for part in parts}, set(behaviours)
         # and by construction, for problems never drawn here: composition and behaviour decide the split
-        assert all(synth.split_by_composition(chain) == split for chain in chains)
-        assert all(synth.split_by_behaviour(chain, synth.behaviour(chain)) == split for chain in chains)
-    assert (
-        len(seen["test"][0]) > 150
-        and max(len(chain) for record in drawn["train"] for chain in record["chains"]) == 4
-    )
+        for chain, (_, *outputs) in zip(chains, behaviours):
+            assert synth.split_by_composition(chain) == split == synth.split_by_behaviour(chain, outputs)
     for ours, theirs in zip(seen["train"], seen["test"]):
         assert not ours & theirs
-    assert any(len(record["chains"]) > 1 for record in drawn["train"]) and all(
-        len(record["chains"]) == 1 for record in drawn["test"]
-    )
+    assert len(seen["test"][0]) > 150 and max(len(chain) for p in train for chain in p["chains"]) == 4
+    assert any(len(p["chains"]) > 1 for p in train) and all(len(p["chains"]) == 1 for p in test)
 
 
 def test_teacher_is_reproducible_and_varied():
-    one = list(synth.draw_many("exercises", 300, seed=3, workers=1))
-    two = list(synth.draw_many("exercises", 300, seed=3, workers=2))
-    assert [r["prompt"] + r["canonical_solution"] for r in one] == [
-        r["prompt"] + r["canonical_solution"] for r in two
-    ]
-    assert len({r["composition"] for r in one}) > 200
-    ways = {
-        kind: {
-            other: sum(len(o.constants) for o in synth.OPS.values() if (o.source, o.target) == (kind, other))
-            for other in synth.BY_SOURCE
-        }
-        for kind in synth.BY_SOURCE
-    }
-    reach = {kind: 1 for kind in ways}
-    for _ in range(
-        3
-    ):  # chains of three operations with their constants, whatever the wording, names and style
-        reach = {kind: sum(n * reach[other] for other, n in ways[kind].items()) for kind in ways}
-    assert sum(reach.values()) > 10_000_000
+    one, two = (list(synth.draw_many("exercises", 300, seed=3, workers=workers)) for workers in (1, 2))
+    assert one == two and len({problem["composition"] for problem in one}) > 200
+    problems = synth.draw_many("exercises", 300, ks=(1, 2), workers=1)
+    prompts = "".join(problem["prompt"] for problem in problems)
+    assert "the first number " in prompts and not re.search(r"(?:first|last) 1 \w+s\b", prompts)
 
 
 def test_held_out_levels_are_of_equal_size_and_single_operations_are_never_held_out():
@@ -4987,157 +4959,140 @@ def test_held_out_levels_are_of_equal_size_and_single_operations_are_never_held_
 
 def test_exercises_pass_their_own_tests_and_nothing_else_does():
     problems = list(synth.draw_many("exercises", 60, ks=(1, 3, 5), seed=4, workers=1))
-    good = synth.judge_all([(p, p["canonical_solution"]) for p in problems])
-    assert all(v.passed for v in good), [v.reason for v in good if not v.passed]
-    for wrong in ("    return None\n", "    return 0\n", "    pass\n"):
-        assert not any(v.passed for v in synth.judge_all([(p, wrong) for p in problems]))
+    for wrong in (None, "    return None\n", "    return 0\n", "    pass\n"):
+        verdicts = synth.judge_all([(p, wrong or p["canonical_solution"]) for p in problems])
+        assert {verdict.passed for verdict in verdicts} == {not wrong}, verdicts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: teachers over an API
 
 
-@pytest.fixture
-def teacher():
-    """A loopback endpoint: `answer(question, n)` gives (status, headers, bytes), or text, or None to hang up."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-            with server.lock:
-                server.seen.append((question, self.headers.get("Authorization"), self.path, body))
-                n = len(server.seen)
-            reply = server.answer(question, n)
-            if reply is None:
-                self.close_connection = True
-                return self.connection.close()
-            status, headers, content = reply if isinstance(reply, tuple) else (200, {}, reply)
-            if isinstance(content, str):
-                chosen = (
-                    {"text": content}
-                    if self.path.endswith("/completions") and "prompt" in body
-                    else {"message": {"content": content}}
-                )
-                content = json.dumps(
-                    {
-                        "choices": [{**chosen, "finish_reason": "stop"}],
-                        "usage": {"prompt_tokens": 100, "completion_tokens": 50},
-                    }
-                ).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    class Server(http.server.ThreadingHTTPServer):
-        request_queue_size, daemon_threads = 256, True
-
-        def handle_error(self, *args):
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.seen, server.lock, server.answer = [], threading.Lock(), lambda question, n: f"answer {n}"
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1#tiny"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def run_synth(folder, *arguments, code=0, env=()):
-    done = subprocess.run(
-        [sys.executable, os.path.join(HERE, "synth.py"), *" ".join(map(str, arguments)).split()],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **dict(env)},
-        timeout=120,
-    )
+def run_synth(folder, arguments, code=0, **env):
+    """What synth.py says."""
+    command = [sys.executable, os.path.join(HERE, "synth.py"), *arguments.split()]
+    env = {**os.environ, **env}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     return done.stdout + done.stderr
 
 
-def talk(n, words=40):
-    return (
-        f"### User\nQuestion {n}?\n### Assistant\nNo, I cannot: "
-        + " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words))
-        + "\n"
-    )
-
-
 def records(path):
-    return list(data.read_jsonl(path))
+    return list(data.read_jsonl(path)) if path.exists() and ".jsonl" in path.name else []
 
 
-def reason_to_reject(read, answer):
-    return synth.read_or_reason(read, answer)[1]
+class API(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        with self.server.lock:
+            self.server.seen.append((question, self.headers.get("Authorization"), self.path, body))
+            n = len(self.server.seen)
+        reply = self.server.answer(question, n)
+        if reply is None:
+            self.close_connection = True
+            return self.connection.close()
+        status, headers, content = reply if isinstance(reply, tuple) else (200, {}, reply)
+        if isinstance(content, str):
+            choice = {"message": {"content": content}} if "messages" in body else {"text": content}
+            usage = {"prompt_tokens": 100, "completion_tokens": 50}
+            reply = {"choices": [{**choice, "finish_reason": headers.pop("end", "stop")}], "usage": usage}
+            content = json.dumps(reply).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+class Teacher(http.server.ThreadingHTTPServer):
+    """An API on this machine: `answer(question, n)` gives a text, (status, headers, bytes or text), or None
+    to hang up. What it was asked is in `seen`."""
+
+    request_queue_size = 256
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), API)
+        self.folder = folder
+        self.seen = []
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1#tiny"
+
+    def answer(self, question, n):
+        return talk(n)
+
+    def handle_error(self, *args):
+        pass
+
+    def asked(self, arguments, answer=None, code=0, out="o.jsonl", **env):
+        """(what `synth.py ARGUMENTS` says where this is its teacher, the records it wrote); T in the
+        arguments is this teacher's address."""
+        self.answer = answer or self.answer
+        if "--teacher" not in arguments:
+            arguments += " --teacher T"
+        arguments = re.sub(r"\bT\b", self.url, arguments)
+        said = run_synth(self.folder, f"{arguments} --out {out}", code, **env)
+        return said, records(self.folder / out)
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    with Teacher(tmp_path) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def talk(n, words=40):
+    answer = " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words))
+    return f"### User\nQuestion {n}?\n### Assistant\nNo, I cannot: {answer}\n"
+
+
+def documents(folder, *texts):
+    data.write_jsonl(folder / "d.jsonl", [{"id": text.split()[0], "text": text} for text in texts])
 
 
 def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path):
-    def answer(question, n):
-        kinds = {
-            0: (429, {"Retry-After": "0"}, b"{}"),
-            1: (500, {}, b"oops"),
-            2: None,
-            3: (200, {}, b'{"choices": [{"mess'),
-            4: "",
-            5: "I'm sorry.",
-            6: (
-                200,
-                {},
-                json.dumps(
-                    {"choices": [{"message": {"content": talk(n)}, "finish_reason": "length"}]}
-                ).encode(),
-            ),
-            7: (200, {"Content-Length": "999"}, b"{"),
-            8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b""),
-        }
-        with teacher.lock:  # a quarter of all goes wrong, in every way
-            return kinds.get(n % 36 % 12 if n % 36 < 9 else 11, talk(n))
-
-    teacher.answer = answer
-    told = run_synth(
-        tmp_path,
-        f"chat --teacher {teacher.url} --count 400 --concurrency 50 --backoff 0.01 --timeout 5 --out o.jsonl",
-    )
-    found, paid = records(tmp_path / "o.jsonl"), records(tmp_path / "o.jsonl.paid.jsonl")
-    assert len(found) == 400 == len({r["messages"][1]["content"] for r in found}) and len(
-        {p["key"] for p in paid}
-    ) == len(paid)
+    storm = [
+        lambda n: (429, {"Retry-After": "0"}, b"{}"),
+        lambda n: (500, {}, b"oops"),
+        lambda n: None,
+        lambda n: (200, {}, b'{"choices": [{"mess'),
+        lambda n: "",
+        lambda n: "I'm sorry.",
+        lambda n: (200, {"end": "length"}, talk(n)),
+        lambda n: (200, {"Content-Length": "999"}, b"{"),
+        lambda n: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b""),
+    ] + 27 * [talk]  # a quarter of all goes wrong, in every way
+    ask = functools.partial(teacher.asked, answer=lambda question, n: storm[n % 36](n))
+    said, chats = ask("chat --count 400 --concurrency 50 --backoff 0.01 --timeout 5")
+    paid = records(tmp_path / "o.jsonl.paid.jsonl")
+    assert len(chats) == 400 == len({r["messages"][1]["content"] for r in chats})
+    assert len({p["key"] for p in paid}) == len(paid) and chats[0]["teacher"] == teacher.url
     reasons = Counter(p["reason"] for p in paid)
-    assert (
-        reasons[None] == 400
-        and min(reasons[r] for r in ("truncated", "broken JSON", "empty", "not a conversation by turns")) > 3
-    ), reasons
-    assert "broken JSON" in told and found[0]["teacher"] == teacher.url
+    bad = ("truncated", "broken JSON", "empty", "not a conversation by turns")
+    assert reasons[None] == 400 and all(reasons[r] > 3 and r in said for r in bad), reasons
     before = len(teacher.seen)
-    again = (tmp_path / "o.jsonl").read_bytes()
-    run_synth(tmp_path, f"chat --teacher {teacher.url} --count 400 --out o.jsonl")
-    assert (
-        len(teacher.seen) == before and (tmp_path / "o.jsonl").read_bytes() == again
-    )  # nothing is asked twice
-    run_synth(tmp_path, f"chat --teacher {teacher.url} --count 410 --out o.jsonl")
-    assert len(records(tmp_path / "o.jsonl")) == 410 and len(teacher.seen) < before + 30
+    assert ask("chat --count 400")[1] == chats and len(teacher.seen) == before  # nothing is asked twice
+    assert len(ask("chat --count 410")[1]) == 410 and len(teacher.seen) < before + 30
 
 
 @INHERITED
 def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inherited):
     teacher.answer = lambda question, n: time.sleep(0.01) or talk(n)
-    command = [sys.executable, os.path.join(HERE, "synth.py")]
-    command += f"chat --teacher {teacher.url} --count 300 --concurrency 8 --out o.jsonl".split()
+    options = f"chat --teacher {teacher.url} --count 300 --concurrency 8 --out o.jsonl"
     ledger = tmp_path / "o.jsonl.paid.jsonl"
 
     def start_until(goal):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited)
-        )
+        command = [sys.executable, os.path.join(HERE, "synth.py"), *options.split()]
+        more = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
+        process = subprocess.Popen(command, **more)
         wait_until(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") >= goal, process)
         return process
 
@@ -5145,59 +5100,40 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inh
         process = start_until(goal)
         process.kill()
         process.communicate()
+    before = ledger.read_bytes()
     with open(ledger, "ab") as file:
         file.write(b'{"key": "half a li')
-    before = ledger.read_bytes()
     process = start_until(200)
     process.send_signal(signal.SIGINT)  # waits for what is under way
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "pays for no answer twice" in errors
     assert len(records(tmp_path / "o.jsonl.partial")) >= 200
-    run_synth(tmp_path, *command[2:])
+    run_synth(tmp_path, options)
     paid = records(ledger)
-    assert (
-        ledger.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
-        and len({p["key"] for p in paid}) == len(paid) == 300
-    )
-    assert (
-        len(records(tmp_path / "o.jsonl")) == 300 and len(teacher.seen) <= 300 + 2 * 8
-    )  # what was under way at the two kills
+    assert ledger.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert len({p["key"] for p in paid}) == len(paid) == 300 == len(records(tmp_path / "o.jsonl"))
+    assert len(teacher.seen) <= 300 + 2 * 8  # what was under way at the two kills
 
 
 def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_path):
-    teacher.answer = lambda question, n: talk(n)
-    secret, port = "sk-very-secret", teacher.server_address[1]
+    secret = "sk-very-secret"
     broken = "http://127.0.0.1:1/v1#gone"
-    env = {"SYNTH_KEY_127_0_0_1": secret}
-    told = run_synth(tmp_path, f"chat --teacher {teacher.url} {broken}=3 --count 30 --out o.jsonl", env=env)
-    assert {r["teacher"] for r in records(tmp_path / "o.jsonl")} == {
-        teacher.url
-    }  # the other rests, and is tried again later
+    ask = functools.partial(teacher.asked, SYNTH_KEY_127_0_0_1=secret, SYNTH_KEY_EXAMPLE_COM=secret)
+    said, chats = ask(f"chat --teacher T {broken}=3 --count 30")
+    assert {r["teacher"] for r in chats} == {teacher.url}  # the other rests, and is tried again later
     assert {key for _, key, *_ in teacher.seen} == {f"Bearer {secret}"}
-    told += run_synth(
-        tmp_path, f"chat --teacher {broken} --patience 0.3 --backoff 0.1 --out p.jsonl", code=2, env=env
-    )
-    assert "no teacher answered for 0.3 seconds" in told and broken in told
-    teacher.answer = lambda question, n: (401, {}, f"bad key {secret}".encode())
-    told += run_synth(
-        tmp_path,
-        f"chat --teacher {teacher.url} --count 50 --out o.jsonl",
-        code=2,
-        env={"SYNTH_KEY_127_0_0_1": secret},
-    )
-    assert (
-        "HTTP 401: bad key ***" in told
-        and "no teacher is left" in told
-        and len(records(tmp_path / "o.jsonl")) == 30
-    )
-    for spec, env in (
-        ("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}),
-        (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}),
-        ("nonsense", {}),
-    ):
-        told += run_synth(tmp_path, f"chat --teacher {spec}", code=2, env=env)
-    files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
-    assert secret not in told + files
+    tired = ask(f"chat --teacher {broken} --patience 0.3 --backoff 0.1", code=2, out="p.jsonl")[0]
+    assert "no teacher answered for 0.3 seconds" in tired and broken in tired
+    gone, chats = ask("chat --count 50", lambda question, n: (401, {}, f"bad key {secret}".encode()), 2)
+    assert "HTTP 401: bad key ***" in gone and "no teacher is left" in gone and len(chats) == 30
+    moved = (307, {"Location": teacher.url}, b"")
+    moved, _ = ask("chat --patience 0.1", lambda question, n, reply=moved: reply, 2, "q.jsonl")
+    assert "HTTP 307" in moved and len(teacher.seen) < 70  # and nobody goes there with the key
+    for spec in ("http://example.com/v1#m", teacher.url.replace("//", f"//u:{secret}@"), "nonsense"):
+        said += ask(f"chat --teacher {spec}", code=2)[0]
+    assert "plain http would show the key" in said
+    files = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert secret not in said + tired + gone + moved + files
 
 
 def test_what_a_teacher_is_written_as():
@@ -5207,52 +5143,51 @@ def test_what_a_teacher_is_written_as():
     assert teacher.weight == 0.5 and teacher.cost(1000, 500)["usd"] == (1000 * 0.5 + 500 * 2) / 1e6
     assert synth.Teacher("http://[::1]:8000/v1#phi").url == "http://[::1]:8000/v1"
     assert synth.Teacher("http://localhost#phi=3").weight == 3 and not synth.Teacher("builtin=3").url
-    for spec in ("http://h/v1", "h/v1#m", "http://u:p@h/v1#m", "http://u@h/v1#m", "http://h/v1#", "builtin=0"):
+    for spec in "http://h/v1 h/v1#m http://u:p@h/v1#m http://u@h/v1#m http://h/v1# builtin=0".split():
         with pytest.raises(argparse.ArgumentTypeError, match="URL#MODEL"):
             synth.Teacher(spec)
 
 
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
 def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
-    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--out", out)
-    file, partial = tmp_path / out, tmp_path / f"{out}.partial"
+    file = tmp_path / out
+    partial = tmp_path / f"{out}.partial"
     data.write_jsonl(file, [{"precious": n} for n in range(100)])
-    before = file.read_bytes()
+    precious = file.read_bytes()
 
-    def answers_before_it_dies(count):
+    def run(n_answers, more="", code=2):
+        """What it says, where the teacher dies after so many answers."""
         teacher.seen.clear()
-        teacher.answer = lambda question, n: talk(n + 1000 * count) if n <= count else (401, {}, b"gone")
+        died = (401, {}, b"gone")
+        teacher.answer = lambda question, n: talk(n + 1000 * n_answers) if n <= n_answers else died
+        said, _ = teacher.asked(f"chat --count 6 --concurrency 1 {more}", code=code, out=out)
+        assert (file.read_bytes() == precious) == (code == 2)
+        return said
 
-    answers_before_it_dies(0)
-    told = run_synth(tmp_path, *options, code=2)
-    assert file.read_bytes() == before and not partial.exists() and f"{out} was not changed" in told
-    answers_before_it_dies(4)
-    told = run_synth(tmp_path, *options, code=2)
-    assert file.read_bytes() == before and f"{out}.partial" in told
-    kept = partial.read_bytes()
-    assert (gzip.decompress(kept) if out.endswith(".gz") else kept).count(b"\n") == 4
-    answers_before_it_dies(0)
-    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # other questions, none of them answered
-    assert file.read_bytes() == before and partial.read_bytes() == kept
-    answers_before_it_dies(2)
-    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # two are less than four
-    assert file.read_bytes() == before and partial.read_bytes() == kept and "not written: 2 chat" in told
-    answers_before_it_dies(99)
-    run_synth(tmp_path, *options)
-    assert (
-        len(records(file)) == 6
-        and not partial.exists()
-        and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
-    )
+    assert f"{out} was not changed" in run(0) and not partial.exists()
+    assert f"{out}.partial" in run(4)
+    four = partial.read_bytes()
+    assert (gzip.decompress(four) if out.endswith(".gz") else four).count(b"\n") == 4
+    run(0, "--seed 1")  # other questions, none of them answered
+    assert "not written: 2 chat" in run(2, "--seed 1")
+    assert partial.read_bytes() == four  # two are less than four
+    run(99, code=0)
+    assert len(records(file)) == 6 and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
 
 
-def test_a_first_question_that_is_refused_stops_the_run_with_the_servers_words(teacher, tmp_path):
-    teacher.answer = lambda question, n: (400, {}, b"maximum context length is 512")
-    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"document {i} " * 20} for i in range(30)])
+def test_questions_at_fault(teacher, tmp_path):
+    """The first one stops the run with the server's words; others are left out."""
+    too_long = (400, {}, b"maximum context length is 512")
+    documents(tmp_path, *(f"{'bad' if i % 2 else 'good'}{i} document " * 20 for i in range(10)))
     (tmp_path / "o.jsonl").write_text('{"precious": 1}\n')
-    told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl", code=2)
-    assert "HTTP 400: maximum context length is 512" in told and len(teacher.seen) == 1
-    assert records(tmp_path / "o.jsonl") == [{"precious": 1}]
+    said, precious = teacher.asked("label d.jsonl", lambda question, n: too_long, 2)
+    assert "HTTP 400: maximum context length is 512" in said and len(teacher.seen) == 1
+    assert precious == [{"precious": 1}]
+    teacher.seen.clear()
+    teacher.answer = lambda question, n: too_long if "bad" in question and n > 1 else "SCORE: 4"
+    said, labels = teacher.asked("label d.jsonl")
+    n_bad = sum("bad" in question for question, *_ in teacher.seen[1:])
+    assert len(labels) == 10 - n_bad and len(teacher.seen) == 10 and "HTTP 400" in said
 
 
 def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_path):
@@ -5261,331 +5196,248 @@ def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_
             time.sleep(2.0)
         return (503, {}, b"") if 8 < n < 24 else talk(n)
 
-    teacher.answer = answer
-    options = (
-        "chat",
-        "--teacher",
-        teacher.url,
-        "--count",
-        20,
-        "--concurrency",
-        4,
-        "--max-answer",
-        77,
-        "--out",
-        "o.jsonl",
-    )
-    run_synth(tmp_path, *options, "--timeout 0.5 --backoff 0.01")
-    assert len(records(tmp_path / "o.jsonl")) == 20
+    more = "--count 20 --concurrency 4 --max-answer 77 --timeout 0.5 --backoff 0.01"
+    assert len(teacher.asked(f"chat {more}", answer)[1]) == 20
     paid = [entry for entry in records(tmp_path / "o.jsonl.paid.jsonl") if entry["reason"] == "timed out"]
     assert [entry["written"] for entry in paid] == [77] and paid[0]["read"] > 50
-
-
-def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
-    (tmp_path / "t.txt").write_text("my own topic\n")
-    (tmp_path / "roots.txt").write_text("arithmetic\nlogic\n")
-    teacher.answer = lambda question, n: (
-        f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
-    )
-    options = ("--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt")
-    run_synth(tmp_path, "topics roots.txt", *options, code=2)
-    assert (tmp_path / "t.txt").read_text() == "my own topic\n"
-    assert "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
 
 
 def test_topics_grow_evenly_and_with_no_more_questions_than_are_needed(teacher, tmp_path):
     (tmp_path / "roots.txt").write_text("\n".join(f"root{i}\n  left{i}\n  right{i}" for i in range(6)))
     teacher.answer = lambda question, n: "\n".join(f"item{n}x{i} of trade" for i in range(12))
-    run_synth(tmp_path, f"topics roots.txt --teacher {teacher.url} --count 300 --out t.txt")
+    teacher.asked("topics roots.txt --count 300", out="t.txt")
     leaves = synth.read_topics_file(tmp_path / "t.txt")
     by_root = Counter(leaf.split(" > ")[0] for leaf in leaves)
-    assert (
-        len(leaves) == 300
-        and max(by_root.values()) - min(by_root.values()) <= 24
-        and len(teacher.seen) <= 12 + 15
-    )
-    assert any("stands beside: right0" in question for question, *_ in teacher.seen)
+    assert len(leaves) == 300 and max(by_root.values()) - min(by_root.values()) <= 24
+    assert len(teacher.seen) <= 12 + 15 and any("stands beside: right0" in seen[0] for seen in teacher.seen)
+    # a stopped tree leaves the old one
+    before = (tmp_path / "t.txt").read_text()
+    n_before = len(teacher.seen)
+    pair = "first topic {0}\nsecond topic {0}\n"
+    teacher.answer = lambda question, n: pair.format(n) if n < n_before + 3 else (401, {}, b"gone")
+    teacher.asked("topics roots.txt --count 999 --concurrency 1 --temperature 0.5", code=2, out="t.txt")
+    assert (tmp_path / "t.txt").read_text() == before
+    assert f"    first topic {n_before + 1}" in (tmp_path / "t.txt.partial").read_text()
 
 
 def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
     ledger = tmp_path / "o.jsonl.paid.jsonl"
     ledger.write_text('{"key": "half a li{"key": 1}\n')
-    told = run_synth(tmp_path, f"chat --teacher {teacher.url} --out o.jsonl", code=2)
-    assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and not teacher.seen
+    said, _ = teacher.asked("chat", code=2)
+    assert "o.jsonl.paid.jsonl" in said and "byte 0" in said and not teacher.seen
     assert ledger.read_text().endswith('"key": 1}\n')
+    held = synth.Ledger(tmp_path / "p.jsonl.paid.jsonl", 0, 0)
+    said, _ = teacher.asked("chat", code=2, out="p.jsonl")
+    assert "is in use by another run" in said and held.size == 0
 
 
-def test_weights_decide_who_is_asked(teacher, tmp_path):
-    teacher.answer = lambda question, n: talk(n)
-    run_synth(tmp_path, f"chat --teacher {teacher.url}=3 builtin --count 200 --out o.jsonl")
-    share = Counter(r["teacher"] for r in records(tmp_path / "o.jsonl"))[teacher.url] / 200
-    assert 0.65 < share < 0.85
+def test_weights_decide_who_is_asked(teacher):
+    _, chats = teacher.asked("chat --teacher T=3 builtin --count 200")
+    assert 0.65 < sum(chat["teacher"] == teacher.url for chat in chats) / 200 < 0.85
 
 
 def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
-    teacher.answer = lambda question, n: talk(n)
-    options = (
-        "chat",
-        "--teacher",
-        teacher.url + "@1/2",
-        "--count",
-        40,
-        "--max-answer",
-        60,
-        "--out",
-        "o.jsonl",
-    )  # 150 tokens each, as the server says
-    told = run_synth(tmp_path, *options, "--max-tokens 1500", code=2)
-    assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
-    told = run_synth(tmp_path, *options, "--max-usd 0.003", code=2)  # 0.0002 each
-    assert (
-        0.002 < 0.0002 * len(teacher.seen) <= 0.003
-        and f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in told
-    )
-    run_synth(tmp_path, *options)
-    assert len(records(tmp_path / "o.jsonl")) == 40 == len(teacher.seen)
-    assert "--max-usd needs" in run_synth(tmp_path, f"chat --teacher {teacher.url} --max-usd 1", code=2)
-    teacher.seen.clear()
-    told = run_synth(tmp_path, *options, "--dry-run")
-    assert "### User" in told and "40 questions" in told and not teacher.seen
+    options = "chat --teacher T@1/2 --count 40 --max-answer 60"  # 150 tokens each, as the server says
+    said, _ = teacher.asked(f"{options} --max-tokens 1500", code=2)
+    assert "the budget is spent" in said and 1000 < 150 * len(teacher.seen) <= 1500
+    said, _ = teacher.asked(f"{options} --max-usd 0.003", code=2)  # 0.0002 each
+    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003
+    assert f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in said
+    assert len(teacher.asked(options)[1]) == 40 == len(teacher.seen)
+    assert "--max-usd needs" in teacher.asked("chat --max-usd 1", code=2)[0]
+    said, _ = teacher.asked(f"{options} --dry-run")
+    assert "### User" in said and "40 questions" in said and len(teacher.seen) == 40
 
 
-def test_a_question_at_fault_is_left_out(teacher, tmp_path):
-    teacher.answer = lambda question, n: (
-        (400, {}, b"too long") if "bad" in question and n > 1 else "It explains.\nSCORE: 4"
-    )
-    data.write_jsonl(
-        tmp_path / "d.jsonl",
-        [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)],
-    )
-    told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl")
-    n_bad = sum("bad" in question for question, *_ in teacher.seen[1:])
-    assert len(records(tmp_path / "o.jsonl")) == 10 - n_bad and len(teacher.seen) == 10 and "HTTP 400" in told
+def test_labels_are_repeated_and_asked_again(teacher, tmp_path):
+    def answer(question, n):
+        return f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because" if n > 1 else "I like it."
 
-
-def test_repeated_labels_report_their_agreement(teacher, tmp_path):
-    teacher.answer = lambda question, n: f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because"
-    data.write_jsonl(
-        tmp_path / "d.jsonl", [{"id": name, "text": f"{name} document" * 10} for name in ("alpha", "beta")]
-    )
-    told = run_synth(
-        tmp_path, f"label d.jsonl --teacher {teacher.url} --repeat 2 --concurrency 1 --out o.jsonl"
-    )
-    assert "grades agree for 50.0%, within 1 for 100.0%, kappa" in told and len(teacher.seen) == 4
-    rows = sorted(
-        (r["id"], r["score"], sorted(r["scores"]), r["reason"]) for r in records(tmp_path / "o.jsonl")
-    )
+    documents(tmp_path, "alpha document" * 10, "beta document" * 10)
+    said, labels = teacher.asked("label d.jsonl --repeat 2 --concurrency 1", answer)
+    assert "grades agree for 50.0%, within 1 for 100.0%, kappa" in said and "no score 1" in said
+    rows = sorted((r["id"], r["score"], sorted(r["scores"]), r["reason"]) for r in labels)
     assert rows == [("alpha", 2.5, [2, 3], "because"), ("beta", 2, [2, 2], "because")]
+    assert len(teacher.seen) == 5
+    by_hand = "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27"
+    assert synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)]) == by_hand
 
 
-def test_agreement_by_hand():
-    assert (
-        synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)])
-        == "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27"
-    )
+def read(reader, answer, seeds=None):
+    """What a reader makes of an answer, or the reason why it rejects it."""
+    result, reason = synth.read_or_reason(lambda text: reader(text, seeds), answer)
+    return reason or result
 
 
-@pytest.mark.parametrize(
-    "answer,score",
-    [
-        ("SCORE (0-5): 4", 4),
-        ("4 - a good lesson", 4),
-        ("**SCORE:** 3", 3),
-        ("Score: 5/5", 5),
-        ("2/5. Thin.", 2),
-        ("First I thought SCORE: 1, but\nSCORE: 4", 4),
-        ("0-5 is the range", None),
-        ("four", None),
-        ("SCORE: 7", None),
-        ("Score 0 to 5", None),
-    ],
-)
-def test_scores_are_read(answer, score):
-    if score is None:
-        assert reason_to_reject(synth.read_score, answer) == "no score"
-    else:
-        assert synth.read_score(answer)["score"] == score
+SOURCE = "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the "
+SOURCE += "team of the Guidance software."
+REWRITTEN = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
 
 
-@pytest.mark.parametrize(
-    "answer,choice",
-    [
-        ("It is correct.\nBETTER: B", "B"),
-        ("BETTER: A, not B", "A"),
-        ("**B**", "B"),
-        ("A is wrong, B is right", None),
-        ("AB", None),
-    ],
-)
-def test_choices_are_read(answer, choice):
-    assert reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
-    assert not choice or synth.read_choice(answer) == choice
+def test_answers_are_read():
+    scores = {
+        "SCORE (0-5): 4": 4,
+        "4 - a good lesson": 4,
+        "**SCORE:** 3": 3,
+        "Score: 5/5": 5,
+        "2/5. Thin.": 2,
+        "First I thought SCORE: 1, but\nSCORE: 4": 4,
+        **dict.fromkeys(["0-5 is the range", "four", "SCORE: 7", "Score 0 to 5"]),
+    }
+    for answer, score in scores.items():
+        result = read(synth.read_score, answer)
+        assert result == "no score" if score is None else result["score"] == score, answer
+    choices = {"It is correct.\nBETTER: B": "B", "BETTER: A, not B": "A", "**B**": "B"}
+    choices |= dict.fromkeys(["A is wrong, B is right", "AB"], "no choice")
+    refusals = ["I'm sorry, but I can't help with that.", "I cannot assist with this."]
+    refusals += ["Sorry is a word we say.", "As an AI, I have no hands."]
+    figures = ["I can't wait to show you how lists work.", "I won't pretend that this is easy."]
+    figures += ["Sorting is easy.", "Unable to sort, we search."]
+    cases = [(synth.read_choice, answer, None, choice) for answer, choice in choices.items()]
+    cases += [(synth.read_text, answer, None, "refusal") for answer in refusals]
+    cases += [(synth.read_text, answer, None, {"text": answer + "\n"}) for answer in figures]
+    # rewritings keep facts
+    cases += [(synth.read_rewrite, REWRITTEN, {"text": SOURCE}, {"text": REWRITTEN + "\n"})]
+    cases += [(synth.read_rewrite, REWRITTEN + " It was 1972.", {"text": SOURCE}, "invents numbers")]
+    cases += [(synth.read_rewrite, "Somebody built a machine.", {"text": SOURCE}, "loses facts")]
+    topics = ["Merge sort", "Quick sort", "Heaps"]
+    cases += [(synth.read_topics, "1. Merge sort\n- Quick sort.\n\n3) Heaps\n", None, topics)]
+    for reader, answer, seeds, wanted in cases:
+        assert read(reader, answer, seeds) == wanted, answer
 
 
-@pytest.mark.parametrize(
-    "answer,refuses",
-    [
-        ("I can't wait to show you how lists work.", False),
-        ("I'm sorry, but I can't help with that.", True),
-        ("I cannot assist with this.", True),
-        ("As an AI, I have no hands.", True),
-        ("Sorry is a word that people say.", True),
-        ("I won't pretend that this is easy.", False),
-        ("Sorting is easy.", False),
-        ("Unable to sort, we search.", False),
-    ],
-)
-def test_refusals_are_told_from_figures_of_speech(answer, refuses):
-    assert (reason_to_reject(synth.read_text, answer) == "refusal") == refuses
+FENCES = """Run:
+```bash
+pip install x
+```
+Then
+```Python
+x = 1
+```
+1. Indented:
+   ```python
+   if x:
+       y = 2
+   ```
+```text
+1 / 0
+```
+~~~py
+z = '```'
+~~~
+```python
+unclosed"""
 
 
 def test_fences_of_every_kind_pair():
-    text = (
-        "Run:\n```bash\npip install x\n```\nThen\n```Python\nx = 1\n```\n1. Indented:\n   ```python\n   if "
-        "x:\n       y = 2\n   ```\n"
-        "```text\n1 / 0\n```\n~~~py\nz = '```'\n~~~\n```python\nunclosed"
-    )
-    assert [(language, code) for language, code, _ in synth.fenced_blocks(text)] == [
-        ("bash", "pip install x\n"),
-        ("python", "x = 1\n"),
-        ("python", "if x:\n    y = 2\n"),
-        ("text", "1 / 0\n"),
-        ("py", "z = '```'\n"),
+    assert synth.fenced_blocks(FENCES) == [
+        ("bash", "pip install x\n", "Run:"),
+        ("python", "x = 1\n", "Then"),
+        ("python", "if x:\n    y = 2\n", "1. Indented:"),
+        ("text", "1 / 0\n", "1. Indented:"),
+        ("py", "z = '```'\n", "1. Indented:"),
     ]
-    assert synth.python_blocks(text) == ["x = 1\n", "if x:\n    y = 2\n", "z = '```'\n"]
+    assert synth.python_blocks(FENCES) == ["x = 1\n", "if x:\n    y = 2\n", "z = '```'\n"]
 
 
 GOOD = 'def double(x):\n    """Twice x.\n\n    >>> double(2)\n    4\n    """\n    return 2 * x\n'
 TESTS = checks("candidate(2) == 4", "candidate(0) == 0", "candidate(-1) == -2")
 
 
-def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
-    def block(code, tests=TESTS):
-        return f"Here:\n```python\n{code}```\nand\n```python\n{tests}```\n"
+def block(*codes):
+    return "".join(f"Here:\n```python\n{code}```\n" for code in codes)
 
+
+def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     answers = [
-        block(GOOD),
-        block(GOOD.replace("2 * x", "3 * x").replace("double", "triple")),
+        block(GOOD, TESTS),
+        block(GOOD.replace("2 * x", "3 * x").replace("double", "triple"), TESTS),
         block(GOOD.replace("double", "twice"), "def check(candidate):\n" + "    assert True\n" * 3),
-        block(GOOD.replace("return 2 *", "return 2 *)")),
-        block("def f(x):\n    return x\n"),
+        block(GOOD.replace("return 2 *", "return 2 *)"), TESTS),
+        block("def f(x):\n    return x\n", TESTS),
         "no code",
     ]
     teacher.answer = lambda question, n: answers[(n - 1) % len(answers)]
-    told = run_synth(
-        tmp_path, f"exercises --plain --teacher {teacher.url} --count 1 --concurrency 1 --out o.jsonl"
-    )
-    (kept,) = records(tmp_path / "o.jsonl")
-    assert (
-        kept["entry_point"] == "double"
-        and judge(kept, kept["canonical_solution"]).passed
-        and kept["prompt"] + kept["canonical_solution"] == GOOD
-    )
-    told = run_synth(
-        tmp_path,
-        f"exercises --plain --teacher {teacher.url} --count 100 --max-attempts 1 --out p.jsonl",
-        code=2,
-    )
-    rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
-    assert (
-        len(records(tmp_path / "p.jsonl.partial")) == 1
-        and "code does not parse" in told
-        and "no function with a docstring" in told
-    )
-    entered, left = (int(rows["solution passes"][k].replace(",", "").replace("->", "")) for k in (2, -2))
-    assert entered > 90 and abs(entered - 3 * left) <= 3, (
-        told
-    )  # a third of what could be read: the wrong solution and the tests that cannot fail are out
+    _, (kept,) = teacher.asked("exercises --plain --count 1 --concurrency 1")
+    assert kept["entry_point"] == "double" and kept["prompt"] + kept["canonical_solution"] == GOOD
+    said, _ = teacher.asked("exercises --plain --count 100 --max-attempts 1", code=2, out="p.jsonl")
+    assert len(records(tmp_path / "p.jsonl.partial")) == 1
+    assert "code does not parse" in said and "no function with a docstring" in said
+    # a third of what could be read: the wrong solution and the tests that cannot fail are out
+    row = re.search(r"solution passes +(\d+) -> +(\d+)", said)
+    entered, left = map(int, row.groups())
+    assert entered > 90 and abs(entered - 3 * left) <= 3, said
 
 
-def gate(function, **record):
-    """Whether a gate lets one record through."""
-    return function([record])[0]
+def test_gates_of_exercises():
+    def passes(gate, **more):
+        return gate([{**problem, **more}])[0]
 
-
-def test_tests_of_fixed_points_are_refused():
-    """An identity passes them, whatever the function does elsewhere."""
     problem = dict(prompt="def tidy(x):\n", canonical_solution="    return sorted(x)\n", entry_point="tidy")
     fixed = checks("candidate([]) == []", "candidate([1]) == [1]", "candidate([1, 2]) == [1, 2]")
-    assert not gate(synth.solution_passes, **problem, test=fixed)
-    assert gate(synth.solution_passes, **problem, test=fixed + "    assert candidate([2, 1]) == [1, 2]\n")
-    wrong = dict(problem, test=fixed + "    assert candidate([2, 1]) == [1, 2]\n")
-    assert gate(synth.solution_passes, **wrong, solutions=["    return sorted(x)\n", "    return x\n"])
-    assert not gate(
-        synth.solution_passes,
-        **wrong,
-        solutions=["    return sorted(x)\n", "    return x\n", "    return x[::-1]\n"],
-    )
+    moved = fixed + "    assert candidate([2, 1]) == [1, 2]\n"
+    good, same, turned = (f"    return {code}\n" for code in ("sorted(x)", "x", "x[::-1]"))
+    assert not passes(synth.solution_passes, test=fixed)  # an identity passes them too
+    assert passes(synth.solution_passes, test=moved)
+    assert passes(synth.solution_passes, test=moved, solutions=[good, same])
+    assert not passes(synth.solution_passes, test=moved, solutions=[good, same, turned])
 
+    code = "    if x > 10:\n        return 10\n    return x + 0\n"
+    problem = dict(prompt="def clip(x):\n", canonical_solution=code, entry_point="clip")
+    claims = ["candidate(5) == 5", "candidate(2) == 2", "candidate(99) == 10", "candidate(11) == 10"]
+    assert passes(synth.tests_find_slips, test=checks(*claims))
+    assert not passes(synth.tests_find_slips, test=checks("candidate(5) > 0", "candidate(99) < 99"))
 
-def test_tests_must_find_slips():
-    problem = dict(
-        prompt="def clip(x):\n",
-        canonical_solution="    if x > 10:\n        return 10\n    return x + 0\n",
-        entry_point="clip",
-    )
-    loose = checks("candidate(5) == 5", "candidate(2) == 2", "candidate(99) < 99")
-    assert not gate(
-        synth.tests_find_slips,
-        **problem,
-        test=loose.replace("2) == 2", "2) > 0").replace("5) == 5", "5) > 0"),
-    )
-    assert gate(
-        synth.tests_find_slips,
-        **problem,
-        test=loose.replace("< 99", "== 10") + "    assert candidate(11) == 10\n",
-    )
-
-
-def test_required_and_forbidden_constructs():
-    record = dict(prompt="def f(x):\n", canonical_solution="    while x > 9:\n        x -= 9\n    return x\n")
+    code = "    while x > 9:\n        x -= 9\n    return x\n"
+    problem = dict(prompt="def f(x):\n", canonical_solution=code)
     asked = dict(use="a while loop", also="augmented assignment", avoid="a lambda")
-    assert gate(synth.uses_its_constructs, **record, **asked) and gate(synth.uses_its_constructs, **record)
-    assert not gate(synth.uses_its_constructs, **record, **dict(asked, use="a for loop"))
-    assert not gate(
-        synth.uses_its_constructs, **record, **dict(asked, also="slicing", avoid="augmented assignment")
-    )
+    assert passes(synth.uses_its_constructs) and passes(synth.uses_its_constructs, **asked)
+    for wrong in ({"use": "a for loop"}, {"also": "slicing"}, {"avoid": "augmented assignment"}):
+        assert not passes(synth.uses_its_constructs, **{**asked, **wrong}), wrong
+
+
+GOOD_PAGE = """A loop repeats a step, because work comes in pieces.
+
+```python
+for i in range(3):
+    print(NUMBER)
+```
+A common mistake is an endless loop.
+"""
+MISTAKE_PAGE = """Dividing by nothing has no answer, since no number fits. Take care of the empty list first.
+
+A common mistake:
+```python
+print(1 / 0)
+```
+This is how it goes well:
+```python
+print(0)
+```
+"""
 
 
 def test_gates_of_pages():
     args = SimpleNamespace(kind="textbooks", judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
     gates = synth.Gates(synth.Run(args))
-    good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
-    good += "    print({})\n"
-    good += "```\nA common mistake is an endless loop.\n"
-    mistake = (
-        "Dividing by nothing has no answer, since no number fits. Take care of the empty list first of "
-        "all.\n\nA common mistake:\n"
-        "```python\nprint(1 / 0)\n```\nThis is how it goes well:\n```python\nprint(0)\n```\n"
+
+    def page(number, more=""):
+        return GOOD_PAGE.replace("NUMBER", str(number)) + more
+
+    bad = ["Too short.", page(2, "See Chapter 4 for more about the topic."), page(3, "https://x.org")]
+    bad += [page("1 / 0"), page("("), "Words and words and nothing to say. " * 5, page(1, "!")]
+    passed = gates([{"text": text} for text in [page(1), *bad, MISTAKE_PAGE]])
+    assert [r["text"] for r in passed] == [page(1), MISTAKE_PAGE]
+    lost = {name: count["entered"] - count["left"] for name, count in gates.counts.items()}
+    assert lost == dict(
+        long_enough=1, stands_alone=2, gives_reasons=1, uses_its_words=0, code_runs=2, no_near_duplicate=1
     )
-    texts = {
-        "good": good.format(1),
-        "short": "Too short.",
-        "chapter": good.format(2) + "See Chapter 4 for more about the topic.",
-        "link": good.format(3) + "https://x.org",
-        "crash": good.format("1 / 0"),
-        "syntax": good.format("("),
-        "dull": "Words and words and nothing to say. " * 5,
-        "twin": good.format(1) + "!",
-        "mistake": mistake,
-    }
-    passed = gates([{"text": text} for text in texts.values()])
-    assert [r["text"] for r in passed] == [texts["good"], mistake]
-    assert {name: count["entered"] - count["left"] for name, count in gates.counts.items()} == {
-        "long_enough": 1,
-        "stands_alone": 2,
-        "gives_reasons": 1,
-        "uses_its_words": 0,
-        "code_runs": 2,
-        "no_near_duplicate": 1,
-    }
-    assert gate(synth.uses_its_words, text="Apples and rivers run.", words="apple, river, stone")
-    assert not gate(synth.uses_its_words, text="Apples run.", words="apple, river, stone")
+    words = "apple, river, stone"
+    texts = [{"text": text, "words": words} for text in ("Apples and rivers run.", "Apples run.")]
+    assert synth.uses_its_words(texts) == [True, False]
 
 
 def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
-    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n"
-    page += "```\nA mistake is to forget the order {}.\n"
     numbers = itertools.count()
     secret = "given the weights of all whales in the northern sea return the weight of the lightest whale"
 
@@ -5594,204 +5446,131 @@ def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
             return f"SCORE: {5 if 'fine' in question else 1}"
         words = re.search(r"must occur, .*?: (.*)\.", question)[1]
         n = next(numbers)
-        return words + page.format(
-            " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)),
-            secret if n % 4 == 1 else "",
-        )
+        text = " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40))
+        text += secret if n % 4 == 1 else ""
+        return f"{words} A list has values, because {text}\n{block('print(1)' + chr(10))}"
 
-    teacher.answer = answer
     data.write_jsonl(tmp_path / "bench.jsonl", [{"prompt": secret, "task_id": "x"}])
-    run_synth(
-        tmp_path,
-        f"textbooks --teacher {teacher.url} --judge {teacher.url} --count 6 --against bench.jsonl "
-        f"--min-chars 50 --out o.jsonl",
-    )
-    found = records(tmp_path / "o.jsonl")
-    assert len(found) == 6 and all(
-        r["grade"] == 5 and "whale" not in r["text"] and "fine" in r["text"] for r in found
-    )
-    assert len({(r["topic"], r["level"], r["persona"], r["form"]) for r in found}) > 3
+    _, pages = teacher.asked("textbooks --judge T --count 6 --against bench.jsonl --min-chars 50", answer)
+    assert len(pages) == 6 and {page["grade"] for page in pages} == {5}
+    assert not re.search("whale|poor", " ".join(page["text"] for page in pages))
+    assert len({(r["topic"], r["level"], r["persona"], r["form"]) for r in pages}) > 3
 
 
 def test_preferences_by_tests(teacher, tmp_path):
-    problems = [r for r in synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1)]
+    problems = list(synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1))
     data.write_jsonl(tmp_path / "p.jsonl", problems)
     solutions = {p["prompt"]: p["canonical_solution"] for p in problems}
-    teacher.answer = lambda question, n: (
-        (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
-    )
-    run_synth(
-        tmp_path,
-        f"preferences p.jsonl --teacher {teacher.url} --api completions --samples 2 --concurrency 1 --out "
-        f"o.jsonl",
-    )
-    found = records(tmp_path / "o.jsonl")
-    assert (
-        len(found) == 5
-        and all(set(r) >= {"prompt", "chosen", "rejected"} for r in found)
-        and teacher.seen[0][2] == "/v1/completions"
-    )
-    for r in found:
-        problem = next(p for p in problems if p["prompt"] == r["prompt"])
-        assert (
-            judge(problem, r["chosen"]).passed
-            and not judge(problem, r["rejected"]).passed
-            and "more" not in r["chosen"]
-        )
 
-    def blocks(question, n):
-        stub = question.split("\n\n", 1)[1]
-        return f"```python\n{stub}{'    return None' if n % 2 else solutions[stub]}\n```"
+    def answer(question, n):
+        stub = question.removeprefix(synth.SOLVE_PROMPT.format(text=""))
+        code = "    return None\n" if n % 2 else solutions[stub]
+        return f"{code}\nprint('more')\n" if stub == question else block(stub + code)
 
-    teacher.answer = blocks
-    run_synth(tmp_path, f"preferences p.jsonl --teacher {teacher.url} --concurrency 1 --out q.jsonl")
-    assert len(records(tmp_path / "q.jsonl")) == 5 and teacher.seen[-1][2] == "/v1/chat/completions"
+    for api, path in (("completions", "/v1/completions"), ("chat", "/v1/chat/completions")):
+        options = f"preferences p.jsonl --api {api} --samples 2 --concurrency 1"
+        _, pairs = teacher.asked(options, answer, out=f"{api}.jsonl")
+        assert len(pairs) == 5 and teacher.seen[-1][2] == path
+        for pair in pairs:
+            problem = next(p for p in problems if p["prompt"] == pair["prompt"])
+            verdicts = judge_all([(problem, pair["chosen"]), (problem, pair["rejected"])])
+            assert [v.passed for v in verdicts] == [True, False] and "more" not in pair["chosen"]
 
 
-def test_preferences_by_a_judge_asked_both_ways_round(teacher, tmp_path):
-    data.write_jsonl(
-        tmp_path / "chats.jsonl",
-        [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")],
-    )
+def test_preferences_by_a_judge_asked_both_ways_round_or_by_majority(teacher, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")]
+    data.write_jsonl(tmp_path / "chats.jsonl", chats)
+    data.write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "What is 6 times 7?"}])
 
     def answer(question, n):
         if "BETTER" in question:
-            return "BETTER: " + (
-                "A" if "biased" in question else "AB"["a good one" in question.split("<answer_b>")[1]]
-            )
+            is_second = "a good one" in question.split("<answer_b>")[1]
+            return "BETTER: " + ("B" if is_second and "biased" not in question else "A")
         return "a good one" if n % 2 else "a bad one"
 
-    teacher.answer = answer
+    options = "--concurrency 1 --min-chars 1"
+    said, (pair,) = teacher.asked(f"preferences chats.jsonl {options}", answer)
+    assert pair.items() >= dict(chats[0], chosen="a good one", rejected="a bad one").items()
+    assert "prefers a place" in said
     teacher.seen.clear()
-    told = run_synth(
-        tmp_path,
-        f"preferences chats.jsonl --teacher {teacher.url} --concurrency 1 --min-chars 1 --out r.jsonl",
-    )
-    (pair,) = records(tmp_path / "r.jsonl")
-    assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == (
-        "a good one",
-        "a bad one",
-        "fair?",
-    ) and "prefers a place" in told
-
-
-def test_preferences_by_majority_need_no_judge(teacher, tmp_path):
-    data.write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "What is 6 times 7?"}])
     teacher.answer = lambda question, n: f"Attempt {n}.\nAnswer: {43 if n == 2 else 42}."
-    teacher.seen.clear()
-    run_synth(
-        tmp_path,
-        f"preferences sums.jsonl --teacher {teacher.url} --samples 3 --concurrency 1 --min-chars 1 --out "
-        f"s.jsonl",
-    )
-    (pair,) = records(tmp_path / "s.jsonl")
+    _, (pair,) = teacher.asked(f"preferences sums.jsonl --samples 3 {options}", out="s.jsonl")
     assert "Answer: 42" in pair["chosen"] and "Answer: 43" in pair["rejected"] and len(teacher.seen) == 3
 
 
-def test_rewritings_keep_facts():
-    source = (
-        "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team "
-    )
-    source += "of the Guidance software."
-    good = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
-    assert synth.read_rewrite(good, {"text": source})["text"] == good + "\n"
-    for answer, reason in (
-        (good + " It was 1972.", "invents numbers"),
-        ("Somebody once built a machine.", "loses facts"),
-    ):
-        assert (
-            reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
-        )
-
-
 def test_pages_and_conversations_are_built_on_real_documents(teacher, tmp_path):
-    sentences = [f"Sentence {i} tells of the river and of the bridge over it." for i in range(100)]
-    data.write_jsonl(tmp_path / "d.jsonl", [{"id": "doc", "text": " ".join(sentences)}])
+    text = " ".join(f"Sentence {i} tells of the river and of the bridge over it." for i in range(100))
+    documents(tmp_path, text)
 
     def answer(question, n):
         passage = re.search(r"<passage>\n(.*)\n</passage>", question, re.S)[1]
-        assert passage in " ".join(sentences) and passage.endswith("it.") and passage.startswith("Sentence")
+        assert passage in text and passage.endswith("it.") and passage.startswith("Sentence")
         assert len(passage) < 1100 or "conversation" in question
         return talk(n) if "conversation" in question else f"A page of {n}, because it is so."
 
-    teacher.answer = answer
-    run_synth(tmp_path, f"textbooks d.jsonl --plain --teacher {teacher.url} --min-chars 1 --out o.jsonl")
-    run_synth(tmp_path, f"chat d.jsonl --teacher {teacher.url} --out c.jsonl")
-    assert (
-        records(tmp_path / "o.jsonl")[0]["id"] == "doc"
-        and records(tmp_path / "c.jsonl")[0]["scenario"] == "document"
-    )
+    _, (page,) = teacher.asked("textbooks d.jsonl --plain --min-chars 1", answer)
+    _, (chat,) = teacher.asked("chat d.jsonl", out="c.jsonl")
+    assert page["id"] == "Sentence" and chat["scenario"] == "document"
     assert "has the document above" in teacher.seen[-1][0]
+
+
+CODE = """def twice(x):
+    result = x
+    for _ in range(1):
+        result = result + x
+    return result
+
+def uses(x):
+    a = 1
+    b = 2
+    return other(x)
+"""
 
 
 @pytest.mark.parametrize("solution,agrees", [("    return 2 * x\n", True), ("    return x + 2\n", False)])
 def test_exercises_from_real_code_are_solved_again_and_both_must_agree(teacher, tmp_path, solution, agrees):
-    code = "def twice(x):\n    result = x\n    for _ in range(1):\n        result = result + x\n"
-    code += "    return result\n\n"
-    code += "def uses(x):\n    a = 1\n    b = 2\n    return other(x)\n"
-    (tmp_path / "code.py").write_text(code)
-    stub = 'def twice(x):\n    """Twice x.\n\n    >>> twice(2)\n    4\n    """\n'
-    tests = TESTS + "    assert candidate(9) == 18\n"
-    teacher.answer = lambda question, n: (
-        f"```python\n{stub}```\n```python\n{tests}```"
-        if "<code>" in question
-        else f"```python\n{stub}{solution}```"
-    )
-    run_synth(tmp_path, f"exercises code.py --teacher {teacher.url} --out o.jsonl", code=0 if agrees else 2)
-    assert (
-        len(teacher.seen) == 2
-        and "def uses" not in teacher.seen[0][0]
-        and "for _ in" not in teacher.seen[1][0]
-    )
-    if agrees:
-        (record,) = records(tmp_path / "o.jsonl")
-        assert (
-            record["canonical_solution"].strip() == solution.strip()
-            and "solutions" not in record
-            and judge(record, solution).passed
-        )
+    (tmp_path / "code.py").write_text(CODE)
+    stub = GOOD.replace("double", "twice").replace("    return 2 * x\n", "")
+    task = block(stub, TESTS + "    assert candidate(9) == 18\n")
+    teacher.answer = lambda question, n: task if "<code>" in question else block(stub + solution)
+    _, exercises = teacher.asked("exercises code.py", code=0 if agrees else 2)
+    (reversal, *_), (again, *_) = teacher.seen
+    assert "def uses" not in reversal and "for _ in" not in again and len(exercises) == agrees
+    for record in exercises:
+        assert record["canonical_solution"] == solution and "solutions" not in record
+        assert judge(record, solution).passed
 
 
 def test_answers_are_revised_and_exercises_voted_on(teacher, tmp_path):
+    revision = {1: "A draft, because.", 3: "It is thin.", 5: "The last version, because it is better."}
+
     def answer(question, n):
         roles = [message["role"] for message in teacher.seen[-1][3]["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
-        return {1: "A draft, because.", 3: "It is thin.", 5: "The last version, because it is better."}[
-            len(roles)
-        ]
+        return revision[len(roles)]
 
-    teacher.answer = answer
-    options = ("--plain", "--teacher", teacher.url, "--count", 1, "--concurrency", 1)
-    run_synth(tmp_path, "textbooks", *options, "--revise --min-chars 1 --out o.jsonl")
-    assert (
-        records(tmp_path / "o.jsonl")[0]["text"] == "The last version, because it is better.\n"
-        and len(teacher.seen) == 3
-    )
-    teacher.answer = lambda question, n: (
-        f"```python\n{GOOD}```" + ("" if "Complete" in question else f"\n```python\n{TESTS}```")
-    )
-    run_synth(tmp_path, "exercises", *options, "--votes 3 --out e.jsonl")
-    assert len(records(tmp_path / "e.jsonl")) == 1 and len(teacher.seen) == 3 + 4
+    options = "--plain --count 1 --concurrency 1"
+    _, (page,) = teacher.asked(f"textbooks {options} --revise --min-chars 1", answer)
+    assert page["text"] == revision[5] + "\n" and len(teacher.seen) == 3
+    teacher.answer = lambda question, n: block(GOOD) if "Complete" in question else block(GOOD, TESTS)
+    assert len(teacher.asked(f"exercises {options} --votes 3", out="e.jsonl")[1]) == 1
+    assert len(teacher.seen) == 3 + 4
 
 
-def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher, tmp_path):
-    teacher.answer = lambda question, n: (
-        "I won't help with that; it could hurt."
-        if "could hurt people" in question
-        else f"Gladly, here is how, in {n} steps."
-    )
-    run_synth(tmp_path, f"safety --teacher {teacher.url} --count 40 --out o.jsonl")
-    pairs = records(tmp_path / "o.jsonl")
-    assert len(pairs) == 40 and all(
-        set(pair) == {"messages", "chosen", "rejected", "teacher"} for pair in pairs
-    )
-    declined = {pair["messages"][0]["content"] for pair in pairs if "won't" in pair["chosen"]}
-    assert declined <= set(synth.UNSAFE) and any(
-        pair["messages"][0]["content"] in synth.LOOKALIKES for pair in pairs
-    )
-    teacher.answer = lambda question, n: "Sure, here it is, as you asked for."
-    run_synth(tmp_path, f"safety --teacher {teacher.url} --count 10 --seed 3 --out p.jsonl")
-    assert all(pair["messages"][0]["content"] in synth.LOOKALIKES for pair in records(tmp_path / "p.jsonl"))
+def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher):
+    def answer(question, n):
+        is_harmful = "could hurt people" in question
+        return "I won't help with that; it could hurt." if is_harmful else f"Gladly, in {n} steps."
+
+    _, pairs = teacher.asked("safety --count 40", answer)
+    assert len(pairs) == 40
+    for pair in pairs:
+        assert set(pair) == {"messages", "chosen", "rejected", "teacher"}
+        harmful = pair["messages"][0]["content"] in synth.UNSAFE
+        assert harmful == ("won't" in pair["chosen"]) != (pair["messages"][0]["content"] in synth.LOOKALIKES)
+    teacher.answer = lambda question, n: "Sure, as you asked for."
+    _, pairs = teacher.asked("safety --count 10 --seed 3", out="p.jsonl")
+    assert all(pair["messages"][0]["content"] in synth.LOOKALIKES for pair in pairs)
 
 
 def test_seeds_vary_and_fit():
@@ -5801,39 +5580,33 @@ def test_seeds_vary_and_fit():
     seeds = [synth.draw_textbook_seeds(rng, topics) for _ in range(300)]
     assert len({str(s) for s in seeds}) == 300
     for s in seeds:
-        assert (
-            s["persona"] in synth.LEVELS[s["level"]][2]
-            and s["demand"] == synth.LEVELS[s["level"]][s["topic"].startswith("world")]
-        )
+        *demands, personas = synth.LEVELS[s["level"]]
+        assert s["persona"] in personas and s["demand"] == demands[s["topic"].startswith("world")]
     assert all(not synth.draw_exercise_seeds(rng, topics)["topic"].startswith("world") for _ in range(100))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: the built-in teacher's other kinds
 
 
 def test_every_kind_runs_offline(tmp_path):
-    run_synth(tmp_path, "textbooks --count 8 --out pages.jsonl")
-    run_synth(tmp_path, "exercises --count 8 --k 1-2 --out problems.jsonl")
-    run_synth(tmp_path, "exercises --count 8 --judge builtin --min-grade 0 --out judged.jsonl")
-    run_synth(tmp_path, "label pages.jsonl --count 5 --out labels.jsonl")
-    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
-    run_synth(tmp_path, "preferences problems.jsonl --samples 6 --out pairs.jsonl")
-    found = {
-        name: records(tmp_path / f"{name}.jsonl")
-        for name in "pages problems judged labels chats pairs".split()
-    }
-    assert all(found.values())
-    assert set(found["labels"][0]) == {"id", "text", "score", "reason", "teacher"} and all(
-        0 <= r["score"] <= 5 for r in found["labels"]
-    )
-    assert all(
-        m["role"] == ("user", "assistant")[i % 2] for r in found["chats"] for i, m in enumerate(r["messages"])
-    )
-    assert all(judge(r, r["canonical_solution"]).passed for r in found["judged"])
+    def run(arguments):
+        run_synth(tmp_path, f"{arguments} --out {arguments.split()[0]}.jsonl")
+        return records(tmp_path / f"{arguments.split()[0]}.jsonl")
+
+    assert run("textbooks --count 8") and run("exercises --count 8 --k 1-2")
+    labels = run("label textbooks.jsonl --count 5")
+    assert set(labels[0]) == {"id", "text", "score", "reason", "teacher"}
+    assert all(0 <= r["score"] <= 5 for r in labels)
+    chats = run("chat --count 30")
+    assert all(m["role"] == ("user", "assistant")[i % 2] for r in chats for i, m in enumerate(r["messages"]))
+    assert run("preferences exercises.jsonl --samples 6")
+    judged = run("exercises --count 8 --judge builtin --min-grade 0")
+    assert all(judge(r, r["canonical_solution"]).passed for r in judged)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
+    assert run("chat --count 30") == chats
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run_synth(tmp_path, "sandbox").startswith("on: ")
 
 
 def test_the_decoding_benchmark_lets_every_text_go_on():
@@ -5846,120 +5619,103 @@ def test_the_decoding_benchmark_lets_every_text_go_on():
 
 
 def test_help_fits_two_screens_and_ends_in_examples(tmp_path):
-    told = run_synth(tmp_path, "-h", env={"COLUMNS": "80"})
-    options, examples = told.split("\nexamples:\n")
-    assert told.count("\n") <= 60 and examples.count("  python synth.py ") == 3 == examples.count("\n")
-    names = [option.split()[0] for option in synth.OPTIONS.split("\n") if option.startswith("--")]
+    said = run_synth(tmp_path, "-h", COLUMNS="80")
+    options, examples = said.split("\nexamples:\n")
+    assert said.count("\n") <= 60 and examples.count("  python synth.py ") == 3 == examples.count("\n")
+    names = re.findall(r"(?m)^--\S+", synth.OPTIONS)
     assert len(names) > 25 and all(f"\n  {name}" in options for name in names)
-
-
-def test_a_long_document_is_graded_in_no_time():
-    length = "is of a page's length"
-    assert length in synth.grade("word " * 4000)[1] and length in synth.grade("a" * 60)[1]
-    assert length not in synth.grade("a" * 59)[1]
-    assert (
-        length not in synth.grade("words " * 4001 + "!")[1]
-    )  # its pattern once tried every way to cut words
 
 
 def test_topics_are_merged_and_survive_editing(tmp_path):
     assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
-    tree = "a\n    b\n    c\n        d\n\ne\n"
-    leaves = synth.read_tree(tree)
+    leaves = synth.read_tree("a\n    b\n    c\n        d\n\ne\n")
     synth.write_tree(tmp_path / "t.txt", [{"text": leaf} for leaf in leaves])
     assert leaves == ["a > b", "a > c > d", "e"] == synth.read_topics_file(tmp_path / "t.txt")
-    assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == [
-        "Merge sort",
-        "Quick sort",
-        "Heaps",
-    ]
+
+
+LESSON = '''"""Search in sorted lists: the idea is to halve the range, for each step rules out one half."""
+
+
+def find(values, wanted):
+    """Return the index of wanted in the sorted list of values, or -1 if it is not there.
+
+    >>> find([1, 3, 5], 3)
+    1
+    """
+    low, high = 0, len(values) - 1
+    while low <= high:  # otherwise nothing is left to look at
+        middle = (low + high) // 2
+        if values[middle] == wanted:
+            return middle
+        if values[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle - 1
+    return -1
+'''
+PROSE = """A prime number is a whole number greater than one that has no divisors other than one and itself.
+For example, 7 is prime because no number from 2 to 6 divides it, while 9 is not a prime number, since 3 times
+3 equals 9. To check whether a number n is prime, we try each divisor up to the square root of n. If the
+number had a larger divisor, then the matching divisor would be smaller, so we would have found it first. A
+common mistake is to call one a prime number."""
+GLUE = """from company import api
+
+
+class Handler(api.Base):
+    def run(self, request):
+        return api.respond(self.client.get(request.url), self.headers)
+"""
+ADVERTISEMENT = """Buy now and get free shipping! Subscribe to our newsletter. Click here for more great
+deals. Log in to see your orders. All rights reserved. """
 
 
 def test_the_rubric_tells_lessons_from_glue():
-    lesson = (
-        '"""Search in sorted lists: the idea is to halve the range, because each comparison rules out one '
-        'half of it."""\n\n\n'
-        'def find(values, wanted):\n    """Return the index of wanted in the sorted list of values, or -1 '
-        "if it is not there.\n\n"
-        '    >>> find([1, 3, 5], 3)\n    1\n    """\n    low, high = 0, len(values) - 1\n    while low <= '
-        "high:  # otherwise nothing is left to look at\n"
-        "        middle = (low + high) // 2\n        if values[middle] == wanted:\n            return "
-        "middle\n        if values[middle] < wanted:\n"
-        "            low = middle + 1\n        else:\n            high = middle - 1\n    return -1\n"
-    )
-    glue = (
-        "from company import api\n\n\nclass Handler(api.Base):\n    def run(self, request):\n        return "
-        "api.respond(self.client.get(request.url), self.headers)\n" * 3
-    )
-    prose = (
-        "A prime number is a whole number greater than one that has no divisors other than one and itself. "
-        "For example, 7 is prime because no number "
-        "from 2 to 6 divides it, while 9 is not a prime number, since 3 times 3 equals 9. To check whether "
-        "a number n is prime, we try each divisor up to "
-        "the square root of n. If the number had a larger divisor, then the matching divisor would be "
-        "smaller, so we would have found it first. A common "
-        "mistake is to call one a prime number."
-    )
-    cheap = (
-        "Buy now and get free shipping! Subscribe to our newsletter. Click here for more great deals. Log "
-        "in to see your orders. All rights reserved. " * 3
-    )
-    scores = {
-        name: synth.grade(text)[0]
-        for name, text in {
-            "lesson.py": lesson,
-            "glue.py": glue,
-            "prose.txt": prose,
-            "cheap.txt": cheap,
-            "data.py": "A = [1, 2]\nB = {}\n",
-            "test.py": "import unittest\n" + lesson.replace("def find", "def test_find"),
-            "made.py": "# Generated by the compiler, do not edit\n" + lesson,
-            "broken.py": "def (",
-        }.items()
-    }
-    assert (
-        min(scores["lesson.py"], scores["prose.txt"]) >= 4
-        and max(scores[n] for n in scores if n not in ("lesson.py", "prose.txt")) <= 2
-    ), scores
+    poor = [GLUE, 3 * ADVERTISEMENT, "A = [1, 2]\nB = {}\n", "def ("]
+    poor += ["import unittest\n" + LESSON.replace("def find", "def test_find")]
+    poor += ["# Generated by the compiler, do not edit\n" + LESSON]
+    assert all(synth.grade(text)[0] >= 4 for text in (LESSON, PROSE))
+    assert all(synth.grade(text)[0] <= 2 for text in poor)
+    # a long document is graded in no time: the pattern once tried every way to cut words
+    lengths = {"word " * 4000: True, "a" * 60: True, "a" * 59: False, "words " * 4001 + "!": False}
+    for text, is_page in lengths.items():
+        assert ("is of a page's length" in synth.grade(text)[1]) == is_page
 
 
 def test_samples_depend_on_the_seed_alone(tmp_path):
     data.write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(50)])
     data.write_jsonl(tmp_path / "b.jsonl", [{"text": f"document {i}"} for i in range(25, 75)][::-1])
-    one, two, other = (
-        synth.sample_documents([str(tmp_path / n) for n in names], 20, seed)
-        for names, seed in ((("a.jsonl", "b.jsonl"), 1), (("b.jsonl", "a.jsonl"), 1), (("a.jsonl",), 2))
-    )
-    assert (
-        [d["text"] for d in one] == [d["text"] for d in two]
-        and len({d["text"] for d in one}) == 20
-        and {d["text"] for d in one} != {d["text"] for d in other}
-    )
+
+    def sample_texts(names, seed):
+        paths = [str(tmp_path / f"{name}.jsonl") for name in names]
+        return [document["text"] for document in synth.sample_documents(paths, 20, seed)]
+
+    one = sample_texts("ab", 1)
+    assert one == sample_texts("ba", 1) and len(set(one)) == 20 and set(one) != set(sample_texts("ab", 2))
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["label"], "label needs documents"),
-        (["textbooks", "x.jsonl"], "reads no documents"),
-        (["rewrite", "x.jsonl"], "give --teacher"),
-        (["topics"], "give --teacher"),
-        (["label", "missing.jsonl"], "missing.jsonl"),
-        (["chat", "--teacher", "gpt"], "URL#MODEL"),
-        (["preferences", "empty.jsonl"], "nothing to ask about"),
-        (["label", "empty.jsonl"], "no document"),
-        (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
-        (["chat", "--cuont", "3"], "--cuont"),
-        (["exercises", "--k", "2-13"], "write lengths from 1 to 12"),
-        (["exercises", "--k", "two"], "invalid chain_lengths value: 'two'"),
-        (["exercises", "--split", "all"], "invalid choice: 'all'"),
-        (["topics", "--dry-run", "--teacher", "http://127.0.0.1:1/v1#x"], "--dry-run shows no question"),
-    ],
-)
-def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
+MISTAKES = """label | label needs documents
+textbooks x.jsonl | reads no documents
+rewrite x.jsonl | give --teacher
+topics | give --teacher
+label missing.jsonl | missing.jsonl
+chat --teacher gpt | URL#MODEL
+preferences empty.jsonl | nothing to ask about
+label empty.jsonl | no document
+textbooks --topics empty.jsonl | has no topics
+chat --cuont 3 | --cuont
+exercises --k 2-13 | write lengths from 1 to 12
+exercises --k two | invalid chain_lengths value: 'two'
+exercises --split all | invalid choice: 'all'
+exercises --count 0 | 0 is not between 1 and inf
+topics --dry-run --teacher http://127.0.0.1:1/v1#x | --dry-run shows no question"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.split("\n"))
+def test_mistakes_get_one_clear_line(mistake, tmp_path):
+    arguments, message = mistake.split(" | ")
     (tmp_path / "empty.jsonl").write_text("")
-    told = run_synth(tmp_path, *arguments, code=2)
-    assert message in told and "Traceback" not in told and os.listdir(tmp_path) == ["empty.jsonl"]
+    said = run_synth(tmp_path, arguments, code=2)
+    assert message in said and "Traceback" not in said and os.listdir(tmp_path) == ["empty.jsonl"]
 
 
 def test_a_machine_without_room_for_threads_is_named(monkeypatch):
@@ -5971,11 +5727,7 @@ def test_a_machine_without_room_for_threads_is_named(monkeypatch):
     assert run.map(lambda item: item + 1, range(9)) == [] and "--concurrency" in run.stopped
 
 
-def test_says_which_protections_are_on(tmp_path):
-    assert run_synth(tmp_path, "sandbox").startswith("on: ")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py: what leaves the loader, the optimizer, runs
 
 
