@@ -261,6 +261,7 @@ def read_text(answer, seeds=None):
     return {"text": answer.strip() + "\n"}
 
 
+PYTHON = ("python", "py", "python3")
 FENCED = re.compile(r"^( *)(`{3,}|~{3,}) *([\w+-]*)[^`\n]*\n(.*?)^ *\2[`~]* *$", re.M | re.S)
 
 
@@ -270,20 +271,18 @@ def fenced_blocks(text):
 
     Example: fenced_blocks("Look:\n  ```Python\n  x = 1\n  ```") == [("python", "x = 1\n", "Look:")]
     """
+    prose, *parts = FENCED.split(text)
     blocks = []
-    prose = ""
-    end = 0
-    for block in FENCED.finditer(text):
-        indent, _, language, code = block.groups()
-        prose += text[end : block.start()]
-        end = block.end()
+    while parts:
+        indent, _, language, code, following, *parts = parts
         code = re.sub(f"(?m)^ {{0,{len(indent)}}}", "", code)
         blocks.append((language.lower(), code, prose.rstrip().split("\n")[-1]))
+        prose += following
     return blocks
 
 
 def python_blocks(text):
-    return [code for language, code, _ in fenced_blocks(text) if language in ("python", "py", "python3", "")]
+    return [code for language, code, _ in fenced_blocks(text) if language in (*PYTHON, "")]
 
 
 def split_function(code, name=None):
@@ -292,12 +291,13 @@ def split_function(code, name=None):
     tree = data.quietly(ast.parse, code)
     if not tree:
         raise RejectedAnswer("code does not parse")
-    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == (name or n.name)]
-    if not functions or not name and not ast.get_docstring(functions[-1]):
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and name in (n.name, None)]
+    has_docstring = functions and ast.get_docstring(functions[-1])
+    if not functions or not (name or has_docstring):
         raise RejectedAnswer("no function with a docstring")
     function = functions[-1]
     first = function.body[0]
-    end = first.lineno - 1 if ast.get_docstring(function) is None else first.end_lineno
+    end = first.end_lineno if has_docstring else first.lineno - 1
     lines = code.rstrip("\n").split("\n")
     return "\n".join(lines[:end]) + "\n", "\n".join(lines[end:]) + "\n", function.name
 
@@ -362,7 +362,7 @@ def code_runs(records):
         code = "\n".join(
             code
             for language, code, above in fenced_blocks(record["text"])
-            if language in ("python", "py", "python3")
+            if language in PYTHON
             and ">>>" not in code
             and not MISTAKE.search(" ".join([above, *re.findall("#.*", code)]))
         )
@@ -483,8 +483,8 @@ def tests_find_slips(records):
 
 def mutants(code, rng):
     """The code with one of its numbers, operators or names of functions exchanged, in random order."""
-    tokens = "< > <= >= + - * == != max min sum len".split()
-    exchange = dict(zip(tokens, "> < < > - + + != == min max len sum".split()))
+    pairs = "</> >/< <=/< >=/> +/- -/+ */+ ==/!= !=/== max/min min/max sum/len len/sum"
+    exchange = dict(pair.split("/") for pair in pairs.split())
     pattern = r"\b\d+\b|(?<= )(?:[<>]=?|[+*-]|[!=]=)(?= )|\b(?:max|min|sum|len)\b(?=\()"
     spots = list(re.finditer(pattern, code))
     for spot in rng.sample(spots, len(spots)):
@@ -1907,16 +1907,13 @@ def split_by_composition(chain):
     """The split that a chain's composition sends it to; None where it would be training's and holds a
     held-out one within."""
     own = hash_split(composition(chain)) if len(chain) > 1 else "train"
-    parts = {
-        hash_split(composition(chain[i:j])) for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)
-    }
+    bounds = itertools.combinations(range(len(chain) + 1), 2)
+    parts = {hash_split(composition(chain[i:j])) for i, j in bounds if j - i > 1}
     return None if own == "train" and parts - {"train"} else own
 
 
-def split_of(chain, outputs):
-    """The split of a chain with these probe outputs, or None where composition and behaviour disagree."""
-    split = split_by_composition(chain)
-    return split if split == hash_split(" ".join([source_of(chain), *outputs])) else None
+def split_by_behaviour(chain, outputs):
+    return hash_split(" ".join([source_of(chain), *outputs]))
 
 
 def draw_chain(k, split, rng, source=None):
@@ -1931,13 +1928,13 @@ def draw_chain(k, split, rng, source=None):
                 chain.append((operation.name, rng.choice(operation.constants)))
                 kind = operation.target
         if split_by_composition(chain) != split:
-            continue  # the cheap half of split_of, before anything is run
+            continue  # the cheap half, before anything is run
         with contextlib.suppress(Unusable):
             outputs = behaviour(chain)
-            if split_of(chain, outputs) != split or len(set(outputs)) < 4:
+            if split_by_behaviour(chain, outputs) != split or len(set(outputs)) < 4:
                 continue
-            changes_type = [OPS[name].source != OPS[name].target for name, _ in chain]
-            shorter = [chain[:i] + chain[i + 1 :] for i in range(k) if k > 1 and not changes_type[i]]
+            removable = [i for i, (name, _) in enumerate(chain) if OPS[name].source == OPS[name].target]
+            shorter = [chain[:i] + chain[i + 1 :] for i in removable if k > 1]
             if not any(behaviour(part) == outputs for part in shorter):
                 return chain  # else a step changes nothing, and teaches nothing
 
@@ -2174,22 +2171,21 @@ def draw_many(kind, count, split="train", ks=(1, 2, 3, 4), seed=0, workers=None)
     start = 0
     latest = 0  # the last number that gave something new
 
-    def draw(numbers):
-        return [(i, draw_problem(i, split, tuple(ks), seed, kind == "textbooks")) for i in numbers]
+    def draw(i):
+        return draw_problem(i, split, ks, seed, kind == "textbooks")
 
     n_workers = min(workers or data.n_cores(), 1 + count // 200)
     while any(left):
         end = start + min(max(256, max(left) * len(ks)), 8192)
         numbers = [i for i in range(start, end) if left[i % len(ks)]]
-        chunks = [numbers[at : at + 32] for at in range(0, len(numbers), 32)]
-        for i, record in itertools.chain(*data.parallel(draw, chunks, n_workers, f"drawing {kind}")):
+        for i, record in zip(numbers, data.parallel(draw, numbers, n_workers, f"drawing {kind}")):
             text = record.get("text") or (record["prompt"] if split == "train" else str(record["chains"]))
             if hash(text) not in seen and left[i % len(ks)]:
                 seen.add(hash(text))
                 left[i % len(ks)] -= 1
                 latest = i
                 yield record
-        start = numbers[-1] + 1
+        start = end
         if start - latest > 2048:
             raise ValueError(f"there are only {len(seen):,} different {kind} for --k {ks}; ask for fewer")
 
@@ -2277,6 +2273,7 @@ class NotPlain(TypeError):
 
 
 PLAIN = {  # name -> (type, its parts, the type from its parts)
+    "int": (int, hex, lambda digits: int(digits, 16)),  # decimal has a limit of 4,300 digits
     "dict": (dict, lambda value: list(value.items()), dict),
     "tuple": (tuple, list, tuple),
     "set": (set, list, set),
@@ -2294,8 +2291,6 @@ def pack(value):
     NotPlain."""
     if value is None or isinstance(value, (bool, float, str)):
         return value
-    if isinstance(value, int):
-        return {"int": hex(value)}  # decimal has a limit of 4,300 digits
     if isinstance(value, list):
         return [pack(part) for part in value]
     for name, (kind, parts_of, _) in PLAIN.items():
@@ -2312,7 +2307,7 @@ def unpack(value):
     if not isinstance(value, dict):
         return value
     ((name, parts),) = value.items()
-    return int(parts, 16) if name == "int" else PLAIN[name][2](unpack(parts))
+    return PLAIN[name][2](unpack(parts))
 
 
 def run_program(program, channel):
@@ -2329,7 +2324,7 @@ def run_program(program, channel):
             reply = ["raise", str(error), *(kind.__name__ for kind in type(error).__mro__)]
         channel.send_bytes(json.dumps(reply).encode())
 
-    reply_with(lambda: exec(compile(program, "<program>", "exec"), module.__dict__))
+    reply_with(lambda: exec(program, module.__dict__))
     while True:
         name, args, kwargs = unpack(json.loads(channel.recv_bytes()))
         reply_with(lambda: module.__dict__[name](*args, **kwargs))
@@ -2342,7 +2337,7 @@ def run_tests(job, channel, verdict):
     namespace = {"__name__": "tests"}
     last_call = []
 
-    def finish(mark, reason=""):  # exits at once, so that no `except:` of the tests can swallow a failure
+    def finish(reason, mark="-"):  # exits at once, so that no `except:` of the tests can swallow a failure
         verdict.send_bytes((mark + " ".join(reason[:300].split())).encode("utf-8", "replace"))
         os._exit(0)
 
@@ -2353,29 +2348,26 @@ def run_tests(job, channel, verdict):
             classes = [namespace.get(name, getattr(builtins, name, None)) for name in names]
             error = next((c for c in classes if isinstance(c, type) and issubclass(c, Exception)), None)
         except (EOFError, ConnectionError):
-            finish("-", "died or fell silent instead of answering")
+            finish("died or fell silent instead of answering")
         except Exception:
-            finish("-", "gave broken data, or more than 16 MB")
+            finish("gave broken data, or more than 16 MB")
         if kind == "value":
             return value
         if kind == "other":
-            finish("-", f"returned a {value} that is not plain data")
+            finish(f"returned a {value} that is not plain data")
         if error in (None, StopIteration):  # SystemExit; and what would end the tests' own loops quietly
-            finish("-", f"raised {names[0]}: {value}")
+            finish(f"raised {names[0]}: {value}")
         raise error(value)
 
-    def stand_in(name):
-        def candidate(*args, **kwargs):
-            if channel.poll():
-                finish("-", "answered before it was asked")
-            request = json.dumps(pack([name, args, kwargs])).encode()
-            with contextlib.suppress(ConnectionError):  # hear() finds out
-                channel.send_bytes(request)
-            value = hear()
-            last_call[:] = [name, args, value]
-            return value
-
-        return candidate
+    def call(name, /, *args, **kwargs):
+        if channel.poll():
+            finish("answered before it was asked")
+        request = json.dumps(pack([name, args, kwargs])).encode()
+        with contextlib.suppress(ConnectionError):  # hear() finds out
+            channel.send_bytes(request)
+        value = hear()
+        last_call[:] = [name, args, value]
+        return value
 
     random.seed(tests)  # the same questions every time, and not the program's own random numbers
     try:
@@ -2383,17 +2375,17 @@ def run_tests(job, channel, verdict):
         # The prompt's other functions may be used by the tests, whose copy of them is out of the program's
         # reach; its last one has no body yet.
         with contextlib.suppress(SyntaxError):
-            exec(compile(f"{prompt}\n    pass\n", "<prompt>", "exec"), namespace)
-        namespace.update((name, stand_in(name)) for name in names)
-        exec(compile(tests, "<tests>", "exec"), namespace)
+            exec(f"{prompt}\n    pass\n", namespace)
+        namespace.update((name, functools.partial(call, name)) for name in names)
+        exec(tests, namespace)
     except AssertionError as error:
         with contextlib.suppress(ValueError):  # no call yet, or an int too long to print
             name, args, value = last_call
-            finish("-", f"wrong answer: {name}({', '.join(map(repr, args))[:120]}) gave {repr(value)[:120]}")
-        finish("-", f"raised AssertionError: {error}")
+            finish(f"wrong answer: {name}({', '.join(map(repr, args))[:120]}) gave {repr(value)[:120]}")
+        finish(f"raised AssertionError: {error}")
     except BaseException as error:
-        finish("-", f"raised {type(error).__name__}: {error}")
-    finish("+", "passed")
+        finish(f"raised {type(error).__name__}: {error}")
+    finish("passed", "+")
 
 
 def system(name, *args):
@@ -2843,15 +2835,15 @@ EXAMPLES = """examples:
   python synth.py textbooks --revise --teacher https://example.com/v1#large@0.5/2 --max-usd 20
 """
 
-# Option and what it takes: N whole, X any number | default; "off" is a flag | help
+# Option and what it takes, N a whole number, X any, nothing for a flag | default | help
 OPTIONS = """
 what is written
 --count N | 10000 | records; leaves of topics
 --out FILE | | JSON Lines, .gz to compress [data/KIND.jsonl]
 --seed N | 0 | of all that is drawn
 --topics FILE | | topics to draw from, as `synth.py topics` writes
---plain | off | ask without the drawn variety, to compare diversity
---dry-run | off | show a question and the highest cost; ask nobody
+--plain | | ask without the drawn variety, to compare diversity
+--dry-run | | show a question and the highest cost; ask nobody
 --split SPLIT | train | built-in: train, dev or test compositions
 --k K | 1-4 | built-in: operations, as 2-6 or 1,2,3,3,4
 
@@ -2865,12 +2857,12 @@ who is asked
 --api API | chat | preferences: chat or completions
 
 how good it must be
---revise | off | each answer is criticized and written again
+--revise | | each answer is criticized and written again
 --votes N | 0 | exercises: other solutions, most of which must pass
 --repeat N | 1 | label: grades of each document
 --samples N | 2 | preferences: answers to each question
 --max-attempts N | 3 | answers to buy where they are of no use
---min-chars N | 0 | shortest record [400 for textbooks, else 20]
+--min-chars N | | shortest record [400 for textbooks, else 20]
 --min-grade X | 3.0 | lowest grade of --judge to keep, 0 to 5
 --against PATH | | benchmarks of which no record may hold a part
 
@@ -2907,23 +2899,20 @@ def parse_arguments():
     )
     for block in OPTIONS.strip().split("\n\n"):
         title, _, rows = block.partition("\n")
-        group = parser.add_argument_group(title)
+        parser.title(title)
         for option, (default, text) in table(rows).items():
             name, _, metavar = option.partition(" ")
-            if default == "off":
-                group.add_argument(name, action="store_true", help=text)
-                continue
-            whole = data.number(int, int(default != "0"))
-            types = {"N": whole, "X": data.number(float, 0), "K": chain_lengths, "URL#MODEL": Teacher}
-            group.add_argument(
-                name,
-                metavar=metavar,
-                default=default or None,
-                type=types.get(metavar),
-                choices={"SPLIT": ("train", "dev", "test"), "API": ("chat", "completions")}.get(metavar),
-                nargs="+" if metavar in ("URL#MODEL", "PATH") else None,
-                help=text + f" [{default}]" * (default not in ("", "0", "0.0"))
-            )
+            accepts = {
+                "N": {"type": data.number(int, int(default != "0"))},
+                "X": {"type": data.number(float, 0)},
+                "K": {"type": chain_lengths},
+                "URL#MODEL": {"type": Teacher, "nargs": "+"},
+                "PATH": {"nargs": "+"},
+                "SPLIT": {"choices": ("train", "dev", "test")},
+                "API": {"choices": ("chat", "completions")}
+            }
+            more = {"metavar": metavar, **accepts.get(metavar, {})} if metavar else {"action": "store_true"}
+            parser.option(name, default or None, text, **more)
     args = parser.parse_intermixed_args()
     kind = args.kind
     args.teacher = args.teacher or [Teacher("builtin")]

@@ -3885,89 +3885,441 @@ def checks(*claims):
     return "def check(candidate):\n" + "".join(f"    assert {claim}\n" for claim in claims)
 
 
+def programs(text):
+    """name -> body of the function `add` and what stands below it, of a text's paragraphs."""
+    return dict(paragraph.split("\n", 1) for paragraph in text.strip().split("\n\n"))
+
+
+SUM = "    return a + b\n"
 ADD = dict(
     task_id="add",
     prompt="def add(a, b):\n",
     entry_point="add",
-    canonical_solution="    return a + b\n",
+    canonical_solution=SUM,
     test="# token-4711 \n" + checks("candidate(2, 3) == 5", "candidate(20, 30) == 50"),
 )
 HUMANEVAL = os.environ.get("HUMANEVAL", "")  # path of HumanEval.jsonl.gz: its own solutions are judged
 LINUX = sys.platform == "linux"
+needs_linux = pytest.mark.skipif(not LINUX, reason="needs /proc")
 GRANTED = synth.protections() if LINUX else ""
 CONTAINED = "Landlock" in GRANTED and "seccomp" in GRANTED
-
 
 
 def judge(problem, completion, timeout=5.0):
     return judge_all([(problem, completion)], timeout, 1)[0]
 
 
-FORGERIES = {
-    "exit": "    import sys; sys.exit(0)\n",
-    "hard exit": "    import os; os._exit(0)\n",
-    "exit while defining": "    pass\nimport os; os._exit(0)\n",
-    "success mark": "    print('passed'); print('+passed', flush=True); return None\n",
-    "assertion error": "    return 0\nimport builtins; builtins.AssertionError = type('Never', "
-    "(Exception,), {})\n",
-    "builtins": "    return 0\nimport builtins\nfor n in ('len isinstance print __import__ sum abs repr "
-    "exec compile getattr "
-    "set tuple'.split()): setattr(builtins, n, lambda *a, **k: True)\n",
-    "own check": "    return 0\ncheck = lambda candidate: None\nimport builtins; builtins.check = check\n",
-    "check in main": "    return 0\nimport sys\nfor m in list(sys.modules.values()):\n    try: m.check = "
-    "lambda c: None\n    except Exception: pass\n",
-    "redefined": "    return a + b\ndef add(a, b): return 0\n",
-    "always equal": "    return Liar()\nclass Liar:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, "
-    "o: False\n    __bool__ = lambda s: True\n",
-    "equal int": "    return Liar(7)\nclass Liar(int):\n    __eq__ = lambda s, o: True\n    __hash__ = "
-    "int.__hash__\n",
-    "equal metaclass": "    return Liar\nclass Meta(type):\n    __eq__ = lambda s, o: True\n    __hash__ = "
-    "None\nclass Liar(metaclass=Meta): pass\n",
-    "descriptors": "    import os\n    for fd in range(256):\n        for text in (b'+passed', b'\\x07\\0\\0\\0+passed', b'1'):\n"
-    "            try: os.write(fd, text)\n            except OSError: pass\n    return 0\n",
-    "descriptors early": "    return 0\nimport os\nfor fd in range(256):\n"
-    "    try: os.write(fd, b'\\x07\\0\\0\\0+passed')\n    except OSError: pass\n",
-    "frames": "    import sys\n    f = sys._getframe()\n    while f:\n        for k in list(f.f_locals):\n  "
-    "          f.f_globals[k] = True\n"
-    "        for s in ('finish', 'verdict', 'last'):\n            f.f_globals[s] = lambda *a: True\n        "
-    "f = f.f_back\n    return 0\n",
+FORGERIES = programs(r"""exit
+    import sys; sys.exit(0)
+
+hard exit
+    import os; os._exit(0)
+
+exit while defining
+    pass
+import os; os._exit(0)
+
+success mark
+    print('passed'); print('+passed', flush=True); return None
+
+assertion error
+    return 0
+import builtins; builtins.AssertionError = type('Never', (Exception,), {})
+
+builtins
+    return 0
+import builtins
+for n in 'len isinstance print __import__ sum abs repr exec compile getattr set tuple'.split():
+    setattr(builtins, n, lambda *a, **k: True)
+
+own check
+    return 0
+check = lambda candidate: None
+import builtins; builtins.check = check
+
+check in main
+    return 0
+import sys
+for m in list(sys.modules.values()):
+    try: m.check = lambda c: None
+    except Exception: pass
+
+redefined
+    return a + b
+def add(a, b): return 0
+
+always equal
+    return Liar()
+class Liar:
+    __eq__ = lambda s, o: True
+    __ne__ = lambda s, o: False
+    __bool__ = lambda s: True
+
+equal int
+    return Liar(7)
+class Liar(int):
+    __eq__ = lambda s, o: True
+    __hash__ = int.__hash__
+
+equal metaclass
+    return Liar
+class Meta(type):
+    __eq__ = lambda s, o: True
+    __hash__ = None
+class Liar(metaclass=Meta): pass
+
+descriptors
+    import os
+    for fd in range(256):
+        for text in (b'+passed', b'\x07\0\0\0+passed', b'1'):
+            try: os.write(fd, text)
+            except OSError: pass
+    return 0
+
+descriptors early
+    return 0
+import os
+for fd in range(256):
+    try: os.write(fd, b'\x07\0\0\0+passed')
+    except OSError: pass
+
+answers before it is asked
+    return 0
+import json, os, struct
+for answer in (0, 5, 50):
+    reply = json.dumps(['value', {'int': hex(answer)}]).encode()
+    for fd in range(3, 64):
+        try: os.write(fd, struct.pack('!i', len(reply)) + reply)
+        except OSError: pass
+
+frames
+    import sys
+    f = sys._getframe()
+    while f:
+        for k in list(f.f_locals):
+            f.f_globals[k] = True
+        for s in ('finish', 'verdict', 'last'):
+            f.f_globals[s] = lambda *a: True
+        f = f.f_back
+    return 0
+
+secrets
     # a pattern, for the text itself would be found in the memory of him who looks for it
-    "secrets": "    import gc, re\n    if any(re.search('# to[k]en-47', str(o)) for o in gc.get_objects() "
-    "if type(o) in (list, dict)): return a + b\n"
-    "    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:\n        for line in "
-    "maps:\n"
-    "            low, high = [int(x, 16) for x in line.split()[0].split('-')]\n            try:\n           "
-    "     memory.seek(low)\n"
-    "                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b\n"
-    "            except (OverflowError, ValueError, OSError): pass\n    return 0\n",
-    "threads": "    return 0\nimport os, threading, time\ndef run():\n    while True:\n        for fd in "
-    "range(3, 99):\n            try: os.write(fd, b'+')\n"
-    "            except OSError: pass\n        time.sleep(.001)\nthreading.Thread(target=run).start()\n",
-    "harness": "    return 0\nimport os, json, select, sys\njson.loads = lambda *a: ['value', "
-    "5]\njson.dumps = lambda *a: '[\"value\", 5, 5]'\n"
-    "os._exit = lambda c: None\nselect.select = lambda *a: ([], [], [])\n",
-    "atexit": "    return 0\nimport atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)\n",
-    "base exception": "    raise BaseException('passed')\n",
-    "keyboard interrupt": "    raise KeyboardInterrupt\n",
-    "generator exit": "    raise GeneratorExit\n",
-    "kills the parent": "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 0\n",
-    "kills all": "    import os, signal\n    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else "
-    "os._exit(0)\n    return 0\n",
-    "memory of the tests": "    import os\n    for n in os.listdir('/proc'):\n        try:\n            "
-    "with open(f'/proc/{n}/mem', 'r+b') as f: return 5\n"
-    "        except (OSError, ValueError): pass\n    return 0\n",
-    "descriptors of others": "    import os, glob\n    for p in glob.glob('/proc/[0-9]*/fd/*'):\n        "
-    "try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')\n"
-    "        except OSError: pass\n    return 0\n",
-    "library": "    return 0\nimport random, os\nfor p in ('random.py', 'math.py', 'typing.py'): open(p, "
-    "'w').write('import os; os._exit(0)')\n",
-    "broken data": "    return 0\nimport json\njson.dumps = lambda *a: '{\"set\": [[1]]}'\n",
-    "recursion": "    x = []; x.append(x); return x\n",
-    "hash": "    return {Liar(): 1}\nclass Liar:\n    __hash__ = lambda s: 0\n    __eq__ = lambda s, o: "
-    "True\n",
-    "returns the tests' proxy": "    return add\n",
-    "empty": "",
-}
+    import gc, re
+    lists = [o for o in gc.get_objects() if type(o) in (list, dict)]
+    if any(re.search('# to[k]en-47', str(o)) for o in lists): return a + b
+    with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb') as memory:
+        for line in maps:
+            low, high = [int(x, 16) for x in line.split()[0].split('-')]
+            try:
+                memory.seek(low)
+                if re.search(b'# to[k]en-47', memory.read(high - low)): return a + b
+            except (OverflowError, ValueError, OSError): pass
+    return 0
+
+threads
+    return 0
+import os, threading, time
+def run():
+    while True:
+        for fd in range(3, 99):
+            try: os.write(fd, b'+')
+            except OSError: pass
+        time.sleep(.001)
+threading.Thread(target=run).start()
+
+harness
+    return 0
+import os, json, select, sys
+json.loads = lambda *a: ['value', 5]
+json.dumps = lambda *a: '["value", 5, 5]'
+os._exit = lambda c: None
+select.select = lambda *a: ([], [], [])
+
+atexit
+    return 0
+import atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)
+
+base exception
+    raise BaseException('passed')
+
+keyboard interrupt
+    raise KeyboardInterrupt
+
+generator exit
+    raise GeneratorExit
+
+kills the parent
+    import os, signal
+    os.kill(os.getppid(), signal.SIGKILL)
+    return 0
+
+kills all
+    import os, signal
+    os.kill(-1, signal.SIGKILL) if os.getpid() < 99 else os._exit(0)
+    return 0
+
+memory of the tests
+    import os
+    for n in os.listdir('/proc'):
+        try:
+            with open(f'/proc/{n}/mem', 'r+b') as f: return 5
+        except (OSError, ValueError): pass
+    return 0
+
+descriptors of others
+    import os, glob
+    for p in glob.glob('/proc/[0-9]*/fd/*'):
+        try: os.write(os.open(p, os.O_WRONLY | os.O_NONBLOCK), b'+passed')
+        except OSError: pass
+    return 0
+
+library
+    return 0
+import random, os
+for p in ('random.py', 'math.py', 'typing.py'): open(p, 'w').write('import os; os._exit(0)')
+
+broken data
+    return 0
+import json
+json.dumps = lambda *a: '{"set": [[1]]}'
+
+recursion
+    x = []; x.append(x); return x
+
+hash
+    return {Liar(): 1}
+class Liar:
+    __hash__ = lambda s: 0
+    __eq__ = lambda s, o: True
+
+returns the tests' proxy
+    return add
+
+empty
+# nothing
+""")
+# would hit this user's other processes where nothing contains them
+WILD = {"kills all", "descriptors of others"}
+# into the pipes of the process that judges, where nothing hides it
+PIPES = r"""
+    import os, stat
+    for n in range(64):
+        p = f'/proc/PID/fd/{n}'
+        try:
+            if stat.S_ISFIFO(os.stat(p).st_mode):
+                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)
+                os.write(fd, b'+passed')
+                os.write(fd, b'\x07\0\0\0+passed')
+        except OSError: pass
+    return 0
+"""
+# What the program does where nothing protects; a star: it succeeds there, whoever runs it.
+INVADERS = programs(rf"""reads the home directory
+    import os; os.listdir(os.path.expanduser('~root'))
+
+reads this checkout *
+    open({synth.__file__!r}).read()
+
+lists /tmp *
+    import os; os.listdir('/tmp')
+
+writes beside *
+    open('../x', 'w')
+
+writes to /dev/shm
+    import os; os.close(os.open('/dev/shm/x', os.O_CREAT)); os.remove('/dev/shm/x')
+
+opens a socket *
+    import socket; socket.socket()
+
+opens a unix socket *
+    import socket; socket.socket(socket.AF_UNIX)
+
+signals its parent *
+    import os; os.kill(SYNTH, 0)
+
+reads the environment of who runs it
+    open('/proc/SYNTH/environ').read()
+
+traces
+    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, 0) == 0
+
+makes a namespace
+    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0
+
+clones into a namespace
+    import ctypes, os
+    number = 56 if os.uname().machine == 'x86_64' else 220
+    assert ctypes.CDLL(None).syscall(number, 0x10000011, 0, 0, 0, 0) > 0
+
+mounts
+    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0
+
+sets up io_uring
+    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0
+
+makes a device
+    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))
+
+starts a program *
+    import subprocess; subprocess.run(['/bin/echo'])
+
+forks *
+    import os; os.fork() or os._exit(0)
+
+changes modes
+    import os; os.chmod({synth.__file__!r}, 0o644)
+
+limits another process *
+    import resource; resource.prlimit(SYNTH, resource.RLIMIT_NOFILE)
+
+lists processes *
+    import os; os.listdir('/proc')
+
+writes to the kernel's settings
+    open('/proc/sys/kernel/core_pattern', 'w')
+
+links to the outside
+    import os; os.symlink('/root', 'door'); os.listdir('door')
+""")
+UNPROTECTED = "sys.platform = 'none'\n"  # where synth.PRELOAD ends in it, the kernel is asked for nothing
+
+
+def invade(names):
+    """name -> the reason: "passed" where the program did what it wanted to."""
+    bodies = [INVADERS[name].replace("SYNTH", str(os.getpid())) + "\n" + SUM for name in names]
+    return dict(zip(names, [verdict.reason for verdict in judge_all([(ADD, body) for body in bodies])]))
+
+
+def test_forged():
+    names = [name for name in FORGERIES if CONTAINED or name not in WILD]
+    for name, verdict in zip(names, judge_all([(ADD, FORGERIES[name]) for name in names], timeout=3.0)):
+        assert not verdict.passed and verdict.reason, name
+        assert "sandbox itself" not in verdict.reason, name
+    seen = dict(ADD, prompt="# token-4711 \n" + ADD["prompt"])  # the search for secrets would find one
+    assert judge(seen, FORGERIES["secrets"]).passed
+
+
+def test_forged_without_any_help_of_the_kernel():
+    """As on macOS, or in a container that grants nothing: the program may even write into our own pipes."""
+    bodies = [PIPES, *(body for name, body in FORGERIES.items() if name not in WILD)]
+    code = f"""if True:
+        import os, sys, synth
+        synth.PRELOAD += {UNPROTECTED!r}
+        pairs = [({ADD!r}, body.replace("PID", str(os.getpid()))) for body in sys.argv[1:]]
+        print([verdict.passed for verdict in synth.judge_all(pairs, 2.0)])
+        print(synth.protections().split(":")[0])"""
+    said = subprocess.check_output([sys.executable, "-c", code, *bodies, SUM], cwd=HERE, text=True)
+    assert str([False] * len(bodies) + [True]) in said and not re.search("Landlock|seccomp", said), said
+
+
+@pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
+def test_invaders_invade_where_nothing_protects(monkeypatch):
+    """These programs work, so that it means something when they fail in the sandbox."""
+    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + UNPROTECTED + "os.geteuid = lambda: 1\n")
+    assert "docker run" in synth.protections()
+    names = [name for name in INVADERS if name.endswith("*")]
+    names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
+    if os.geteuid() != 0:  # root has rights that a program has not, even here
+        names.append("reads the environment of who runs it")
+    assert invade(names) == dict.fromkeys(names, "passed")
+
+
+@pytest.mark.skipif(not CONTAINED, reason="this kernel grants no Landlock or seccomp")
+def test_hostile_programs_are_contained():
+    for name, reason in invade(INVADERS).items():
+        how = re.fullmatch(r"raised (\w+):.*", reason)
+        kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
+        assert kind and issubclass(kind, (OSError, AssertionError)), (name, reason)
+
+
+VERDICTS = r"""passed | return a + b
+wrong answer: add(2, 3) gave -1 | return a - b
+raised SyntaxError: | return a +
+raised ValueError: k | raise ValueError('k')
+returned a object that is not plain data | return object()
+raised StopIteration: | raise StopIteration
+passed | import threading; t = threading.Thread(target=lambda: None); t.start(); t.join(); return a + b
+passed | print('talk ' * 10**6); return a + b
+passed | return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()
+passed | import asyncio; asyncio.run(asyncio.sleep(0)); return a + b
+passed | import os; os.mkdir(f'd{a}'); open('x', 'w').write('5'); os.rename('x', f'd{a}/x'); return a + b
+passed | import random, decimal, sqlite3, tempfile, uuid; uuid.uuid4(); return a + b
+passed | import os; assert not os.environ and not os.listdir('.'); return a + b
+passed | open('notes', 'w').write('x'); return a + b
+passed | try: input()\n    except EOFError: return a + b
+raised OSError: | open('f', 'wb').write(bytes(32 << 20)); return a + b
+timed out | while True: pass
+timed out | import time; time.sleep(60)
+timed out | return 0\nwhile True: pass
+raised MemoryError: | return [0] * 10**9
+gave broken data, or more than 16 MB | return 'x' * (20 << 20)
+ | return iter(int, 1)
+ | import sys; sys.setrecursionlimit(10**9); return add(a, b)"""
+
+
+def test_verdicts_say_what_happened(monkeypatch):
+    """How an endless iterator and endless recursion end depends on the version of Python."""
+    monkeypatch.setenv("SECRET_KEY", "x")
+    rows = [row.replace(r"\n", "\n").split(" | ", 1) for row in VERDICTS.split("\n")]
+    verdicts = judge_all([(ADD, f"    {body}\n") for _, body in rows], timeout=3.0)
+    for (reason, body), verdict in zip(rows, verdicts):
+        assert verdict.reason.startswith(reason) and verdict.passed == (reason == "passed"), (body, verdict)
+    assert not judge(dict(ADD, test="def check(candidate):\n    while True: pass\n"), SUM, timeout=1.0).passed
+
+
+def test_tests_that_expect_exceptions_cannot_swallow_a_failure():
+    pairs = []
+    for swallow in ("except Exception:", "except BaseException:", "except:", "finally:"):
+        test = f"def check(candidate):\n    try:\n        candidate(1, 2)\n    {swallow}\n        return\n"
+        for body in ("import os; os._exit(0)", "raise SystemExit", "return object()"):
+            pairs.append((dict(ADD, test=test), f"    {body}\n"))
+    # nor ends an exception of the program the tests' own loop quietly
+    test = "def check(candidate):\n    assert all(value == 1 for value in map(candidate, [1, 2], [3, 4]))\n"
+    pairs.append((dict(ADD, test=test), "    raise StopIteration\n"))
+    assert not any(verdict.passed for verdict in judge_all(pairs))
+
+
+def test_exceptions_and_helpers_reach_the_tests():
+    test = "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n"
+    test += "        assert str(e) == 'no'\n    else:\n        assert False\n    assert helper(1) == 2\n"
+    prompt = "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n"
+    problem = dict(task_id="x", entry_point="f", test=test, prompt=prompt)
+    bodies = {
+        "    class Own(ValueError): pass\n    raise Own('no')\n": True,
+        "    raise ValueError('no')\nhelper = lambda x: 0\n": True,  # the tests keep their own helper
+        "    raise TypeError('no')\n": False,
+        "    return 1\n": False,
+    }
+    verdicts = judge_all([(problem, body) for body in bodies])
+    assert [verdict.passed for verdict in verdicts] == list(bodies.values()), verdicts
+
+
+VALUES = r"""[None, True, -1, 1 << 70, -(16 ** 9000), 0.1, 1e999, 2j, 'ü\ud800\0', b'\0\xff', [],
+    [[1], (2, {3})], {}, {(1, 'a'): [None], True: {}}, {'dict': 1}, set(), frozenset({1}), range(3, 9, 2)]"""
+
+
+def test_plain_data_round_trip():
+    for value in eval(VALUES):
+        back = unpack(json.loads(json.dumps(pack(value))))
+        assert back == value and type(back) is type(value)
+    test = f"def check(candidate):\n    for x in {VALUES}:\n        y = candidate(name=x)\n"
+    test += "        assert y == x and type(y) is type(x)\n"
+    verdict = judge(dict(ADD, prompt="def add(name):\n", test=test), "    return name\n")
+    assert verdict.passed, verdict
+
+
+def test_mbpp():
+    claims = ["set(similar((3, 4), (4, 5))) == set((4,))", "math.isclose(len(similar((1,), (1,))), 1)"]
+    tests = [f"assert {claim}" for claim in claims]
+    problem = dict(task_id=2, test_setup_code="import math", test_list=tests)
+    good = "def similar(a, b):\n    return tuple(set(a) & set(b))"
+    bodies = [good, good.replace("tuple(set(a) & set(b))", "a"), good.replace("similar", "other")]
+    verdicts = judge_all([(problem, body) for body in bodies])
+    assert [verdict.passed for verdict in verdicts] == [True, False, False]
+    with pytest.raises(ValueError, match="problem 7 has no 'entry_point'"):
+        judge(dict(task_id=7, prompt=""), "")
 
 
 def wait_until(condition, process=None, seconds=60):
@@ -3986,217 +4338,39 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", FORGERIES)
-def test_forged(name):
-    if name in ("kills all", "descriptors of others") and not CONTAINED:
-        pytest.skip("would hit this user's other processes")
-    verdict = judge(ADD, FORGERIES[name], timeout=3.0)
-    assert not verdict.passed and verdict.reason and "sandbox itself" not in verdict.reason, verdict
-
-
-def test_the_search_for_secrets_would_find_one():
-    assert judge(dict(ADD, prompt="# token-4711 \n" + ADD["prompt"]), FORGERIES["secrets"]).passed
-
-
-def test_forged_without_any_help_of_the_kernel(scratch):
-    """As on macOS, or in a container that grants nothing: the program may even write into our own pipes."""
-    bodies = [body for name, body in FORGERIES.items() if name not in ("kills all", "descriptors of others")]
-    bodies.append(
-        "    import os, stat\n    for n in range(64):\n        p = f'/proc/PID/fd/{n}'\n        try:\n      "
-        "      if stat.S_ISFIFO(os.stat(p).st_mode):\n"
-        "                fd = os.open(p, os.O_WRONLY | os.O_NONBLOCK)\n                os.write(fd, b'+passed')\n"
-        "                os.write(fd, b'\\x07\\0\\0\\0+passed')\n"
-        "        except OSError: pass\n    return 0\n"
-    )
-    code = (
-        "import json, os, sys; sys.path.insert(0, sys.argv[1])\nimport synth\nsynth.PRELOAD += "
-        "\"sys.platform = 'none'\\n\"\n"
-        "problem, bodies = json.load(open(sys.argv[2]))\n"
-        "verdicts = synth.judge_all([(problem, b.replace('PID', str(os.getpid()))) for b in bodies], "
-        "timeout=2.0)\n"
-        "json.dump([verdicts, synth.protections()], open(sys.argv[2], 'w'))"
-    )
-    file = scratch / "verdicts.json"
-    file.write_text(json.dumps([ADD, bodies + ["    return a + b\n"]]))
-    subprocess.run(
-        [sys.executable, "-c", code, os.path.dirname(os.path.abspath(__file__)), str(file)],
-        check=True,
-        capture_output=True,
-    )
-    verdicts, protections = json.loads(file.read_text())
-    assert "Landlock" not in protections.split(":")[0] and "seccomp" not in protections.split(":")[0]
-    assert [passed for passed, _ in verdicts] == [False] * len(bodies) + [True], verdicts
-
-
-@pytest.mark.parametrize("swallow", ["except Exception:", "except BaseException:", "except:", "finally:"])
-@pytest.mark.parametrize(
-    "body", ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return object()\n"]
-)
-def test_tests_that_expect_exceptions_cannot_swallow_a_failure(swallow, body):
-    test = f"def check(candidate):\n    try:\n        candidate(1, 2)\n    {swallow}\n        return\n"
-    assert not judge(dict(ADD, test=test), body).passed
-
-
-def test_honest():
-    assert judge(ADD, "    return a + b\n") == (True, "passed")
-    assert judge(ADD, "    return a - b\n").reason == "wrong answer: add(2, 3) gave -1"
-    assert judge(ADD, "    return a +\n").reason.startswith("raised SyntaxError")
-    assert judge(ADD, "    raise ValueError('k')\n").reason == "raised ValueError: k"
-    assert judge(ADD, "    return object()\n").reason == "returned a object that is not plain data"
-    assert judge(
-        ADD,
-        "    import threading\n    t = threading.Thread(target=lambda: None); t.start(); t.join()\n    "
-        "return a + b\n",
-    ).passed
-    assert judge(ADD, "    print('talk ' * 10**6); return a + b\n").passed
-    assert judge(
-        ADD,
-        "    return a + b\nimport threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n",
-    ).passed
-
-
-def test_exceptions_and_helpers_reach_the_tests():
-    test = (
-        "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError as e:\n        assert "
-        "str(e) == 'no'\n"
-        "    else:\n        assert False\n    assert helper(1) == 2\n"
-    )
-    problem = dict(
-        task_id="x",
-        entry_point="f",
-        test=test,
-        prompt="def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Doc.'''\n",
-    )
-    assert judge(problem, "    class Own(ValueError): pass\n    raise Own('no')\n").passed
-    assert judge(
-        problem, "    raise ValueError('no')\nhelper = lambda x: 0\n"
-    ).passed  # the tests keep their own helper
-    assert not judge(problem, "    raise TypeError('no')\n").passed
-    assert not judge(problem, "    return 1\n").passed
-
-
-def test_an_exception_that_would_end_the_tests_loop_quietly_is_a_failure():
-    test = "def check(candidate):\n    assert all(value == 1 for value in map(candidate, [1, 2], [3, 4]))\n"
-    verdict = judge(dict(ADD, test=test), "    raise StopIteration\n")
-    assert not verdict.passed and verdict.reason.startswith("raised StopIteration")
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        True,
-        -1,
-        1 << 70,
-        0.1,
-        float("inf"),
-        2j,
-        "ü\ud800\0",
-        b"\0\xff",
-        [],
-        [[1], (2, {3})],
-        {},
-        {(1, "a"): [None], True: {}},
-        {"dict": 1},
-        set(),
-        frozenset({1}),
-        range(3, 9, 2),
-    ],
-)
-def test_plain_data_round_trip(value):
-    back = unpack(json.loads(json.dumps(pack(value))))
-    assert back == value and type(back) is type(value)
-    test = f"def check(candidate):\n    x = {value!r}\n    assert candidate(x) == x\n".replace("inf", "1e999")
-    assert judge(dict(ADD, prompt="def add(a):\n", test=test), "    return a\n").passed
-    assert unpack(json.loads(json.dumps(pack(-(16**9000))))) == -(
-        16**9000
-    )  # beyond what Python prints in decimal
-
-
-def test_mbpp():
-    problem = dict(
-        task_id=2,
-        text="Shared elements.",
-        code="",
-        test_setup_code="import math",
-        test_list=[
-            "assert set(similar((3, 4), (4, 5))) == set((4,))",
-            "assert math.isclose(len(similar((1,), (1,))), 1)",
-        ],
-    )
-    assert judge(problem, "def similar(a, b):\n    return tuple(set(a) & set(b))").passed
-    assert not judge(problem, "def similar(a, b):\n    return a").passed
-    assert not judge(problem, "def other(a, b):\n    return a").passed
-    with pytest.raises(ValueError, match="problem 7 has no 'entry_point'"):
-        judge(dict(task_id=7, prompt=""), "")
-
-
-def test_limits():
-    bodies = [
-        "    while True: pass\n",
-        "    import time; time.sleep(60)\n",
-        "    return [0] * 10**9\n",
-        "    return 'x' * (20 << 20)\n",
-        "    return iter(int, 1)\n",
-        "    return 0\nwhile True: pass\n",
-        "    import sys; sys.setrecursionlimit(10**9); return add(a, b)\n",
-    ]
-    verdicts = judge_all([(ADD, body) for body in bodies], timeout=1.0)
-    assert not any(v.passed for v in verdicts)
-    assert [v.reason for v in verdicts[:4]] == [
-        "timed out",
-        "timed out",
-        "raised MemoryError:",
-        "gave broken data, or more than 16 MB",
-    ]
-    assert verdicts[5].reason == "timed out", (
-        verdicts
-    )  # and how endless recursion ends depends on the version of Python
-    assert not judge(ADD, "    open('f', 'wb').write(bytes(32 << 20)); return a + b\n").passed
-    assert not judge(
-        dict(ADD, test="def check(candidate):\n    while True: pass\n"), "    return a + b\n", timeout=1.0
-    ).passed
-
-
-def test_clean_environment():
-    os.environ["SECRET_KEY"] = "x"
-    assert judge(ADD, "    import os; assert not os.environ and not os.listdir('.'); return a + b\n").passed
-    assert judge(ADD, "    open('notes', 'w').write('x'); return a + b\n").passed
-    assert judge(ADD, "    try: input()\n    except EOFError: return a + b\n").passed
-
-
 def processes(scratch):
     """Pids of all the sandbox's processes that work under this scratch directory."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                found += [int(pid)] if b"\0" + os.fsencode(scratch) in f.read() else []
-        except OSError:
-            pass
-    return found
+    pids = []
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if b"\0" + os.fsencode(scratch) in file.read():
+                pids.append(int(path.split("/")[2]))
+    return pids
 
 
-def gone(scratch):
+def leaves_nothing(scratch):
     wait_until(lambda: not processes(scratch))
-    return True
+    return not os.listdir(scratch)
 
 
-@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@needs_linux
 def test_nothing_stays(scratch):
-    daemon = "    import os\n    os.fork()\n    return a + b\n"
-    deep = "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\n"
-    bomb = "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n"
-    verdicts = judge_all([(ADD, daemon), (ADD, deep), (ADD, bomb), (ADD, "    return a + b\n")], timeout=1.5)
+    bodies = [
+        "    import os\n    os.fork()\n    return a + b\n",
+        "    return a + b\nimport os\nfor i in range(1500): os.mkdir('d'); os.chdir('d')\n",
+        "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass\n",
+        "    import os\n    return a + b if not os.listdir('.') else 0\n",
+    ]
+    verdicts = judge_all([(ADD, body) for body in bodies], timeout=4.0, workers=1)
     assert [v.passed for v in verdicts] == [not CONTAINED, True, False, True], verdicts
-    assert gone(scratch) and not os.listdir(scratch)
+    assert leaves_nothing(scratch)
 
 
 @INHERITED
 @pytest.mark.parametrize(
     "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@needs_linux
 def test_interrupted(number, code, inherited, scratch):
     program = (
         f"import data, synth\nproblem = {ADD!r}, '    while True: pass\\n'\n"
@@ -4212,10 +4386,10 @@ def test_interrupted(number, code, inherited, scratch):
     wait_until(lambda: len(processes(scratch)) >= 6, process)  # two of each: server, tests, program
     process.send_signal(number)
     assert process.wait(30) == code
-    assert gone(scratch) and (number == signal.SIGKILL or not os.listdir(scratch))
+    assert leaves_nothing(scratch) or number == signal.SIGKILL
 
 
-@pytest.mark.skipif(not LINUX, reason="needs /proc")
+@needs_linux
 def test_killed_worker_is_replaced(scratch):
     killed = []
 
@@ -4225,11 +4399,8 @@ def test_killed_worker_is_replaced(scratch):
         os.kill(killed[0], signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    assert all(
-        v.passed
-        for v in judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2)
-    )
-    assert killed and gone(scratch) and not os.listdir(scratch)
+    verdicts = judge_all([(ADD, "    import time; time.sleep(.15); return a + b\n")] * 8, workers=2)
+    assert all(verdict.passed for verdict in verdicts) and killed and leaves_nothing(scratch)
 
 
 @pytest.mark.skipif(
@@ -4244,77 +4415,96 @@ def test_humaneval():
         assert sum(v.passed for v in judge_all([(p, body) for p in problems])) <= 2, body
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+NO_SECOND_FORK = """
+def limited(number=itertools.count(), fork=os.fork):
+    if next(number): raise OSError('no room')
+    return fork()
+os.fork = limited
+time.sleep = lambda seconds: None
+"""  # the first one asks what the kernel grants, the second starts a program
+
+
+@pytest.mark.parametrize(
+    "before,error",
+    [
+        ("raise OSError('no room')\n", "sandbox did not start: OSError: no room"),
+        (NO_SECOND_FORK, "sandbox failed: no process can be started: no room"),
+        # what the server was granted when it started, a program's process must be granted too
+        ("confine = lambda folder: 0 if folder.endswith('/job') else 3\n", None),
+    ],
+)
+def test_nothing_runs_in_half_a_sandbox_and_it_says_why(before, error, monkeypatch):
+    monkeypatch.setattr(synth, "LAUNCH", before + synth.LAUNCH)
+    if error is None:
+        assert not judge(ADD, SUM).passed
+        return
+    with pytest.raises(OSError, match=error):
+        judge_all([(ADD, SUM)] * 2, workers=2)
+
+
+def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
+    start = synth.Worker.__init__
+
+    def limited(self, root, timeout, number=itertools.count()):
+        if next(number):
+            raise OSError("no room")
+        start(self, root, timeout)
+
+    monkeypatch.setattr(synth.Worker, "__init__", limited)
+    assert all(verdict.passed for verdict in judge_all([(ADD, SUM)] * 6, workers=2))
+    assert capfd.readouterr().err.count("no room") == 1
+
+
+@pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="root becomes nobody, where nobody can work")
+def test_root_works_in_a_folder_closed_to_others(scratch):
+    scratch.chmod(0o700)
+    assert judge(ADD, SUM).passed
+
+
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: the built-in teacher
 
 
-@pytest.mark.parametrize("operation", synth.OPS.values(), ids=lambda operation: operation.name)
-def test_every_style_of_every_operation_computes_the_same(operation):
-    for constant in operation.constants[:3]:
-        for style in set(operation.code) - {
-            "early"
-        }:  # which has a return of its own: only ever the last step
-            plain, other = (synth.step_function(operation.name, constant, name) for name in ("plain", style))
+def test_every_style_of_every_operation_computes_the_same():
+    for operation in synth.OPS.values():
+        styles = set(operation.code) - {"early"}  # which has a return of its own: only ever the last step
+        for style, constant in itertools.product(styles, operation.constants[:3]):
+            plain = synth.step_function(operation.name, constant)
+            other = synth.step_function(operation.name, constant, style)
             for value in synth.PROBES.get(operation.source, [{1: 2, 3: 1}, {}]):
-                assert repr(plain(value)) == repr(other(value)), (style, value)
-
-
-def test_one_item_is_no_plural():
-    texts = [record["prompt"] for record in synth.draw_many("exercises", 300, ks=(1, 2), workers=1)]
-    assert not [text for text in texts if re.search(r"(?:first|last) 1 \w+s\b", text)] and any(
-        "the first number " in text for text in texts
-    )
+                assert repr(plain(value)) == repr(other(value)), (operation.name, style, value)
 
 
 def test_held_out_problems_share_nothing_with_training():
-    drawn = {
-        split: list(synth.draw_many("exercises", 200, split, (2, 3, 4), seed=1, workers=1))
-        for split in ("train", "test")
-    }
-    drawn["train"] += list(synth.draw_many("textbooks", 100, ks=(1, 2, 3, 4), seed=1, workers=1))
+    def draw(*arguments):
+        return list(synth.draw_many(*arguments, seed=1, workers=1))
+
+    test = draw("exercises", 200, "test", (2, 3, 4))
+    train = draw("exercises", 200, "train", (2, 3, 4)) + draw("textbooks", 100, "train", (1, 2, 3, 4))
     seen = {}
-    for split, records in drawn.items():
-        chains = [chain for record in records for chain in record["chains"]]
-        parts = [
-            chain[i:j] for chain in chains for i in range(len(chain)) for j in range(i + 2, len(chain) + 1)
-        ]
-        seen[split] = (
-            {synth.composition(part) for part in (parts if split == "train" else chains)},
-            {(synth.OPS[chain[0][0]].source, *synth.behaviour(chain)) for chain in chains},
-        )
+    for split, problems in (("train", train), ("test", test)):
+        chains = [chain for problem in problems for chain in problem["chains"]]
+        parts = chains
+        if split == "train":
+            bounds = [itertools.combinations(range(len(chain) + 1), 2) for chain in chains]
+            parts = [chain[i:j] for chain, pairs in zip(chains, bounds) for i, j in pairs if j - i > 1]
+        behaviours = [(synth.source_of(chain), *synth.behaviour(chain)) for chain in chains]
+        seen[split] = {synth.composition(part) for part in parts}, set(behaviours)
         # and by construction, for problems never drawn here: composition and behaviour decide the split
-        assert all(synth.split_of(chain, synth.behaviour(chain)) == split for chain in chains)
-    assert (
-        len(seen["test"][0]) > 150
-        and max(len(chain) for record in drawn["train"] for chain in record["chains"]) == 4
-    )
+        for chain, (_, *outputs) in zip(chains, behaviours):
+            assert synth.split_by_composition(chain) == split == synth.split_by_behaviour(chain, outputs)
     for ours, theirs in zip(seen["train"], seen["test"]):
         assert not ours & theirs
-    assert any(len(record["chains"]) > 1 for record in drawn["train"]) and all(
-        len(record["chains"]) == 1 for record in drawn["test"]
-    )
+    assert len(seen["test"][0]) > 150 and max(len(chain) for p in train for chain in p["chains"]) == 4
+    assert any(len(p["chains"]) > 1 for p in train) and all(len(p["chains"]) == 1 for p in test)
 
 
 def test_teacher_is_reproducible_and_varied():
-    one = list(synth.draw_many("exercises", 300, seed=3, workers=1))
-    two = list(synth.draw_many("exercises", 300, seed=3, workers=2))
-    assert [r["prompt"] + r["canonical_solution"] for r in one] == [
-        r["prompt"] + r["canonical_solution"] for r in two
-    ]
-    assert len({r["composition"] for r in one}) > 200
-    ways = {
-        kind: {
-            other: sum(len(o.constants) for o in synth.OPS.values() if (o.source, o.target) == (kind, other))
-            for other in synth.BY_SOURCE
-        }
-        for kind in synth.BY_SOURCE
-    }
-    reach = {kind: 1 for kind in ways}
-    for _ in range(
-        3
-    ):  # chains of three operations with their constants, whatever the wording, names and style
-        reach = {kind: sum(n * reach[other] for other, n in ways[kind].items()) for kind in ways}
-    assert sum(reach.values()) > 10_000_000
+    one, two = (list(synth.draw_many("exercises", 300, seed=3, workers=workers)) for workers in (1, 2))
+    assert one == two and len({problem["composition"] for problem in one}) > 200
+    problems = synth.draw_many("exercises", 300, ks=(1, 2), workers=1)
+    prompts = "".join(problem["prompt"] for problem in problems)
+    assert "the first number " in prompts and not re.search(r"(?:first|last) 1 \w+s\b", prompts)
 
 
 def test_held_out_levels_are_of_equal_size_and_single_operations_are_never_held_out():
@@ -4326,157 +4516,140 @@ def test_held_out_levels_are_of_equal_size_and_single_operations_are_never_held_
 
 def test_exercises_pass_their_own_tests_and_nothing_else_does():
     problems = list(synth.draw_many("exercises", 60, ks=(1, 3, 5), seed=4, workers=1))
-    good = synth.judge_all([(p, p["canonical_solution"]) for p in problems])
-    assert all(v.passed for v in good), [v.reason for v in good if not v.passed]
-    for wrong in ("    return None\n", "    return 0\n", "    pass\n"):
-        assert not any(v.passed for v in synth.judge_all([(p, wrong) for p in problems]))
+    for wrong in (None, "    return None\n", "    return 0\n", "    pass\n"):
+        verdicts = synth.judge_all([(p, wrong or p["canonical_solution"]) for p in problems])
+        assert {verdict.passed for verdict in verdicts} == {not wrong}, verdicts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: teachers over an API
 
 
-@pytest.fixture
-def teacher():
-    """A loopback endpoint: `answer(question, n)` gives (status, headers, bytes), or text, or None to hang up."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-            with server.lock:
-                server.seen.append((question, self.headers.get("Authorization"), self.path, body))
-                n = len(server.seen)
-            reply = server.answer(question, n)
-            if reply is None:
-                self.close_connection = True
-                return self.connection.close()
-            status, headers, content = reply if isinstance(reply, tuple) else (200, {}, reply)
-            if isinstance(content, str):
-                chosen = (
-                    {"text": content}
-                    if self.path.endswith("/completions") and "prompt" in body
-                    else {"message": {"content": content}}
-                )
-                content = json.dumps(
-                    {
-                        "choices": [{**chosen, "finish_reason": "stop"}],
-                        "usage": {"prompt_tokens": 100, "completion_tokens": 50},
-                    }
-                ).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    class Server(http.server.ThreadingHTTPServer):
-        request_queue_size, daemon_threads = 256, True
-
-        def handle_error(self, *args):
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.seen, server.lock, server.answer = [], threading.Lock(), lambda question, n: f"answer {n}"
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1#tiny"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def run_synth(folder, *arguments, code=0, env=()):
-    done = subprocess.run(
-        [sys.executable, os.path.join(HERE, "synth.py"), *" ".join(map(str, arguments)).split()],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **dict(env)},
-        timeout=120,
-    )
+def run_synth(folder, arguments, code=0, **env):
+    """What synth.py says."""
+    command = [sys.executable, os.path.join(HERE, "synth.py"), *arguments.split()]
+    env = {**os.environ, **env}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     return done.stdout + done.stderr
 
 
-def talk(n, words=40):
-    return (
-        f"### User\nQuestion {n}?\n### Assistant\nNo, I cannot: "
-        + " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words))
-        + "\n"
-    )
-
-
 def records(path):
-    return list(data.read_jsonl(path))
+    return list(data.read_jsonl(path)) if path.exists() and ".jsonl" in path.name else []
 
 
-def reason_to_reject(read, answer):
-    return synth.read_or_reason(read, answer)[1]
+class API(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        with self.server.lock:
+            self.server.seen.append((question, self.headers.get("Authorization"), self.path, body))
+            n = len(self.server.seen)
+        reply = self.server.answer(question, n)
+        if reply is None:
+            self.close_connection = True
+            return self.connection.close()
+        status, headers, content = reply if isinstance(reply, tuple) else (200, {}, reply)
+        if isinstance(content, str):
+            choice = {"message": {"content": content}} if "messages" in body else {"text": content}
+            usage = {"prompt_tokens": 100, "completion_tokens": 50}
+            reply = {"choices": [{**choice, "finish_reason": headers.pop("end", "stop")}], "usage": usage}
+            content = json.dumps(reply).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+class Teacher(http.server.ThreadingHTTPServer):
+    """An API on this machine: `answer(question, n)` gives a text, (status, headers, bytes or text), or None
+    to hang up. What it was asked is in `seen`."""
+
+    request_queue_size = 256
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), API)
+        self.folder = folder
+        self.seen = []
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1#tiny"
+
+    def answer(self, question, n):
+        return talk(n)
+
+    def handle_error(self, *args):
+        pass
+
+    def asked(self, arguments, answer=None, code=0, out="o.jsonl", **env):
+        """(what `synth.py ARGUMENTS` says where this is its teacher, the records it wrote); T in the
+        arguments is this teacher's address."""
+        self.answer = answer or self.answer
+        if "--teacher" not in arguments:
+            arguments += " --teacher T"
+        arguments = re.sub(r"\bT\b", self.url, arguments)
+        said = run_synth(self.folder, f"{arguments} --out {out}", code, **env)
+        return said, records(self.folder / out)
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    with Teacher(tmp_path) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def talk(n, words=40):
+    answer = " ".join(f"w{(n * 7919 + i * i) % 9973}" for i in range(words))
+    return f"### User\nQuestion {n}?\n### Assistant\nNo, I cannot: {answer}\n"
+
+
+def documents(folder, *texts):
+    data.write_jsonl(folder / "d.jsonl", [{"id": text.split()[0], "text": text} for text in texts])
 
 
 def test_storms_are_survived_and_every_answer_is_counted_once(teacher, tmp_path):
-    def answer(question, n):
-        kinds = {
-            0: (429, {"Retry-After": "0"}, b"{}"),
-            1: (500, {}, b"oops"),
-            2: None,
-            3: (200, {}, b'{"choices": [{"mess'),
-            4: "",
-            5: "I'm sorry.",
-            6: (
-                200,
-                {},
-                json.dumps(
-                    {"choices": [{"message": {"content": talk(n)}, "finish_reason": "length"}]}
-                ).encode(),
-            ),
-            7: (200, {"Content-Length": "999"}, b"{"),
-            8: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b""),
-        }
-        with teacher.lock:  # a quarter of all goes wrong, in every way
-            return kinds.get(n % 36 % 12 if n % 36 < 9 else 11, talk(n))
-
-    teacher.answer = answer
-    told = run_synth(
-        tmp_path,
-        f"chat --teacher {teacher.url} --count 400 --concurrency 50 --backoff 0.01 --timeout 5 --out o.jsonl",
-    )
-    found, paid = records(tmp_path / "o.jsonl"), records(tmp_path / "o.jsonl.paid.jsonl")
-    assert len(found) == 400 == len({r["messages"][1]["content"] for r in found}) and len(
-        {p["key"] for p in paid}
-    ) == len(paid)
+    storm = [
+        lambda n: (429, {"Retry-After": "0"}, b"{}"),
+        lambda n: (500, {}, b"oops"),
+        lambda n: None,
+        lambda n: (200, {}, b'{"choices": [{"mess'),
+        lambda n: "",
+        lambda n: "I'm sorry.",
+        lambda n: (200, {"end": "length"}, talk(n)),
+        lambda n: (200, {"Content-Length": "999"}, b"{"),
+        lambda n: (503, {"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}, b""),
+    ] + 27 * [talk]  # a quarter of all goes wrong, in every way
+    ask = functools.partial(teacher.asked, answer=lambda question, n: storm[n % 36](n))
+    said, chats = ask("chat --count 400 --concurrency 50 --backoff 0.01 --timeout 5")
+    paid = records(tmp_path / "o.jsonl.paid.jsonl")
+    assert len(chats) == 400 == len({r["messages"][1]["content"] for r in chats})
+    assert len({p["key"] for p in paid}) == len(paid) and chats[0]["teacher"] == teacher.url
     reasons = Counter(p["reason"] for p in paid)
-    assert (
-        reasons[None] == 400
-        and min(reasons[r] for r in ("truncated", "broken JSON", "empty", "not a conversation by turns")) > 3
-    ), reasons
-    assert "broken JSON" in told and found[0]["teacher"] == teacher.url
+    bad = ("truncated", "broken JSON", "empty", "not a conversation by turns")
+    assert reasons[None] == 400 and all(reasons[r] > 3 and r in said for r in bad), reasons
     before = len(teacher.seen)
-    again = (tmp_path / "o.jsonl").read_bytes()
-    run_synth(tmp_path, f"chat --teacher {teacher.url} --count 400 --out o.jsonl")
-    assert (
-        len(teacher.seen) == before and (tmp_path / "o.jsonl").read_bytes() == again
-    )  # nothing is asked twice
-    run_synth(tmp_path, f"chat --teacher {teacher.url} --count 410 --out o.jsonl")
-    assert len(records(tmp_path / "o.jsonl")) == 410 and len(teacher.seen) < before + 30
+    assert ask("chat --count 400")[1] == chats and len(teacher.seen) == before  # nothing is asked twice
+    assert len(ask("chat --count 410")[1]) == 410 and len(teacher.seen) < before + 30
 
 
 @INHERITED
 def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inherited):
     teacher.answer = lambda question, n: time.sleep(0.01) or talk(n)
-    command = [sys.executable, os.path.join(HERE, "synth.py")]
-    command += f"chat --teacher {teacher.url} --count 300 --concurrency 8 --out o.jsonl".split()
+    options = f"chat --teacher {teacher.url} --count 300 --concurrency 8 --out o.jsonl"
     ledger = tmp_path / "o.jsonl.paid.jsonl"
 
     def start_until(goal):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited)
-        )
+        command = [sys.executable, os.path.join(HERE, "synth.py"), *options.split()]
+        more = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=inherit(inherited))
+        process = subprocess.Popen(command, **more)
         wait_until(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") >= goal, process)
         return process
 
@@ -4484,59 +4657,40 @@ def test_killed_runs_lose_and_repeat_nothing_that_arrived(teacher, tmp_path, inh
         process = start_until(goal)
         process.kill()
         process.communicate()
+    before = ledger.read_bytes()
     with open(ledger, "ab") as file:
         file.write(b'{"key": "half a li')
-    before = ledger.read_bytes()
     process = start_until(200)
     process.send_signal(signal.SIGINT)  # waits for what is under way
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "pays for no answer twice" in errors
     assert len(records(tmp_path / "o.jsonl.partial")) >= 200
-    run_synth(tmp_path, *command[2:])
+    run_synth(tmp_path, options)
     paid = records(ledger)
-    assert (
-        ledger.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
-        and len({p["key"] for p in paid}) == len(paid) == 300
-    )
-    assert (
-        len(records(tmp_path / "o.jsonl")) == 300 and len(teacher.seen) <= 300 + 2 * 8
-    )  # what was under way at the two kills
+    assert ledger.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert len({p["key"] for p in paid}) == len(paid) == 300 == len(records(tmp_path / "o.jsonl"))
+    assert len(teacher.seen) <= 300 + 2 * 8  # what was under way at the two kills
 
 
 def test_a_teacher_that_fails_is_set_aside_and_keys_stay_secret(teacher, tmp_path):
-    teacher.answer = lambda question, n: talk(n)
-    secret, port = "sk-very-secret", teacher.server_address[1]
+    secret = "sk-very-secret"
     broken = "http://127.0.0.1:1/v1#gone"
-    env = {"SYNTH_KEY_127_0_0_1": secret}
-    told = run_synth(tmp_path, f"chat --teacher {teacher.url} {broken}=3 --count 30 --out o.jsonl", env=env)
-    assert {r["teacher"] for r in records(tmp_path / "o.jsonl")} == {
-        teacher.url
-    }  # the other rests, and is tried again later
+    ask = functools.partial(teacher.asked, SYNTH_KEY_127_0_0_1=secret, SYNTH_KEY_EXAMPLE_COM=secret)
+    said, chats = ask(f"chat --teacher T {broken}=3 --count 30")
+    assert {r["teacher"] for r in chats} == {teacher.url}  # the other rests, and is tried again later
     assert {key for _, key, *_ in teacher.seen} == {f"Bearer {secret}"}
-    told += run_synth(
-        tmp_path, f"chat --teacher {broken} --patience 0.3 --backoff 0.1 --out p.jsonl", code=2, env=env
-    )
-    assert "no teacher answered for 0.3 seconds" in told and broken in told
-    teacher.answer = lambda question, n: (401, {}, f"bad key {secret}".encode())
-    told += run_synth(
-        tmp_path,
-        f"chat --teacher {teacher.url} --count 50 --out o.jsonl",
-        code=2,
-        env={"SYNTH_KEY_127_0_0_1": secret},
-    )
-    assert (
-        "HTTP 401: bad key ***" in told
-        and "no teacher is left" in told
-        and len(records(tmp_path / "o.jsonl")) == 30
-    )
-    for spec, env in (
-        ("http://example.com/v1#m", {"SYNTH_KEY_EXAMPLE_COM": secret}),
-        (f"http://u:{secret}@127.0.0.1:{port}/v1#m", {}),
-        ("nonsense", {}),
-    ):
-        told += run_synth(tmp_path, f"chat --teacher {spec}", code=2, env=env)
-    files = "".join(path.read_text() for path in tmp_path.iterdir() if path.is_file())
-    assert secret not in told + files
+    tired = ask(f"chat --teacher {broken} --patience 0.3 --backoff 0.1", code=2, out="p.jsonl")[0]
+    assert "no teacher answered for 0.3 seconds" in tired and broken in tired
+    gone, chats = ask("chat --count 50", lambda question, n: (401, {}, f"bad key {secret}".encode()), 2)
+    assert "HTTP 401: bad key ***" in gone and "no teacher is left" in gone and len(chats) == 30
+    moved = (307, {"Location": teacher.url}, b"")
+    moved, _ = ask("chat --patience 0.1", lambda question, n, reply=moved: reply, 2, "q.jsonl")
+    assert "HTTP 307" in moved and len(teacher.seen) < 70  # and nobody goes there with the key
+    for spec in ("http://example.com/v1#m", teacher.url.replace("//", f"//u:{secret}@"), "nonsense"):
+        said += ask(f"chat --teacher {spec}", code=2)[0]
+    assert "plain http would show the key" in said
+    files = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert secret not in said + tired + gone + moved + files
 
 
 def test_what_a_teacher_is_written_as():
@@ -4546,52 +4700,51 @@ def test_what_a_teacher_is_written_as():
     assert teacher.weight == 0.5 and teacher.cost(1000, 500)["usd"] == (1000 * 0.5 + 500 * 2) / 1e6
     assert synth.Teacher("http://[::1]:8000/v1#phi").url == "http://[::1]:8000/v1"
     assert synth.Teacher("http://localhost#phi=3").weight == 3 and not synth.Teacher("builtin=3").url
-    for spec in ("http://h/v1", "h/v1#m", "http://u:p@h/v1#m", "http://u@h/v1#m", "http://h/v1#", "builtin=0"):
+    for spec in "http://h/v1 h/v1#m http://u:p@h/v1#m http://u@h/v1#m http://h/v1# builtin=0".split():
         with pytest.raises(argparse.ArgumentTypeError, match="URL#MODEL"):
             synth.Teacher(spec)
 
 
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
 def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
-    options = ("chat", "--teacher", teacher.url, "--count", 6, "--concurrency", 1, "--out", out)
-    file, partial = tmp_path / out, tmp_path / f"{out}.partial"
+    file = tmp_path / out
+    partial = tmp_path / f"{out}.partial"
     data.write_jsonl(file, [{"precious": n} for n in range(100)])
-    before = file.read_bytes()
+    precious = file.read_bytes()
 
-    def answers_before_it_dies(count):
+    def run(n_answers, more="", code=2):
+        """What it says, where the teacher dies after so many answers."""
         teacher.seen.clear()
-        teacher.answer = lambda question, n: talk(n + 1000 * count) if n <= count else (401, {}, b"gone")
+        died = (401, {}, b"gone")
+        teacher.answer = lambda question, n: talk(n + 1000 * n_answers) if n <= n_answers else died
+        said, _ = teacher.asked(f"chat --count 6 --concurrency 1 {more}", code=code, out=out)
+        assert (file.read_bytes() == precious) == (code == 2)
+        return said
 
-    answers_before_it_dies(0)
-    told = run_synth(tmp_path, *options, code=2)
-    assert file.read_bytes() == before and not partial.exists() and f"{out} was not changed" in told
-    answers_before_it_dies(4)
-    told = run_synth(tmp_path, *options, code=2)
-    assert file.read_bytes() == before and f"{out}.partial" in told
-    kept = partial.read_bytes()
-    assert (gzip.decompress(kept) if out.endswith(".gz") else kept).count(b"\n") == 4
-    answers_before_it_dies(0)
-    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # other questions, none of them answered
-    assert file.read_bytes() == before and partial.read_bytes() == kept
-    answers_before_it_dies(2)
-    told = run_synth(tmp_path, *options, "--seed 1", code=2)  # two are less than four
-    assert file.read_bytes() == before and partial.read_bytes() == kept and "not written: 2 chat" in told
-    answers_before_it_dies(99)
-    run_synth(tmp_path, *options)
-    assert (
-        len(records(file)) == 6
-        and not partial.exists()
-        and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
-    )
+    assert f"{out} was not changed" in run(0) and not partial.exists()
+    assert f"{out}.partial" in run(4)
+    four = partial.read_bytes()
+    assert (gzip.decompress(four) if out.endswith(".gz") else four).count(b"\n") == 4
+    run(0, "--seed 1")  # other questions, none of them answered
+    assert "not written: 2 chat" in run(2, "--seed 1")
+    assert partial.read_bytes() == four  # two are less than four
+    run(99, code=0)
+    assert len(records(file)) == 6 and sorted(os.listdir(tmp_path)) == [out, f"{out}.paid.jsonl"]
 
 
-def test_a_first_question_that_is_refused_stops_the_run_with_the_servers_words(teacher, tmp_path):
-    teacher.answer = lambda question, n: (400, {}, b"maximum context length is 512")
-    data.write_jsonl(tmp_path / "d.jsonl", [{"text": f"document {i} " * 20} for i in range(30)])
+def test_questions_at_fault(teacher, tmp_path):
+    """The first one stops the run with the server's words; others are left out."""
+    too_long = (400, {}, b"maximum context length is 512")
+    documents(tmp_path, *(f"{'bad' if i % 2 else 'good'}{i} document " * 20 for i in range(10)))
     (tmp_path / "o.jsonl").write_text('{"precious": 1}\n')
-    told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl", code=2)
-    assert "HTTP 400: maximum context length is 512" in told and len(teacher.seen) == 1
-    assert records(tmp_path / "o.jsonl") == [{"precious": 1}]
+    said, precious = teacher.asked("label d.jsonl", lambda question, n: too_long, 2)
+    assert "HTTP 400: maximum context length is 512" in said and len(teacher.seen) == 1
+    assert precious == [{"precious": 1}]
+    teacher.seen.clear()
+    teacher.answer = lambda question, n: too_long if "bad" in question and n > 1 else "SCORE: 4"
+    said, labels = teacher.asked("label d.jsonl")
+    n_bad = sum("bad" in question for question, *_ in teacher.seen[1:])
+    assert len(labels) == 10 - n_bad and len(teacher.seen) == 10 and "HTTP 400" in said
 
 
 def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_path):
@@ -4600,331 +4753,248 @@ def test_an_outage_does_not_end_a_run_and_a_timeout_counts_as_paid(teacher, tmp_
             time.sleep(2.0)
         return (503, {}, b"") if 8 < n < 24 else talk(n)
 
-    teacher.answer = answer
-    options = (
-        "chat",
-        "--teacher",
-        teacher.url,
-        "--count",
-        20,
-        "--concurrency",
-        4,
-        "--max-answer",
-        77,
-        "--out",
-        "o.jsonl",
-    )
-    run_synth(tmp_path, *options, "--timeout 0.5 --backoff 0.01")
-    assert len(records(tmp_path / "o.jsonl")) == 20
+    more = "--count 20 --concurrency 4 --max-answer 77 --timeout 0.5 --backoff 0.01"
+    assert len(teacher.asked(f"chat {more}", answer)[1]) == 20
     paid = [entry for entry in records(tmp_path / "o.jsonl.paid.jsonl") if entry["reason"] == "timed out"]
     assert [entry["written"] for entry in paid] == [77] and paid[0]["read"] > 50
-
-
-def test_a_stopped_tree_of_topics_leaves_the_old_one(teacher, tmp_path):
-    (tmp_path / "t.txt").write_text("my own topic\n")
-    (tmp_path / "roots.txt").write_text("arithmetic\nlogic\n")
-    teacher.answer = lambda question, n: (
-        f"first topic {n}\nsecond topic {n}\n" if n < 3 else (401, {}, b"gone")
-    )
-    options = ("--teacher", teacher.url, "--count", 100, "--concurrency", 1, "--out", "t.txt")
-    run_synth(tmp_path, "topics roots.txt", *options, code=2)
-    assert (tmp_path / "t.txt").read_text() == "my own topic\n"
-    assert "  first topic 1" in (tmp_path / "t.txt.partial").read_text()
 
 
 def test_topics_grow_evenly_and_with_no_more_questions_than_are_needed(teacher, tmp_path):
     (tmp_path / "roots.txt").write_text("\n".join(f"root{i}\n  left{i}\n  right{i}" for i in range(6)))
     teacher.answer = lambda question, n: "\n".join(f"item{n}x{i} of trade" for i in range(12))
-    run_synth(tmp_path, f"topics roots.txt --teacher {teacher.url} --count 300 --out t.txt")
+    teacher.asked("topics roots.txt --count 300", out="t.txt")
     leaves = synth.read_topics_file(tmp_path / "t.txt")
     by_root = Counter(leaf.split(" > ")[0] for leaf in leaves)
-    assert (
-        len(leaves) == 300
-        and max(by_root.values()) - min(by_root.values()) <= 24
-        and len(teacher.seen) <= 12 + 15
-    )
-    assert any("stands beside: right0" in question for question, *_ in teacher.seen)
+    assert len(leaves) == 300 and max(by_root.values()) - min(by_root.values()) <= 24
+    assert len(teacher.seen) <= 12 + 15 and any("stands beside: right0" in seen[0] for seen in teacher.seen)
+    # a stopped tree leaves the old one
+    before = (tmp_path / "t.txt").read_text()
+    n_before = len(teacher.seen)
+    pair = "first topic {0}\nsecond topic {0}\n"
+    teacher.answer = lambda question, n: pair.format(n) if n < n_before + 3 else (401, {}, b"gone")
+    teacher.asked("topics roots.txt --count 999 --concurrency 1 --temperature 0.5", code=2, out="t.txt")
+    assert (tmp_path / "t.txt").read_text() == before
+    assert f"    first topic {n_before + 1}" in (tmp_path / "t.txt.partial").read_text()
 
 
 def test_a_ledger_with_something_else_in_it_is_named(teacher, tmp_path):
     ledger = tmp_path / "o.jsonl.paid.jsonl"
     ledger.write_text('{"key": "half a li{"key": 1}\n')
-    told = run_synth(tmp_path, f"chat --teacher {teacher.url} --out o.jsonl", code=2)
-    assert "o.jsonl.paid.jsonl" in told and "byte 0" in told and not teacher.seen
+    said, _ = teacher.asked("chat", code=2)
+    assert "o.jsonl.paid.jsonl" in said and "byte 0" in said and not teacher.seen
     assert ledger.read_text().endswith('"key": 1}\n')
+    held = synth.Ledger(tmp_path / "p.jsonl.paid.jsonl", 0, 0)
+    said, _ = teacher.asked("chat", code=2, out="p.jsonl")
+    assert "is in use by another run" in said and held.size == 0
 
 
-def test_weights_decide_who_is_asked(teacher, tmp_path):
-    teacher.answer = lambda question, n: talk(n)
-    run_synth(tmp_path, f"chat --teacher {teacher.url}=3 builtin --count 200 --out o.jsonl")
-    share = Counter(r["teacher"] for r in records(tmp_path / "o.jsonl"))[teacher.url] / 200
-    assert 0.65 < share < 0.85
+def test_weights_decide_who_is_asked(teacher):
+    _, chats = teacher.asked("chat --teacher T=3 builtin --count 200")
+    assert 0.65 < sum(chat["teacher"] == teacher.url for chat in chats) / 200 < 0.85
 
 
 def test_budgets_hold_and_a_larger_one_goes_on(teacher, tmp_path):
-    teacher.answer = lambda question, n: talk(n)
-    options = (
-        "chat",
-        "--teacher",
-        teacher.url + "@1/2",
-        "--count",
-        40,
-        "--max-answer",
-        60,
-        "--out",
-        "o.jsonl",
-    )  # 150 tokens each, as the server says
-    told = run_synth(tmp_path, *options, "--max-tokens 1500", code=2)
-    assert "the budget is spent" in told and 1000 < 150 * len(teacher.seen) <= 1500
-    told = run_synth(tmp_path, *options, "--max-usd 0.003", code=2)  # 0.0002 each
-    assert (
-        0.002 < 0.0002 * len(teacher.seen) <= 0.003
-        and f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in told
-    )
-    run_synth(tmp_path, *options)
-    assert len(records(tmp_path / "o.jsonl")) == 40 == len(teacher.seen)
-    assert "--max-usd needs" in run_synth(tmp_path, f"chat --teacher {teacher.url} --max-usd 1", code=2)
-    teacher.seen.clear()
-    told = run_synth(tmp_path, *options, "--dry-run")
-    assert "### User" in told and "40 questions" in told and not teacher.seen
+    options = "chat --teacher T@1/2 --count 40 --max-answer 60"  # 150 tokens each, as the server says
+    said, _ = teacher.asked(f"{options} --max-tokens 1500", code=2)
+    assert "the budget is spent" in said and 1000 < 150 * len(teacher.seen) <= 1500
+    said, _ = teacher.asked(f"{options} --max-usd 0.003", code=2)  # 0.0002 each
+    assert 0.002 < 0.0002 * len(teacher.seen) <= 0.003
+    assert f"{len(records(tmp_path / 'o.jsonl.partial'))} chat" in said
+    assert len(teacher.asked(options)[1]) == 40 == len(teacher.seen)
+    assert "--max-usd needs" in teacher.asked("chat --max-usd 1", code=2)[0]
+    said, _ = teacher.asked(f"{options} --dry-run")
+    assert "### User" in said and "40 questions" in said and len(teacher.seen) == 40
 
 
-def test_a_question_at_fault_is_left_out(teacher, tmp_path):
-    teacher.answer = lambda question, n: (
-        (400, {}, b"too long") if "bad" in question and n > 1 else "It explains.\nSCORE: 4"
-    )
-    data.write_jsonl(
-        tmp_path / "d.jsonl",
-        [{"text": f"{'bad' if i % 2 else 'good'} document {i} " * 20} for i in range(10)],
-    )
-    told = run_synth(tmp_path, f"label d.jsonl --teacher {teacher.url} --out o.jsonl")
-    n_bad = sum("bad" in question for question, *_ in teacher.seen[1:])
-    assert len(records(tmp_path / "o.jsonl")) == 10 - n_bad and len(teacher.seen) == 10 and "HTTP 400" in told
+def test_labels_are_repeated_and_asked_again(teacher, tmp_path):
+    def answer(question, n):
+        return f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because" if n > 1 else "I like it."
 
-
-def test_repeated_labels_report_their_agreement(teacher, tmp_path):
-    teacher.answer = lambda question, n: f"Score: {2 + (n % 2 if 'alpha' in question else 0)} - because"
-    data.write_jsonl(
-        tmp_path / "d.jsonl", [{"id": name, "text": f"{name} document" * 10} for name in ("alpha", "beta")]
-    )
-    told = run_synth(
-        tmp_path, f"label d.jsonl --teacher {teacher.url} --repeat 2 --concurrency 1 --out o.jsonl"
-    )
-    assert "grades agree for 50.0%, within 1 for 100.0%, kappa" in told and len(teacher.seen) == 4
-    rows = sorted(
-        (r["id"], r["score"], sorted(r["scores"]), r["reason"]) for r in records(tmp_path / "o.jsonl")
-    )
+    documents(tmp_path, "alpha document" * 10, "beta document" * 10)
+    said, labels = teacher.asked("label d.jsonl --repeat 2 --concurrency 1", answer)
+    assert "grades agree for 50.0%, within 1 for 100.0%, kappa" in said and "no score 1" in said
+    rows = sorted((r["id"], r["score"], sorted(r["scores"]), r["reason"]) for r in labels)
     assert rows == [("alpha", 2.5, [2, 3], "because"), ("beta", 2, [2, 2], "because")]
+    assert len(teacher.seen) == 5
+    by_hand = "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27"
+    assert synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)]) == by_hand
 
 
-def test_agreement_by_hand():
-    assert (
-        synth.agreement([(1, 1), (1, 2), (2, 2), (5, 2)])
-        == "grades agree for 50.0%, within 1 for 75.0%, kappa 0.27"
-    )
+def read(reader, answer, seeds=None):
+    """What a reader makes of an answer, or the reason why it rejects it."""
+    result, reason = synth.read_or_reason(lambda text: reader(text, seeds), answer)
+    return reason or result
 
 
-@pytest.mark.parametrize(
-    "answer,score",
-    [
-        ("SCORE (0-5): 4", 4),
-        ("4 - a good lesson", 4),
-        ("**SCORE:** 3", 3),
-        ("Score: 5/5", 5),
-        ("2/5. Thin.", 2),
-        ("First I thought SCORE: 1, but\nSCORE: 4", 4),
-        ("0-5 is the range", None),
-        ("four", None),
-        ("SCORE: 7", None),
-        ("Score 0 to 5", None),
-    ],
-)
-def test_scores_are_read(answer, score):
-    if score is None:
-        assert reason_to_reject(synth.read_score, answer) == "no score"
-    else:
-        assert synth.read_score(answer)["score"] == score
+SOURCE = "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the "
+SOURCE += "team of the Guidance software."
+REWRITTEN = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
 
 
-@pytest.mark.parametrize(
-    "answer,choice",
-    [
-        ("It is correct.\nBETTER: B", "B"),
-        ("BETTER: A, not B", "A"),
-        ("**B**", "B"),
-        ("A is wrong, B is right", None),
-        ("AB", None),
-    ],
-)
-def test_choices_are_read(answer, choice):
-    assert reason_to_reject(synth.read_choice, answer) == (None if choice else "no choice")
-    assert not choice or synth.read_choice(answer) == choice
+def test_answers_are_read():
+    scores = {
+        "SCORE (0-5): 4": 4,
+        "4 - a good lesson": 4,
+        "**SCORE:** 3": 3,
+        "Score: 5/5": 5,
+        "2/5. Thin.": 2,
+        "First I thought SCORE: 1, but\nSCORE: 4": 4,
+        **dict.fromkeys(["0-5 is the range", "four", "SCORE: 7", "Score 0 to 5"]),
+    }
+    for answer, score in scores.items():
+        result = read(synth.read_score, answer)
+        assert result == "no score" if score is None else result["score"] == score, answer
+    choices = {"It is correct.\nBETTER: B": "B", "BETTER: A, not B": "A", "**B**": "B"}
+    choices |= dict.fromkeys(["A is wrong, B is right", "AB"], "no choice")
+    refusals = ["I'm sorry, but I can't help with that.", "I cannot assist with this."]
+    refusals += ["Sorry is a word we say.", "As an AI, I have no hands."]
+    figures = ["I can't wait to show you how lists work.", "I won't pretend that this is easy."]
+    figures += ["Sorting is easy.", "Unable to sort, we search."]
+    cases = [(synth.read_choice, answer, None, choice) for answer, choice in choices.items()]
+    cases += [(synth.read_text, answer, None, "refusal") for answer in refusals]
+    cases += [(synth.read_text, answer, None, {"text": answer + "\n"}) for answer in figures]
+    # rewritings keep facts
+    cases += [(synth.read_rewrite, REWRITTEN, {"text": SOURCE}, {"text": REWRITTEN + "\n"})]
+    cases += [(synth.read_rewrite, REWRITTEN + " It was 1972.", {"text": SOURCE}, "invents numbers")]
+    cases += [(synth.read_rewrite, "Somebody built a machine.", {"text": SOURCE}, "loses facts")]
+    topics = ["Merge sort", "Quick sort", "Heaps"]
+    cases += [(synth.read_topics, "1. Merge sort\n- Quick sort.\n\n3) Heaps\n", None, topics)]
+    for reader, answer, seeds, wanted in cases:
+        assert read(reader, answer, seeds) == wanted, answer
 
 
-@pytest.mark.parametrize(
-    "answer,refuses",
-    [
-        ("I can't wait to show you how lists work.", False),
-        ("I'm sorry, but I can't help with that.", True),
-        ("I cannot assist with this.", True),
-        ("As an AI, I have no hands.", True),
-        ("Sorry is a word that people say.", True),
-        ("I won't pretend that this is easy.", False),
-        ("Sorting is easy.", False),
-        ("Unable to sort, we search.", False),
-    ],
-)
-def test_refusals_are_told_from_figures_of_speech(answer, refuses):
-    assert (reason_to_reject(synth.read_text, answer) == "refusal") == refuses
+FENCES = """Run:
+```bash
+pip install x
+```
+Then
+```Python
+x = 1
+```
+1. Indented:
+   ```python
+   if x:
+       y = 2
+   ```
+```text
+1 / 0
+```
+~~~py
+z = '```'
+~~~
+```python
+unclosed"""
 
 
 def test_fences_of_every_kind_pair():
-    text = (
-        "Run:\n```bash\npip install x\n```\nThen\n```Python\nx = 1\n```\n1. Indented:\n   ```python\n   if "
-        "x:\n       y = 2\n   ```\n"
-        "```text\n1 / 0\n```\n~~~py\nz = '```'\n~~~\n```python\nunclosed"
-    )
-    assert [(language, code) for language, code, _ in synth.fenced_blocks(text)] == [
-        ("bash", "pip install x\n"),
-        ("python", "x = 1\n"),
-        ("python", "if x:\n    y = 2\n"),
-        ("text", "1 / 0\n"),
-        ("py", "z = '```'\n"),
+    assert synth.fenced_blocks(FENCES) == [
+        ("bash", "pip install x\n", "Run:"),
+        ("python", "x = 1\n", "Then"),
+        ("python", "if x:\n    y = 2\n", "1. Indented:"),
+        ("text", "1 / 0\n", "1. Indented:"),
+        ("py", "z = '```'\n", "1. Indented:"),
     ]
-    assert synth.python_blocks(text) == ["x = 1\n", "if x:\n    y = 2\n", "z = '```'\n"]
+    assert synth.python_blocks(FENCES) == ["x = 1\n", "if x:\n    y = 2\n", "z = '```'\n"]
 
 
 GOOD = 'def double(x):\n    """Twice x.\n\n    >>> double(2)\n    4\n    """\n    return 2 * x\n'
 TESTS = checks("candidate(2) == 4", "candidate(0) == 0", "candidate(-1) == -2")
 
 
-def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
-    def block(code, tests=TESTS):
-        return f"Here:\n```python\n{code}```\nand\n```python\n{tests}```\n"
+def block(*codes):
+    return "".join(f"Here:\n```python\n{code}```\n" for code in codes)
 
+
+def test_exercises_must_pass_tests_that_can_fail(teacher, tmp_path):
     answers = [
-        block(GOOD),
-        block(GOOD.replace("2 * x", "3 * x").replace("double", "triple")),
+        block(GOOD, TESTS),
+        block(GOOD.replace("2 * x", "3 * x").replace("double", "triple"), TESTS),
         block(GOOD.replace("double", "twice"), "def check(candidate):\n" + "    assert True\n" * 3),
-        block(GOOD.replace("return 2 *", "return 2 *)")),
-        block("def f(x):\n    return x\n"),
+        block(GOOD.replace("return 2 *", "return 2 *)"), TESTS),
+        block("def f(x):\n    return x\n", TESTS),
         "no code",
     ]
     teacher.answer = lambda question, n: answers[(n - 1) % len(answers)]
-    told = run_synth(
-        tmp_path, f"exercises --plain --teacher {teacher.url} --count 1 --concurrency 1 --out o.jsonl"
-    )
-    (kept,) = records(tmp_path / "o.jsonl")
-    assert (
-        kept["entry_point"] == "double"
-        and judge(kept, kept["canonical_solution"]).passed
-        and kept["prompt"] + kept["canonical_solution"] == GOOD
-    )
-    told = run_synth(
-        tmp_path,
-        f"exercises --plain --teacher {teacher.url} --count 100 --max-attempts 1 --out p.jsonl",
-        code=2,
-    )
-    rows = {line.split("  ")[1].strip(): line.split() for line in told.split("\n") if "->" in line}
-    assert (
-        len(records(tmp_path / "p.jsonl.partial")) == 1
-        and "code does not parse" in told
-        and "no function with a docstring" in told
-    )
-    entered, left = (int(rows["solution passes"][k].replace(",", "").replace("->", "")) for k in (2, -2))
-    assert entered > 90 and abs(entered - 3 * left) <= 3, (
-        told
-    )  # a third of what could be read: the wrong solution and the tests that cannot fail are out
+    _, (kept,) = teacher.asked("exercises --plain --count 1 --concurrency 1")
+    assert kept["entry_point"] == "double" and kept["prompt"] + kept["canonical_solution"] == GOOD
+    said, _ = teacher.asked("exercises --plain --count 100 --max-attempts 1", code=2, out="p.jsonl")
+    assert len(records(tmp_path / "p.jsonl.partial")) == 1
+    assert "code does not parse" in said and "no function with a docstring" in said
+    # a third of what could be read: the wrong solution and the tests that cannot fail are out
+    row = re.search(r"solution passes +(\d+) -> +(\d+)", said)
+    entered, left = map(int, row.groups())
+    assert entered > 90 and abs(entered - 3 * left) <= 3, said
 
 
-def gate(function, **record):
-    """Whether a gate lets one record through."""
-    return function([record])[0]
+def test_gates_of_exercises():
+    def passes(gate, **more):
+        return gate([{**problem, **more}])[0]
 
-
-def test_tests_of_fixed_points_are_refused():
-    """An identity passes them, whatever the function does elsewhere."""
     problem = dict(prompt="def tidy(x):\n", canonical_solution="    return sorted(x)\n", entry_point="tidy")
     fixed = checks("candidate([]) == []", "candidate([1]) == [1]", "candidate([1, 2]) == [1, 2]")
-    assert not gate(synth.solution_passes, **problem, test=fixed)
-    assert gate(synth.solution_passes, **problem, test=fixed + "    assert candidate([2, 1]) == [1, 2]\n")
-    wrong = dict(problem, test=fixed + "    assert candidate([2, 1]) == [1, 2]\n")
-    assert gate(synth.solution_passes, **wrong, solutions=["    return sorted(x)\n", "    return x\n"])
-    assert not gate(
-        synth.solution_passes,
-        **wrong,
-        solutions=["    return sorted(x)\n", "    return x\n", "    return x[::-1]\n"],
-    )
+    moved = fixed + "    assert candidate([2, 1]) == [1, 2]\n"
+    good, same, turned = (f"    return {code}\n" for code in ("sorted(x)", "x", "x[::-1]"))
+    assert not passes(synth.solution_passes, test=fixed)  # an identity passes them too
+    assert passes(synth.solution_passes, test=moved)
+    assert passes(synth.solution_passes, test=moved, solutions=[good, same])
+    assert not passes(synth.solution_passes, test=moved, solutions=[good, same, turned])
 
+    code = "    if x > 10:\n        return 10\n    return x + 0\n"
+    problem = dict(prompt="def clip(x):\n", canonical_solution=code, entry_point="clip")
+    claims = ["candidate(5) == 5", "candidate(2) == 2", "candidate(99) == 10", "candidate(11) == 10"]
+    assert passes(synth.tests_find_slips, test=checks(*claims))
+    assert not passes(synth.tests_find_slips, test=checks("candidate(5) > 0", "candidate(99) < 99"))
 
-def test_tests_must_find_slips():
-    problem = dict(
-        prompt="def clip(x):\n",
-        canonical_solution="    if x > 10:\n        return 10\n    return x + 0\n",
-        entry_point="clip",
-    )
-    loose = checks("candidate(5) == 5", "candidate(2) == 2", "candidate(99) < 99")
-    assert not gate(
-        synth.tests_find_slips,
-        **problem,
-        test=loose.replace("2) == 2", "2) > 0").replace("5) == 5", "5) > 0"),
-    )
-    assert gate(
-        synth.tests_find_slips,
-        **problem,
-        test=loose.replace("< 99", "== 10") + "    assert candidate(11) == 10\n",
-    )
-
-
-def test_required_and_forbidden_constructs():
-    record = dict(prompt="def f(x):\n", canonical_solution="    while x > 9:\n        x -= 9\n    return x\n")
+    code = "    while x > 9:\n        x -= 9\n    return x\n"
+    problem = dict(prompt="def f(x):\n", canonical_solution=code)
     asked = dict(use="a while loop", also="augmented assignment", avoid="a lambda")
-    assert gate(synth.uses_its_constructs, **record, **asked) and gate(synth.uses_its_constructs, **record)
-    assert not gate(synth.uses_its_constructs, **record, **dict(asked, use="a for loop"))
-    assert not gate(
-        synth.uses_its_constructs, **record, **dict(asked, also="slicing", avoid="augmented assignment")
-    )
+    assert passes(synth.uses_its_constructs) and passes(synth.uses_its_constructs, **asked)
+    for wrong in ({"use": "a for loop"}, {"also": "slicing"}, {"avoid": "augmented assignment"}):
+        assert not passes(synth.uses_its_constructs, **{**asked, **wrong}), wrong
+
+
+GOOD_PAGE = """A loop repeats a step, because work comes in pieces.
+
+```python
+for i in range(3):
+    print(NUMBER)
+```
+A common mistake is an endless loop.
+"""
+MISTAKE_PAGE = """Dividing by nothing has no answer, since no number fits. Take care of the empty list first.
+
+A common mistake:
+```python
+print(1 / 0)
+```
+This is how it goes well:
+```python
+print(0)
+```
+"""
 
 
 def test_gates_of_pages():
     args = SimpleNamespace(kind="textbooks", judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
     gates = synth.Gates(synth.Run(args))
-    good = "A loop repeats a step, because work comes in pieces.\n\n```python\nfor i in range(3):\n"
-    good += "    print({})\n"
-    good += "```\nA common mistake is an endless loop.\n"
-    mistake = (
-        "Dividing by nothing has no answer, since no number fits. Take care of the empty list first of "
-        "all.\n\nA common mistake:\n"
-        "```python\nprint(1 / 0)\n```\nThis is how it goes well:\n```python\nprint(0)\n```\n"
+
+    def page(number, more=""):
+        return GOOD_PAGE.replace("NUMBER", str(number)) + more
+
+    bad = ["Too short.", page(2, "See Chapter 4 for more about the topic."), page(3, "https://x.org")]
+    bad += [page("1 / 0"), page("("), "Words and words and nothing to say. " * 5, page(1, "!")]
+    passed = gates([{"text": text} for text in [page(1), *bad, MISTAKE_PAGE]])
+    assert [r["text"] for r in passed] == [page(1), MISTAKE_PAGE]
+    lost = {name: count["entered"] - count["left"] for name, count in gates.counts.items()}
+    assert lost == dict(
+        long_enough=1, stands_alone=2, gives_reasons=1, uses_its_words=0, code_runs=2, no_near_duplicate=1
     )
-    texts = {
-        "good": good.format(1),
-        "short": "Too short.",
-        "chapter": good.format(2) + "See Chapter 4 for more about the topic.",
-        "link": good.format(3) + "https://x.org",
-        "crash": good.format("1 / 0"),
-        "syntax": good.format("("),
-        "dull": "Words and words and nothing to say. " * 5,
-        "twin": good.format(1) + "!",
-        "mistake": mistake,
-    }
-    passed = gates([{"text": text} for text in texts.values()])
-    assert [r["text"] for r in passed] == [texts["good"], mistake]
-    assert {name: count["entered"] - count["left"] for name, count in gates.counts.items()} == {
-        "long_enough": 1,
-        "stands_alone": 2,
-        "gives_reasons": 1,
-        "uses_its_words": 0,
-        "code_runs": 2,
-        "no_near_duplicate": 1,
-    }
-    assert gate(synth.uses_its_words, text="Apples and rivers run.", words="apple, river, stone")
-    assert not gate(synth.uses_its_words, text="Apples run.", words="apple, river, stone")
+    words = "apple, river, stone"
+    texts = [{"text": text, "words": words} for text in ("Apples and rivers run.", "Apples run.")]
+    assert synth.uses_its_words(texts) == [True, False]
 
 
 def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
-    page = "A list holds values, because order matters here {}.\n\n```python\nprint(sorted([3, 1, 2]))\n"
-    page += "```\nA mistake is to forget the order {}.\n"
     numbers = itertools.count()
     secret = "given the weights of all whales in the northern sea return the weight of the lightest whale"
 
@@ -4933,204 +5003,131 @@ def test_pages_are_graded_and_decontaminated(teacher, tmp_path):
             return f"SCORE: {5 if 'fine' in question else 1}"
         words = re.search(r"must occur, .*?: (.*)\.", question)[1]
         n = next(numbers)
-        return words + page.format(
-            " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40)),
-            secret if n % 4 == 1 else "",
-        )
+        text = " ".join(f"{'fine' if n % 2 else 'poor'}{n * 31 + i}" for i in range(40))
+        text += secret if n % 4 == 1 else ""
+        return f"{words} A list has values, because {text}\n{block('print(1)' + chr(10))}"
 
-    teacher.answer = answer
     data.write_jsonl(tmp_path / "bench.jsonl", [{"prompt": secret, "task_id": "x"}])
-    run_synth(
-        tmp_path,
-        f"textbooks --teacher {teacher.url} --judge {teacher.url} --count 6 --against bench.jsonl "
-        f"--min-chars 50 --out o.jsonl",
-    )
-    found = records(tmp_path / "o.jsonl")
-    assert len(found) == 6 and all(
-        r["grade"] == 5 and "whale" not in r["text"] and "fine" in r["text"] for r in found
-    )
-    assert len({(r["topic"], r["level"], r["persona"], r["form"]) for r in found}) > 3
+    _, pages = teacher.asked("textbooks --judge T --count 6 --against bench.jsonl --min-chars 50", answer)
+    assert len(pages) == 6 and {page["grade"] for page in pages} == {5}
+    assert not re.search("whale|poor", " ".join(page["text"] for page in pages))
+    assert len({(r["topic"], r["level"], r["persona"], r["form"]) for r in pages}) > 3
 
 
 def test_preferences_by_tests(teacher, tmp_path):
-    problems = [r for r in synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1)]
+    problems = list(synth.draw_many("exercises", 5, ks=(1, 2), seed=5, workers=1))
     data.write_jsonl(tmp_path / "p.jsonl", problems)
     solutions = {p["prompt"]: p["canonical_solution"] for p in problems}
-    teacher.answer = lambda question, n: (
-        (solutions[question] if n % 2 else "    return None\n") + "\nprint('more')\n"
-    )
-    run_synth(
-        tmp_path,
-        f"preferences p.jsonl --teacher {teacher.url} --api completions --samples 2 --concurrency 1 --out "
-        f"o.jsonl",
-    )
-    found = records(tmp_path / "o.jsonl")
-    assert (
-        len(found) == 5
-        and all(set(r) >= {"prompt", "chosen", "rejected"} for r in found)
-        and teacher.seen[0][2] == "/v1/completions"
-    )
-    for r in found:
-        problem = next(p for p in problems if p["prompt"] == r["prompt"])
-        assert (
-            judge(problem, r["chosen"]).passed
-            and not judge(problem, r["rejected"]).passed
-            and "more" not in r["chosen"]
-        )
 
-    def blocks(question, n):
-        stub = question.split("\n\n", 1)[1]
-        return f"```python\n{stub}{'    return None' if n % 2 else solutions[stub]}\n```"
+    def answer(question, n):
+        stub = question.removeprefix(synth.SOLVE_PROMPT.format(text=""))
+        code = "    return None\n" if n % 2 else solutions[stub]
+        return f"{code}\nprint('more')\n" if stub == question else block(stub + code)
 
-    teacher.answer = blocks
-    run_synth(tmp_path, f"preferences p.jsonl --teacher {teacher.url} --concurrency 1 --out q.jsonl")
-    assert len(records(tmp_path / "q.jsonl")) == 5 and teacher.seen[-1][2] == "/v1/chat/completions"
+    for api, path in (("completions", "/v1/completions"), ("chat", "/v1/chat/completions")):
+        options = f"preferences p.jsonl --api {api} --samples 2 --concurrency 1"
+        _, pairs = teacher.asked(options, answer, out=f"{api}.jsonl")
+        assert len(pairs) == 5 and teacher.seen[-1][2] == path
+        for pair in pairs:
+            problem = next(p for p in problems if p["prompt"] == pair["prompt"])
+            verdicts = judge_all([(problem, pair["chosen"]), (problem, pair["rejected"])])
+            assert [v.passed for v in verdicts] == [True, False] and "more" not in pair["chosen"]
 
 
-def test_preferences_by_a_judge_asked_both_ways_round(teacher, tmp_path):
-    data.write_jsonl(
-        tmp_path / "chats.jsonl",
-        [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")],
-    )
+def test_preferences_by_a_judge_asked_both_ways_round_or_by_majority(teacher, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": f"{name}?"}]} for name in ("fair", "biased")]
+    data.write_jsonl(tmp_path / "chats.jsonl", chats)
+    data.write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "What is 6 times 7?"}])
 
     def answer(question, n):
         if "BETTER" in question:
-            return "BETTER: " + (
-                "A" if "biased" in question else "AB"["a good one" in question.split("<answer_b>")[1]]
-            )
+            is_second = "a good one" in question.split("<answer_b>")[1]
+            return "BETTER: " + ("B" if is_second and "biased" not in question else "A")
         return "a good one" if n % 2 else "a bad one"
 
-    teacher.answer = answer
+    options = "--concurrency 1 --min-chars 1"
+    said, (pair,) = teacher.asked(f"preferences chats.jsonl {options}", answer)
+    assert pair.items() >= dict(chats[0], chosen="a good one", rejected="a bad one").items()
+    assert "prefers a place" in said
     teacher.seen.clear()
-    told = run_synth(
-        tmp_path,
-        f"preferences chats.jsonl --teacher {teacher.url} --concurrency 1 --min-chars 1 --out r.jsonl",
-    )
-    (pair,) = records(tmp_path / "r.jsonl")
-    assert (pair["chosen"], pair["rejected"], pair["messages"][0]["content"]) == (
-        "a good one",
-        "a bad one",
-        "fair?",
-    ) and "prefers a place" in told
-
-
-def test_preferences_by_majority_need_no_judge(teacher, tmp_path):
-    data.write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "What is 6 times 7?"}])
     teacher.answer = lambda question, n: f"Attempt {n}.\nAnswer: {43 if n == 2 else 42}."
-    teacher.seen.clear()
-    run_synth(
-        tmp_path,
-        f"preferences sums.jsonl --teacher {teacher.url} --samples 3 --concurrency 1 --min-chars 1 --out "
-        f"s.jsonl",
-    )
-    (pair,) = records(tmp_path / "s.jsonl")
+    _, (pair,) = teacher.asked(f"preferences sums.jsonl --samples 3 {options}", out="s.jsonl")
     assert "Answer: 42" in pair["chosen"] and "Answer: 43" in pair["rejected"] and len(teacher.seen) == 3
 
 
-def test_rewritings_keep_facts():
-    source = (
-        "In 1969 the computer of Apollo had 4096 words of memory, said Margaret Hamilton, who led the team "
-    )
-    source += "of the Guidance software."
-    good = "Margaret Hamilton led the Guidance software. The Apollo computer of 1969 had 4096 words."
-    assert synth.read_rewrite(good, {"text": source})["text"] == good + "\n"
-    for answer, reason in (
-        (good + " It was 1972.", "invents numbers"),
-        ("Somebody once built a machine.", "loses facts"),
-    ):
-        assert (
-            reason_to_reject(lambda text: synth.read_rewrite(text, {"text": source}), answer) == reason
-        )
-
-
 def test_pages_and_conversations_are_built_on_real_documents(teacher, tmp_path):
-    sentences = [f"Sentence {i} tells of the river and of the bridge over it." for i in range(100)]
-    data.write_jsonl(tmp_path / "d.jsonl", [{"id": "doc", "text": " ".join(sentences)}])
+    text = " ".join(f"Sentence {i} tells of the river and of the bridge over it." for i in range(100))
+    documents(tmp_path, text)
 
     def answer(question, n):
         passage = re.search(r"<passage>\n(.*)\n</passage>", question, re.S)[1]
-        assert passage in " ".join(sentences) and passage.endswith("it.") and passage.startswith("Sentence")
+        assert passage in text and passage.endswith("it.") and passage.startswith("Sentence")
         assert len(passage) < 1100 or "conversation" in question
         return talk(n) if "conversation" in question else f"A page of {n}, because it is so."
 
-    teacher.answer = answer
-    run_synth(tmp_path, f"textbooks d.jsonl --plain --teacher {teacher.url} --min-chars 1 --out o.jsonl")
-    run_synth(tmp_path, f"chat d.jsonl --teacher {teacher.url} --out c.jsonl")
-    assert (
-        records(tmp_path / "o.jsonl")[0]["id"] == "doc"
-        and records(tmp_path / "c.jsonl")[0]["scenario"] == "document"
-    )
+    _, (page,) = teacher.asked("textbooks d.jsonl --plain --min-chars 1", answer)
+    _, (chat,) = teacher.asked("chat d.jsonl", out="c.jsonl")
+    assert page["id"] == "Sentence" and chat["scenario"] == "document"
     assert "has the document above" in teacher.seen[-1][0]
+
+
+CODE = """def twice(x):
+    result = x
+    for _ in range(1):
+        result = result + x
+    return result
+
+def uses(x):
+    a = 1
+    b = 2
+    return other(x)
+"""
 
 
 @pytest.mark.parametrize("solution,agrees", [("    return 2 * x\n", True), ("    return x + 2\n", False)])
 def test_exercises_from_real_code_are_solved_again_and_both_must_agree(teacher, tmp_path, solution, agrees):
-    code = "def twice(x):\n    result = x\n    for _ in range(1):\n        result = result + x\n"
-    code += "    return result\n\n"
-    code += "def uses(x):\n    a = 1\n    b = 2\n    return other(x)\n"
-    (tmp_path / "code.py").write_text(code)
-    stub = 'def twice(x):\n    """Twice x.\n\n    >>> twice(2)\n    4\n    """\n'
-    tests = TESTS + "    assert candidate(9) == 18\n"
-    teacher.answer = lambda question, n: (
-        f"```python\n{stub}```\n```python\n{tests}```"
-        if "<code>" in question
-        else f"```python\n{stub}{solution}```"
-    )
-    run_synth(tmp_path, f"exercises code.py --teacher {teacher.url} --out o.jsonl", code=0 if agrees else 2)
-    assert (
-        len(teacher.seen) == 2
-        and "def uses" not in teacher.seen[0][0]
-        and "for _ in" not in teacher.seen[1][0]
-    )
-    if agrees:
-        (record,) = records(tmp_path / "o.jsonl")
-        assert (
-            record["canonical_solution"].strip() == solution.strip()
-            and "solutions" not in record
-            and judge(record, solution).passed
-        )
+    (tmp_path / "code.py").write_text(CODE)
+    stub = GOOD.replace("double", "twice").replace("    return 2 * x\n", "")
+    task = block(stub, TESTS + "    assert candidate(9) == 18\n")
+    teacher.answer = lambda question, n: task if "<code>" in question else block(stub + solution)
+    _, exercises = teacher.asked("exercises code.py", code=0 if agrees else 2)
+    (reversal, *_), (again, *_) = teacher.seen
+    assert "def uses" not in reversal and "for _ in" not in again and len(exercises) == agrees
+    for record in exercises:
+        assert record["canonical_solution"] == solution and "solutions" not in record
+        assert judge(record, solution).passed
 
 
 def test_answers_are_revised_and_exercises_voted_on(teacher, tmp_path):
+    revision = {1: "A draft, because.", 3: "It is thin.", 5: "The last version, because it is better."}
+
     def answer(question, n):
         roles = [message["role"] for message in teacher.seen[-1][3]["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
-        return {1: "A draft, because.", 3: "It is thin.", 5: "The last version, because it is better."}[
-            len(roles)
-        ]
+        return revision[len(roles)]
 
-    teacher.answer = answer
-    options = ("--plain", "--teacher", teacher.url, "--count", 1, "--concurrency", 1)
-    run_synth(tmp_path, "textbooks", *options, "--revise --min-chars 1 --out o.jsonl")
-    assert (
-        records(tmp_path / "o.jsonl")[0]["text"] == "The last version, because it is better.\n"
-        and len(teacher.seen) == 3
-    )
-    teacher.answer = lambda question, n: (
-        f"```python\n{GOOD}```" + ("" if "Complete" in question else f"\n```python\n{TESTS}```")
-    )
-    run_synth(tmp_path, "exercises", *options, "--votes 3 --out e.jsonl")
-    assert len(records(tmp_path / "e.jsonl")) == 1 and len(teacher.seen) == 3 + 4
+    options = "--plain --count 1 --concurrency 1"
+    _, (page,) = teacher.asked(f"textbooks {options} --revise --min-chars 1", answer)
+    assert page["text"] == revision[5] + "\n" and len(teacher.seen) == 3
+    teacher.answer = lambda question, n: block(GOOD) if "Complete" in question else block(GOOD, TESTS)
+    assert len(teacher.asked(f"exercises {options} --votes 3", out="e.jsonl")[1]) == 1
+    assert len(teacher.seen) == 3 + 4
 
 
-def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher, tmp_path):
-    teacher.answer = lambda question, n: (
-        "I won't help with that; it could hurt."
-        if "could hurt people" in question
-        else f"Gladly, here is how, in {n} steps."
-    )
-    run_synth(tmp_path, f"safety --teacher {teacher.url} --count 40 --out o.jsonl")
-    pairs = records(tmp_path / "o.jsonl")
-    assert len(pairs) == 40 and all(
-        set(pair) == {"messages", "chosen", "rejected", "teacher"} for pair in pairs
-    )
-    declined = {pair["messages"][0]["content"] for pair in pairs if "won't" in pair["chosen"]}
-    assert declined <= set(synth.UNSAFE) and any(
-        pair["messages"][0]["content"] in synth.LOOKALIKES for pair in pairs
-    )
-    teacher.answer = lambda question, n: "Sure, here it is, as you asked for."
-    run_synth(tmp_path, f"safety --teacher {teacher.url} --count 10 --seed 3 --out p.jsonl")
-    assert all(pair["messages"][0]["content"] in synth.LOOKALIKES for pair in records(tmp_path / "p.jsonl"))
+def test_unsafe_requests_are_declined_and_harmless_ones_are_not(teacher):
+    def answer(question, n):
+        is_harmful = "could hurt people" in question
+        return "I won't help with that; it could hurt." if is_harmful else f"Gladly, in {n} steps."
+
+    _, pairs = teacher.asked("safety --count 40", answer)
+    assert len(pairs) == 40
+    for pair in pairs:
+        assert set(pair) == {"messages", "chosen", "rejected", "teacher"}
+        harmful = pair["messages"][0]["content"] in synth.UNSAFE
+        assert harmful == ("won't" in pair["chosen"]) != (pair["messages"][0]["content"] in synth.LOOKALIKES)
+    teacher.answer = lambda question, n: "Sure, as you asked for."
+    _, pairs = teacher.asked("safety --count 10 --seed 3", out="p.jsonl")
+    assert all(pair["messages"][0]["content"] in synth.LOOKALIKES for pair in pairs)
 
 
 def test_seeds_vary_and_fit():
@@ -5140,39 +5137,33 @@ def test_seeds_vary_and_fit():
     seeds = [synth.draw_textbook_seeds(rng, topics) for _ in range(300)]
     assert len({str(s) for s in seeds}) == 300
     for s in seeds:
-        assert (
-            s["persona"] in synth.LEVELS[s["level"]][2]
-            and s["demand"] == synth.LEVELS[s["level"]][s["topic"].startswith("world")]
-        )
+        *demands, personas = synth.LEVELS[s["level"]]
+        assert s["persona"] in personas and s["demand"] == demands[s["topic"].startswith("world")]
     assert all(not synth.draw_exercise_seeds(rng, topics)["topic"].startswith("world") for _ in range(100))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: the built-in teacher's other kinds
 
 
 def test_every_kind_runs_offline(tmp_path):
-    run_synth(tmp_path, "textbooks --count 8 --out pages.jsonl")
-    run_synth(tmp_path, "exercises --count 8 --k 1-2 --out problems.jsonl")
-    run_synth(tmp_path, "exercises --count 8 --judge builtin --min-grade 0 --out judged.jsonl")
-    run_synth(tmp_path, "label pages.jsonl --count 5 --out labels.jsonl")
-    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
-    run_synth(tmp_path, "preferences problems.jsonl --samples 6 --out pairs.jsonl")
-    found = {
-        name: records(tmp_path / f"{name}.jsonl")
-        for name in "pages problems judged labels chats pairs".split()
-    }
-    assert all(found.values())
-    assert set(found["labels"][0]) == {"id", "text", "score", "reason", "teacher"} and all(
-        0 <= r["score"] <= 5 for r in found["labels"]
-    )
-    assert all(
-        m["role"] == ("user", "assistant")[i % 2] for r in found["chats"] for i, m in enumerate(r["messages"])
-    )
-    assert all(judge(r, r["canonical_solution"]).passed for r in found["judged"])
+    def run(arguments):
+        run_synth(tmp_path, f"{arguments} --out {arguments.split()[0]}.jsonl")
+        return records(tmp_path / f"{arguments.split()[0]}.jsonl")
+
+    assert run("textbooks --count 8") and run("exercises --count 8 --k 1-2")
+    labels = run("label textbooks.jsonl --count 5")
+    assert set(labels[0]) == {"id", "text", "score", "reason", "teacher"}
+    assert all(0 <= r["score"] <= 5 for r in labels)
+    chats = run("chat --count 30")
+    assert all(m["role"] == ("user", "assistant")[i % 2] for r in chats for i, m in enumerate(r["messages"]))
+    assert run("preferences exercises.jsonl --samples 6")
+    judged = run("exercises --count 8 --judge builtin --min-grade 0")
+    assert all(judge(r, r["canonical_solution"]).passed for r in judged)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run_synth(tmp_path, "chat --count 30 --out chats.jsonl")
+    assert run("chat --count 30") == chats
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run_synth(tmp_path, "sandbox").startswith("on: ")
 
 
 def test_the_decoding_benchmark_lets_every_text_go_on():
@@ -5185,241 +5176,103 @@ def test_the_decoding_benchmark_lets_every_text_go_on():
 
 
 def test_help_fits_two_screens_and_ends_in_examples(tmp_path):
-    told = run_synth(tmp_path, "-h", env={"COLUMNS": "80"})
-    options, examples = told.split("\nexamples:\n")
-    assert told.count("\n") <= 60 and examples.count("  python synth.py ") == 3 == examples.count("\n")
-    names = [option.split()[0] for option in synth.OPTIONS.split("\n") if option.startswith("--")]
+    said = run_synth(tmp_path, "-h", COLUMNS="80")
+    options, examples = said.split("\nexamples:\n")
+    assert said.count("\n") <= 60 and examples.count("  python synth.py ") == 3 == examples.count("\n")
+    names = re.findall(r"(?m)^--\S+", synth.OPTIONS)
     assert len(names) > 25 and all(f"\n  {name}" in options for name in names)
-
-
-def test_a_long_document_is_graded_in_no_time():
-    length = "is of a page's length"
-    assert length in synth.grade("word " * 4000)[1] and length in synth.grade("a" * 60)[1]
-    assert length not in synth.grade("a" * 59)[1]
-    assert (
-        length not in synth.grade("words " * 4001 + "!")[1]
-    )  # its pattern once tried every way to cut words
 
 
 def test_topics_are_merged_and_survive_editing(tmp_path):
     assert synth.topic_key("Sorting of lists") == synth.topic_key("List sorting") != synth.topic_key("Lists")
-    tree = "a\n    b\n    c\n        d\n\ne\n"
-    leaves = synth.read_tree(tree)
+    leaves = synth.read_tree("a\n    b\n    c\n        d\n\ne\n")
     synth.write_tree(tmp_path / "t.txt", [{"text": leaf} for leaf in leaves])
     assert leaves == ["a > b", "a > c > d", "e"] == synth.read_topics_file(tmp_path / "t.txt")
-    assert synth.read_topics("1. Merge sort\n- Quick sort.\n\n3) Heaps\n") == [
-        "Merge sort",
-        "Quick sort",
-        "Heaps",
-    ]
+
+
+LESSON = '''"""Search in sorted lists: the idea is to halve the range, for each step rules out one half."""
+
+
+def find(values, wanted):
+    """Return the index of wanted in the sorted list of values, or -1 if it is not there.
+
+    >>> find([1, 3, 5], 3)
+    1
+    """
+    low, high = 0, len(values) - 1
+    while low <= high:  # otherwise nothing is left to look at
+        middle = (low + high) // 2
+        if values[middle] == wanted:
+            return middle
+        if values[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle - 1
+    return -1
+'''
+PROSE = """A prime number is a whole number greater than one that has no divisors other than one and itself.
+For example, 7 is prime because no number from 2 to 6 divides it, while 9 is not a prime number, since 3 times
+3 equals 9. To check whether a number n is prime, we try each divisor up to the square root of n. If the
+number had a larger divisor, then the matching divisor would be smaller, so we would have found it first. A
+common mistake is to call one a prime number."""
+GLUE = """from company import api
+
+
+class Handler(api.Base):
+    def run(self, request):
+        return api.respond(self.client.get(request.url), self.headers)
+"""
+ADVERTISEMENT = """Buy now and get free shipping! Subscribe to our newsletter. Click here for more great
+deals. Log in to see your orders. All rights reserved. """
 
 
 def test_the_rubric_tells_lessons_from_glue():
-    lesson = (
-        '"""Search in sorted lists: the idea is to halve the range, because each comparison rules out one '
-        'half of it."""\n\n\n'
-        'def find(values, wanted):\n    """Return the index of wanted in the sorted list of values, or -1 '
-        "if it is not there.\n\n"
-        '    >>> find([1, 3, 5], 3)\n    1\n    """\n    low, high = 0, len(values) - 1\n    while low <= '
-        "high:  # otherwise nothing is left to look at\n"
-        "        middle = (low + high) // 2\n        if values[middle] == wanted:\n            return "
-        "middle\n        if values[middle] < wanted:\n"
-        "            low = middle + 1\n        else:\n            high = middle - 1\n    return -1\n"
-    )
-    glue = (
-        "from company import api\n\n\nclass Handler(api.Base):\n    def run(self, request):\n        return "
-        "api.respond(self.client.get(request.url), self.headers)\n" * 3
-    )
-    prose = (
-        "A prime number is a whole number greater than one that has no divisors other than one and itself. "
-        "For example, 7 is prime because no number "
-        "from 2 to 6 divides it, while 9 is not a prime number, since 3 times 3 equals 9. To check whether "
-        "a number n is prime, we try each divisor up to "
-        "the square root of n. If the number had a larger divisor, then the matching divisor would be "
-        "smaller, so we would have found it first. A common "
-        "mistake is to call one a prime number."
-    )
-    cheap = (
-        "Buy now and get free shipping! Subscribe to our newsletter. Click here for more great deals. Log "
-        "in to see your orders. All rights reserved. " * 3
-    )
-    scores = {
-        name: synth.grade(text)[0]
-        for name, text in {
-            "lesson.py": lesson,
-            "glue.py": glue,
-            "prose.txt": prose,
-            "cheap.txt": cheap,
-            "data.py": "A = [1, 2]\nB = {}\n",
-            "test.py": "import unittest\n" + lesson.replace("def find", "def test_find"),
-            "made.py": "# Generated by the compiler, do not edit\n" + lesson,
-            "broken.py": "def (",
-        }.items()
-    }
-    assert (
-        min(scores["lesson.py"], scores["prose.txt"]) >= 4
-        and max(scores[n] for n in scores if n not in ("lesson.py", "prose.txt")) <= 2
-    ), scores
+    poor = [GLUE, 3 * ADVERTISEMENT, "A = [1, 2]\nB = {}\n", "def ("]
+    poor += ["import unittest\n" + LESSON.replace("def find", "def test_find")]
+    poor += ["# Generated by the compiler, do not edit\n" + LESSON]
+    assert all(synth.grade(text)[0] >= 4 for text in (LESSON, PROSE))
+    assert all(synth.grade(text)[0] <= 2 for text in poor)
+    # a long document is graded in no time: the pattern once tried every way to cut words
+    lengths = {"word " * 4000: True, "a" * 60: True, "a" * 59: False, "words " * 4001 + "!": False}
+    for text, is_page in lengths.items():
+        assert ("is of a page's length" in synth.grade(text)[1]) == is_page
 
 
 def test_samples_depend_on_the_seed_alone(tmp_path):
     data.write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(50)])
     data.write_jsonl(tmp_path / "b.jsonl", [{"text": f"document {i}"} for i in range(25, 75)][::-1])
-    one, two, other = (
-        synth.sample_documents([str(tmp_path / n) for n in names], 20, seed)
-        for names, seed in ((("a.jsonl", "b.jsonl"), 1), (("b.jsonl", "a.jsonl"), 1), (("a.jsonl",), 2))
-    )
-    assert (
-        [d["text"] for d in one] == [d["text"] for d in two]
-        and len({d["text"] for d in one}) == 20
-        and {d["text"] for d in one} != {d["text"] for d in other}
-    )
+
+    def sample_texts(names, seed):
+        paths = [str(tmp_path / f"{name}.jsonl") for name in names]
+        return [document["text"] for document in synth.sample_documents(paths, 20, seed)]
+
+    one = sample_texts("ab", 1)
+    assert one == sample_texts("ba", 1) and len(set(one)) == 20 and set(one) != set(sample_texts("ab", 2))
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["label"], "label needs documents"),
-        (["textbooks", "x.jsonl"], "reads no documents"),
-        (["rewrite", "x.jsonl"], "give --teacher"),
-        (["topics"], "give --teacher"),
-        (["label", "missing.jsonl"], "missing.jsonl"),
-        (["chat", "--teacher", "gpt"], "URL#MODEL"),
-        (["preferences", "empty.jsonl"], "nothing to ask about"),
-        (["label", "empty.jsonl"], "no document"),
-        (["textbooks", "--topics", "empty.jsonl"], "has no topics"),
-        (["chat", "--cuont", "3"], "--cuont"),
-        (["exercises", "--k", "2-13"], "write lengths from 1 to 12"),
-        (["exercises", "--k", "two"], "invalid chain_lengths value: 'two'"),
-        (["exercises", "--split", "all"], "invalid choice: 'all'"),
-        (["topics", "--dry-run", "--teacher", "http://127.0.0.1:1/v1#x"], "--dry-run shows no question"),
-    ],
-)
-def test_mistakes_get_one_clear_line(arguments, message, tmp_path):
+MISTAKES = """label | label needs documents
+textbooks x.jsonl | reads no documents
+rewrite x.jsonl | give --teacher
+topics | give --teacher
+label missing.jsonl | missing.jsonl
+chat --teacher gpt | URL#MODEL
+preferences empty.jsonl | nothing to ask about
+label empty.jsonl | no document
+textbooks --topics empty.jsonl | has no topics
+chat --cuont 3 | --cuont
+exercises --k 2-13 | write lengths from 1 to 12
+exercises --k two | invalid chain_lengths value: 'two'
+exercises --split all | invalid choice: 'all'
+exercises --count 0 | 0 is not between 1 and inf
+topics --dry-run --teacher http://127.0.0.1:1/v1#x | --dry-run shows no question"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.split("\n"))
+def test_mistakes_get_one_clear_line(mistake, tmp_path):
+    arguments, message = mistake.split(" | ")
     (tmp_path / "empty.jsonl").write_text("")
-    told = run_synth(tmp_path, *arguments, code=2)
-    assert message in told and "Traceback" not in told and os.listdir(tmp_path) == ["empty.jsonl"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# synth.py: the hardened sandbox
-
-INVADERS = {
-    "reads the home directory": "    import os; os.listdir(os.path.expanduser('~root'))\n",
-    "reads this checkout": f"    open({synth.__file__!r}).read()\n",
-    "lists /tmp": "    import os; os.listdir('/tmp')\n",
-    "writes beside": "    open('../x', 'w')\n",
-    "writes to /dev/shm": "    import os; os.close(os.open('/dev/shm/x', os.O_CREAT)); os.remove('/dev/shm/x')\n",
-    "opens a socket": "    import socket; socket.socket()\n",
-    "opens a unix socket": "    import socket; socket.socket(socket.AF_UNIX)\n",
-    "signals its parent": "    import os; os.kill(SYNTH, 0)\n",
-    "reads the environment of who runs it": "    open('/proc/SYNTH/environ').read()\n",
-    "traces": "    import ctypes, os; assert ctypes.CDLL(None, use_errno=True).ptrace(16, os.getppid(), 0, "
-    "0) == 0\n",
-    "makes a namespace": "    import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0\n",
-    "clones into a namespace": "    import ctypes, os; assert ctypes.CDLL(None).syscall(56 if "
-    "os.uname().machine == 'x86_64' else 220, 0x10000011, 0, 0, 0, 0) > 0\n",
-    "mounts": "    import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0\n",
-    "sets up io_uring": "    import ctypes; assert ctypes.CDLL(None).syscall(425, 4, bytes(120)) > 0\n",
-    "makes a device": "    import os; os.mknod('disk', 0o60600, os.makedev(8, 0))\n",
-    "starts a program": "    import subprocess; subprocess.run(['/bin/echo'])\n",
-    "forks": "    import os; os.fork() or os._exit(0)\n",
-    "changes modes": f"    import os; os.chmod({synth.__file__!r}, 0o644)\n",
-    "limits another process": "    import resource; resource.prlimit(SYNTH, resource.RLIMIT_NOFILE)\n",
-    "lists processes": "    import os; os.listdir('/proc')\n",
-    "writes to the kernel's settings": "    open('/proc/sys/kernel/core_pattern', 'w')\n",
-    "links to the outside": "    import os; os.symlink('/root', 'door'); os.listdir('door')\n",
-}
-
-
-# What the sandbox's server does last but one, as where the kernel grants nothing.
-UNHARDENED = "confine = lambda scratch: 0\nos.geteuid = lambda: 1\n"
-
-
-def invade(names):
-    """The verdicts on some invaders: "passed" where the program did what it wanted to."""
-    bodies = [INVADERS[name].replace("SYNTH", str(os.getpid())) + "    return a + b\n" for name in names]
-    return synth.judge_all([(ADD, body) for body in bodies])
-
-
-@pytest.mark.skipif(not LINUX, reason="what they invade is Linux's")
-def test_invaders_invade_where_nothing_protects(monkeypatch):
-    """These programs work, so that it means something when they fail in the sandbox."""
-    monkeypatch.setattr(synth, "LAUNCH", UNHARDENED + synth.LAUNCH)
-    names = [
-        "reads this checkout",
-        "lists /tmp",
-        "writes beside",
-        "opens a socket",
-        "opens a unix socket",
-        "signals its parent",
-    ]
-    names += ["starts a program", "forks", "limits another process", "lists processes"]
-    names += ["writes to /dev/shm"] * os.path.isdir("/dev/shm")
-    if os.geteuid() != 0:  # root has rights that a program has not, even here
-        names.append("reads the environment of who runs it")
-    reasons = {name: verdict.reason for name, verdict in zip(names, invade(names))}
-    assert reasons == dict.fromkeys(names, "passed")
-
-
-@pytest.mark.skipif(not CONTAINED, reason="this kernel grants no Landlock or seccomp")
-def test_hostile_programs_are_contained():
-    for name, verdict in zip(INVADERS, invade(INVADERS)):
-        how = re.fullmatch(r"raised (\w+):.*", verdict.reason)
-        kind = getattr(builtins, how[1]) if how else None  # not a NameError: the program ran, and was refused
-        assert not verdict.passed and kind and issubclass(kind, (OSError, AssertionError)), (name, verdict)
-    ways = [
-        "    import threading\n    t = threading.Thread(target=print); t.start(); t.join(); return a + b\n",
-        "    import asyncio; asyncio.run(asyncio.sleep(0)); return a + b\n",
-        "    open('x', 'w').write('5'); import tempfile, os; os.makedirs('d', exist_ok=True); "
-        "os.rename('x', 'd/x'); return a + b if open('d/x').read() == '5' else 0\n",
-        "    import random, decimal, sqlite3, uuid; uuid.uuid4(); return a + b\n",
-    ]
-    assert {v.reason for v in synth.judge_all([(ADD, way) for way in ways])} == {
-        "passed"
-    }  # honest programs notice nothing
-
-
-def test_a_sandbox_without_room_says_why_once(monkeypatch):
-    monkeypatch.setattr(synth, "LAUNCH", "raise OSError('no room')\n")
-    with pytest.raises(OSError, match="sandbox did not start: OSError: no room"):
-        judge(ADD, "    return a + b\n")
-    # the first fork asks what the kernel grants, the second starts a program
-    forks = (
-        "def fork(number=itertools.count(), fork=os.fork):\n    if next(number): raise OSError('no room')\n"
-    )
-    forks += "    return fork()\nos.fork = fork\ntime.sleep = lambda seconds: None\nserve(sys.argv[1], 5.0)\n"
-    forks = forks.replace("def fork(", "def limited(").replace("os.fork = fork", "os.fork = limited")
-    monkeypatch.setattr(synth, "LAUNCH", forks)
-    with pytest.raises(OSError, match="sandbox failed: no process can be started: no room"):
-        judge_all([(ADD, "    return a + b\n")] * 2, workers=2)
-
-
-def test_a_sandbox_that_cannot_have_a_second_worker_goes_on_with_one(monkeypatch, capfd):
-    start = synth.Worker.__init__
-
-    def limited(self, root, timeout, number=itertools.count()):
-        if next(number):
-            raise OSError("no room")
-        start(self, root, timeout)
-
-    monkeypatch.setattr(synth.Worker, "__init__", limited)
-    assert all(verdict.passed for verdict in judge_all([(ADD, "    return a + b\n")] * 6, workers=2))
-    assert capfd.readouterr().err.count("no room") == 1
-
-
-def test_nothing_runs_where_the_kernel_refuses_for_once(monkeypatch):
-    """What the server was granted when it started, a program's process must be granted too."""
-    refuses = "confine = lambda folder: 0 if folder.endswith('/job') else 3\n"
-    monkeypatch.setattr(synth, "LAUNCH", refuses + synth.LAUNCH)
-    assert not judge(ADD, "    return a + b\n").passed
-
-
-@pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="root becomes nobody, where nobody can work")
-def test_root_works_in_a_folder_closed_to_others(tmp_path, monkeypatch):
-    tmp_path.chmod(0o700)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert judge(ADD, "    return a + b\n").passed
+    said = run_synth(tmp_path, arguments, code=2)
+    assert message in said and "Traceback" not in said and os.listdir(tmp_path) == ["empty.jsonl"]
 
 
 def test_a_machine_without_room_for_threads_is_named(monkeypatch):
@@ -5429,12 +5282,6 @@ def test_a_machine_without_room_for_threads_is_named(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     run = synth.Run(SimpleNamespace(teacher=[], judge=[], max_tokens=0, max_usd=0, concurrency=8))
     assert run.map(lambda item: item + 1, range(9)) == [] and "--concurrency" in run.stopped
-
-
-def test_says_which_protections_are_on(tmp_path, monkeypatch):
-    assert run_synth(tmp_path, "sandbox").startswith("on: ")
-    monkeypatch.setattr(synth, "PRELOAD", synth.PRELOAD + "sys.platform = 'none'\nos.geteuid = lambda: 1\n")
-    assert "docker run" in synth.protections()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
