@@ -10,7 +10,7 @@ machine's own Python source.
 
 Work is cut into numbered parts on disk: a stopped command goes on where it was, and the result is the same
 for any number of processes and machines (`torchrun data.py ...` with a folder that all share). Texts stay on
-disk; a rank holds 41 bytes a document in memory, and 100 more while it counts the rules' reasons (Funnel)."""
+disk; a rank holds 17 bytes a document in memory, and 100 more while it counts a stage's reasons (Funnel)."""
 import argparse
 import ast
 import builtins
@@ -47,6 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's variables
@@ -773,10 +774,11 @@ def syntax_tree(source):
     return labels if len(labels) >= MIN_NODES else []
 
 
-def count_signs(source):
-    """How often each operator and bracket occurs in a function: what renaming leaves."""
-    raw = np.frombuffer(COMMENT.sub("", source).encode(), np.uint8)
-    return np.bincount(raw, minlength=256)[SIGNS]
+def functions_of(text):
+    """(source, how often it has each operator and bracket: what renaming leaves) of a text's functions."""
+    for source, _ in FUNCTION.findall(text + "\n"):
+        raw = np.frombuffer(COMMENT.sub("", source).encode(), np.uint8)
+        yield source, np.bincount(raw, minlength=256)[SIGNS]
 
 
 def text_grams(raws):
@@ -820,11 +822,11 @@ class Contamination:
                 for k, gram in zip(range(len(words) - n + 1), grams[n].tolist()):
                     if len({word for word in words[k:k + n] if not word.isdigit()}) > n // 2:
                         owners.setdefault(gram, set()).add(i)
-            for source, _ in FUNCTION.findall(text + "\n"):
+            for source, counts in functions_of(text):
                 labels = syntax_tree(source)
                 if labels:
                     self.trees.append((i, labels))
-                    signs.append(count_signs(source))
+                    signs.append(counts)
         self.signs = np.array(signs).reshape(-1, len(SIGNS))
 
         self.table = np.zeros(1 << 24, bool)  # by the first 24 bits: most grams need no other look
@@ -892,8 +894,7 @@ class Contamination:
     def find_functions(self, text):
         """The like for the functions of one text, or None. Only those whose operators resemble a problem's
         are parsed."""
-        for source, _ in FUNCTION.findall(text + "\n"):
-            signs = count_signs(source)
+        for source, signs in functions_of(text):
             longer = np.maximum(self.signs.sum(1), signs.sum())
             similar = np.flatnonzero(np.minimum(self.signs, signs).sum(1) >= (MATCH_RATE - 0.2) * longer)
             labels = syntax_tree(source) if len(similar) else []
@@ -1096,33 +1097,18 @@ def train_quality_classifier(path, seed, workers):
 
 # ---------------------------------------------------------------- byte-pair encoding
 
-@functools.lru_cache
-def stdlib_pattern(pattern, limit=0x110000):
-    r"""The tokenizer's split pattern for Python's own `re`, which lacks \p{...}: classes become ranges of the
-    characters below `limit`; up to 0x10000 `re` looks them up, several times faster.
-
-    Python's \s has four control characters more, and characters newer than its Unicode tables may split
-    otherwise than in tiktoken: that touches the counts only."""
-    categories = np.array([unicodedata.category(chr(i))[0] for i in range(limit)])
-
-    def ranges(match):
-        inside = categories == match[1]
-        edges = np.flatnonzero(np.diff(inside, prepend=False, append=False)).reshape(-1, 2).tolist()
-        return "".join(f"\\U{i:08x}-\\U{j - 1:08x}" for i, j in edges)
-
-    def in_class(match):
-        return f"[{re.sub(r'.p{(.)}', ranges, match[0].strip('[]'))}]"
-
-    return re.compile(re.sub(r"\[.*?\]|\\p\{\w\}", in_class, pattern))
-
-
 def count_pretokens(texts, workers=1):
     """Counter of the pieces that model.PATTERN splits the texts into."""
     from model import PATTERN
-    full, plain = (stdlib_pattern(PATTERN, limit).findall for limit in (0x110000, 0x10000))
+    find_pieces = regex.compile(PATTERN).findall
+    find_words = regex.compile(r"\s*\S+|\s+").findall  # no piece goes on where a word ends
 
     def count(batch):
-        return sum_counts((full if max(text, default="") > "\uffff" else plain)(text) for text in batch)
+        counts = Counter()
+        for word, n in sum_counts(map(find_words, batch)).items():  # each of them split only once
+            for piece in find_pieces(word):
+                counts[piece] += n
+        return counts
 
     return sum_counts(parallel(count, batches(texts, 1 << 22), workers, "counting words"))
 
@@ -1304,12 +1290,13 @@ def make_part(files, options):
         elif redact and not document["prompt_chars"]:
             document["text"], counts = redact_pii(document["text"])
             redacted.update(counts)
+            document["bytes"] = len(document["text"].encode())
         documents.append(document)
     raws = [document["text"].encode() for document in documents]
     columns = {name: np.array([document[name] for document in documents], kind) for name, kind in
                (("bytes", int), ("prompt_chars", int), ("reason", bytes))}
     return {"skipped": skipped, "redacted": redacted, "ids": [str(document["id"]) for document in documents],
-            "text": np.frombuffer(b"".join(raws), np.uint8), "size": np.array(list(map(len, raws)), int),
+            "text": np.frombuffer(b"".join(raws), np.uint8), "ends": np.cumsum([0, *map(len, raws)]),
             "hash": sha64(raws), **columns}
 
 
@@ -1317,19 +1304,16 @@ class Funnel:
     """All documents, those of all parts in a row, and what becomes of them: `alive` marks those that are
     left, `rows` counts what went in and out of each stage and why, `examples` shows some.
 
-    Of each document it holds bytes, size, place, hash and order in memory; texts and signatures stay in the
-    parts."""
+    Of each document it holds size and hash in memory; texts and signatures stay in the parts."""
 
     def __init__(self, run, parts, seed):
         self.run = run
         self.parts = parts
-        self.base = np.cumsum([0] + [len(part("size")) for part in parts])  # where each part begins
+        self.base = np.cumsum([0] + [len(part("bytes")) for part in parts])  # where each part begins
         self.alive = np.ones(self.base[-1], bool)
         self.bytes = column(parts, "bytes")
-        self.size = column(parts, "size")
-        self.start = np.cumsum(self.size) - self.size
         self.hash = column(parts, "hash")
-        self.order = splitmix64(self.hash + splitmix64(np.uint64([seed + 1])))
+        self.salt = splitmix64(np.uint64([seed + 1]))  # of the final order
         self.rows = []
         self.examples = []  # (stage, reason and id, beginning)
 
@@ -1339,15 +1323,15 @@ class Funnel:
         row |= {"documents_out": int(self.alive.sum()), "bytes_out": int(self.bytes[self.alive].sum())}
         self.rows.append(row | {"dropped": dict(dropped.most_common())})
 
-    def drop(self, stage, documents):
-        """documents: {reason: numbers of those that go}"""
+    def drop(self, stage, reasons):
+        """reasons: bytes for each of living(), why it goes, or nothing if it stays."""
+        living = self.living()
         dropped = Counter()
-        for reason, index in documents.items():
-            index = np.array(index, int)
-            index = index[self.alive[index]]
-            if len(index):
-                dropped[reason] = len(index)
-                self.show(f"{stage}: {reason}", index)
+        for reason in filter(None, np.unique(reasons)):
+            index = living[reasons == reason]
+            name = reason.decode()
+            dropped[name] = len(index)
+            self.show(f"{stage}: {name}", index)
             self.alive[index] = False
         self.count(stage, self.rows[-1]["documents_out"], self.rows[-1]["bytes_out"], dropped)
 
@@ -1363,14 +1347,14 @@ class Funnel:
         return np.flatnonzero(self.alive)
 
     def in_order(self, index):
-        return index[self.order[index].argsort()]
+        return index[splitmix64(self.hash[index] + self.salt).argsort()]
 
     def document(self, i):
         p = np.searchsorted(self.base, i, side="right") - 1
         part = self.parts[p]
         number = i - self.base[p]
-        start = self.start[i] - self.start[self.base[p]]
-        text = bytes(part("text")[start:start + self.size[i]]).decode()
+        begin, end = part("ends")[number:number + 2]
+        text = bytes(part("text")[begin:end]).decode()
         return {"id": part("ids")[number], "text": text, "prompt_chars": int(part("prompt_chars")[number])}
 
     def map_texts(self, stage, function):
@@ -1382,19 +1366,16 @@ class Funnel:
         return self.run(stage, len(self.parts), make)
 
 
-def drop_by_rules(funnel):
-    reasons, number = np.unique(column(funnel.parts, "reason"), return_inverse=True)
-    funnel.drop("rules", {reason.decode(): np.flatnonzero(number == i) for i, reason in enumerate(reasons)
-                          if reason})
+# Stages: funnel -> why each living document goes, as Funnel.drop takes it.
+
+def exact_duplicates(funnel):
+    hashes = funnel.hash[funnel.alive]
+    reasons = np.full(len(hashes), b"same text")
+    reasons[np.unique(hashes, return_index=True)[1]] = b""
+    return reasons
 
 
-def drop_exact_duplicates(funnel):
-    living = funnel.living()
-    first = np.unique(funnel.hash[living], return_index=True)[1]
-    funnel.drop("exact duplicates", {"same text": np.delete(living, first)})
-
-
-def drop_near_duplicates(funnel, threshold):
+def near_duplicates(funnel, threshold):
     """Documents that share a band of the signature are compared by the share of equal values; of each group
     connected by a similarity >= the threshold the longest stays."""
     def sign(texts):
@@ -1419,46 +1400,45 @@ def drop_near_duplicates(funnel, threshold):
 
     compared = funnel.run("near duplicates", lsh_shape(threshold)[0], compare)
     nodes, label = connected_components(column(compared, "pairs"))
-    nodes = funnel.living()[nodes]
-    order = np.lexsort((nodes, -funnel.size[nodes], label))
-    funnel.drop("near duplicates", {"similar text": nodes[order[1:][np.diff(label[order]) == 0]]})
+    size = funnel.bytes[funnel.alive]
+    order = np.lexsort((nodes, -size[nodes], label))
+    reasons = np.full(len(size), b"", "S12")
+    reasons[nodes[order[1:][np.diff(label[order]) == 0]]] = b"similar text"
+    return reasons
 
 
 def decontaminate(funnel, contamination):
-    """Drops what contains a benchmark's problems. Returns the records of contaminated.jsonl."""
+    """The second value: the records of contaminated.jsonl."""
     def check(texts):
         found = contamination.find(texts)
         return {"hits": [found.get(k) or contamination.find_functions(text) for k, text in enumerate(texts)]}
 
     hits = itertools.chain(*(part("hits") for part in funnel.map_texts("decontaminate", check)))
+    reasons = []
     records = []
-    documents = {}
     for i, hit in zip(funnel.living(), hits):
+        rule, number, evidence = hit or ("", None, None)
+        reasons.append(rule)
         if hit:
-            rule, number, evidence = hit
-            documents.setdefault(rule, []).append(i)
             name, text, _ = contamination.problems[number]
             about = {"rule": rule, "evidence": evidence, "problem": name, "problem_text": text}
             records.append(funnel.document(i) | about)
-    funnel.drop("decontaminate", documents)
-    return records
+    return np.array(reasons, bytes), records
 
 
-def keep_valuable(funnel, forest, options):
-    """Drops what scores below --min-score, and all but the best --keep. Returns {score: how many
-    documents}."""
+def low_value(funnel, forest, options):
+    """All but the best --keep, and what scores below --min-score. The second value: {score: how many}."""
     def score(texts):
         X = np.array([features(text) for text in texts])
         return {"value": (forest.predict_proba(X) if texts else np.zeros(0)).astype(np.float32)}
 
-    living = funnel.living()
     value = column(funnel.map_texts("value", score), "value")
     # the best first, equal ones by their hash
-    order = np.lexsort((funnel.hash[living], (65535 - value * 65535).astype(int)))
-    low = np.append(order[math.ceil(options.keep * len(order)):], np.flatnonzero(value < options.min_score))
-    funnel.drop("educational value", {"low score": living[np.unique(low)]})
+    order = np.lexsort((funnel.hash[funnel.alive], (65535 - value * 65535).astype(int)))
+    reasons = np.where(value < options.min_score, b"low score", b"")
+    reasons[order[math.ceil(options.keep * len(order)):]] = b"low score"
     counts = np.histogram(value, 20, (0, 1))[0].tolist()
-    return {f"{i / 20:.2f} and more": n for i, n in enumerate(counts)}
+    return reasons, {f"{i / 20:.2f} and more": n for i, n in enumerate(counts)}
 
 
 # ---------------------------------------------------------------- split, tokens, files
@@ -1476,7 +1456,7 @@ def make_tokens(funnel, tokenizer, options):
     A part is a piece of the shuffled order."""
     is_val = split_validation(funnel, options.val_share)
     order = funnel.in_order(funnel.living())
-    n_bytes = int(funnel.size[order].sum())
+    n_bytes = int(funnel.bytes[order].sum())
     n_shards = 1 + max(min(32, n_bytes >> 16), n_bytes >> 27)
     shards = np.array_split(order, n_shards)
 
@@ -1649,21 +1629,24 @@ def build(options):
     funnel = Funnel(run, parts, options.seed)
     skipped = sum_counts([unread, *(part("skipped") for part in parts)])
     funnel.count("read", len(funnel.alive) + skipped.total(), bytes_in, skipped)
-    drop_by_rules(funnel)
-    drop_exact_duplicates(funnel)
+    funnel.drop("rules", column(parts, "reason"))
+    funnel.drop("exact duplicates", exact_duplicates(funnel))
     tables = {"redacted": sum_counts(part("redacted") for part in parts)}
     if options.dedup_threshold < 1:
-        drop_near_duplicates(funnel, options.dedup_threshold)
+        funnel.drop("near duplicates", near_duplicates(funnel, options.dedup_threshold))
     extra_files = {}
     if contamination:
-        hits = decontaminate(funnel, contamination)
+        reasons, hits = decontaminate(funnel, contamination)
+        funnel.drop("decontaminate", reasons)
         extra_files["contaminated.jsonl"] = lambda file: write_jsonl(file, hits)
     if forest:
-        tables["scores"] = keep_valuable(funnel, forest, options)
+        reasons, tables["scores"] = low_value(funnel, forest, options)
+        funnel.drop("educational value", reasons)
         extra_files["classifier.npz"] = forest.save
     if options.max_documents:
-        rest = funnel.in_order(funnel.living())[options.max_documents:]
-        funnel.drop("--max-documents", {"more than asked for": rest})
+        stay = funnel.in_order(funnel.living())[:options.max_documents]
+        reasons = np.where(np.isin(funnel.living(), stay), b"", b"more than asked for")
+        funnel.drop("--max-documents", reasons)
     if RANK == 0:
         show_rows(funnel.rows)
     if not funnel.alive.any():
