@@ -2835,44 +2835,44 @@ EXAMPLES = """examples:
   python synth.py textbooks --revise --teacher https://example.com/v1#large@0.5/2 --max-usd 20
 """
 
-# Option and what it takes, N a whole number, X any, nothing for a flag | default | help
+# As data.Parser.table reads it
 OPTIONS = """
 what is written
---count N | 10000 | records; leaves of topics
---out FILE | | JSON Lines, .gz to compress [data/KIND.jsonl]
---seed N | 0 | of all that is drawn
---topics FILE | | topics to draw from, as `synth.py topics` writes
---plain | | ask without the drawn variety, to compare diversity
---dry-run | | show a question and the highest cost; ask nobody
---split SPLIT | train | built-in: train, dev or test compositions
---k K | 1-4 | built-in: operations, as 2-6 or 1,2,3,3,4
+--count N  10000  records; leaves of topics
+--out FILE  -  JSON Lines, .gz to compress [data/KIND.jsonl]
+--seed N  0  of all that is drawn
+--topics FILE  -  topics to draw from, as `synth.py topics` writes
+--plain  ask without the drawn variety, to compare diversity
+--dry-run  show a question and the highest cost; ask nobody
+--split train|dev|test  train  built-in: train, dev or test compositions
+--k K  1-4  built-in: operations, as 2-6 or 1,2,3,3,4
 
 who is asked
---teacher URL#MODEL | | [builtin]; =3 at its end: three times as often, @0.5/2:
+--teacher URL#MODEL...  -  [builtin]; =3 at its end: three times as often, @0.5/2:
     USD a million tokens read/written. The key for api.example.com is in SYNTH_KEY_API_EXAMPLE_COM
---judge URL#MODEL | | teachers who grade records and compare answers
---temperature X | 1.0 | of the answers
---max-answer N | 2048 | longest answer, tokens
---max-chars N | 12000 | how much of a document is shown
---api API | chat | preferences: chat or completions
+--judge URL#MODEL...  -  teachers who grade records and compare answers
+--temperature X  1.0  of the answers
+--max-answer N  2048  longest answer, tokens
+--max-chars N  12000  how much of a document is shown
+--api chat|completions  chat  preferences: how to ask
 
 how good it must be
---revise | | each answer is criticized and written again
---votes N | 0 | exercises: other solutions, most of which must pass
---repeat N | 1 | label: grades of each document
---samples N | 2 | preferences: answers to each question
---max-attempts N | 3 | answers to buy where they are of no use
---min-chars N | | shortest record [400 for textbooks, else 20]
---min-grade X | 3.0 | lowest grade of --judge to keep, 0 to 5
---against PATH | | benchmarks of which no record may hold a part
+--revise  each answer is criticized and written again
+--votes N  0  exercises: other solutions, most of which must pass
+--repeat N  1  label: grades of each document
+--samples N  2  preferences: answers to each question
+--max-attempts N  3  answers to buy where they are of no use
+--min-chars N  -  shortest record [400 for textbooks, else 20]
+--min-grade X  3.0  lowest grade of --judge to keep, 0 to 5
+--against PATH...  -  benchmarks of which no record may hold a part
 
 what it may take
---max-usd X | 0.0 | for this --out, with earlier runs; 0: no limit
---max-tokens N | 0 | for this --out, with earlier runs; 0: no limit
---concurrency N | 32 | questions in flight
---timeout X | 300.0 | a teacher's silence, s; then paid at worst
---patience X | 3600.0 | wait where no teacher answers, s
---backoff X | 1.0 | a teacher's rest after a failure, s; doubles
+--max-usd X  0.0  for this --out, with earlier runs; 0: no limit
+--max-tokens N  0  for this --out, with earlier runs; 0: no limit
+--concurrency N  32  questions in flight
+--timeout X  300.0  a teacher's silence, s; then paid at worst
+--patience X  3600.0  wait where no teacher answers, s
+--backoff X  1.0  a teacher's rest after a failure, s; doubles
 """
 
 
@@ -2897,22 +2897,7 @@ def parse_arguments():
         metavar="FILE",
         help="documents (.jsonl, text, code, folders, `python`), questions, topics"
     )
-    for block in OPTIONS.strip().split("\n\n"):
-        title, _, rows = block.partition("\n")
-        parser.title(title)
-        for option, (default, text) in table(rows).items():
-            name, _, metavar = option.partition(" ")
-            accepts = {
-                "N": {"type": data.number(int, int(default != "0"))},
-                "X": {"type": data.number(float, 0)},
-                "K": {"type": chain_lengths},
-                "URL#MODEL": {"type": Teacher, "nargs": "+"},
-                "PATH": {"nargs": "+"},
-                "SPLIT": {"choices": ("train", "dev", "test")},
-                "API": {"choices": ("chat", "completions")}
-            }
-            more = {"metavar": metavar, **accepts.get(metavar, {})} if metavar else {"action": "store_true"}
-            parser.option(name, default or None, text, **more)
+    parser.table(OPTIONS, **{"K": chain_lengths, "URL#MODEL...": Teacher})
     args = parser.parse_intermixed_args()
     kind = args.kind
     args.teacher = args.teacher or [Teacher("builtin")]

@@ -5852,7 +5852,7 @@ def on_two_ranks(folder, program, options=""):
     file = folder / "program.py"
     file.write_text(
         f"import sys; sys.path.insert(0, {HERE!r})\n"
-        "import gc, torch, train, torch.distributed as dist\n" + program
+        "import gc, torch, data, train, torch.distributed as dist\n" + program
     )
     return trained(folder, options, TWO, file)
 
@@ -5891,7 +5891,7 @@ for n, rows, columns, splits in ((2, 5, 3, [5]), (1, 1, 4, [1]), (2, 8, 6, [4, 2
     dist.all_reduce(total)
     assert total == 2 * n * len(splits), total
 print("equal")
-train.leave()
+data.leave()
 """,
     )
     assert output.count("equal") == 2
@@ -5922,14 +5922,14 @@ def setup(*args):
     return run
 
 train.setup = setup
-leave = train.leave
+leave = train.data.leave
 
 def leave_a_note(code):
     with open(f"share-{dist.get_rank()}", "w") as file:
         file.write(str((held[1] - held[0]) / gradient))
     leave()
 
-train.leave = leave_a_note
+train.data.leave = leave_a_note
 train.main()
 """,
         "--out runs/held --fsdp --micro-tokens 128 --steps 1",

@@ -844,17 +844,8 @@ def find_source(args, identity):
     if source["step"] >= args.steps:
         data.print0(f"{out} is trained already ({args.steps:,} steps); to train again, delete it or give "
                     "another --out")
-        leave()
+        data.leave()
     return source, source
-
-
-def leave(code=0):
-    """End the process, on all ranks together: when one is gone, torchrun kills those still at work."""
-    data.all_gather()
-    sys.stdout.flush()
-    if dist.is_initialized():
-        os._exit(code)  # in Python's shutdown a thread of the process group aborts once in some hundred runs
-    raise SystemExit(code)
 
 
 def setup(args, config, tokenizer, resume_keys, fingerprints):
@@ -1101,11 +1092,11 @@ def train(run, loader, loss_fn, validate=None, log_entry=lambda sums: {}, about=
         if asked:
             log.progress.close()
             run.print0(f"stopped; saved at step {step:,} in {args.out}: give the same command to go on")
-            leave(128 + (stop.signal or signal.SIGTERM))
+            data.leave(128 + (stop.signal or signal.SIGTERM))
     log.progress.close()
     report(run, log, chart_options)
     if stop.signal or run.world > 1:        # a signal that came after the last step still ends a recipe
-        leave(stop.signal and 128 + stop.signal)
+        data.leave(stop.signal and 128 + stop.signal)
 
 
 # ---------------------------------------------------------------- the recipe
