@@ -1697,7 +1697,7 @@ def fail(message, code=2):
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
-        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
         super().__init__(formatter_class=formatter, allow_abbrev=False, **more)
 
     def error(self, message):

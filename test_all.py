@@ -2288,8 +2288,8 @@ def post(url, body, path="completions", **how):
 
 HELLO = [{"role": "user", "content": "hello <|end|>"}]
 PARTS = [{"type": "text", "text": "hello "}, {"type": "text", "text": "<|end|>"}]
-PROMPTS = ["def f(x):", "a", "def f(x):\n    y"]
-TOKENS = [[*prompt.encode()] for prompt in PROMPTS]
+TEXTS = ["def f(x):", "a", "def f(x):\n    y"]
+TOKENS = [[*prompt.encode()] for prompt in TEXTS]
 
 
 def joined(choices, n):
@@ -2307,7 +2307,7 @@ def joined(choices, n):
 @pytest.mark.parametrize(
     "body",
     [
-        dict(prompt=PROMPTS, logprobs=3),
+        dict(prompt=TEXTS, logprobs=3),
         dict(prompt=TOKENS, logprobs=0, echo=True, max_tokens=1),
         dict(prompt=TOKENS, logprobs=1, echo=True, max_tokens=0),
         dict(messages=HELLO),
@@ -2349,13 +2349,13 @@ def test_answers_depend_on_their_seed_prompt_and_number(served):
     assert request.max_length == 512  # where --max-tokens would lead past the context
 
 
-CHAT = dict(messages=HELLO)
+CHAT_REQUEST = dict(messages=HELLO)
 BAD_REQUESTS = [
-    ("chat/completions", CHAT | {"temperature": "hot"}, 400, "temperature"),
-    ("chat/completions", CHAT | {"top_p": 0}, 400, "top_p"),
-    ("chat/completions", CHAT | {"model": "gpt"}, 404, "model"),
-    ("chat/completions", CHAT | {"tools": [1]}, 400, "tools"),
-    ("chat/completions", CHAT | {"stream_options": 3}, 400, "stream_options"),
+    ("chat/completions", CHAT_REQUEST | {"temperature": "hot"}, 400, "temperature"),
+    ("chat/completions", CHAT_REQUEST | {"top_p": 0}, 400, "top_p"),
+    ("chat/completions", CHAT_REQUEST | {"model": "gpt"}, 404, "model"),
+    ("chat/completions", CHAT_REQUEST | {"tools": [1]}, 400, "tools"),
+    ("chat/completions", CHAT_REQUEST | {"stream_options": 3}, 400, "stream_options"),
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, None),
@@ -5071,7 +5071,7 @@ def test_pages_and_conversations_are_built_on_real_documents(teacher, tmp_path):
     assert "has the document above" in teacher.seen[-1][0]
 
 
-CODE = """def twice(x):
+REAL_CODE = """def twice(x):
     result = x
     for _ in range(1):
         result = result + x
@@ -5086,7 +5086,7 @@ def uses(x):
 
 @pytest.mark.parametrize("solution,agrees", [("    return 2 * x\n", True), ("    return x + 2\n", False)])
 def test_exercises_from_real_code_are_solved_again_and_both_must_agree(teacher, tmp_path, solution, agrees):
-    (tmp_path / "code.py").write_text(CODE)
+    (tmp_path / "code.py").write_text(REAL_CODE)
     stub = GOOD.replace("double", "twice").replace("    return 2 * x\n", "")
     task = block(stub, TESTS + "    assert candidate(9) == 18\n")
     teacher.answer = lambda question, n: task if "<code>" in question else block(stub + solution)
@@ -5460,14 +5460,14 @@ def test_memory_falls_with_shards_and_recomputing():
 # train.py: runs. Each in data/mini's folder, compared by its log and its weights
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-SMALL = (
+MINI_RUN = (
     "--data mini --n-layer 2 --d-model 32 --n-head 4 --n-kv-head 2 --d-ff 64 --context 64 --batch-tokens 512 "
     "--steps 12 --compile no --dtype fp32 --device cpu --log-every 1 --val-tokens 1000"
 )
 
 
 def train_command(options, launcher=(), script=train.__file__):
-    return [sys.executable, *launcher, str(script), *SMALL.split(), *options.split()]
+    return [sys.executable, *launcher, str(script), *MINI_RUN.split(), *options.split()]
 
 
 def run_train(folder, options, launcher=(), script=train.__file__):
@@ -5685,7 +5685,7 @@ def test_training_refuses_bad_input_in_one_line(mini):
 def test_the_next_phase_carries_the_optimizer_on(mini, whole, monkeypatch):
     monkeypatch.setattr(
         sys.modules[__name__],
-        "SMALL",
+        "MINI_RUN",
         "--data mini --continue-from runs/uncut --batch-tokens 512 --compile no --dtype fp32 --device cpu "
         "--log-every 1 --val-tokens 1000",
     )
@@ -6097,7 +6097,7 @@ PHI3SMALL = dict(
     sparse_stride=4,
     dummy_tokens=[7, 9],
 )
-FORMS = {
+GROWN_FORMS = {
     "phi": dict(model_type="phi", n_kv_head=6, partial_rotary_factor=0.5),
     "phi gqa tied": dict(model_type="phi", partial_rotary_factor=0.5, tie_embeddings=True),
     "phi3": {},
@@ -6139,9 +6139,9 @@ HEADS = (  # source and target
     ({**MULTI_HEAD, "n_kv_head": 2}, dict(d_model=64, n_head=4)),
     (dict(n_head=3, n_kv_head=3), dict(d_model=96, n_head=3)),
     (dict(model_type="phi", **MULTI_HEAD), dict(d_model=60, n_head=4, d_ff=240)),  # as phi-1.5 -> phi-2
-    (FORMS["llama"], dict(n_head=9, n_kv_head=3)),
-    (FORMS["llama"], dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
-    (FORMS["gemma"], dict(n_head=7, n_kv_head=1)),
+    (GROWN_FORMS["llama"], dict(n_head=9, n_kv_head=3)),
+    (GROWN_FORMS["llama"], dict(d_model=72, n_head=9, n_kv_head=3, n_layer=5, d_ff=65, vocab_size=301)),
+    (GROWN_FORMS["gemma"], dict(n_head=7, n_kv_head=1)),
     (PHI3SMALL, dict(d_model=96, n_head=8, n_kv_head=2)),
     (PHI3SMALL, dict(d_model=192)),
     (PHI3SMALL, dict(n_kv_head=4)),
@@ -6151,10 +6151,10 @@ HEADS = (  # source and target
 
 
 def growths():
-    for form, target in itertools.product(FORMS, TARGETS):
+    for form, target in itertools.product(GROWN_FORMS, TARGETS):
         is_padded = target.get("d_model", 48) % 48 > 0
         if not (form == "phi3small" and is_padded):
-            yield FORMS[form], target
+            yield GROWN_FORMS[form], target
     yield from HEADS
 
 
@@ -6197,9 +6197,9 @@ def test_other_growth_is_not_exact(double):
         assert difference(source, grow.grow(source, method, **target)) > 1e-3
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", GROWN_FORMS)
 def test_growth_is_exact_in_fp32_and_in_files(tmp_path, form):
-    source = Model(Config(**{**TINY, **FORMS[form]})).eval()
+    source = Model(Config(**{**TINY, **GROWN_FORMS[form]})).eval()
     large = grow.grow(source, d_model=96, n_layer=4, vocab_size=320)
     x = torch.randint(300, (2, 60))
     eager, got = source(x), large(x)[..., :300]
@@ -6217,7 +6217,7 @@ def test_copies_receive_different_gradients():
     for form, (noise, is_same) in itertools.product(
         ("phi", "phi3", "phi3small", "gemma"), ((10.0, False), (math.inf, True))
     ):
-        large = grow.grow(tiny(**FORMS[form]), d_model=96, noise=noise)
+        large = grow.grow(tiny(**GROWN_FORMS[form]), d_model=96, noise=noise)
         large(x[:, :-1], targets=x[:, 1:])[0].backward()
         block = large.model.layers[0]
         weights = block.self_attn.o_proj.weight, block.mlp.down_proj.weight, large.model.embed_tokens.weight.T
@@ -6236,7 +6236,7 @@ def test_grown_models_learn_in_every_part():
         ("phi3", dict(d_model=72, n_layer=3)),
         ("phi3", dict(d_model=96, n_layer=4)),
     ):
-        large = grow.grow(tiny(**FORMS[form]), **target)
+        large = grow.grow(tiny(**GROWN_FORMS[form]), **target)
         start = copy.deepcopy(large.state_dict())
         optimizer = torch.optim.SGD(large.parameters(), lr=1e-4)
         for _ in range(3):
@@ -6309,7 +6309,7 @@ WIDER = dict(d_model=96, n_layer=4, vocab_size=320)
 @pytest.mark.parametrize(
     "change, target, rope",
     [
-        *((FORMS[form], WIDER, None) for form in FORMS if form != "phi3small"),  # which transformers lacks
+        *((GROWN_FORMS[form], WIDER, None) for form in GROWN_FORMS if form != "phi3small"),  # which transformers lacks
         (dict(model_type="phi", **MULTI_HEAD), dict(d_model=60, n_head=4), None),
         (MULTI_HEAD, dict(d_model=60, n_head=4), None),
         *((dict(model_type=name), {}, "yarn") for name in ("phi", "phi3", "llama")),
@@ -6500,14 +6500,13 @@ def test_grow_refuses_in_one_line(source, text_dataset, capsys, monkeypatch, wor
 # ---------------------------------------------------------------------------------------------------------------------
 # align.py
 
-CHAT = [
+CHAT_RECORDS = [
     {"role": "system", "content": "Be brief <|end|>."},
     {"role": "user", "content": "What is 1 + 1?"},
     {"role": "assistant", "content": "  two\n"},
     {"role": "user", "content": "And 2 + 2? <|assistant|>"},
     {"role": "assistant", "content": "four <|end|>"},
 ]
-BYTES = Tokenizer.load("bytes")
 # special tokens of a family, and its end of a turn; phi-2 has none
 SPECIALS = {
     "phi3": (list(BYTES.special), "<|end|>"),
@@ -6525,7 +6524,7 @@ SPECIALS = {
 def test_masks_hold_assistants_words_and_the_end_token(name):
     special, end = SPECIALS[name]
     tokenizer = Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(special)}, special[0])
-    chat = CHAT[1:] if name == "gemma" else CHAT
+    chat = CHAT_RECORDS[1:] if name == "gemma" else CHAT_RECORDS
     ids, spans = align.render(tokenizer, chat)
     assert ids == tokenizer.render(chat, add_generation_prompt=False)
     texts = [tokenizer.decode(ids[a:b]) for a, b in spans]
@@ -6607,7 +6606,7 @@ def task(monkeypatch, kind, more=""):
     return parts[:3]
 
 
-def judge(monkeypatch, reward):
+def judged_by(monkeypatch, reward):
     """Rewards by the text alone."""
     monkeypatch.setattr(align, "rewards", lambda problems, texts: [float(reward(text)) for text in texts])
 
@@ -6663,7 +6662,7 @@ def test_pairs_and_answers_in_batches():
     pair = align.read_preference(BYTES, 99, record)
     assert BYTES.decode(pair[0].ids) == "def f():\n    return 1\n<|endoftext|>"
     assert [learned(answer) for answer in pair] == ["\n    return 1\n<|endoftext|>", "\n<|endoftext|>"]
-    chat = align.read_preference(BYTES, 99, {"messages": CHAT[:4], "chosen": "yes", "rejected": "no"})
+    chat = align.read_preference(BYTES, 99, {"messages": CHAT_RECORDS[:4], "chosen": "yes", "rejected": "no"})
     assert [learned(answer) for answer in chat] == ["yes<|end|>", "no<|end|>"]
     assert align.read_preference(BYTES, len(pair[0].ids) - 1, record) == pair
     assert align.read_preference(BYTES, len(pair[0].ids) - 2, record) is None
@@ -6694,7 +6693,7 @@ def test_equal_prompts_are_held_out_together():
 
 
 def test_a_chat_is_cut_to_the_context():
-    chat = {"messages": CHAT[1:3]}
+    chat = {"messages": CHAT_RECORDS[1:3]}
     (whole,) = align.read_chat(BYTES, 99, chat)
     [(start, end)] = whole.spans
     assert align.read_chat(BYTES, end - 3, chat) == [(whole.ids[: end - 2], [(start, end - 2)], 1.0)]
@@ -6964,14 +6963,14 @@ def test_the_rollout_model_casts_before_it_gathers(monkeypatch):
 
 
 def test_grpo_learns_to_say_one_byte(folder, monkeypatch):
-    judge(monkeypatch, lambda text: "e" in text)
+    judged_by(monkeypatch, lambda text: "e" in text)
     more = "--steps 20 --lr 0.03 --num-generations 8 --max-tokens 6 --out runs/byte"
     passed = [r["pass@1"] for r in align_run("grpo", more) if "loss" in r]
     assert np.mean(passed[-5:]) > max(0.8, np.mean(passed[:5]) + 0.4), passed
 
 
 def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch):
-    judge(monkeypatch, lambda text: True)
+    judged_by(monkeypatch, lambda text: True)
     records = align_run("grpo", "--steps 3 --weight-decay 0.1 --out runs/equal")
     assert all(r["dropped"] == 1 and r["loss"] == 0 for r in records if "loss" in r)
     before, after = (weights_of(folder, name) for name in ("runs/init", "runs/equal"))
@@ -6979,7 +6978,7 @@ def test_groups_of_equal_rewards_teach_nothing(folder, monkeypatch):
 
 
 def test_grpo_rows_train_the_end_token(folder, monkeypatch):
-    judge(monkeypatch, chance)
+    judged_by(monkeypatch, chance)
     run, loader, _ = task(monkeypatch, "grpo", "--max-tokens 30 --num-generations 8")
     with torch.no_grad():
         run.model.lm_head.weight[BYTES.eot] *= 3
@@ -7032,7 +7031,7 @@ def pivots(problem, more=""):
 
 
 def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
-    judge(monkeypatch, lambda text: text[0] == "b")
+    judged_by(monkeypatch, lambda text: text[0] == "b")
     problem = question()
     found = pivots(problem, "--samples 20")
     assert found and {record["chosen"] for record in found} == {"b"}
@@ -7042,13 +7041,13 @@ def test_pivotal_pairs_are_one_token_and_dpo_reads_them(monkeypatch):
     assert learned(chosen) == "b" and chosen.ids[:-1] == rejected.ids[:-1] == problem["ids"]
     with pytest.raises(ValueError, match="another tokenizer"):
         align.read_preference(small_tokenizer(), 99, found[0])
-    judge(monkeypatch, lambda text: text == "bb")  # solved once in 16 times: left alone
+    judged_by(monkeypatch, lambda text: text == "bb")  # solved once in 16 times: left alone
     assert not pivots(problem, "--samples 40 --gap 0.1")
 
 
 def test_luck_writes_no_pivotal_pairs(monkeypatch):
     """Rewards that no token has an effect on: of a hundred problems, at most one may give a pair."""
-    judge(monkeypatch, chance)
+    judged_by(monkeypatch, chance)
     assert sum(bool(pivots(question(ask=f"{i}?"))) for i in range(100)) <= 1
 
 
@@ -7081,7 +7080,7 @@ def without_times(records):
 
 @pytest.mark.parametrize("kind", OPTIONS_OF)
 def test_killed_and_resumed_equals_uninterrupted(folder, kind, monkeypatch, capsys):
-    judge(monkeypatch, lambda text: len(text) % 2)  # by the text alone: a resumed run judges alike
+    judged_by(monkeypatch, lambda text: len(text) % 2)  # by the text alone: a resumed run judges alike
     whole, cut = (f"runs/{kind}-{which}" for which in ("whole", "cut"))
     expected = without_times(align_run(kind, f"--out {whole}"))
     if kind == "sft":
@@ -7138,7 +7137,7 @@ def test_two_ranks_equal_one(folder, more):
 @pytest.mark.parametrize(
     "words, record, error",
     [
-        ("sft", {"messages": [CHAT[1], {"role": "bot", "content": "b"}]}, "message 1"),
+        ("sft", {"messages": [CHAT_RECORDS[1], {"role": "bot", "content": "b"}]}, "message 1"),
         ("sft", {"messages": "hello"}, "record 1"),
         ("sft", {"messages": [{"role": "user", "content": "a"}]}, "nothing is left"),
         ("sft", "{", "bad.jsonl:1"),
