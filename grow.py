@@ -340,6 +340,8 @@ def parse_args(arguments=None):
     parser.add_argument("target", metavar="DST", help="directory to write")
     parser.table(OPTIONS, DB=float, DEVICE={"cpu", models.default_device()})
     args = parser.parse_args(arguments)
+    if args.rope != "searched" and not args.context:
+        parser.error("--rope says how --context grows; give that too")
     if args.context and args.rope == "searched" and not args.data:
         parser.error("--rope searched needs --data with long documents; or give --rope yarn")
     return args
@@ -376,9 +378,10 @@ def extend_context(args, model, tokenizer):
         if args.rope == "searched":
             factors = search(model, args.context, documents[::2], args.population, args.iterations, args.seed)
             methods["searched"] = factors, None
-        print(f"context  loss on {len(documents[1::2])} other {kind}:")
+        others = documents[1::2]
+        print(f"context  loss on {len(others)} other {kind}:")
         for name, method in methods.items():
-            loss = document_loss(set_context(model, args.context, *method), documents[1::2])
+            loss = document_loss(set_context(model, args.context, *method), others)
             print(f"         {name:8} {loss:.4f}")
     return set_context(model, args.context, *methods[args.rope])
 
@@ -388,8 +391,10 @@ def describe(config):
     return f"{config.num_parameters():,} parameters: {', '.join(shape)}"
 
 
+@data.command("interrupted; nothing was written")
 @torch.no_grad()
-def run(args):
+def main(arguments=None):
+    args = parse_args(arguments)
     target = Path(args.target)
     if list(target.glob("state-*")) or target.resolve() == Path(args.source).resolve():
         raise ValueError(f"{target} is the source or a training run; give another DST, or delete it")
@@ -413,11 +418,6 @@ def run(args):
     print(f"check    largest difference {difference:.2g} of the largest probability: {verdict}")
     models.save(grown, tokenizer, target)
     print(f"saved    {target}; go on with: python train.py --init {target} --data ... --out ...")
-
-
-@data.command("interrupted; nothing was written")
-def main(arguments=None):
-    run(parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 MMLU, ARC, HellaSwag, GSM8K and the rest are lm-evaluation-harness's, which asks the server (README).
 """
 import codecs
-import collections
 import contextlib
 import hashlib
 import html

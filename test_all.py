@@ -9,14 +9,12 @@ compares a real released model with transformers.
 import argparse
 import base64
 import builtins
-import collections
 import contextlib
 import copy
 import dataclasses
 import functools
 import glob
 import gzip
-import hashlib
 import http.client
 import http.server
 import io
@@ -38,7 +36,6 @@ import tempfile
 import threading
 import time
 import unicodedata
-import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -47,7 +44,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint.format_utils
 
 import align
@@ -6473,6 +6469,7 @@ def test_the_search_does_not_see_what_the_table_shows(source, text_dataset, monk
         ("src out --d-model 40", "only enlarges"),
         ("src out --d-model x", "--d-model"),
         ("src out --bogus", "--bogus"),
+        ("src out --d-model 96 --rope pi", "give that too"),
         ("src out --context 64 --rope pi", "already"),
         ("src out --context 128", "--data"),
         ("src out --context 128 --data other", "another tokenizer"),
