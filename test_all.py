@@ -6001,9 +6001,17 @@ def test_commands_end_on_signals(number, code, inherited):
 def test_readme_shows_the_commands_that_the_recipe_runs():
     with open(os.path.join(HERE, "README.md")) as file:
         lines = file.read().splitlines()
-    for _, _, command, *_ in train.recipe_stages(quick=False):
-        assert "python " + command in lines
+    for stage in train.recipe_stages(train.SIZES["laptop"]):
+        assert "python " + stage.command in lines
     assert train.EXPORT in lines
+
+
+def test_experiments_make_what_they_share_by_the_recipes_commands(monkeypatch):
+    made = []
+    monkeypatch.setitem(globals(), "together", lambda *commands: made.extend(commands))
+    recipe_products("data/exercises.jsonl", "runs/phi")
+    assert [product for product, _ in made] == ["data/exercises.jsonl", "runs/phi"]
+    assert all("python " + command in open(os.path.join(HERE, "README.md")).read() for _, command in made)
 
 
 def test_stages_start_with_the_environment_that_the_help_names(monkeypatch):
@@ -6033,17 +6041,17 @@ def test_a_stage_done_again_is_followed_by_all_after_it(tmp_path, monkeypatch, c
         return 0
 
     monkeypatch.setattr(train, "run_stage", run_stage)
-    stages = train.recipe_stages(quick=True)
+    stages = train.recipe_stages(train.SIZES["quick"])
     for stage in stages:
         os.makedirs(stage.product)
-    train.recipe(quick=True)
+    train.recipe(train.SIZES["quick"])
     assert ran == [stage.command for stage in stages]
     ran.clear()
-    train.recipe(quick=True)
+    train.recipe(train.SIZES["quick"])
     assert not ran
     stages[2] = stages[2]._replace(command="another")
-    monkeypatch.setattr(train, "recipe_stages", lambda quick: stages)
-    train.recipe(quick=True)
+    monkeypatch.setattr(train, "recipe_stages", lambda size: stages)
+    train.recipe(train.SIZES["quick"])
     assert ran == [stage.command for stage in stages[2:]]
 
 
@@ -6063,7 +6071,7 @@ def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "measure_peak", None)  # a quiet second tells nothing of the minutes after it
     monkeypatch.setenv("MINE", "kept")
     with pytest.raises(SystemExit) as stopped:
-        train.recipe(quick=True)
+        train.recipe(train.SIZES["quick"])
     assert stopped.value.code == 3
     assert started == [train.stage_environment()] and started[0]["MINE"] == "kept"
     assert train.EXPORT in capsys.readouterr().out
@@ -7217,9 +7225,9 @@ def together(*commands):
 
 def recipe_products(*products):
     """The stages of the recipe that make these, by the recipe's own commands."""
-    for _, _, command, product, _ in train.recipe_stages(False):
-        if product in products:
-            together((product, command))
+    for stage in train.recipe_stages(train.SIZES["laptop"]):
+        if stage.product in products:
+            together((stage.product, stage.command))
 
 
 def finetuned(out, steps, more, seed, rates=RATES):

@@ -1110,27 +1110,49 @@ class Stage(NamedTuple):
     product: str
 
 
-def recipe_stages(quick):
-    root, runs = ("data/quick", "runs/quick") if quick else ("data", "runs")
-    pages, problems, held_out, web = (6000, 22_000, 600, 6_000_000)
-    if quick:
-        pages, problems, held_out, web = (1000, 16_000, 200, 1_000_000)
-    page_k, train_k, test_k = ("1-2", "1-2", "2-3") if quick else ("1,1,1,2,2,3", "2-5", "2-6")
-    pretrain, finetune = (53, 1200) if quick else (400, 1900)
-    rows = "--context 192 --batch-tokens 1536" if quick else "--context 384 --batch-tokens 2304"
+class Size(NamedTuple):
+    """How much of everything the recipe takes, and how long its models see it."""
+    folder: str         # of data and runs
+    pages: int
+    page_k: str
+    exercises: int
+    exercise_k: str
+    held_out: int
+    held_out_k: str
+    web_bytes: int
+    pretrain: str
+    finetune: str
+
+
+SIZES = {
+    "quick": Size("/quick", 1000, "1-2", 16_000, "1-2", 200, "2-3", 1_000_000,
+                  "--lr 0.02 --muon-lr 0.008 --context 384 --batch-tokens 2304 --steps 53",
+                  "--lr 0.02 --muon-lr 0.008 --context 192 --batch-tokens 1536 --steps 1200"),
+    "laptop": Size("", 6000, "1,1,1,2,2,3", 22_000, "2-5", 600, "2-6", 6_000_000,
+                   "--lr 0.02 --muon-lr 0.008 --context 384 --batch-tokens 2304 --steps 400",
+                   "--lr 0.02 --muon-lr 0.008 --context 384 --batch-tokens 2304 --steps 1900"),
+    "gpu": Size("", 20_000, "1,1,1,2,2,3", 100_000, "2-5", 600, "2-6", 20_000_000,
+                "--n-layer 8 --d-model 512 --n-head 8 --n-kv-head 4 --d-ff 1536 "
+                "--lr 0.01 --muon-lr 0.006 --context 384 --batch-tokens 24576 --steps 300",
+                "--lr 0.01 --muon-lr 0.006 --context 384 --batch-tokens 24576 --steps 1200")}
+
+
+def recipe_stages(size: Size):
+    root, runs = "data" + size.folder, "runs" + size.folder
     bpe = f"--tokenizer {root}/textbooks --out {root}"
-    rates = "--lr 0.02 --muon-lr 0.008"
     plain = "--rules none --dedup-threshold 1"
     return [
         Stage("textbooks", "a template teacher writes pages; every example on them is executed",
-              f"synth.py textbooks --count {pages} --k {page_k} --out {root}/textbooks.jsonl",
+              f"synth.py textbooks --count {size.pages} --k {size.page_k} --out {root}/textbooks.jsonl",
               f"{root}/textbooks.jsonl"),
-        Stage("exercises", f"problems with solutions and tests: chains of {train_k} operations",
-              f"synth.py exercises --count {problems} --k {train_k} --out {root}/exercises.jsonl",
+        Stage("exercises", f"problems with solutions and tests: chains of {size.exercise_k} operations",
+              f"synth.py exercises --count {size.exercises} --k {size.exercise_k} --out "
+              f"{root}/exercises.jsonl",
               f"{root}/exercises.jsonl"),
-        Stage("held-out problems", f"of no page's and no exercise's composition, chains of {test_k} "
-                                   "operations",
-              f"synth.py exercises --split test --k {test_k} --count {held_out} --out {root}/test.jsonl",
+        Stage("held-out problems", "of no page's and no exercise's composition, chains of "
+                                   f"{size.held_out_k} operations",
+              f"synth.py exercises --split test --k {size.held_out_k} --count {size.held_out} --out "
+              f"{root}/test.jsonl",
               f"{root}/test.jsonl"),
         Stage("tokenize textbooks", "a byte-level BPE of 1,024 tokens is trained on them",
               f"data.py --input {root}/textbooks.jsonl --name textbooks --tokenizer train:1024 {plain} --out "
@@ -1140,19 +1162,18 @@ def recipe_stages(quick):
               f"data.py --input {root}/exercises.jsonl --name exercises {plain} {bpe}",
               f"{root}/exercises"),
         Stage("filter the web", "this machine's own Python source, cleaned and deduplicated",
-              f"data.py --input python --name web --max-bytes {web} {bpe}",
+              f"data.py --input python --name web --max-bytes {size.web_bytes} {bpe}",
               f"{root}/web"),
         Stage("pretrain", "filtered code and textbooks (phi-1's CodeTextbook)",
-              f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {rates} --context 384 --batch-tokens "
-              f"2304 --steps {pretrain} --out {runs}/base",
+              f"train.py --data {root}/web:0.2 {root}/textbooks:0.8 {size.pretrain} --out {runs}/base",
               f"{runs}/base"),
         Stage("evaluate the base", "solves the held-out problems by running their tests",
               f"sample.py --run {runs}/base --eval {root}/test.jsonl --json {runs}/base/eval.json "
               "--max-tokens 400 --show 0",
               f"{runs}/base/eval.json"),
         Stage("finetune", "the exercises (phi-1's CodeExercises)",
-              f"train.py --data {root}/exercises --init {runs}/base {rates} --prompt-weight 0 {rows} "
-              f"--steps {finetune} --out {runs}/phi",
+              f"train.py --data {root}/exercises --init {runs}/base --prompt-weight 0 {size.finetune} "
+              f"--out {runs}/phi",
               f"{runs}/phi"),
         Stage("evaluate", "the same held-out problems",
               f"sample.py --run {runs}/phi --eval {root}/test.jsonl --json {runs}/phi/eval.json "
@@ -1190,9 +1211,9 @@ def run_stage(command):
     return 128 - code if code < 0 else code
 
 
-def recipe(quick):
-    stages = recipe_stages(quick)
-    book_file = "runs/quick/recipe.json" if quick else "runs/recipe.json"
+def recipe(size: Size):
+    stages = recipe_stages(size)
+    book_file = f"runs{size.folder}/recipe.json"
     # product -> the command that made it (None: an attempt was cut short) and its seconds
     book = models.read_json(book_file) if os.path.exists(book_file) else {}
     is_stale = False    # an earlier stage was done again
@@ -1407,7 +1428,8 @@ def main():
     elif "RANK" in os.environ:
         data.fail("the recipe runs in one process, python train.py: its model is too small for more")
     else:
-        recipe(args.quick)
+        on_gpu = models.default_device() == "cuda"
+        recipe(SIZES["quick" if args.quick else "gpu" if on_gpu else "laptop"])
 
 
 if __name__ == "__main__":
