@@ -1703,6 +1703,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message}; `python {self.prog} -h` explains the options")
 
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for word in () if self._subparsers else words:      # a subcommand looks through its own
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in (*self._option_string_actions, "--"):
+                close = difflib.get_close_matches(option, self._option_string_actions, 1)
+                self.error(f"there is no option {option}" + "".join(f"; is {name} meant?" for name in close))
+        return super().parse_known_args(args, namespace)
+
     def table(self, text, **types):
         """Options from a table: blocks of a title and rows `--name METAVAR  default  help`, 2 spaces apart.
 

@@ -1017,7 +1017,8 @@ def write_answers(args, model, tokenizer, kind: str, problems: list[dict]) -> No
             problem["prompt"] = problem["prompt"].rstrip()
             ids = encode_prompt(tokenizer, problem["prompt"])
         seed = hashlib.sha256(json.dumps([args.seed, ids, n % args.samples]).encode()).hexdigest()
-        request = Request(ids[-room:], args.max_tokens, seed=int(seed[:16], 16))
+        stop = chat_stops(tokenizer) if args.chat else ()
+        request = Request(ids[-room:], args.max_tokens, seed=int(seed[:16], 16), stop=stop)
         if not args.chat:
             request.pattern = end
         requests.append(request)

@@ -2702,6 +2702,18 @@ def test_chat_models_answer_in_a_code_block(evaluated, monkeypatch):
     assert asked[0].startswith("<|user|>") and "def add(a, b):" in asked[0]
 
 
+def test_a_chat_models_answer_ends_at_its_own_stop(evaluated, monkeypatch):
+    def reply(args, model, tokenizer, requests_):
+        for token in tokenizer.encode("def add(a, b):\n    return a + b\nInstruct: another?"):
+            if requests_[0].append_token(token, None, tokenizer):
+                break
+
+    monkeypatch.setattr(sample, "generate", reply)
+    monkeypatch.setattr(sample, "chat_stops", lambda tokenizer: ("\nInstruct:",))
+    _, rows = evaluated([ADDITION], "--chat", "--max-tokens", "90")
+    assert rows[0]["completion"] == "def add(a, b):\n    return a + b" and not rows[0]["truncated"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py
 
@@ -3233,7 +3245,7 @@ def test_smallest_datasets(tmp_path):
         (["--val-share", "2"], "not between"),
         (["--tokenizer", "/no/such"], "no tokenizer"),
         (["--workers", "x"], "invalid int"),
-        (["--unknown"], "unrecognized"),
+        (["--unknown"], "no option --unknown"),
     ],
 )
 def test_bad_options(tmp_path, capsys, arguments, message):
@@ -5154,6 +5166,7 @@ def test_every_kind_runs_offline(tmp_path):
     chats = run("chat --count 30")
     assert all(m["role"] == ("user", "assistant")[i % 2] for r in chats for i, m in enumerate(r["messages"]))
     assert run("preferences exercises.jsonl --samples 6")
+    assert run("textbooks --count 4 --judge builtin")
     judged = run("exercises --count 8 --judge builtin --min-grade 0")
     assert all(judge(r, r["canonical_solution"]).passed for r in judged)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -5169,6 +5182,16 @@ def test_the_decoding_benchmark_lets_every_text_go_on():
         4, 6, lambda prompts, count, tell: answers.extend(tell(i % 3, 1) for i in range(3 * count)), rows=3
     )
     assert len(answers) == 30 and set(answers) == {None}
+
+
+@pytest.mark.parametrize(
+    "command, hint",
+    [("synth.py --kount 3", "--kount; is --count meant?"), ("align.py sft --lrr=1", "--lrr; is --lr meant?")],
+)
+def test_a_mistyped_option_is_named(command, hint):
+    script, *words = command.split()
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *words], capture_output=True, text=True)
+    assert done.returncode == 2 and hint in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_help_fits_two_screens_and_ends_in_examples(tmp_path):
