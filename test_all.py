@@ -943,6 +943,9 @@ def test_a_sampled_row_does_not_depend_on_its_batch():
     together = write(range(5))
     assert together == write([4, 2, 0, 3, 1]) == write([0, 3]) | write([1, 4]) | write([2])
     assert together[0] == together[3] != together[4]  # one prompt, with one seed and with another
+    stop = together[0][4]  # where a row ends, the others keep their draws
+    ended = m.generate(prompts, 20, temperature=0.7, seed=seeds, stop=stop)
+    assert ended == [text[: [*text, stop].index(stop) + 1] for text in together.values()]
     same = m.generate([PROMPTS[0]] * 8, 20, temperature=0.7, seed=7)
     assert len(set(map(tuple, same))) == 8  # one seed for all, and yet each row has its own random numbers
     assert same[:3] == m.generate([PROMPTS[0]] * 3, 20, temperature=0.7, seed=7)
@@ -1965,6 +1968,8 @@ def test_quantized_layers(bits, rows, width, group, packs):
     scale = layer.scale.float().repeat_interleave(group, 1)
     assert ((restored - weight).abs() <= {4: 5, 8: 0.51}[bits] * scale).all()  # 4 bits may cut a range short
     assert (restored - weight).norm() < {4: 0.12, 8: 0.01}[bits] * weight.norm()
+    if bits == 8:  # scales are rounded up, so that the range stays covered
+        assert (127 * layer.scale.float() >= weight.view(rows, -1, group).abs().amax(-1)).all()
     assert (layer.cpu_pack is not None) == packs
     for count in (1, 16, 17):
         x = torch.randn(count, 1, width)
@@ -2020,6 +2025,7 @@ def test_a_text_as_long_as_the_original_context_still_turns_by_the_short_factors
     assert torch.equal(m.rotary(positions, lengths)[0], plain.rotary(positions, lengths)[0])
     cos, _ = m.rotary(positions, lengths + 1)
     assert not torch.equal(cos / 2, plain.rotary(positions, lengths)[0]) and (cos[0, 0] == 2).all()
+    assert_generates_as_plain(sharp("longrope"), PROMPTS, 40)  # each row is read again at its 33rd token
 
 
 def test_what_cannot_be_quantized_or_saved_is_named(tmp_path):
@@ -2194,6 +2200,16 @@ def test_prompts_that_fill_the_cache_stop_nobody(monkeypatch):
     assert answered(other)[0] == local_text(m, [1, 2, 3], 40)
 
 
+def test_the_longest_text_says_how_many_fit():
+    engine = sample.Engine(None, BYTES, 8, 100)
+    short, long = (sample.Request([1], limit) for limit in (9, 59))
+    for running, request, fits in (([], long, True), ([short], short, True), ([short], long, False)):
+        engine.running = running
+        assert engine.fits(request) == fits
+    engine.running = [long]
+    assert not engine.fits(short)
+
+
 def test_each_row_is_drawn_by_its_own_settings():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
     choices = [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.8)]
@@ -2227,6 +2243,11 @@ def test_text_is_held_back_until_it_is_certain(tokens, settings, events, finish_
     assert {*certain} <= {*itertools.accumulate(event.text for event in told)} | {""}
     scored = bytes(score.token for event in told for score in event.logprobs).decode(errors="replace")
     assert scored == request.skip + text, "log-probabilities belong to the text"
+
+
+def test_a_token_that_cannot_come_has_a_score_that_json_can_hold():
+    (score,) = sample.score_tokens(torch.tensor([[0.0, -math.inf]]), torch.tensor([1]), 2)
+    assert (score.logprob, score.top) == (-9999.0, [(0, 0.0), (1, -9999.0)])
 
 
 def test_ends_that_are_no_text():
@@ -2786,8 +2807,10 @@ def test_minhash_estimates_jaccard():
     a, b, c = data.minhash([" ".join(base), " ".join(other), page(rng)])
     assert abs((a == b).mean() - truth) < 0.12 and 0.5 < truth < 0.95
     assert (a == c).mean() < 0.05
-    together, alone = data.minhash(["é x", " ".join(base), "", "q"]), data.minhash([" ".join(base)])
-    assert (together[1] == alone[0]).all() and not (together[0] == together[3]).any()
+    texts = ["é x", " ".join(base), "", "q"]
+    together = data.minhash(texts)
+    assert all((data.minhash([text]) == row).all() for text, row in zip(texts, together))
+    assert not (together[0] == together[3]).any()
 
 
 def test_near_duplicates_keep_one_of_each_group(tmp_path):
@@ -3355,6 +3378,8 @@ def test_contamination_by_words_and_by_syntax(tmp_path):
         ]
     )
     assert list(found) == [1] and found[1][0] == "13-gram" and check.problems[found[1][1]][0] == "P/1"
+    at_the_end = f"{filler} {comment.removesuffix(' longest first')}"  # one 13-gram, the last
+    assert check.find([at_the_end])[0][0] == "13-gram"
     assert list(check.find(["return every word that occurs at least that many zebras"])) == [
         0
     ]  # 7-grams that are most of a short text
@@ -3512,7 +3537,9 @@ def test_personal_data_is_redacted(tmp_path):
         "Write to jane.doe@example.org or 81.2.69.142, not to 192.168.0.1 or version 1.2.3; "
         "api_key = 'abcdefghij0123456789' and ghp_" + "a" * 36 + "."
     )
-    texts = texts_of(dataset_of(tmp_path, [mail, "other"], "--redact-pii all"))
+    dataset = dataset_of(tmp_path, [mail, "other"], "--redact-pii all")
+    texts = texts_of(dataset)
+    assert dataset.meta["funnel"][-1]["bytes_out"] == len("".join(texts))  # as they are now
     assert (
         "Write to <EMAIL> or <IP>, not to 192.168.0.1 or version 1.2.3; api_key = '<KEY>' and <KEY>." in texts
     )
@@ -4638,6 +4665,15 @@ def test_what_a_teacher_is_written_as():
             synth.Teacher(spec)
 
 
+def test_a_failing_teacher_rests_for_a_minute_at_most(monkeypatch):
+    teacher = synth.Teacher("http://localhost#phi")
+    reply = SimpleNamespace(status_code=503, headers={}, text="")
+    monkeypatch.setattr(teacher.session, "post", lambda *_, **__: reply)
+    for _ in range(12):
+        assert teacher.ask({}, SimpleNamespace(timeout=1, backoff=1.0, max_answer=9), False) is None
+    assert 29 < teacher.rests_until - time.monotonic() <= 60
+
+
 @pytest.mark.parametrize("out", ["o.jsonl", "o.jsonl.gz"])
 def test_a_stopped_run_replaces_nothing_by_less(teacher, tmp_path, out):
     file = tmp_path / out
@@ -5363,6 +5399,24 @@ def test_rates_rise_to_the_peak_and_fall_after_the_warmup():
     assert set(rates("constant", 0)) == {1.0}
 
 
+def test_bits_a_byte_leave_out_the_end_tokens():
+    m = tiny(vocab_size=261)
+    args = SimpleNamespace(val_tokens=1000, context=16, micro_batch=2)
+    objective = train.Objective(m)
+    run = train.Run(args, objective, BYTES, [], torch.device("cpu"), torch.float32, 0, 1, {}, None)
+    texts = ["naïve", "one, two", "é"]
+    documents = [[*text.encode(), BYTES.eot] for text in texts]
+    val = np.concatenate(documents)
+    ends = np.cumsum([len(ids) for ids in documents])
+    dataset = SimpleNamespace(name="x", val=val, val_mask=None, ends=lambda split: ends)
+    entry, _ = train.validate(run, [dataset])
+    losses = [m(torch.tensor([ids[:-1]]), targets=torch.tensor([ids[1:]])) for ids in documents]
+    nats, count = (sum(parts).item() for parts in zip(*losses))
+    num_bytes = sum(len(text.encode()) - 1 for text in texts)  # the first one of each is given
+    wanted = nats / count, nats / math.log(2) / num_bytes
+    assert entry["val"]["x"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_memory_falls_with_shards_and_recomputing():
     config = models.PRESETS["phi-4"]
     args = SimpleNamespace(
@@ -6067,6 +6121,7 @@ HEADS = (  # source and target
     ({}, dict(n_kv_head=6)),
     ({}, dict(d_model=96, n_head=12, n_kv_head=2)),
     ({}, dict(d_model=96, n_head=12, n_kv_head=3)),
+    ({}, dict(d_model=96, n_head=12, n_kv_head=6)),  # groups of 3 become groups of 2
     ({}, dict(d_model=96, n_head=12, n_kv_head=12)),
     ({}, dict(d_model=96, n_head=6)),
     (dict(n_head=4, n_kv_head=4), dict(d_model=60, n_head=5)),
@@ -6163,6 +6218,12 @@ def test_copies_receive_different_gradients():
             a, b = grad.chunk(2)
             gap = (a - b).norm() / a.norm()
             assert gap < 1e-3 if is_same else gap > 0.01, (form, noise, gap)
+
+
+def test_copies_differ_by_the_noise_that_was_asked_for():
+    share = grow.random_shares(torch.zeros(2000, 8), [*range(8), *range(8)], 20.0)
+    assert torch.allclose(share[:8] + share[8:], torch.ones(8, 2000))
+    assert abs((2 * share - 1).std() - 0.1) < 0.01  # 20 decibels are a tenth
 
 
 def test_grown_models_learn_in_every_part():
@@ -6580,6 +6641,21 @@ def test_every_epoch_has_its_own_order():
     epochs = [tuple(stream[i : i + 7]) for i in range(0, 42, 7)]
     assert len(set(epochs)) == 6 and all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert align.draw(range(7), 0, 3, seed=1) != steps[0] and len(align.draw(range(2), 5, 9, seed=0)) == 9
+
+
+def test_the_last_rows_of_the_epochs_are_a_step_too(folder, monkeypatch):
+    steps = []
+
+    def setup(args, *_):
+        steps.append(args.steps)
+        raise SystemExit
+
+    monkeypatch.setattr(align, "setup", setup)
+    for epochs in ("1", "2", "0.5"):
+        options = f"sft --data chats.jsonl --init runs/init --out runs/steps --epochs {epochs}"
+        with pytest.raises(SystemExit):
+            align.main(f"{options} --held-out 0 --batch 25".split())
+    assert steps == [3, 5, 2]  # of 60 chats
 
 
 def test_a_batch_with_nothing_to_learn_is_finite(folder, monkeypatch):
