@@ -1704,12 +1704,15 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; `python {self.prog} -h` explains the options")
 
     def parse_known_args(self, args=None, namespace=None):
+        """Say which option was meant, before argparse takes a mistyped one's value for something else."""
         words = sys.argv[1:] if args is None else args
-        for word in () if self._subparsers else words:      # a subcommand looks through its own
-            option = word.partition("=")[0]
-            if option.startswith("--") and option not in (*self._option_string_actions, "--"):
-                close = difflib.get_close_matches(option, self._option_string_actions, 1)
-                self.error(f"there is no option {option}" + "".join(f"; is {name} meant?" for name in close))
+        has_subcommands = self._subparsers is not None      # each of which looks at its own options
+        for word in [] if has_subcommands else itertools.takewhile("--".__ne__, words):
+            match = re.fullmatch(r"(--[\w-]+)(=.*)?", word, re.S)   # a text may begin with "-- "
+            if match and match[1] not in self._option_string_actions:
+                meant = difflib.get_close_matches(match[1], self._option_string_actions, 1)
+                hint = f"; is {meant[0]} meant?" if meant else ""
+                self.error(f"there is no option {match[1]}{hint}")
         return super().parse_known_args(args, namespace)
 
     def table(self, text, **types):

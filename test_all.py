@@ -2533,6 +2533,10 @@ def test_chat_in_the_terminal(small_run, monkeypatch, capsys):
     assert told.out == "".join(f"{answer}\n" for answer in (hi, hi, lines, lines))
 
 
+def test_a_prompt_may_begin_with_the_dashes_of_a_comment():
+    assert sample.options(["--prompt", "-- the sum of a column"]).prompt == "-- the sum of a column"
+
+
 def test_answers_end_where_phi_2_asks_itself():
     assert sample.chat_stops(BYTES) == ()
     assert sample.chat_stops(SimpleNamespace(special={"<|endoftext|>": 0})) == ("\nInstruct:",)
@@ -3198,6 +3202,7 @@ def test_smallest_datasets(tmp_path):
         ("--tokenizer /no/such", "no tokenizer"),
         ("--workers x", "invalid int"),
         ("--unknown", "no option --unknown"),
+        ("--inptu x", "no option --inptu; is --input meant?"),
     ],
 )
 def test_bad_options(tmp_path, capsys, options, message):
@@ -4945,7 +4950,6 @@ print(0)
 
 def test_gates_of_pages():
     args = SimpleNamespace(kind="textbooks", judge=[], against=[], min_chars=60, max_tokens=0, max_usd=0)
-    args.is_builtin = False
     gates = synth.Gates(synth.Run(args))
 
     def page(number, more=""):
@@ -8167,9 +8171,8 @@ def bench_server(run, new_tokens=64):
     address = f"http://127.0.0.1:{port}/v1"
 
     def ask(n):
-        name = requests.get(f"{address}/models").json()["data"][0]["id"]
-        question = dict(prompt=f"{n} facts about the sea, each in a sentence:", max_tokens=int(new_tokens))
-        answer = requests.post(f"{address}/completions", json={**question, "model": name, "temperature": 0})
+        body = dict(model=model_id, prompt=f"{n} facts about the sea, each in a sentence:", temperature=0)
+        answer = requests.post(f"{address}/completions", json={**body, "max_tokens": int(new_tokens)})
         return answer.json()["usage"]["completion_tokens"]
 
     for name, command in servers.items():
@@ -8178,7 +8181,7 @@ def bench_server(run, new_tokens=64):
         try:
             while process.poll() is None:
                 with contextlib.suppress(OSError):
-                    requests.get(f"{address}/models", timeout=1)
+                    model_id = requests.get(f"{address}/models", timeout=1).json()["data"][0]["id"]
                     break
                 time.sleep(0.5)
             ask(2)

@@ -1112,7 +1112,7 @@ class Stage(NamedTuple):
 
 class Size(NamedTuple):
     """How much of everything the recipe takes, and how long its models see it."""
-    folder: str         # of data and runs
+    folder: str         # below data and runs, or nothing
     pages: int
     page_k: str
     exercises: int
